@@ -1,0 +1,147 @@
+"""Files that one step hands to the next: digests, atomic writes, weights as safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+
+def sha256_file(path: Path | str) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical_json(obj: Any) -> str:
+    """Return the one JSON text of `obj`: sorted keys, no spaces, no NaN. Raises ValueError or TypeError for other data."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def digest_of(obj: Any) -> str:
+    """Return 16 hex digits that name JSON data: equal data, equal digest."""
+    return hashlib.sha256(canonical_json(obj).encode()).hexdigest()[:16]
+
+
+def sync_folder(folder: Path | str) -> None:
+    """Make renames inside a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; it is synced and renamed onto `path` only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path | str, content: bytes | str) -> None:
+    """Write a whole file or nothing."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Write JSON data in a readable, deterministic form, whole or not at all."""
+    atomic_write(path, json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty temporary sibling folder; it takes the place of `path` only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights read from a file: tensors by name, the model's config, what they were made from, and the file's digest."""
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    meta: dict[str, Any]
+    digest: str
+
+
+def save_weights(
+    path: Path | str, state: Mapping[str, Tensor], *, kind: str, config: Mapping[str, Any], meta: Mapping[str, Any]
+) -> str:
+    """Write weights as safetensors, whole or not at all, and return the file's digest (16 hex digits).
+
+    state: tensors by name, any device (written contiguous, from the CPU). kind: what they are, as "dpar" or "gpt".
+    config, meta: JSON data. The same input gives the same bytes: one metadata entry, as the header's order of several
+    is not fixed.
+    """
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(state.items())}
+    header = {"dpar": canonical_json({"kind": kind, "config": dict(config), "meta": dict(meta)})}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata=header)
+    return sha256_file(path)[:16]
+
+
+def read_weights_header(path: Path | str) -> dict[str, Any]:
+    """Return {"kind", "config", "meta"} of a weights file without reading its tensors. Raises ValueError, FileNotFoundError."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}: run the stage that makes them")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as stream:
+            header = (stream.metadata() or {}).get("dpar")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file ({error}): weights travel as safetensors here, never as pickles; "
+            "published checkpoints come in through tokenizer.weights or `dpar-cli verify`"
+        ) from None
+    if header is None:
+        raise ValueError(f"{path} was not written by this project (its header has no entry `dpar`)")
+    return json.loads(header)
+
+
+def load_weights(path: Path | str, *, kind: str) -> Weights:
+    """Read a weights file made by `save_weights`, refusing another kind in one sentence (ValueError)."""
+    header = read_weights_header(path)
+    if header["kind"] != kind:
+        raise ValueError(f"{path} holds weights of kind {header['kind']!r}, expected {kind!r}: check the path")
+    state = safetensors.torch.load_file(str(path))
+    return Weights(state, header["config"], header["meta"], sha256_file(path)[:16])
