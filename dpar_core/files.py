@@ -25,7 +25,7 @@ def sha256_file(path: Path | str) -> str:
 
 
 def canonical_json(obj: Any) -> str:
-    """Return the one JSON text of `obj`: sorted keys, no spaces, no NaN. Raises ValueError or TypeError for other data."""
+    """Return the one JSON text of `obj`: sorted keys, no spaces, no NaN (ValueError)."""
     return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
@@ -96,7 +96,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights read from a file: tensors by name, the model's config, what they were made from, and the file's digest."""
+    """Weights read from a file: tensors by name, the config, what they were made from, the digest of the file."""
 
     state: dict[str, Tensor]
     config: dict[str, Any]
@@ -121,7 +121,7 @@ def save_weights(
 
 
 def read_weights_header(path: Path | str) -> dict[str, Any]:
-    """Return {"kind", "config", "meta"} of a weights file without reading its tensors. Raises ValueError, FileNotFoundError."""
+    """Return {"kind", "config", "meta"} without reading tensors. Raises ValueError, FileNotFoundError."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}: run the stage that makes them")

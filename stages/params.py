@@ -1,0 +1,405 @@
+"""params.yaml as frozen, typed sections. All that is wrong is said at once, a sentence each, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+OrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+
+
+class ParamsError(ValueError):
+    """Everything that is wrong with a params file, one sentence each."""
+
+    def __init__(self, sentences: list[str]) -> None:
+        super().__init__("\n".join(sentences))
+        self.sentences = sentences
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys, missing keys and wrong types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Compute(Section):
+    device: Literal["auto", "cpu", "cuda"]
+    threads: OrZero
+
+
+class BuiltinData(Section):
+    train_crops: Count
+    validation_crops: Count
+    crop_min: Count
+    crop_max: Count
+    validation_share: Annotated[float, Field(gt=0, le=0.5)]
+
+
+class Data(Section):
+    source: Literal["builtin", "imagefolder", "ilsvrc", "webdataset", "parquet"]
+    train: str | None
+    validation: str | None
+    classes: Literal["any", "imagenet"]
+    image_size: Annotated[int, Field(ge=8)]
+    views: Literal["adm_center_flip", "ten_crop_1.1", "ten_crop_1.05", "ten_crop_both"]
+    max_bad_share: Share
+    builtin: BuiltinData
+
+
+class Tokenizer(Section):
+    weights: str | None
+    codebook_size: Annotated[int, Field(ge=2, le=65536)]
+    codebook_dim: Count
+    base_width: Count
+    channel_multipliers: Annotated[list[Count], Field(min_length=1)]
+    z_channels: Count
+    residual_blocks: Count
+    commitment: Annotated[float, Field(ge=0)]
+    steps: Count
+    batch_size: Count
+    lr: Positive
+    restart_steps: OrZero
+    precision: Literal["fp32", "bf16"]
+
+    @property
+    def downsample(self) -> int:
+        """Pixels of a side that one token stands for."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+class TokenizeImages(Section):
+    shard_images: Count
+    batch_size: Count
+    precision: Literal["fp32", "bf16"]
+    workers: OrZero
+
+
+class Training(Section):
+    """How one model is trained (entropy model, DPAR, twin)."""
+
+    steps: Count
+    batch_size: Count
+    accumulate: Count
+    lr: Positive
+    lr_schedule: Literal["constant", "cosine"]
+    warmup_steps: OrZero
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    clip_norm: Annotated[float, Field(ge=0)]
+    precision: Literal["fp32", "bf16"]
+    compile: bool
+    activation_checkpointing: bool
+    strategy: Literal["ddp", "fsdp"]
+    workers: Count
+    cpus_per_worker: Count
+    gpus_per_worker: OrZero
+    validate_every: Count
+    validation_images: OrZero
+    checkpoint_every: Count
+    keep_last: Count
+    keep_best: OrZero
+    log_every: Count
+    storage: str | None
+
+
+class Train(Training):
+    equal_time_step: Count | None
+
+
+ENTROPY_MODEL_SIZES: dict[str, dict[str, int]] = {
+    "B": {"width": 768, "heads": 12, "layers": 12, "ffn_multiple": 256},
+    "S": {"width": 384, "heads": 6, "layers": 6, "ffn_multiple": 256},
+    "XS": {"width": 256, "heads": 4, "layers": 3, "ffn_multiple": 256},
+}
+
+
+class EntropyModel(Section):
+    size: Literal["B", "S", "XS", "custom"]
+    width: Count
+    heads: Count
+    layers: Count
+    ffn_multiple: Count
+    dropout: Dropout
+    train: Training
+
+
+class Entropies(Section):
+    batch_size: Count
+    workers: OrZero
+
+
+class Patching(Section):
+    mode: Literal["entropy_rows", "entropy", "static", "token"]
+    threshold: Annotated[Finite, Field(ge=0)] | None
+    target_mean_length: Annotated[Finite, Field(ge=1)] | None
+    max_patch_length: Count | None
+    static_length: Count
+
+
+class Model(Section):
+    width: Count
+    heads: Count
+    encoder_layers: Count
+    patch_layers: Count
+    decoder_layers: Count
+    ffn_multiple: Count
+    position_encoding: Literal["4d", "3d", "1d"]
+    dropout: Dropout
+    class_dropout: Dropout
+
+    @property
+    def layers(self) -> int:
+        """Layers of the LlamaGen twin."""
+        return self.encoder_layers + self.patch_layers + self.decoder_layers
+
+
+class Sample(Section):
+    images: Count
+    plan: Literal["balanced", "random"]
+    batch_size: Count
+    seed: OrZero
+    cfg_scale: Annotated[Finite, Field(ge=1)]
+    cfg_schedule: Literal["constant", "linear", "interval"]
+    cfg_interval: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    temperature: Positive
+    top_k: OrZero
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    gate: Literal["entropy_model", "decoder"]
+    threshold: Annotated[Finite, Field(ge=0)] | None
+    max_patch_length: Count | None
+    resize: Count | None
+    workers: OrZero
+
+
+class DemoClassifier(Section):
+    steps: Count
+    batch_size: Count
+    lr: Positive
+
+
+class Score(Section):
+    features: Literal["demo", "inception", "dinov2"]
+    features_file: str | None
+    reference: str
+    images: Annotated[int, Field(ge=2)]
+    neighbours: Count
+    splits: Count
+    bootstrap: OrZero
+    demo_classifier: DemoClassifier
+
+
+class Report(Section):
+    examples: Count
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: OrZero
+    compute: Compute
+    data: Data
+    tokenizer: Tokenizer
+    tokenize_images: TokenizeImages
+    entropy_model: EntropyModel
+    entropies: Entropies
+    patching: Patching
+    model: Model
+    train: Train
+    sample: Sample
+    score: Score
+    report: Report
+
+
+StageParams = TypeVar("StageParams")
+
+
+def select(params: Params, stage_params: type[StageParams]) -> StageParams:
+    """Hand a stage the sections it declares: `stage_params` is a dataclass whose fields are named after them."""
+    return stage_params(**{field.name: getattr(params, field.name) for field in dataclass_fields(stage_params)})
+
+
+def load_params(path: Path) -> Params:
+    """Read a params file. Raises ParamsError with every fault in it, FileNotFoundError with the way out."""
+    if not path.exists():
+        raise FileNotFoundError(f"no params file at {path}: go to the project folder, or `dpar-cli params use demo`")
+    try:
+        raw = YAML(typ="safe").load(path.read_text())
+    except YAMLError as error:
+        raise ParamsError([f"{path.name} is not YAML: {' '.join(str(error).split())}"]) from None
+    return parse_params(raw, where=path.name)
+
+
+def parse_params(raw: object, *, where: str = "params.yaml") -> Params:
+    """Check plain data against the sections and against each other. Raises ParamsError."""
+    if not isinstance(raw, Mapping):
+        raise ParamsError([f"{where} must be a mapping of sections, found {type(raw).__name__}"])
+    faults: list[str] = []
+    try:
+        Params.model_validate(raw)
+    except ValidationError as error:
+        faults += [_sentence(fault, where) for fault in error.errors()]
+    whole = {}
+    for name, field in Params.model_fields.items():
+        try:
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+            whole[name] = field.annotation.model_validate(raw[name]) if is_section else raw[name]
+        except (ValidationError, KeyError):
+            continue
+    faults += [f"{where}: {fault}" for fault in _contradictions(whole)]
+    if faults:
+        raise ParamsError(faults)
+    return Params.model_validate(raw)
+
+
+def _sentence(fault: Mapping[str, Any], where: str) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    found = fault.get("input")
+    context = fault.get("ctx", {})
+    kind = fault["type"]
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key `{name}`: remove it, or check its spelling against `dpar-cli params show demo`"
+    if kind == "missing":
+        return f"{where}: `{name}` is missing: every value is written out, see `dpar-cli params show demo`"
+    if kind == "literal_error":
+        return f"{where}: `{name}` is {found!r}, expected one of {context['expected']}"
+    bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
+    if kind in bounds:
+        words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}[bounds[kind]]
+        return f"{where}: `{name}` is {found!r}, expected {words} {context[bounds[kind]]}"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message.removeprefix("should be ").removeprefix("must be ")
+    return f"{where}: `{name}` is {found!r}, expected {message}"
+
+
+def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each pair of values that cannot both hold. Sections with faults of their own are absent."""
+    data, tokenizer = sections.get("data"), sections.get("tokenizer")
+    entropy_model, patching = sections.get("entropy_model"), sections.get("patching")
+    model, train = sections.get("model"), sections.get("train")
+    sample, score = sections.get("sample"), sections.get("score")
+    if data:
+        yield from _data_contradictions(data)
+    if data and tokenizer and data.image_size % tokenizer.downsample:
+        yield (
+            f"`data.image_size` {data.image_size} is not a multiple of the tokenizer's downsampling "
+            f"{tokenizer.downsample} (2^(levels - 1) of `tokenizer.channel_multipliers`)"
+        )
+    if tokenizer:
+        yield from _tokenizer_contradictions(tokenizer)
+    if entropy_model:
+        yield from _heads("entropy_model", entropy_model.width, entropy_model.heads, multiple=4, why="2D rotary pairs")
+        expected = ENTROPY_MODEL_SIZES.get(entropy_model.size, {})
+        for name, value in expected.items():
+            if getattr(entropy_model, name) != value:
+                yield (
+                    f"`entropy_model.{name}` is {getattr(entropy_model, name)}, but size {entropy_model.size} has "
+                    f"{value}: use that, or size: custom"
+                )
+        yield from _training_contradictions("entropy_model.train", entropy_model.train)
+    if model:
+        multiple = {"4d": 16, "3d": 8, "1d": 4}[model.position_encoding]
+        yield from _heads(
+            "model", model.width, model.heads, multiple=multiple, why=f"position_encoding {model.position_encoding}"
+        )
+    if train:
+        yield from _training_contradictions("train", train)
+        if train.equal_time_step is not None and train.equal_time_step > train.steps:
+            yield f"`train.equal_time_step` {train.equal_time_step} lies beyond `train.steps` {train.steps}"
+    if patching:
+        yield from _patching_contradictions(patching)
+    if tokenizer:
+        largest = math.log(tokenizer.codebook_size)
+        for name, section in (("patching", patching), ("sample", sample)):
+            if section and section.threshold is not None and section.threshold > largest:
+                yield (
+                    f"`{name}.threshold` {section.threshold} nats is above ln V = {largest:.3f}, the largest entropy "
+                    f"of {tokenizer.codebook_size} codes: no token could start a patch by it"
+                )
+        if sample and sample.top_k > tokenizer.codebook_size:
+            yield f"`sample.top_k` {sample.top_k} is above the codebook size {tokenizer.codebook_size}"
+    if sample and sample.cfg_interval[0] > sample.cfg_interval[1]:
+        yield f"`sample.cfg_interval` {sample.cfg_interval} ends before it begins"
+    if sample and score and score.images > sample.images:
+        yield f"`score.images` {score.images} asks for more images than `sample.images` {sample.images} draws"
+    if score:
+        if score.features != "demo" and score.features_file is None:
+            yield f"`score.features` {score.features} needs `score.features_file`, the TorchScript file of the network"
+        if score.features == "demo" and score.features_file is not None:
+            yield "`score.features_file` is set, but features `demo` trains its own classifier: set it to null"
+
+
+def _data_contradictions(data: Data) -> Iterator[str]:
+    if data.source == "builtin":
+        for name in ("train", "validation"):
+            if getattr(data, name) is not None:
+                yield f"`data.{name}` is set, but source builtin reads no path: set it to null, or name another source"
+    else:
+        for name in ("train", "validation"):
+            if getattr(data, name) is None:
+                yield f"`data.{name}` is null, but source {data.source} needs the path of its {name} images"
+    if data.builtin.crop_min > data.builtin.crop_max:
+        yield f"`data.builtin.crop_min` {data.builtin.crop_min} is above crop_max {data.builtin.crop_max}"
+
+
+def _tokenizer_contradictions(tokenizer: Tokenizer) -> Iterator[str]:
+    for multiplier in tokenizer.channel_multipliers:
+        if tokenizer.base_width * multiplier % 32:
+            yield (
+                f"`tokenizer.base_width` {tokenizer.base_width} times multiplier {multiplier} is not a multiple of 32, "
+                "the groups of GroupNorm"
+            )
+            break
+    if tokenizer.restart_steps > tokenizer.steps:
+        yield f"`tokenizer.restart_steps` {tokenizer.restart_steps} lies beyond `tokenizer.steps` {tokenizer.steps}"
+
+
+def _heads(name: str, width: int, heads: int, *, multiple: int, why: str) -> Iterator[str]:
+    if width % heads:
+        yield f"`{name}.heads` {heads} does not divide `{name}.width` {width}"
+    elif width // heads % multiple:
+        yield f"`{name}`: head dimension {width // heads} must be a multiple of {multiple} ({why})"
+
+
+def _training_contradictions(name: str, training: Training) -> Iterator[str]:
+    pieces = training.workers * training.accumulate
+    if training.batch_size % pieces:
+        yield (
+            f"`{name}.batch_size` {training.batch_size} does not divide into {training.workers} workers x "
+            f"{training.accumulate} micro-batches: make it a multiple of {pieces}"
+        )
+    if training.warmup_steps > training.steps:
+        yield f"`{name}.warmup_steps` {training.warmup_steps} lies beyond `{name}.steps` {training.steps}"
+
+
+def _patching_contradictions(patching: Patching) -> Iterator[str]:
+    measured = patching.target_mean_length is not None
+    if patching.mode in ("entropy_rows", "entropy"):
+        if measured == (patching.threshold is not None):
+            found = "both are set" if measured else "both are null"
+            yield f"`patching.threshold` and `patching.target_mean_length`: {found}, expected exactly one of them"
+        limit = patching.max_patch_length
+        if measured and limit is not None and patching.target_mean_length > limit:
+            yield (
+                f"`patching.target_mean_length` {patching.target_mean_length} is above max_patch_length {limit}: "
+                "no threshold can reach it"
+            )

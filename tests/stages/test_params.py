@@ -1,0 +1,99 @@
+"""params.yaml: what is refused, and that everything is said at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from stages import params as P
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def demo() -> dict:
+    return YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+
+
+def set_value(raw: dict, name: str, value: object) -> dict:
+    *sections, key = name.split(".")
+    place = raw
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    return raw
+
+
+def test_the_shipped_params_are_valid():
+    P.load_params(ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("train.speed", 3, "unknown key `train.speed`"),
+        ("seed", "zero", "`seed` is 'zero', expected a valid integer"),
+        ("train.steps", 1.5, "`train.steps` is 1.5"),
+        ("train.compile", 1, "`train.compile` is 1"),
+        ("train.lr", float("nan"), "`train.lr` is nan"),
+        ("model.dropout", 1.0, "`model.dropout` is 1.0, expected less than 1"),
+        ("sample.gate", "oracle", "expected one of 'entropy_model' or 'decoder'"),
+        ("data.image_size", 60, "not a multiple of the tokenizer's downsampling"),
+        ("data.train", "photos", "source builtin reads no path"),
+        ("data.source", "imagefolder", "needs the path of its train images"),
+        ("sample.threshold", 99.0, "above ln V"),
+        ("model.heads", 7, "does not divide"),
+        ("entropy_model.size", "B", "size B has 768"),
+        ("train.batch_size", 33, None),
+        ("train.workers", 5, "does not divide into 5 workers"),
+        ("train.equal_time_step", 10**6, "lies beyond `train.steps`"),
+        ("patching.threshold", 1.0, "both are set, expected exactly one"),
+        ("patching.target_mean_length", 4.5, "no threshold can reach it"),
+        ("score.images", 10**6, "asks for more images"),
+        ("score.features", "inception", "needs `score.features_file`"),
+        ("tokenizer.base_width", 12, "groups of GroupNorm"),
+    ],
+)
+def test_a_wrong_value_gets_a_sentence_that_names_it(demo, name, value, words):
+    raw = set_value(demo, name, value)
+    if words is None:
+        P.parse_params(raw)
+        return
+    with pytest.raises(P.ParamsError) as caught:
+        P.parse_params(raw)
+    assert any(words in sentence for sentence in caught.value.sentences), caught.value.sentences
+
+
+def test_faults_of_all_kinds_are_said_at_once(demo):
+    demo["foo"] = 1
+    demo["seed"] = "a"
+    demo["model"]["heads"] = 7
+    demo["patching"]["threshold"] = 99.0
+    del demo["report"]
+    with pytest.raises(P.ParamsError) as caught:
+        P.parse_params(demo)
+    text = str(caught.value)
+    for words in ("unknown key `foo`", "`seed`", "`model.heads`", "`report` is missing", "above ln V", "both are set"):
+        assert words in text
+
+
+def test_a_stage_gets_its_sections_and_cannot_change_them():
+    @dataclass(frozen=True)
+    class Wanted:
+        seed: int
+        patching: P.Patching
+
+    chosen = P.select(P.load_params(ROOT / "params.yaml"), Wanted)
+    assert chosen.patching.max_patch_length == 4
+    with pytest.raises(ValidationError):
+        chosen.patching.max_patch_length = 5
+
+
+def test_broken_yaml_and_a_missing_file_get_one_sentence(tmp_path):
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(P.ParamsError, match="is not YAML"):
+        P.load_params(tmp_path / "broken.yaml")
+    with pytest.raises(FileNotFoundError, match="no params file"):
+        P.load_params(tmp_path / "none.yaml")
