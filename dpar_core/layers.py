@@ -1,0 +1,143 @@
+"""The transformer block shared by every network here (Llama's, as LlamaGen uses it), and the forms attention takes.
+
+Shapes: B images, n positions, N packed positions of all images, D width, H heads, hd head dimension, F FFN width.
+A block does not know how its positions are laid out: the `attend` object it is called with does.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpar_core.rope import Rotary, rotate
+
+NORM_EPS = 1e-5
+
+
+def ffn_width(width: int, multiple: int) -> int:
+    """Return int(8 D / 3) rounded up to a multiple."""
+    hidden = int(8 * width / 3)
+    return multiple * -(-hidden // multiple)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, times a weight; eps 1e-5."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), None, NORM_EPS).type_as(x) * self.weight
+
+
+class Attend(Protocol):
+    """How queries see keys and values: q, k, v (..., H, hd) in the caller's layout -> the same shape."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend over all earlier positions and the own one: (B, n, H, hd)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+class PackedCausal:
+    """Causal attention inside each image for positions packed without padding: (N, H, hd).
+
+    offsets: (B + 1,) int64, where each image's positions begin; longest: the largest count. Only the attention itself
+    sees padded rows (right padding is harmless under a causal mask); all other layers run on the N packed ones.
+    """
+
+    def __init__(self, offsets: Tensor, *, longest: int) -> None:
+        counts = offsets.diff()
+        self.images, self.longest = len(counts), longest
+        image = torch.repeat_interleave(torch.arange(self.images, device=offsets.device), counts)
+        within = torch.arange(len(image), device=offsets.device) - offsets[:-1][image]
+        self.slots_N = image * longest + within
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        packed = torch.stack((q, k, v), dim=1)  # (N, 3, H, hd)
+        padded = packed.new_zeros(self.images * self.longest, *packed.shape[1:]).index_copy(0, self.slots_N, packed)
+        q, k, v = padded.view(self.images, self.longest, *packed.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, longest, hd)
+        return out.transpose(1, 2).flatten(0, 1)[self.slots_N]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection in the order q, k, v, no biases, rotary positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, table: Rotary, attend: Attend) -> Tensor:
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.wo(attend(rotate(q, table), rotate(k, table), v).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: W2 (silu(W1 x) * W3 x), no biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """x += Wo Attn(RMS(x)); x += FFN(RMS(x)). Dropout on both branches while training."""
+
+    def __init__(self, width: int, heads: int, hidden: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads)
+        self.feed_forward = FeedForward(width, hidden)
+        self.attention_norm = RMSNorm(width)
+        self.ffn_norm = RMSNorm(width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, table: Rotary, attend: Attend = causal) -> Tensor:
+        """x: (..., n, D); table: (..., n, hd / 2), the positions of x; attend: see `Attend`. Returns x's shape."""
+        x = x + F.dropout(self.attention(self.attention_norm(x), table, attend), self.dropout, self.training)
+        return x + F.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
+
+
+class LabelEmbedder(nn.Module):
+    """A table of classes + 1 rows; the last is the null class, which replaces a label with some chance in training."""
+
+    def __init__(self, num_classes: int, width: int, *, class_dropout: float) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.class_dropout = class_dropout
+
+    @property
+    def null_label(self) -> int:
+        return self.embedding_table.num_embeddings - 1
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """labels: (B,) int64 in [0, classes]; returns (B, D)."""
+        if self.training and self.class_dropout > 0:
+            drop = torch.rand(labels.shape, device=labels.device) < self.class_dropout
+            labels = torch.where(drop, self.null_label, labels)
+        return self.embedding_table(labels)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, *, output: nn.Linear) -> None:
+    """Set the initial values: every Linear and Embedding N(0, 0.02), norms 1, the output layer 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+    nn.init.zeros_(output.weight)

@@ -1,0 +1,189 @@
+"""Where patches begin: the batched rule and the incremental one (DPAR, Sec. 3.2).
+
+Shapes: B images, T tokens of a grid with rows of G in raster order, M patches. e_t = H(x_t | x_<t) in nats is known
+before x_t is drawn, so every decision here is causal; adding tokens never moves an earlier boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Mode = Literal["entropy_rows", "entropy", "static", "token"]
+
+
+@dataclass(frozen=True)
+class PatchRule:
+    """How an image is cut into patches.
+
+    mode: "entropy_rows" (DPAR: gates at tokens 0 and 1, at row starts and where e_t > threshold), "entropy" (no row
+    gates), "static" (runs of static_length), "token" (one token a patch). threshold: nats, compared in float32,
+    strictly. max_patch_length: runs longer than this are cut from the left; None: no maximum.
+    Raises ValueError for values that make no rule.
+    """
+
+    mode: Mode
+    row_width: int
+    threshold: float | None = None
+    max_patch_length: int | None = None
+    static_length: int = 2
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("entropy_rows", "entropy", "static", "token"):
+            raise ValueError(f"patch mode must be entropy_rows, entropy, static or token; got {self.mode!r}")
+        if self.reads_entropies and self.threshold is None:
+            raise ValueError(f"patch mode {self.mode} needs a threshold in nats")
+        for name in ("row_width", "static_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.max_patch_length is not None and self.max_patch_length < 1:
+            raise ValueError(f"max_patch_length must be at least 1 or None; got {self.max_patch_length}")
+
+    @property
+    def reads_entropies(self) -> bool:
+        """Whether the plan of an image depends on its entropies."""
+        return self.mode in ("entropy_rows", "entropy")
+
+    def fixed_gates(self, tokens: int) -> np.ndarray:
+        """Return the gates that hold whatever the entropies are: (tokens,) bool."""
+        position = np.arange(tokens)
+        if self.mode == "token":
+            return np.ones(tokens, bool)
+        if self.mode == "static":
+            return position % self.static_length == 0
+        gates = position <= 1
+        return gates | (position % self.row_width == 0) if self.mode == "entropy_rows" else gates
+
+
+def patch_starts(entropies: Tensor, rule: PatchRule) -> Tensor:
+    """Tell which tokens begin a patch.
+
+    A token is a gate at a fixed place (see `PatchRule.fixed_gates`) or when its entropy is above the threshold; it
+    begins a patch when it is a gate or lies a multiple of max_patch_length after the last gate (DPAR, Sec. 3.2).
+
+    entropies: (B, T) float32 nats, entries 0 ignored (may be nan); any prefix of an image is allowed.
+    Returns (B, T) bool. Raises ValueError for another dtype.
+    """
+    if entropies.dtype != torch.float32:
+        raise ValueError(f"entropies must be float32, as rounding moves boundaries; got {entropies.dtype}")
+    position = torch.arange(entropies.shape[1], device=entropies.device)
+    gates = torch.from_numpy(rule.fixed_gates(entropies.shape[1])).to(entropies.device).expand(entropies.shape)
+    if rule.reads_entropies:
+        gates = gates | (entropies > torch.tensor(rule.threshold, dtype=torch.float32))
+    if rule.max_patch_length is None:
+        return gates.clone()
+    last_gate = torch.where(gates, position, 0).cummax(dim=1).values
+    return (position - last_gate) % rule.max_patch_length == 0
+
+
+def patch_starts_numpy(entropies: np.ndarray, rule: PatchRule, *, chunk: int = 4096) -> np.ndarray:
+    """Do what `patch_starts` does, fast for millions of maps on one core: (B, T) float32 -> (B, T) bool."""
+    if entropies.dtype != np.float32:
+        raise ValueError(f"entropies must be float32, as rounding moves boundaries; got {entropies.dtype}")
+    tokens = entropies.shape[1]
+    fixed = rule.fixed_gates(tokens)
+    starts = np.empty(entropies.shape, bool)
+    position = np.arange(tokens, dtype=np.int16 if tokens < 2**15 else np.int32)
+    for first in range(0, len(entropies), chunk):
+        part = starts[first : first + chunk]
+        if rule.reads_entropies:
+            np.greater(entropies[first : first + chunk], np.float32(rule.threshold), out=part)
+            part |= fixed
+        else:
+            part[:] = fixed
+        if rule.max_patch_length is not None:
+            distance = position - np.maximum.accumulate(np.where(part, position, 0).astype(position.dtype), axis=1)
+            np.equal(distance % rule.max_patch_length, 0, out=part)
+    return starts
+
+
+class BoundaryState:
+    """The rule token by token, as generation needs it; all rows of a batch at once.
+
+    last_gate: (B,) int64, position of the last gate of each row.
+    """
+
+    def __init__(self, rule: PatchRule, rows: int, *, device: torch.device | str | None = None) -> None:
+        self.rule = rule
+        self.last_gate = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._fixed = rule.fixed_gates(0)
+
+    def step(self, position: int, entropies: Tensor) -> Tensor:
+        """Tell which rows begin a patch at `position`, given e_position (B,) float32 nats: (B,) bool.
+
+        Positions must come in order from 0; entropies at position 0 are ignored.
+        """
+        if position >= len(self._fixed):
+            self._fixed = self.rule.fixed_gates(2 * position + 2)
+        gate = torch.full_like(self.last_gate, bool(self._fixed[position]), dtype=torch.bool)
+        if self.rule.reads_entropies:
+            gate |= entropies > torch.tensor(self.rule.threshold, dtype=torch.float32)
+        self.last_gate = torch.where(gate, position, self.last_gate)
+        if self.rule.max_patch_length is None:
+            return gate
+        return (position - self.last_gate) % self.rule.max_patch_length == 0
+
+
+def lengths_from_starts(starts: np.ndarray) -> list[np.ndarray]:
+    """Turn (B, T) bool starts into the patch lengths of each image: B arrays (M_b,) uint16 that sum to T."""
+    starts = np.asarray(starts)
+    tokens = starts.shape[1]
+    image, position = np.nonzero(starts)
+    following = np.append(position[1:], 0)
+    last = np.append(image[1:] != image[:-1], True)
+    lengths = (np.where(last, tokens, following) - position).astype(np.uint16)
+    return np.split(lengths, np.flatnonzero(last)[:-1] + 1) if len(lengths) else []
+
+
+def starts_from_lengths(lengths: Sequence[np.ndarray], tokens: int) -> np.ndarray:
+    """Turn patch lengths (zero padding allowed) into (B, tokens) bool. Raises ValueError when they do not sum to it."""
+    starts = np.zeros((len(lengths), tokens), bool)
+    for row, one in zip(starts, lengths):
+        one = np.asarray(one, dtype=np.int64)
+        one = one[one > 0]
+        if one.sum() != tokens:
+            raise ValueError(f"patch lengths must sum to {tokens} tokens; got {one.sum()}")
+        row[np.concatenate([[0], one.cumsum()[:-1]])] = True
+    return starts
+
+
+def mean_patch_length(entropies: np.ndarray, rule: PatchRule) -> float:
+    """Return tokens per patch over all maps: entropies (B, T) float32."""
+    return entropies.size / int(patch_starts_numpy(entropies, rule).sum())
+
+
+def threshold_for_mean_length(entropies: np.ndarray, rule: PatchRule, target: float) -> float:
+    """Return the threshold whose mean patch length comes nearest to `target` tokens, exact in float32.
+
+    entropies: (B, T) float32 nats of the data the threshold is measured on; rule: everything but the threshold.
+    Merging runs never adds a patch, so the mean grows with the threshold and bisection over the values that occur
+    finds the best one; of two equally near ones the smaller. Raises ValueError when no threshold comes within 5 %.
+    """
+    candidates = np.unique(entropies[:, 1:])
+
+    def mean(index: int) -> float:
+        return mean_patch_length(entropies, _with_threshold(rule, float(candidates[index])))
+
+    low, high = 0, len(candidates) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if mean(middle) < target:
+            low = middle + 1
+        else:
+            high = middle
+    best = min({max(low - 1, 0), low}, key=lambda index: (abs(mean(index) - target), index))
+    if abs(mean(best) - target) > 0.05 * target:
+        raise ValueError(
+            f"no threshold gives {target} tokens a patch: mode {rule.mode} with max_patch_length "
+            f"{rule.max_patch_length} reaches {mean(0):.3f} to {mean(len(candidates) - 1):.3f} on this data"
+        )
+    return float(candidates[best])
+
+
+def _with_threshold(rule: PatchRule, threshold: float) -> PatchRule:
+    return PatchRule(rule.mode, rule.row_width, threshold, rule.max_patch_length, rule.static_length)
