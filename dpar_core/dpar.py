@@ -174,7 +174,7 @@ class DPAR(nn.Module):
 
     @property
     def rotary(self) -> Rotary:
-        """The decoder's table: start vector, then all tokens: (1 + T, hd / 2). The encoder's is without its first row."""
+        """The decoder's table, start vector first: (1 + T, hd / 2); the encoder's is the same without the start."""
         return Rotary(self.rotary_cos, self.rotary_sin)
 
     def forward(self, tokens: Tensor, labels: Tensor, layout: PatchLayout) -> Tensor:

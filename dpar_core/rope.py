@@ -74,7 +74,7 @@ def patch_rotary(
 
 
 def rotate(x: Tensor, table: Rotary) -> Tensor:
-    """Turn adjacent element pairs of x (..., n, heads, hd) by a table (..., n, hd / 2); float32 inside, x's dtype out."""
+    """Turn adjacent pairs of x (..., n, heads, hd) by a table (..., n, hd / 2); float32 inside, x's dtype out."""
     pairs = x.float().unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cos, sin = table.cos.unsqueeze(-2), table.sin.unsqueeze(-2)
