@@ -1,0 +1,70 @@
+"""What a forward pass costs: matrix multiply-adds counted as two operations, attention over the full square.
+
+Plain numbers in, plain numbers out: no torch, so that the cost of a model can be told without building it.
+N tokens an image, M patches, D width, F feed-forward width, V codebook entries.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+BACKWARD = 2  # a backward pass costs two forward passes
+
+
+class GPTShape(Protocol):
+    """The fields of GPTConfig that cost depends on."""
+
+    codebook_size: int
+    row_width: int
+    width: int
+    layers: int
+    hidden: int
+
+
+class DPARShape(Protocol):
+    """The fields of DPARConfig that cost depends on."""
+
+    codebook_size: int
+    row_width: int
+    width: int
+    encoder_layers: int
+    patch_layers: int
+    decoder_layers: int
+    hidden: int
+
+
+def block_flops(width: int, hidden: int) -> int:
+    """Return K = 2 (4 D^2 + 3 D F), the linear layers of one transformer block on one position."""
+    return 2 * (4 * width**2 + 3 * width * hidden)
+
+
+def gpt_forward_flops(shape: GPTShape) -> int:
+    """Return FLOPs of one image through the LlamaGen twin (or the entropy model): N L K + 4 N^2 D L + 2 N V D."""
+    tokens, width = shape.row_width**2, shape.width
+    per_layer = tokens * block_flops(width, shape.hidden) + 4 * tokens**2 * width
+    return shape.layers * per_layer + 2 * tokens * shape.codebook_size * width
+
+
+def dpar_forward_flops(shape: DPARShape, patches: float) -> float:
+    """Return FLOPs of one image of `patches` patches through DPAR.
+
+    E [(N-1) K + 4 (N-1)^2 D + 4 D^2 (M+N-1) + 4 M (N-1) D] + G [(M+1) K + 4 (M+1)^2 D]
+    + Dec [N K + 4 N^2 D + 2 (M+1) D^2] + 2 N V D.
+    """
+    tokens, width = shape.row_width**2, shape.width
+    block = block_flops(width, shape.hidden)
+    seen = tokens - 1
+    encoder = seen * block + 4 * seen**2 * width + 4 * width**2 * (patches + seen) + 4 * patches * seen * width
+    patch = (patches + 1) * block + 4 * (patches + 1) ** 2 * width
+    decoder = tokens * block + 4 * tokens**2 * width + 2 * (patches + 1) * width**2
+    return (
+        shape.encoder_layers * encoder
+        + shape.patch_layers * patch
+        + shape.decoder_layers * decoder
+        + 2 * tokens * shape.codebook_size * width
+    )
+
+
+def training_flops(forward: float) -> float:
+    """Return FLOPs of a forward and a backward pass."""
+    return (1 + BACKWARD) * forward
