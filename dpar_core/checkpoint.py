@@ -1,8 +1,9 @@
 """Checkpoints of a training run: whole or not there, the newest whole one found again, some kept.
 
 A checkpoint is a folder `step-00000150/` of `model.safetensors` (a weights file like any other),
-`optimizer.safetensors` (`exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`) and `state.json` (step, what the model is, seed, history, sizes and
-digests of the two files). Data position and random streams are functions of seed and step (data_order.py, train.py).
+`optimizer.safetensors` (`exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`) and `state.json` (step, what the model is,
+seed, history, digests of the two files). Data position and random streams are functions of seed and step
+(data_order.py, train.py).
 Nothing is pickled. On a file system it is written to a temporary sibling, synced and renamed; on an object store
 `state.json` goes up last and makes it whole.
 """

@@ -68,3 +68,22 @@ def dpar_forward_flops(shape: DPARShape, patches: float) -> float:
 def training_flops(forward: float) -> float:
     """Return FLOPs of a forward and a backward pass."""
     return (1 + BACKWARD) * forward
+
+
+# Dense bf16 FLOP/s as the makers publish them, by a part of the device name.
+PUBLISHED_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+}
+
+
+def published_peak(device_name: str) -> float | None:
+    """Return a GPU's published dense bf16 FLOP/s, None when it is not listed."""
+    return next((peak for name, peak in PUBLISHED_PEAKS.items() if name.lower() in device_name.lower()), None)

@@ -1,0 +1,152 @@
+"""One model on one or many processes: gradients averaged (DDP), or everything sharded (FSDP2).
+
+What leaves here is always full tensors by parameter name, so a run may go on with another number of ranks or another
+strategy. Every function marked "collective" must be called by all ranks together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+Strategy = Literal["ddp", "fsdp"]
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is, and its device. world > 1 needs an initialised process group."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over ranks of a tensor; collective."""
+        if self.world > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value: Any) -> Any:
+        """Return the first rank's value on all ranks; collective."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that sharding, compiling and checkpointing work on: members of lists named `layers`."""
+    lists = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "layers"]
+    return [block for modules in lists for block in modules]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Make every block keep its input only and compute the rest again in the backward pass."""
+    for block in transformer_blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every block; they share their code. Packed rows differ from batch to batch, so shapes stay open."""
+    for block in transformer_blocks(model):
+        block.compile(dynamic=True)
+
+
+def spread(model: nn.Module, strategy: Strategy, ranks: Ranks, *, bf16: bool) -> nn.Module:
+    """Return the module whose forward pass runs over all ranks; `model` keeps the (maybe sharded) parameters.
+
+    ddp on one rank is the model itself. fsdp shards every block and the rest (FSDP2); on CUDA with bf16, blocks
+    gather their weights in bf16, gradients are summed in float32.
+    """
+    if strategy == "fsdp":
+        policy = MixedPrecisionPolicy()
+        if bf16 and ranks.device.type == "cuda":
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
+        for block in transformer_blocks(model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh)
+    if ranks.world == 1:
+        return model
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager:
+    """Return a context for one micro-batch: gradients travel between ranks only in the last one (`on`)."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(on)
+    elif isinstance(module, DistributedDataParallel) and not on:
+        return module.no_sync()
+    return nullcontext()
+
+
+def full_model(model: nn.Module) -> dict[str, Tensor]:
+    """Return all weights by name, whole, on the CPU; collective. Ranks other than the first get an empty dict."""
+    return _gather(dict(model.named_parameters()))
+
+
+def full_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return AdamW's state as exp_avg/NAME, exp_avg_sq/NAME and step/NAME, whole, on the CPU; collective."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        tensors |= {f"{key}/{name}": state[key] for key in (*_MOMENTS, "step")}
+    return _gather(tensors)
+
+
+def _gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    whole = {}
+    for name, tensor in tensors.items():
+        full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        if first:
+            whole[name] = full.to("cpu")
+    return whole
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put whole weights into a (maybe sharded) model; collective. Raises ValueError when names or shapes differ."""
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != weights.keys():
+        strangers = sorted(parameters.keys() ^ weights.keys())
+        raise ValueError(f"weights do not belong to this model: {len(strangers)} names differ, first {strangers[0]}")
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            raise ValueError(f"{name} is {tuple(parameter.shape)} here and {tuple(weights[name].shape)} in the weights")
+        parameter.copy_(_like(parameter, weights[name]))
+
+
+@torch.no_grad()
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the whole state that `full_optimizer` returned into a fresh optimizer of a (maybe sharded) model."""
+    for name, parameter in model.named_parameters():
+        state = {key: _like(parameter, tensors[f"{key}/{name}"]) for key in _MOMENTS}
+        step = tensors[f"step/{name}"].to(parameter.device)
+        optimizer.state[parameter] = {"step": step, **state}
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    value = value.to(device=parameter.device, dtype=parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value.clone()
