@@ -103,7 +103,7 @@ def patch_starts_numpy(entropies: np.ndarray, rule: PatchRule, *, chunk: int = 4
 
 
 class BoundaryState:
-    """The rule token by token, as generation needs it; all rows of a batch at once.
+    """The rule token by token, as generation needs it; all rows of a batch at once, or some at places of their own.
 
     last_gate: (B,) int64, position of the last gate of each row.
     """
@@ -111,22 +111,30 @@ class BoundaryState:
     def __init__(self, rule: PatchRule, rows: int, *, device: torch.device | str | None = None) -> None:
         self.rule = rule
         self.last_gate = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._fixed = rule.fixed_gates(0)
+        self._fixed = torch.zeros(0, dtype=torch.bool)
 
-    def step(self, position: int, entropies: Tensor) -> Tensor:
-        """Tell which rows begin a patch at `position`, given e_position (B,) float32 nats: (B,) bool.
+    def step(self, position: int | Tensor, entropies: Tensor, *, rows: Tensor | None = None) -> Tensor:
+        """Tell which rows begin a patch at `position`, given e_position (A,) float32 nats: (A,) bool.
 
-        Positions must come in order from 0; entropies at position 0 are ignored.
+        position: one for all rows, or (A,) int64, one a row. rows: (A,) int64, the rows meant (None: all). Positions
+        of a row must come in order from 0; entropies at position 0 are ignored.
         """
-        if position >= len(self._fixed):
-            self._fixed = self.rule.fixed_gates(2 * position + 2)
-        gate = torch.full_like(self.last_gate, bool(self._fixed[position]), dtype=torch.bool)
-        if self.rule.reads_entropies:
-            gate |= entropies > torch.tensor(self.rule.threshold, dtype=torch.float32)
-        self.last_gate = torch.where(gate, position, self.last_gate)
-        if self.rule.max_patch_length is None:
+        rule, device = self.rule, self.last_gate.device
+        if isinstance(position, int):
+            position = torch.full(entropies.shape, position, device=device)
+        if len(position) and int(position.max()) >= len(self._fixed):
+            self._fixed = torch.from_numpy(rule.fixed_gates(2 * int(position.max()) + 2)).to(device)
+        gate = self._fixed[position]
+        if rule.reads_entropies:
+            gate = gate | (entropies > torch.tensor(rule.threshold, dtype=torch.float32))
+        last_gate = torch.where(gate, position, self.last_gate if rows is None else self.last_gate[rows])
+        if rows is None:
+            self.last_gate = last_gate
+        else:
+            self.last_gate[rows] = last_gate
+        if rule.max_patch_length is None:
             return gate
-        return (position - self.last_gate) % self.rule.max_patch_length == 0
+        return (position - last_gate) % rule.max_patch_length == 0
 
 
 def lengths_from_starts(starts: np.ndarray) -> list[np.ndarray]:
