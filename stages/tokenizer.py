@@ -1,0 +1,242 @@
+"""Train the small VQ tokenizer, or import published LlamaGen weights; measure its reconstructions."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpar_core.checkpoint import Architecture, CheckpointStore
+from dpar_core.data_order import DataOrder, fixed_subset
+from dpar_core.files import atomic_path, save_weights, write_json
+from dpar_core.images import BadImage, center_crop
+from dpar_core.manifest import Row, read_manifest
+from dpar_core.optim import OptimSettings, adamw, learning_rate, set_learning_rate
+from dpar_core.pictures import labelled_grid, save_png
+from dpar_core.published import read_vq
+from dpar_core.tokenizer import VQ, VQConfig, to_float, to_uint8
+from stages import params as P
+from stages.data import ImageOpener
+from stages.tracker import Tracker
+
+CHECKPOINT_EVERY, LOG_EVERY, RESTART_EVERY = 100, 10, 5
+MEASURED_IMAGES, CACHED_IMAGES = 256, 20_000
+
+
+@dataclass(frozen=True)
+class Params:
+    seed: int
+    data: P.Data
+    tokenizer: P.Tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    manifest: Path
+
+
+@dataclass(frozen=True)
+class Outputs:
+    weights: Path
+    metrics: Path
+    picture: Path
+
+
+def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
+    """Make the tokenizer and say how well it reconstructs the validation images."""
+    manifest = read_manifest(inputs.manifest)
+    tracker.log_input("manifest", inputs.manifest, manifest.digest)
+    opener, settings = ImageOpener(manifest), params.tokenizer
+    config = VQConfig(
+        settings.codebook_size, settings.codebook_dim, settings.base_width, tuple(settings.channel_multipliers),
+        settings.z_channels, settings.residual_blocks, settings.commitment,
+    )  # fmt: skip
+    if settings.weights is None:
+        images = Images(manifest.split("train"), opener, params.data.image_size)
+        state = train(config, settings, images, tracker, seed=params.seed, device=device, work=work)
+    else:
+        state = read_vq(Path(settings.weights), expected=config)
+    model = VQ(config).to(device).eval()
+    model.load_state_dict(state)
+    rows = manifest.split("validation")
+    held_out = Images(rows, opener, params.data.image_size)
+    chosen = fixed_subset(len(rows), MEASURED_IMAGES)
+    metrics, originals, copies, usable = measure(model, held_out, chosen, device=device)
+    tracker.log_metrics(metrics)
+    by_class = _one_a_class([rows[index] for index in usable], manifest.classes)
+    titles = [manifest.classes[rows[usable[place]].label] for place in by_class]
+    picture = labelled_grid([originals[by_class], copies[by_class]], ["original", "decoded"], columns=titles, factor=2)
+    with atomic_path(outputs.picture) as temporary:
+        save_png(picture, temporary)
+    write_json(outputs.metrics, metrics)
+    meta = {"image_size": params.data.image_size, "imported": settings.weights is not None, "manifest": manifest.digest}
+    save_weights(outputs.weights, state, kind="vq", config=asdict(config), meta=meta)
+    tracker.log_picture(outputs.picture)
+
+
+class Images:
+    """Centre crops of manifest rows, decoded when first asked for; the newest 20,000 stay in memory."""
+
+    def __init__(self, rows: Sequence[Row], opener: ImageOpener, size: int) -> None:
+        self.rows, self.opener, self.size = rows, opener, size
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return (size, size, 3) uint8. Raises BadImage."""
+        if index not in self._kept:
+            self._kept[index] = center_crop(self.opener(self.rows[index]), self.size)
+            if len(self._kept) > CACHED_IMAGES:
+                self._kept.popitem(last=False)
+        return self._kept[index]
+
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+        """Return (n, size, size, 3) uint8; an unreadable image is replaced by the next readable one."""
+        return np.stack([self._readable(int(i))[:, :: -1 if m else 1] for i, m in zip(indices, mirrored)])
+
+    def _readable(self, index: int) -> np.ndarray:
+        for offset in range(100):
+            try:
+                return self[(index + offset) % len(self)]
+            except BadImage:
+                continue
+        raise ValueError(f"100 images in a row from {self.rows[index].source} cannot be read: check data.train")
+
+
+def train(
+    config: VQConfig, settings: P.Tokenizer, images: Images, tracker: Tracker, *, seed: int, device: str, work: Path
+) -> dict[str, Tensor]:
+    """Train a tokenizer on L1 distance plus the quantizer's loss and return its weights.
+
+    Codes that no latent chose for a few steps restart from latents of the current batch during the first
+    `restart_steps`. Continues from the newest checkpoint in `work`. Raises RuntimeError when a loss is not finite.
+    """
+    torch.manual_seed(seed)
+    model = VQ(config).to(device).train()
+    optim = OptimSettings(settings.lr, "cosine", min(20, settings.steps // 10), (0.9, 0.95), 1e-8, 0.0, 0.0)
+    optimizer = adamw(model.named_parameters(), optim)
+    store = CheckpointStore(work / "checkpoints", Architecture("vq", _jsonable(config)), keep_last=2)
+    used = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)
+    first = 0
+    if (found := store.newest()) is not None:
+        first = found.step
+        model.load_state_dict(found.model())
+        _load_optimizer(model, optimizer, found.optimizer())
+        used = found.optimizer()["used"].to(device)
+    order = DataOrder(images=len(images), views=2, batch_size=settings.batch_size, seed=seed)
+    bar = tracker.progress(settings.steps, "tokenizer", done=first, unit="steps")
+    with bar as progress:
+        for step in range(first, settings.steps):
+            set_learning_rate(optimizer, learning_rate(optim, step, steps=settings.steps))
+            picks = order.batch(step)
+            batch = to_float(torch.from_numpy(images.batch(picks.indices, picks.views)).to(device))
+            if step < settings.restart_steps and step % RESTART_EVERY == 0:
+                _restart_dead_codes(model, optimizer, batch, used, seed=seed, step=step)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                out = model(batch)
+                distance = F.l1_loss(out.images.float(), batch)
+                loss = distance + out.loss
+            if not torch.isfinite(loss):
+                raise RuntimeError(
+                    f"tokenizer training stopped at step {step + 1}: its loss is {loss.item()}; lower tokenizer.lr or set "
+                    "tokenizer.precision: fp32, then run again"
+                )
+            used += torch.bincount(out.codes.flatten(), minlength=config.codebook_size)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            done = step + 1
+            if done % LOG_EVERY == 0:
+                tracker.log_metrics({"train/loss": loss.item(), "train/l1": distance.item()}, step=done)
+            if done % CHECKPOINT_EVERY == 0 and done < settings.steps:
+                tensors = {**_optimizer_tensors(model, optimizer), "used": used}
+                store.save(done, model=model.state_dict(), optimizer=tensors, state={})
+            progress.advance(1, loss=loss.item())
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _jsonable(config: VQConfig) -> dict:
+    return {**asdict(config), "channel_multipliers": list(config.channel_multipliers)}
+
+
+@torch.no_grad()
+def _restart_dead_codes(
+    model: VQ, optimizer: torch.optim.Optimizer, batch: Tensor, used: Tensor, *, seed: int, step: int
+) -> None:
+    """Put codes that no latent chose since the last time onto random latents of this batch (all of them at step 0)."""
+    latents = F.normalize(model.latents(batch).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+    dead = torch.nonzero(used == 0).flatten() if step else torch.arange(len(used), device=used.device)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    draw = torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)
+    table = model.quantize.embedding.weight
+    table[dead] = latents[draw] * table.norm(dim=1).mean() if step else latents[draw]
+    for moment in optimizer.state.get(table, {}).values():
+        if moment.shape == table.shape:
+            moment[dead] = 0
+    used.zero_()
+
+
+def _optimizer_tensors(model: VQ, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    return {f"{key}/{name}": value for name, state in states.items() for key, value in state.items()}
+
+
+def _load_optimizer(model: VQ, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
+
+
+@torch.inference_mode()
+def measure(
+    model: VQ, images: Images, chosen: np.ndarray, *, device: str
+) -> tuple[dict[str, float], np.ndarray, np.ndarray, list[int]]:
+    """Reconstruct images and measure PSNR, SSIM and how the codebook is used.
+
+    Returns metrics, originals and reconstructions (n, size, size, 3) uint8, and which of `chosen` could be read.
+    """
+    from skimage.metrics import structural_similarity
+
+    usable, originals = [], []
+    for index in chosen:
+        try:
+            originals.append(images[int(index)])
+            usable.append(int(index))
+        except BadImage:
+            continue
+    if not usable:
+        raise ValueError("no validation image can be read: check data.validation")
+    stack = np.stack(originals)
+    copies, codes = [], []
+    for part in torch.from_numpy(stack).split(32):
+        grid = model.encode(to_float(part.to(device)))
+        codes.append(grid.flatten().cpu())
+        copies.append(to_uint8(model.decode(grid)).cpu().numpy())
+    decoded = np.concatenate(copies)
+    error = ((stack.astype(np.float64) - decoded) ** 2).mean(axis=(1, 2, 3))
+    similarity = [structural_similarity(a, b, channel_axis=2) for a, b in zip(stack, decoded)]
+    counts = torch.bincount(torch.cat(codes), minlength=model.config.codebook_size).double()
+    share = counts[counts > 0] / counts.sum()
+    metrics = {
+        "tokenizer/psnr_db": float((10 * np.log10(255.0**2 / np.maximum(error, 1e-10))).mean()),
+        "tokenizer/ssim": float(np.mean(similarity)),
+        "tokenizer/codes_used": int((counts > 0).sum()),
+        "tokenizer/codebook_use": float((counts > 0).double().mean()),
+        "tokenizer/perplexity": float((-(share * share.log()).sum()).exp()),
+    }
+    return metrics, stack, decoded, usable
+
+
+def _one_a_class(rows: list[Row], classes: Sequence[str], most: int = 12) -> np.ndarray:
+    first = {}
+    for place, row in enumerate(rows):
+        first.setdefault(row.label, place)
+    return np.array([first[label] for label in sorted(first)][:most])
