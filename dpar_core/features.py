@@ -1,0 +1,151 @@
+"""Networks whose features images are compared by: Inception or DINOv2 from a TorchScript file, and the demo classifier.
+
+Shapes: n images (n, height, width, 3) uint8; d pooled features, c classes, s flattened spatial features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpar_core.files import load_weights, sha256_file
+
+# The StyleGAN team's TorchScript export of the Inception network that FID is defined on. Its digest could not be checked
+# here, as the file is not part of this project: a file that differs is used, but named by its own digest in every score.
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+SFID_CHANNELS = 7
+
+
+class Features(NamedTuple):
+    """pool: (n, d) float32; probabilities: (n, c) float32, or None; spatial: (n, s) float32, or None."""
+
+    pool: np.ndarray
+    probabilities: np.ndarray | None
+    spatial: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A feature network with the names its scores carry. name: "demo", "inception", "dinov2"; digest: of its weights."""
+
+    name: str
+    digest: str
+    compute: Callable[[Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
+    device: str
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, *, batch_size: int = 64, done: Callable[[int], None] | None = None) -> Features:
+        """Return the features of images (n, h, w, 3) uint8. Raises ValueError for another dtype or shape."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images must be (n, height, width, 3) uint8; got {images.dtype} {images.shape}")
+        columns: list[list[np.ndarray]] = [[], [], []]
+        for first in range(0, len(images), batch_size):
+            batch = torch.from_numpy(np.ascontiguousarray(images[first : first + batch_size])).to(self.device)
+            for column, part in zip(columns, self.compute(batch.permute(0, 3, 1, 2).float())):
+                if part is not None:
+                    column.append(part.float().cpu().numpy())
+            if done is not None:
+                done(len(batch))
+        return Features(*(np.concatenate(column) if column else None for column in columns))
+
+
+class DemoClassifier(nn.Module):
+    """A small residual-free CNN that tells the demo's photographs apart; its pooled features are what fd_demo compares.
+
+    Input (n, 3, S, S) float 0..255. `features` returns (n, 64) pooled and (n, 7 * 8 * 8) spatial features.
+    """
+
+    WIDTHS = (16, 32, 64, 64)
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        widths = (3, *self.WIDTHS)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in self.WIDTHS)
+        self.output = nn.Linear(self.WIDTHS[-1], num_classes)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images / 127.5 - 1
+        spatial = x
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.silu(norm(conv(x)))
+            if conv is self.convs[2]:
+                spatial = F.adaptive_avg_pool2d(x[:, :SFID_CHANNELS], 8).flatten(1)
+        return x.mean(dim=(2, 3)), spatial
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return class logits (n, classes)."""
+        return self.output(self.features(images)[0])
+
+
+def demo_network(path: Path, device: str) -> FeatureNetwork:
+    """Return the demo classifier as a feature network. Raises ValueError or FileNotFoundError."""
+    weights = load_weights(path, kind="demo_classifier")
+    model = DemoClassifier(weights.config["num_classes"]).to(device).eval()
+    model.load_state_dict(weights.state)
+
+    def compute(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pool, spatial = model.features(images)
+        return pool, model.output(pool).softmax(dim=1), spatial
+
+    return FeatureNetwork("demo", weights.digest, compute, device)
+
+
+def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
+    """Load a TorchScript file. Raises FileNotFoundError or ValueError with the way out."""
+    if not path.exists():
+        raise FileNotFoundError(f"no feature network at {path}: put the file there, for inception from {INCEPTION_URL}")
+    try:
+        return torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no TorchScript file ({str(error).splitlines()[0]}): fetch it again") from None
+
+
+def inception_network(path: Path, device: str) -> FeatureNetwork:
+    """Return the Inception TorchScript as a feature network.
+
+    Interface: called with (n, 3, h, w) float 0..255 and return_features=True it gives (n, 2048) pooled features; its
+    member `output` maps those to class scores without bias, as IS is defined. The spatial features of sFID need the
+    17 x 17 map of its mixed_6 block, which a script module does not hand out, so they are there only where the module
+    has a method `spatial`. What could not be checked without the real file: its digest, and that these names hold.
+    """
+    model = load_script(path, device)
+    weight = dict(model.named_parameters()).get("output.weight", dict(model.named_buffers()).get("output.weight"))
+    if weight is None:
+        raise ValueError(f"{path} has no output.weight: it is not the StyleGAN export of Inception")
+
+    def compute(images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        pool = model(images, return_features=True)
+        spatial = model.spatial(images)[:, :SFID_CHANNELS].flatten(1) if hasattr(model, "spatial") else None
+        return pool, (pool @ weight.T).softmax(dim=1), spatial
+
+    return FeatureNetwork("inception", sha256_file(path)[:16], compute, device)
+
+
+def dinov2_network(path: Path, device: str) -> FeatureNetwork:
+    """Return a DINOv2 TorchScript as a feature network: input normalised and resized to 224, output (n, d) features."""
+    model = load_script(path, device)
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
+    deviation = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
+
+    def compute(images: Tensor) -> tuple[Tensor, None, None]:
+        resized = F.interpolate(images, size=(224, 224), mode="bicubic", antialias=True, align_corners=False)
+        return model((resized.clamp(0, 255) / 255 - mean) / deviation), None, None
+
+    return FeatureNetwork("dinov2", sha256_file(path)[:16], compute, device)
+
+
+def feature_network(name: str, path: Path, device: str) -> FeatureNetwork:
+    """Return the network of a name. Raises ValueError for another name."""
+    makers = {"demo": demo_network, "inception": inception_network, "dinov2": dinov2_network}
+    if name not in makers:
+        raise ValueError(f"features must be one of {', '.join(makers)}; got {name!r}")
+    return makers[name](Path(path), device)

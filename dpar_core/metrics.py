@@ -1,0 +1,183 @@
+"""Distances between image sets as the ADM evaluator defines them, on features that a network has computed.
+
+Shapes: n images, d feature dimensions, c classes. Means and covariances are float64 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+CHUNK_BYTES = 256 << 20  # distance matrices are made in pieces of at most this size
+
+
+class ScoreError(ValueError):
+    """Features that no score can be computed from; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class FeatureMoments:
+    """Mean (d,) and covariance (d, d) float64, divisor n - 1, of n features; `merge` joins those of several workers."""
+
+    count: int
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @staticmethod
+    def of(features: np.ndarray) -> FeatureMoments:
+        """Compute the moments of features (n, d). Raises ScoreError for fewer than two, or values that are not finite."""
+        features = np.asarray(features, dtype=np.float64)
+        if features.ndim != 2 or len(features) < 2:
+            raise ScoreError(f"moments need at least two features of one dimension each, got an array {features.shape}")
+        if not np.isfinite(features).all():
+            bad = int((~np.isfinite(features)).any(axis=1).sum())
+            raise ScoreError(f"{bad} of {len(features)} features are not finite: check the images and the feature network")
+        mean = features.mean(axis=0)
+        centred = features - mean
+        return FeatureMoments(len(features), mean, centred.T @ centred / (len(features) - 1))
+
+    def merge(self, other: FeatureMoments) -> FeatureMoments:
+        """Return the moments of both sets together (Chan, Golub and LeVeque's update)."""
+        count = self.count + other.count
+        difference = other.mean - self.mean
+        scatter = self.covariance * (self.count - 1) + other.covariance * (other.count - 1)
+        scatter += np.outer(difference, difference) * (self.count * other.count / count)
+        return FeatureMoments(count, self.mean + difference * (other.count / count), scatter / (count - 1))
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), by symmetric eigenvalues: it cannot turn complex.
+
+    tr (S1 S2)^1/2 is the sum of the singular values of S1^1/2 S2^1/2; covariances may be singular.
+    mu: (d,), sigma: (d, d) symmetric. Raises ScoreError for shapes that do not fit, values that are not finite, or a
+    matrix that is no covariance.
+    """
+    mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
+    sigma1, sigma2 = np.asarray(sigma1, np.float64), np.asarray(sigma2, np.float64)
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (len(mu1), len(mu1)):
+        shapes = f"means {mu1.shape} and {mu2.shape}, covariances {sigma1.shape} and {sigma2.shape}"
+        raise ScoreError(f"statistics do not fit each other: {shapes}")
+    cross = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()
+    difference = mu1 - mu2
+    return float(max(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * cross, 0.0))
+
+
+def _root(sigma: np.ndarray) -> np.ndarray:
+    if not np.isfinite(sigma).all():
+        raise ScoreError("a covariance is not finite: check the images and the feature network")
+    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
+    if values[0] < -1e-6 * max(values[-1], 1e-12):
+        raise ScoreError(f"a matrix is no covariance: its eigenvalues reach from {values[0]:.3g} to {values[-1]:.3g}")
+    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+def inception_score(probabilities: np.ndarray, *, splits: int | None = None, split_size: int = 5000) -> float:
+    """Return exp of the mean KL of the rows against their mean, averaged over splits.
+
+    probabilities: (n, c), rows sum to 1. splits: that many parts, or None: parts of `split_size` rows.
+    """
+    p = np.asarray(probabilities, np.float64)
+    if not np.isfinite(p).all() or len(p) < 1:
+        raise ScoreError("class probabilities are missing or not finite: check the images and the feature network")
+    size = split_size if splits is None else -(-len(p) // splits)
+    scores = []
+    for first in range(0, len(p), size):
+        part = p[first : first + size]
+        ratio = np.log(np.maximum(part, 1e-300)) - np.log(np.maximum(part.mean(axis=0), 1e-300))
+        scores.append(np.exp((part * ratio).sum(axis=1).mean()))
+    return float(np.mean(scores))
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(n, d), (m, d) float32 -> (n, m) float32, not below zero."""
+    squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None]
+    return np.maximum(squares - 2 * (a @ b.T), 0)
+
+
+def _rows_at_a_time(columns: int) -> int:
+    return max(CHUNK_BYTES // (4 * max(columns, 1)), 1)
+
+
+def nearest_radii(features: np.ndarray, k: int) -> np.ndarray:
+    """Return each feature's squared distance to its k-th nearest other feature: (n, d) float32 -> (n,) float32."""
+    if len(features) <= k:
+        raise ScoreError(f"the {k}-th nearest neighbour needs more than {k} features, got {len(features)}")
+    step = _rows_at_a_time(len(features))
+    parts = [features[first : first + step] for first in range(0, len(features), step)]
+    # The feature itself is among its neighbours at distance 0, hence place k and not k - 1.
+    return np.concatenate([np.partition(_squared_distances(part, features), k, axis=1)[:, k] for part in parts])
+
+
+def _share_inside(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    step = _rows_at_a_time(len(centres))
+    parts = [points[first : first + step] for first in range(0, len(points), step)]
+    return np.concatenate([(_squared_distances(part, centres) <= radii).any(axis=1) for part in parts])
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares in 0..1."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(reference: np.ndarray, generated: np.ndarray, *, k: int = 3) -> PrecisionRecall:
+    """Return how much of each set lies inside the other's manifold (Kynkaanniemi et al. 2019, as ADM computes it).
+
+    reference: (n, d), generated: (m, d). A point is inside when it is within any feature's ball, whose radius is the
+    distance to that feature's k-th nearest neighbour of its own set. Memory is bounded whatever n and m are.
+    """
+    reference, generated = (np.ascontiguousarray(x, np.float32) for x in (reference, generated))
+    if not np.isfinite(reference).all() or not np.isfinite(generated).all():
+        raise ScoreError("features are not finite: check the images and the feature network")
+    inside = _share_inside(generated, reference, nearest_radii(reference, k))
+    found = _share_inside(reference, generated, nearest_radii(generated, k))
+    return PrecisionRecall(float(inside.mean()), float(found.mean()))
+
+
+def kernel_distance(
+    reference: np.ndarray, generated: np.ndarray, *, subsets: int = 50, size: int = 1000, seed: int = 0
+) -> float:
+    """Return KID: the unbiased squared MMD with kernel (x y / d + 1)^3, averaged over random subsets of `size`."""
+    reference, generated = np.asarray(reference, np.float64), np.asarray(generated, np.float64)
+    size = min(size, len(reference), len(generated))
+    if size < 2:
+        raise ScoreError(f"KID needs at least two images of each side, got {len(reference)} and {len(generated)}")
+    rng = np.random.default_rng(seed)
+    total = 0.0
+    for _ in range(subsets):
+        x = reference[rng.choice(len(reference), size, replace=False)]
+        y = generated[rng.choice(len(generated), size, replace=False)]
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
+        total += within - 2 * xy.mean()
+    return float(total / subsets)
+
+
+class Interval(NamedTuple):
+    """Ends of a 95 % interval."""
+
+    low: float
+    high: float
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], dict[str, float]], count: int, *, resamples: int, seed: int = 0
+) -> dict[str, Interval]:
+    """Return 95 % intervals of statistics of `count` images under resampling with replacement.
+
+    statistic: maps indices (count,) to named numbers. The interval is centred on the value of the full set (basic
+    bootstrap of the spread), as resampled sets are farther from any reference than the set itself.
+    """
+    rng = np.random.default_rng(seed)
+    centre = statistic(np.arange(count))
+    draws = [statistic(rng.integers(0, count, count)) for _ in range(resamples)]
+    intervals = {}
+    for name, value in centre.items():
+        values = np.array([draw[name] for draw in draws])
+        spread = np.percentile(values - values.mean(), [2.5, 97.5])
+        intervals[name] = Interval(float(value + spread[0]), float(value + spread[1]))
+    return intervals

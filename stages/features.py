@@ -1,0 +1,84 @@
+"""Train the demo's feature network: a classifier of the training crops, used where no Inception file is at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dpar_core.data_order import DataOrder
+from dpar_core.features import DemoClassifier
+from dpar_core.files import save_weights, write_json
+from dpar_core.manifest import read_manifest
+from stages import params as P
+from stages.data import ImageOpener
+from stages.tokenizer import Images
+from stages.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Params:
+    seed: int
+    data: P.Data
+    score: P.Score
+
+
+@dataclass(frozen=True)
+class Inputs:
+    manifest: Path
+
+
+@dataclass(frozen=True)
+class Outputs:
+    weights: Path
+    metrics: Path
+
+
+def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
+    """Train the classifier (seconds, so an interrupted run starts it anew) and measure its accuracy."""
+    manifest = read_manifest(inputs.manifest)
+    tracker.log_input("manifest", inputs.manifest, manifest.digest)
+    settings, size = params.score.demo_classifier, params.data.image_size
+    opener = ImageOpener(manifest)
+    torch.manual_seed(params.seed)
+    model = DemoClassifier(len(manifest.classes)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
+    rows = manifest.split("train")
+    images, labels = Images(rows, opener, size), np.array([row.label for row in rows])
+    order = DataOrder(images=len(rows), views=2, batch_size=settings.batch_size, seed=params.seed)
+    with tracker.progress(settings.steps, "features", unit="steps") as progress:
+        for step in range(settings.steps):
+            picks = order.batch(step)
+            batch = torch.from_numpy(images.batch(picks.indices, picks.views)).to(device).permute(0, 3, 1, 2).float()
+            loss = F.cross_entropy(model(batch), torch.from_numpy(labels[picks.indices]).to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            progress.advance(1, loss=loss.item())
+            if (step + 1) % 20 == 0:
+                tracker.log_metrics({"train/loss": loss.item()}, step=step + 1)
+    metrics = {
+        f"features/{split}_accuracy": _accuracy(model, manifest.split(split)[:1000], opener, size, device=device)
+        for split in ("train", "validation")
+    }
+    tracker.log_metrics(metrics)
+    write_json(outputs.metrics, metrics)
+    meta = {"manifest": manifest.digest, "image_size": size}
+    save_weights(
+        outputs.weights, model.state_dict(), kind="demo_classifier", config={"num_classes": len(manifest.classes)}, meta=meta
+    )
+
+
+@torch.inference_mode()
+def _accuracy(model: DemoClassifier, rows, opener: ImageOpener, size: int, *, device: str) -> float:
+    model.eval()
+    images, right = Images(rows, opener, size), 0
+    for first in range(0, len(rows), 64):
+        indices = np.arange(first, min(first + 64, len(rows)))
+        batch = torch.from_numpy(images.batch(indices, np.zeros(len(indices)))).to(device).permute(0, 3, 1, 2).float()
+        labels = torch.tensor([rows[i].label for i in indices], device=device)
+        right += int((model(batch).argmax(dim=1) == labels).sum())
+    return right / len(rows)
