@@ -78,7 +78,7 @@ class Tokenizer(Section):
     steps: Count
     batch_size: Count
     lr: Positive
-    restart_steps: OrZero
+    warmup_steps: OrZero
     precision: Literal["fp32", "bf16"]
 
     @property
@@ -369,8 +369,8 @@ def _tokenizer_contradictions(tokenizer: Tokenizer) -> Iterator[str]:
                 "the groups of GroupNorm"
             )
             break
-    if tokenizer.restart_steps > tokenizer.steps:
-        yield f"`tokenizer.restart_steps` {tokenizer.restart_steps} lies beyond `tokenizer.steps` {tokenizer.steps}"
+    if tokenizer.warmup_steps >= tokenizer.steps:
+        yield f"`tokenizer.warmup_steps` {tokenizer.warmup_steps} leaves no step of `tokenizer.steps` {tokenizer.steps}"
 
 
 def _heads(name: str, width: int, heads: int, *, multiple: int, why: str) -> Iterator[str]:

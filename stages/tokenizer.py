@@ -20,12 +20,12 @@ from dpar_core.manifest import Row, read_manifest
 from dpar_core.optim import OptimSettings, adamw, learning_rate, set_learning_rate
 from dpar_core.pictures import labelled_grid, save_png
 from dpar_core.published import read_vq
-from dpar_core.tokenizer import VQ, VQConfig, to_float, to_uint8
+from dpar_core.tokenizer import VQ, Reconstruction, VQConfig, to_float, to_uint8
 from stages import params as P
 from stages.data import ImageOpener
 from stages.tracker import Tracker
 
-CHECKPOINT_EVERY, LOG_EVERY, RESTART_EVERY = 100, 10, 5
+CHECKPOINT_EVERY, LOG_EVERY, RESTART_EVERY = 100, 10, 20
 MEASURED_IMAGES, CACHED_IMAGES = 256, 20_000
 
 
@@ -116,8 +116,10 @@ def train(
 ) -> dict[str, Tensor]:
     """Train a tokenizer on L1 distance plus the quantizer's loss and return its weights.
 
-    Codes that no latent chose for a few steps restart from latents of the current batch during the first
-    `restart_steps`. Continues from the newest checkpoint in `work`. Raises RuntimeError when a loss is not finite.
+    During the first `warmup_steps` the decoder sees latents as they are, on the sphere but not quantized; then the
+    codebook is placed by k-means on latents, and codes that no latent chose for a while restart from latents of the
+    current batch, until three quarters of the steps. Continues from the newest checkpoint in `work`. Raises
+    RuntimeError when a loss is not finite.
     """
     torch.manual_seed(seed)
     model = VQ(config).to(device).train()
@@ -138,10 +140,13 @@ def train(
             set_learning_rate(optimizer, learning_rate(optim, step, steps=settings.steps))
             picks = order.batch(step)
             batch = to_float(torch.from_numpy(images.batch(picks.indices, picks.views)).to(device))
-            if step < settings.restart_steps and step % RESTART_EVERY == 0:
+            quantize = step >= settings.warmup_steps
+            if step == settings.warmup_steps:
+                _place_codes(model, images, order, step, device=device)
+            elif quantize and step % RESTART_EVERY == 0 and step < 0.75 * settings.steps:
                 _restart_dead_codes(model, optimizer, batch, used, seed=seed, step=step)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                out = model(batch)
+                out = model(batch) if quantize else _continuous(model, batch)
                 distance = F.l1_loss(out.images.float(), batch)
                 loss = distance + out.loss
             if not torch.isfinite(loss):
@@ -167,17 +172,49 @@ def _jsonable(config: VQConfig) -> dict:
     return {**asdict(config), "channel_multipliers": list(config.channel_multipliers)}
 
 
+def _continuous(model: VQ, batch: Tensor) -> Reconstruction:
+    """Run the tokenizer without its quantizer."""
+    latents = F.normalize(model.latents(batch).float(), dim=1)
+    no_codes = torch.zeros(0, dtype=torch.int64, device=batch.device)
+    return Reconstruction(model.decoder(model.post_quant_conv(latents)), no_codes, latents.new_zeros(()))
+
+
+@torch.no_grad()
+def _latents(model: VQ, batch: Tensor) -> Tensor:
+    """Return all latents of a batch on the sphere: (n, c)."""
+    return F.normalize(model.latents(batch).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@torch.no_grad()
+def _place_codes(model: VQ, images: Images, order: DataOrder, step: int, *, device: str) -> None:
+    """Put the codebook where latents are: spherical k-means over enough batches for 16 latents a code."""
+    table, pool, count = model.quantize.embedding.weight, [], 0
+    for number in range(64):
+        picks = order.batch(step + number)
+        batch = to_float(torch.from_numpy(images.batch(picks.indices, picks.views)).to(device))
+        pool.append(_latents(model, batch))
+        count += len(pool[-1])
+        if count >= 16 * len(table):
+            break
+    latents = torch.cat(pool)
+    centres = latents[torch.linspace(0, len(latents) - 1, len(table)).long().to(latents.device)].clone()
+    for _ in range(10):
+        nearest = (latents @ centres.T).argmax(dim=1)
+        sums = torch.zeros_like(centres).index_add(0, nearest, latents)
+        taken = torch.bincount(nearest, minlength=len(centres)) > 0
+        centres = torch.where(taken[:, None], F.normalize(sums, dim=1), centres)
+    table.copy_(centres)
+
+
 @torch.no_grad()
 def _restart_dead_codes(
     model: VQ, optimizer: torch.optim.Optimizer, batch: Tensor, used: Tensor, *, seed: int, step: int
 ) -> None:
-    """Put codes that no latent chose since the last time onto random latents of this batch (all of them at step 0)."""
-    latents = F.normalize(model.latents(batch).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-    dead = torch.nonzero(used == 0).flatten() if step else torch.arange(len(used), device=used.device)
+    """Put codes that no latent chose since the last time onto random latents of this batch."""
+    latents, dead = _latents(model, batch), torch.nonzero(used == 0).flatten()
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    draw = torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)
     table = model.quantize.embedding.weight
-    table[dead] = latents[draw] * table.norm(dim=1).mean() if step else latents[draw]
+    table[dead] = latents[torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)]
     for moment in optimizer.state.get(table, {}).values():
         if moment.shape == table.shape:
             moment[dead] = 0
@@ -185,14 +222,15 @@ def _restart_dead_codes(
 
 
 def _optimizer_tensors(model: VQ, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
     return {f"{key}/{name}": value for name, state in states.items() for key, value in state.items()}
 
 
 def _load_optimizer(model: VQ, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
+        if f"step/{name}" in tensors:  # the codebook has no moments yet while latents are not quantized
+            optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
 
 
 @torch.inference_mode()

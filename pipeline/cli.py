@@ -1,0 +1,207 @@
+"""dpar-cli: the commands. Nothing heavy is imported before a command runs, so help is there at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="dpar-cli",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Dynamic patchification for autoregressive image generation (DPAR), as one reproducible workflow.\n\n"
+    "Begin with `dpar-cli run`: it makes everything from the built-in photographs to the report. "
+    "Then open artifacts/report/index.html, or compare runs with `dpar-cli ui`.",
+)
+params_app = typer.Typer(no_args_is_help=True, help="Look at params.yaml, check it, or take a preset of params/.")
+app.add_typer(params_app, name="params")
+
+PARAMS = Path("params.yaml")
+ParamsFile = Annotated[Path, typer.Option("--params", help="Params file to read.")]
+
+
+@app.command()
+def stage(name: Annotated[str, typer.Argument(help="Stage of dvc.yaml, as data, tokenizer or train_dpar.")]) -> None:
+    """Run one stage, as `dvc repro` does.
+
+    Reads params.yaml and the artifacts of earlier stages; writes the stage's outputs under artifacts/ (dvc.yaml lists
+    them). Long work goes on where an interrupted run stopped. To go on: `dvc repro`, which runs what is out of date.
+    """
+    from pipeline.stage_runner import run_stage
+
+    run_stage(name, root=_root(), params_file=PARAMS)
+
+
+@app.command()
+def run(
+    targets: Annotated[list[str] | None, typer.Argument(help="Stages to bring up to date; all when left out.")] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Run stages that are up to date as well.")] = False,
+) -> None:
+    """Bring the whole workflow up to date, and say what to look at.
+
+    Checks params.yaml, then runs `dvc repro` on the stages named. Writes artifacts/ and the MLflow store. Example:
+    `dpar-cli run score_dpar`. An interrupted run goes on when it is started again.
+    """
+    import subprocess
+
+    from stages.params import load_params
+
+    load_params(PARAMS)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *(targets or [])]
+    result = subprocess.run(command, env=environment, check=False)
+    if result.returncode:
+        raise SystemExit(result.returncode)
+    report = _root() / "artifacts" / "report" / "index.html"
+    if report.exists():
+        print(f"\nreport          {report.resolve().as_uri()}")
+    print("numbers         dvc metrics show\ncompare runs    dpar-cli ui")
+    print("your own image  dpar-cli patches IMAGE --out overlay.png")
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on the loopback address.")] = 5000,
+) -> None:
+    """Serve the MLflow pages that compare runs, on 127.0.0.1 only. Reads the store; stop with Ctrl-C."""
+    from pipeline.tracking import connect, tracking_uri
+
+    connect(_root())
+    uri = tracking_uri(_root())
+    print(f"MLflow on http://127.0.0.1:{port} (store {uri}); Ctrl-C stops it")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, [*command, "--backend-store-uri", uri])
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder in the format of tests/golden.")] = Path("tests/golden"),
+) -> None:
+    """Compare our networks and metrics with recorded outputs of the published code.
+
+    Reads .npz and .safetensors of the folder; prints the largest difference and the tolerance of every case. Exit 1 when
+    one fails.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from dpar_core.verify import verify_folder
+
+    table = Table("case", "largest difference", "tolerance", "verdict")
+    cases = verify_folder(folder)
+    for case in cases:
+        verdict = "[green]agrees[/]" if case.passed else "[red]differs[/]"
+        table.add_row(case.name, f"{case.difference:.3g}", f"{case.tolerance:.3g}", verdict)
+    Console(width=100).print(table)
+    failed = sum(not case.passed for case in cases)
+    print(f"{len(cases) - failed} of {len(cases)} cases agree")
+    if failed:
+        raise SystemExit(1)
+
+
+@app.command()
+def patches(
+    image: Annotated[Path, typer.Argument(help="Any image file.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("patches.png"),
+) -> None:
+    """Show an image's entropy map and patches with the trained models.
+
+    Reads the image, the tokenizer, the entropy model and the patch rule under artifacts/ (made by `dpar-cli run`);
+    writes one PNG: image, entropies in nats, patch borders.
+    """
+    from pipeline.patch_picture import draw_patches
+
+    print(draw_patches(image, out, artifacts=_root() / "artifacts"))
+
+
+@app.command()
+def sample(
+    classes: Annotated[str, typer.Option(help="Class ids or names, separated by commas.")],
+    seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i alone.")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
+    model: Annotated[str, typer.Option(help="dpar or llamagen.")] = "dpar",
+    count: Annotated[int, typer.Option(help="Images a class.")] = 4,
+    cfg_scale: Annotated[float | None, typer.Option(help="Guidance; params.yaml's when left out.")] = None,
+    borders: Annotated[bool, typer.Option("--borders", help="Draw patch borders.")] = False,
+    given: Annotated[Path | None, typer.Option(help="Image whose first rows are kept and continued downwards.")] = None,
+    keep_rows: Annotated[int, typer.Option(help="Token rows of --given to keep.")] = 0,
+) -> None:
+    """Draw a few pictures with the trained models.
+
+    Reads the models under artifacts/ and the sample section of params.yaml; writes one PNG. Example:
+    `dpar-cli sample --classes 1,2,3 --seed 7 --out grid.png`.
+    """
+    from pipeline.sample_commands import draw_samples
+
+    print(draw_samples(
+        classes, seed, out, model=model, count=count, cfg_scale=cfg_scale, borders=borders, given=given,
+        keep_rows=keep_rows, root=_root(), params_file=PARAMS,
+    ))  # fmt: skip
+
+
+@params_app.command("show")
+def params_show(name: Annotated[str | None, typer.Argument(help="A preset; params.yaml when left out.")] = None) -> None:
+    """Print a preset, or params.yaml, with every value and its unit."""
+    from pipeline.presets import preset_file
+
+    print((preset_file(_root(), name) if name else PARAMS).read_text(), end="")
+
+
+@params_app.command("use")
+def params_use(
+    name: Annotated[str, typer.Argument(help="Name of a preset in params/.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that is no preset.")] = False,
+) -> None:
+    """Write a preset to params.yaml.
+
+    A params.yaml that you have changed is kept as params.yaml.bak. To go on: `dpar-cli run`.
+    """
+    from pipeline.presets import use_preset
+
+    print(use_preset(_root(), name, force=force))
+
+
+@params_app.command("check")
+def params_check(params: ParamsFile = PARAMS) -> None:
+    """Say everything that is wrong with params.yaml, a sentence each; exit 1 when something is."""
+    from stages.params import load_params
+
+    load_params(params)
+    print(f"{params} is valid")
+
+
+@params_app.command("list")
+def params_list() -> None:
+    """List the presets."""
+    from pipeline.presets import preset_names
+
+    print("\n".join(preset_names(_root())))
+
+
+def _root() -> Path:
+    """The project's folder: where params.yaml and dvc.yaml are."""
+    here = Path.cwd()
+    if not (here / "dvc.yaml").exists():
+        raise FileNotFoundError(f"no dvc.yaml in {here}: go to the project's folder first")
+    return here
+
+
+def main() -> None:
+    """Run a command; what users can mend gets one sentence and exit 1, Ctrl-C exit 130."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("DPAR_DEBUG") == "1":
+            raise
+        colour, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+        print(f"{colour}{error}{end}\n(DPAR_DEBUG=1 shows where this was raised)", file=sys.stderr)
+        raise SystemExit(1) from None

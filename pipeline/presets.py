@@ -1,0 +1,42 @@
+"""The presets in params/, and how one becomes params.yaml."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from pathlib import Path
+
+from dpar_core.files import atomic_write
+from stages.params import load_params
+
+
+def preset_names(root: Path) -> list[str]:
+    """Return the names of all presets, sorted."""
+    return sorted(file.stem for file in (root / "params").glob("*.yaml"))
+
+
+def preset_file(root: Path, name: str) -> Path:
+    """Return the file of a preset. Raises ValueError with the nearest names."""
+    file = root / "params" / f"{name}.yaml"
+    if file.exists():
+        return file
+    names = preset_names(root)
+    near = difflib.get_close_matches(name, names, n=3) or names[:5]
+    raise ValueError(f"there is no preset {name!r}: expected one of {', '.join(near)} (all: `dpar-cli params list`)")
+
+
+def use_preset(root: Path, name: str, *, force: bool = False) -> str:
+    """Write a preset to params.yaml and return a sentence. A changed params.yaml is refused, or kept as .bak with force."""
+    file, target = preset_file(root, name), root / "params.yaml"
+    load_params(file)
+    said = ""
+    if target.exists():
+        text = target.read_text()
+        known = any(text == (root / "params" / f"{other}.yaml").read_text() for other in preset_names(root))
+        if not known and not force:
+            raise ValueError(f"{target.name} has changes of yours: --force replaces it and keeps it as {target.name}.bak")
+        if not known:
+            shutil.copyfile(target, root / "params.yaml.bak")
+            said = "; the old one is params.yaml.bak"
+    atomic_write(target, file.read_text())
+    return f"params.yaml is now preset {name}{said}: go on with `dpar-cli run`"
