@@ -211,6 +211,21 @@ class CheckpointStore:
             return None
 
 
+def file_system(address: str) -> tuple[Any, str]:
+    """Return (pyarrow file system, path on it) of a folder or an address that pyarrow or fsspec knows."""
+    from pyarrow import fs
+
+    if "://" not in address:
+        return fs.LocalFileSystem(), address
+    try:
+        return fs.FileSystem.from_uri(address)
+    except (ValueError, NotImplementedError):
+        import fsspec
+
+        files, path = fsspec.core.url_to_fs(address)
+        return fs.PyFileSystem(fs.FSSpecHandler(files)), path
+
+
 def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -261,16 +276,8 @@ class _Remote:
     """An object store or any other address that pyarrow or fsspec knows."""
 
     def __init__(self, address: str) -> None:
-        from pyarrow import fs
-
         self.base = address.rstrip("/")
-        try:
-            self.files, self.root = fs.FileSystem.from_uri(self.base)
-        except (ValueError, NotImplementedError):
-            import fsspec
-
-            protocol_files, self.root = fsspec.core.url_to_fs(self.base)
-            self.files = fs.PyFileSystem(fs.FSSpecHandler(protocol_files))
+        self.files, self.root = file_system(self.base)
         self.cache = tempfile.TemporaryDirectory(prefix="dpar-checkpoints-", ignore_cleanup_errors=True)
 
     def address(self, name: str) -> str:

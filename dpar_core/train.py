@@ -206,7 +206,8 @@ class _Run:
         if final or step % settings.validate_every == 0:
             loss = metrics["validation/loss"] = self._curve_row()
         if metrics:
-            self.hooks.log(step, metrics)
+            with self.clock.paused():
+                self.hooks.log(step, metrics)
         snapshot = step in settings.snapshot_steps
         checkpoint = final or step % settings.checkpoint_every == 0
         if snapshot or checkpoint:

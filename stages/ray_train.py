@@ -1,0 +1,307 @@
+"""The thin Ray Train (V2) adapter: runs a function on every rank, brings its log lines to the driver.
+
+Checkpoints belong to dpar_core.checkpoint, in Ray's folder of the run and reported to Ray as they are; so a run goes
+on by starting it again under its name, and Ray's own snapshot of them (not written atomically) is never needed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpar_core.checkpoint import CheckpointError, file_system
+from dpar_core.parallel import Ranks
+from dpar_core.train import TrainingStopped
+from stages import cluster
+from stages.params import Training
+
+EVENTS = "events.jsonl"
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_REPORT_SECONDS = 1.0  # log lines go to the driver together, at most this often
+_LOST_WORKERS = 10  # times a run may lose a worker or a node and go on from its last checkpoint
+_START_TRIES = 5  # times Ray waits a minute for room on a cluster that other work fills
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many workers of which size. threads: CPU threads all workers of a node share (0: all its cores)."""
+
+    workers: int
+    cpus: int
+    gpus: int
+    group: bool  # whether the workers form a torch process group
+    threads: int = 0
+
+    @staticmethod
+    def of(training: Training, *, device: str) -> Scale:
+        """Read it from params. On device cuda a worker gets a GPU even if params ask for none."""
+        gpus = training.gpus_per_worker or (1 if device == "cuda" else 0)
+        group = training.workers > 1 or training.strategy == "fsdp"
+        threads = int(os.environ.get("DPAR_THREADS", "0"))
+        return Scale(training.workers, training.cpus_per_worker, gpus, group, threads)
+
+
+class TrainingFailed(RuntimeError):
+    """A worker stopped for a reason it could name, in its own sentence."""
+
+
+def run_folder(storage: str | None, work: Path, name: str) -> str:
+    """Return where a run keeps its checkpoints: a folder (absolute) or an address."""
+    if storage is None:
+        return str(work.resolve() / name)
+    return f"{storage.rstrip('/')}/{name}" if "://" in storage else str(Path(storage).resolve() / name)
+
+
+def fit(
+    function: Callable[..., Event],
+    *,
+    root: str,
+    work: Path,
+    scale: Scale,
+    section: str,
+    on_event: Callable[[Event], None],
+) -> Event:
+    """Run `function(ranks=, hooks=)` on every rank and return what rank 0 returned.
+
+    function: importable by name on the workers (a module-level function or a partial of one), reports by `hooks`.
+    root: folder or address of the run, on storage that all nodes see. work: local folder of this stage. on_event: called
+    here, in order, with {"event": "begin" | "log" | "checkpoint", "step": ...}. Raises TrainingFailed with a worker's
+    sentence, ValueError when the cluster is too small, RuntimeError when too many workers were lost.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    events = work / EVENTS
+    with _only_one(work / "lock"), cluster.connected() as nodes:
+        cluster.require(nodes, workers=scale.workers, cpus=scale.cpus, gpus=scale.gpus, section=section)
+        events.write_text("")
+        trainer = _trainer(function, root, events, scale)
+        thread = _Fit(trainer)
+        tail = _Tail(events)
+        while thread.is_alive():
+            thread.join(0.1)
+            tail.deliver(on_event)
+        tail.deliver(on_event)
+    returned = thread.outcome()
+    if "error" in returned:
+        failure = TrainingFailed(returned["error"])
+        if "traceback" in returned:
+            failure.add_note(returned["traceback"])
+        raise failure
+    return returned
+
+
+def _trainer(function: Callable[..., Event], root: str, events: Path, scale: Scale):
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+    files, path = file_system(root)
+    parent, name = path.rsplit("/", 1)
+    _prepare(root)
+    scaling = ScalingConfig(
+        num_workers=scale.workers,
+        use_gpu=scale.gpus > 0,
+        resources_per_worker={"CPU": scale.cpus, **({"GPU": scale.gpus} if scale.gpus else {})},
+    )
+    run = RunConfig(
+        name=name,
+        storage_path=parent,
+        storage_filesystem=files,
+        failure_config=FailureConfig(max_failures=_LOST_WORKERS, controller_failure_limit=_START_TRIES),
+        checkpoint_config=CheckpointConfig(),
+        logging_config=LoggingConfig(log_level="ERROR"),
+        callbacks=[_relay(events)],
+    )
+    # Not as train_loop_config: Ray's controller would unpack that, and import torch with it.
+    loop = partial(_worker, function, root, scale)
+    options = {"scaling_config": scaling, "run_config": run}
+    if scale.group:
+        from ray.train.torch import TorchTrainer
+
+        return TorchTrainer(loop, **options)
+    # One process needs no process group, and so Ray's controller no torch: two seconds of two cores saved.
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    return DataParallelTrainer(loop, **options)
+
+
+def _prepare(root: str) -> None:
+    """Make the run's folder, mark it, and drop Ray's list of checkpoints: some of them may be gone or half written."""
+    from pyarrow import fs
+
+    files, path = file_system(root)
+    files.create_dir(path, recursive=True)
+    _Marker(root).write(error=None)
+    if files.get_file_info(f"{path}/{_RAY_SNAPSHOT}").type != fs.FileType.NotFound:
+        files.delete_file(f"{path}/{_RAY_SNAPSHOT}")
+
+
+def _relay(events: Path):
+    """Return the callback that writes reports to a file; it runs in Ray's controller, on the driver's machine."""
+    from ray.train import UserCallback
+
+    class Relay(UserCallback):
+        def after_report(self, run_context, metrics, checkpoint) -> None:
+            with open(events, "a") as stream:
+                stream.writelines(json.dumps(event) + "\n" for event in metrics[0]["events"])
+
+    return Relay()
+
+
+def _worker(function: Callable[..., Event], root: str, scale: Scale) -> Event:
+    """What runs on every rank. A reason that trying again cannot change is returned, anything else makes Ray retry."""
+    import torch
+    from ray import train
+
+    context = train.get_context()
+    threads = (scale.threads or cluster.local_cpus()) // context.get_local_world_size()
+    torch.set_num_threads(max(threads, 1))  # Ray starts workers with one
+    device = torch.device("cpu")
+    if scale.gpus:
+        device = train.torch.get_device()
+        torch.cuda.set_device(device)
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
+    try:
+        stop = _first(_Marker(root).error(), ranks)
+        return {"error": stop} if stop else function(ranks=ranks, hooks=RayHooks(ranks, root))
+    except (CheckpointError, TrainingStopped) as error:  # all ranks stop with it
+        return {"error": str(error)}
+    except (ConnectionError, TimeoutError):
+        raise
+    except (ValueError, OSError) as error:  # trying again cannot help
+        if ranks.world == 1:
+            return {"error": str(error)}
+        _Marker(root).write(error=str(error))
+        raise  # so that Ray ends the ranks that wait for this one
+    except Exception as error:
+        if ranks.world == 1:
+            return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        raise  # perhaps because another rank died
+
+
+def _first(sentence: str | None, ranks: Ranks) -> str | None:
+    """Return the first rank's sentence that is one, on all ranks; collective."""
+    if ranks.world == 1:
+        return sentence
+    import torch.distributed as dist
+
+    said: list[str | None] = [None] * ranks.world
+    dist.all_gather_object(said, sentence)
+    return next((one for one in said if one), None)
+
+
+class _Marker:
+    """A small file in a run's folder: it shows that a node sees the folder, and carries a reason to stop for good."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.files, folder = file_system(root)
+        self.path = f"{folder}/run.json"
+
+    def write(self, *, error: str | None) -> None:
+        with self.files.open_output_stream(self.path) as stream:
+            stream.write(json.dumps({"error": error}).encode())
+
+    def error(self) -> str | None:
+        """Return why a run cannot go on: an earlier attempt left a reason, or this node does not see the folder."""
+        if not self.files.get_file_info(self.path).is_file:
+            return (
+                f"a worker on {os.uname().nodename} does not see {self.root}: set `storage` to a path that all nodes "
+                "share, or to an address such as s3://bucket/path"
+            )
+        with self.files.open_input_stream(self.path) as stream:
+            return json.loads(stream.read())["error"]
+
+
+class RayHooks:
+    """Hooks of dpar_core.train that report to Ray, every rank equally often."""
+
+    def __init__(self, ranks, root: str) -> None:
+        self.ranks, self.root = ranks, root
+        self.waiting: list[Event] = []
+        self.reported = time.monotonic()
+
+    def begin(self, step: int) -> None:
+        self._report({"event": "begin", "step": step})
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.waiting.append({"event": "log", "step": step, "metrics": metrics})
+        if self.ranks.agree(time.monotonic() - self.reported > _REPORT_SECONDS):
+            self._report()
+
+    def checkpoint(self, step: int, address: str) -> None:
+        self._report({"event": "checkpoint", "step": step, "address": address}, address)
+
+    def _report(self, event: Event | None = None, address: str | None = None) -> None:
+        from ray import train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        checkpoint = None
+        if address is not None and self.ranks.first:
+            files, path = file_system(address)
+            checkpoint = Checkpoint(path, filesystem=files)
+        events = self.waiting + ([event] if event else [])
+        train.report({"events": events}, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        self.waiting, self.reported = [], time.monotonic()
+
+
+class _Fit(threading.Thread):
+    """`trainer.fit()` beside the main thread, so that Ctrl-C stops the driver at once (Ray's handler only asks)."""
+
+    def __init__(self, trainer) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._trainer, self._returned, self._error = trainer, None, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._returned = self._trainer.fit().return_value
+        except BaseException as error:  # raised again by `outcome`, in the main thread
+            self._error = error
+
+    def outcome(self) -> Event:
+        if self._error is None:
+            return self._returned
+        failures = getattr(self._error, "worker_failures", None) or {0: self._error}
+        cause = str(next(iter(failures.values()))).strip().splitlines()
+        raise RuntimeError(f"Ray Train gave up: {cause[-1] if cause else type(self._error).__name__}") from self._error
+
+
+class _Tail:
+    """Reads the lines that are new in a growing file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position = path, 0
+
+    def deliver(self, on_event: Callable[[Event], None]) -> None:
+        with open(self.path) as stream:
+            stream.seek(self.position)
+            while (line := stream.readline()).endswith("\n"):
+                self.position += len(line)
+                on_event(json.loads(line))
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Hold a lock that dies with this process. Raises RuntimeError when another process trains the same run."""
+    with open(path, "a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise RuntimeError(
+                f"process {stream.read() or 'unknown'} is training this run already: wait for it, or end it"
+            ) from None
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
