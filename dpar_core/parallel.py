@@ -99,6 +99,12 @@ def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager:
     return nullcontext()
 
 
+def let_go(module: nn.Module) -> None:
+    """Give up what a forward pass without a backward pass has gathered of sharded weights."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 def full_model(model: nn.Module) -> dict[str, Tensor]:
     """Return all weights by name, whole, on the CPU; collective. Ranks other than the first get an empty dict."""
     return _gather(dict(model.named_parameters()))

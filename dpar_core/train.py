@@ -279,6 +279,7 @@ class _Run:
             with self._autocast():
                 loss = self.objective.loss(self.module, batch.to(self.ranks.device)).double()
             total += torch.stack([loss * weight, torch.full_like(loss, weight)])
+        parallel.let_go(self.module)
         weighted, weights = self.ranks.sum(total).tolist()
         return weighted / weights
 
