@@ -8,7 +8,7 @@ import importlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +165,7 @@ class LoadedStage:
     params: type
     inputs: type
     outputs: type
+    identity: Callable[[Any], dict[str, Any]]  # what of its params decides its outputs, as plain data
 
     def bind(self, root: Path) -> tuple[Any, Any]:
         """Return its Inputs and Outputs with paths below `root`."""
@@ -179,7 +180,7 @@ def load_stage(name: str) -> LoadedStage:
     spec = STAGES[name]
     module = importlib.import_module(spec.module)
     names = (spec.run, spec.params, spec.inputs_class, spec.outputs_class)
-    return LoadedStage(spec, *(getattr(module, attribute) for attribute in names))
+    return LoadedStage(spec, *(getattr(module, name) for name in names), getattr(module, "identity", plain))
 
 
 def run_stage(name: str, *, root: Path, params_file: Path) -> None:
@@ -188,7 +189,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     stage = load_stage(name)
     chosen = select(params, stage.params)
     inputs, outputs = stage.bind(root)
-    made_by = _made_by(name, chosen, inputs)
+    made_by = _made_by(name, stage.identity(chosen), inputs)
     # One work folder for one set of params and inputs: a rerun after a crash continues, changed params start afresh.
     work = root / "work" / name / digest_of(made_by)
     device = _device(params.compute)
@@ -210,7 +211,7 @@ def plain(params: Any) -> dict[str, Any]:
     return {name: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for name, v in values.items()}
 
 
-def _made_by(name: str, params: Any, inputs: Any) -> dict[str, Any]:
+def _made_by(name: str, params: dict[str, Any], inputs: Any) -> dict[str, Any]:
     digests = {}
     for field in dataclasses.fields(inputs):
         path = getattr(inputs, field.name)
@@ -219,7 +220,7 @@ def _made_by(name: str, params: Any, inputs: Any) -> dict[str, Any]:
             run = f"`dvc repro {maker}`" if maker else "`dvc repro`"
             raise StageError(f"stage {name} reads {path}, which is missing: run {run} first")
         digests[field.name] = artifact_digest(path)
-    return {"stage": name, "params": plain(params), "inputs": digests}
+    return {"stage": name, "params": params, "inputs": digests}
 
 
 def _device(compute: Compute) -> str:

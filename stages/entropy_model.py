@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpar_core.gpt import GPTConfig
 from dpar_core.shards import TokenShards
 from stages import params as P
 from stages.tracker import Tracker
-from stages.training import Job, publish, run_job
+from stages.training import Job, publish, recipe, run_job
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,24 @@ class Outputs:
     timings: Path
 
 
+def entropy_config(section: P.EntropyModel, *, codebook_size: int, row_width: int) -> GPTConfig:
+    """Return the shape of the entropy model that the params ask for."""
+    values = {name: getattr(section, name) for name in ("width", "heads", "layers", "ffn_multiple", "dropout")}
+    return GPTConfig(codebook_size=codebook_size, row_width=row_width, num_classes=None, **values)
+
+
+def identity(params: Params) -> dict[str, Any]:
+    """Return what of the params decides the model: not where and with how many workers it is trained."""
+    section = params.entropy_model.model_dump(mode="json")
+    return {"seed": params.seed, "entropy_model": section | {"train": recipe(params.entropy_model.train)}}
+
+
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Train the entropy model on token shards and write its weights with curve, metrics and timings."""
     section = params.entropy_model
     shards = TokenShards(inputs.tokens, "train")
     tracker.log_input("tokens", inputs.tokens, shards.digest)
-    config = GPTConfig(
-        codebook_size=shards.meta.codebook_size,
-        row_width=shards.meta.row_width,
-        width=section.width,
-        heads=section.heads,
-        layers=section.layers,
-        ffn_multiple=section.ffn_multiple,
-        num_classes=None,
-        dropout=section.dropout,
-    )
+    config = entropy_config(section, codebook_size=shards.meta.codebook_size, row_width=shards.meta.row_width)
     job = Job("entropy_model", config, section.train, params.seed, inputs.tokens.resolve())
     made_from = {"tokens": shards.digest, "tokenizer": shards.meta.tokenizer}
     result = run_job(job, made_from, tracker, section="entropy_model.train", device=device, work=work)

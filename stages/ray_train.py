@@ -19,6 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
+
 from dpar_core.checkpoint import CheckpointError, file_system
 from dpar_core.parallel import Ranks
 from dpar_core.train import TrainingStopped
@@ -49,7 +52,8 @@ class Scale:
         """Read it from params. On device cuda a worker gets a GPU even if params ask for none."""
         gpus = training.gpus_per_worker or (1 if device == "cuda" else 0)
         group = training.workers > 1 or training.strategy == "fsdp"
-        threads = int(os.environ.get("DPAR_THREADS", "0"))
+        limit = torch.get_num_threads()  # as the driver was told; all of its cores mean all cores of any node
+        threads = 0 if limit >= cluster.local_cpus() else limit
         return Scale(training.workers, training.cpus_per_worker, gpus, group, threads)
 
 
@@ -159,7 +163,6 @@ def _relay(events: Path):
 
 def _worker(function: Callable[..., Event], root: str, scale: Scale) -> Event:
     """What runs on every rank. A reason that trying again cannot change is returned, anything else makes Ray retry."""
-    import torch
     from ray import train
 
     context = train.get_context()
@@ -192,10 +195,8 @@ def _first(sentence: str | None, ranks: Ranks) -> str | None:
     """Return the first rank's sentence that is one, on all ranks; collective."""
     if ranks.world == 1:
         return sentence
-    import torch.distributed as dist
-
     said: list[str | None] = [None] * ranks.world
-    dist.all_gather_object(said, sentence)
+    torch.distributed.all_gather_object(said, sentence)
     return next((one for one in said if one), None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpar_core.dpar import DPARConfig
 from dpar_core.gpt import GPTConfig
@@ -11,7 +12,7 @@ from dpar_core.patch_maps import PatchMaps
 from dpar_core.shards import TokenShards
 from stages import params as P
 from stages.tracker import Tracker
-from stages.training import Job, copy_whole, publish, publish_model, run_job
+from stages.training import Job, copy_whole, publish, publish_model, recipe, run_job
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,31 @@ class LlamaGenOutputs:
     timings: Path
 
 
+def dpar_config(model: P.Model, *, codebook_size: int, row_width: int, num_classes: int) -> DPARConfig:
+    """Return the shape of DPAR that the params ask for."""
+    same = ("width", "heads", "encoder_layers", "patch_layers", "decoder_layers", "ffn_multiple", "position_encoding",
+            "dropout", "class_dropout")  # fmt: skip
+    values = {name: getattr(model, name) for name in same}
+    return DPARConfig(codebook_size=codebook_size, row_width=row_width, num_classes=num_classes, **values)
+
+
+def llamagen_config(model: P.Model, *, codebook_size: int, row_width: int, num_classes: int) -> GPTConfig:
+    """Return the shape of DPAR's twin: the same width and heads, and all its layers in one stack."""
+    same = ("width", "heads", "layers", "ffn_multiple", "dropout", "class_dropout")
+    values = {name: getattr(model, name) for name in same}
+    return GPTConfig(codebook_size=codebook_size, row_width=row_width, num_classes=num_classes, **values)
+
+
+def identity(params: Params) -> dict[str, Any]:
+    """Return what of the params decides the models: not where and with how many workers they are trained."""
+    return {"seed": params.seed, "model": params.model.model_dump(mode="json"), "train": recipe(params.train)}
+
+
+def _data_shape(shards: TokenShards) -> dict[str, int]:
+    meta = shards.meta
+    return {"codebook_size": meta.codebook_size, "row_width": meta.row_width, "num_classes": len(meta.classes)}
+
+
 def run_dpar(
     params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: Tracker, *, device: str, work: Path
 ) -> None:
@@ -57,24 +83,9 @@ def run_dpar(
     maps = PatchMaps(inputs.patch_maps, shards)
     tracker.log_input("tokens", inputs.tokens, shards.digest)
     tracker.log_input("patch_maps", inputs.patch_maps, maps.digest)
-    model = params.model
-    config = DPARConfig(
-        codebook_size=shards.meta.codebook_size,
-        row_width=shards.meta.row_width,
-        width=model.width,
-        heads=model.heads,
-        encoder_layers=model.encoder_layers,
-        patch_layers=model.patch_layers,
-        decoder_layers=model.decoder_layers,
-        num_classes=len(shards.meta.classes),
-        ffn_multiple=model.ffn_multiple,
-        position_encoding=model.position_encoding,
-        dropout=model.dropout,
-        class_dropout=model.class_dropout,
-    )
-    job = Job(
-        "dpar", config, params.train, params.seed, inputs.tokens.resolve(), patch_maps=inputs.patch_maps.resolve()
-    )
+    config = dpar_config(params.model, **_data_shape(shards))
+    tokens, maps_folder = inputs.tokens.resolve(), inputs.patch_maps.resolve()
+    job = Job("dpar", config, params.train, params.seed, tokens, patch_maps=maps_folder)
     read = {"tokens": shards.digest, "patch_maps": maps.digest}
     result = run_job(job, read, tracker, section="train", device=device, work=work)
     made_from = {
@@ -95,22 +106,9 @@ def run_llamagen(
     """
     shards = TokenShards(inputs.tokens, "train")
     tracker.log_input("tokens", inputs.tokens, shards.digest)
-    model, training = params.model, params.train
-    config = GPTConfig(
-        codebook_size=shards.meta.codebook_size,
-        row_width=shards.meta.row_width,
-        width=model.width,
-        heads=model.heads,
-        layers=model.layers,
-        ffn_multiple=model.ffn_multiple,
-        num_classes=len(shards.meta.classes),
-        dropout=model.dropout,
-        class_dropout=model.class_dropout,
-    )
+    config, training = llamagen_config(params.model, **_data_shape(shards)), params.train
     snapshots = () if training.equal_time_step is None else (training.equal_time_step,)
-    job = Job(
-        "llamagen", config, training, params.seed, inputs.tokens.resolve(), snapshot_steps=snapshots
-    )
+    job = Job("llamagen", config, training, params.seed, inputs.tokens.resolve(), snapshot_steps=snapshots)
     read = {"tokens": shards.digest}
     result = run_job(job, read, tracker, section="train", device=device, work=work)
     made_from = {**read, "tokenizer": shards.meta.tokenizer}

@@ -35,11 +35,11 @@ from stages.tracker import Tracker
 
 Kind = Literal["entropy_model", "dpar", "llamagen"]
 
-# Where a run takes place and what it keeps on the way (a snapshot's step is named apart): when these change, a run goes
-# on, and ends with the same result (bit by bit on the same number of workers).
+# Where a run takes place and what it keeps on the way: when these change, a run goes on, and ends with the same result
+# (bit by bit on the same number of workers). equal_time_step is the twin's alone, as its snapshot.
 _PLACEMENT = {
     "workers", "cpus_per_worker", "gpus_per_worker", "accumulate", "strategy", "compile", "activation_checkpointing",
-    "storage", "keep_last", "keep_best", "checkpoint_every", "log_every", "equal_time_step",
+    "storage", "keep_last", "keep_best", "checkpoint_every", "log_every",
 }  # fmt: skip
 _EXPLODED = 3.0  # times ln V, the loss of a model that knows nothing
 
@@ -77,9 +77,15 @@ class Job:
 
     def digest(self, inputs: dict[str, str]) -> str:
         """Return the name of this run's result: what it is trained on, what it is, how; not where."""
-        training = {k: v for k, v in self.training.model_dump().items() if k not in _PLACEMENT}
+        training = recipe(self.training)
+        training.pop("equal_time_step", None)
         what = {"kind": self.kind, "config": asdict(self.config), "training": training, "seed": self.seed}
         return digest_of({**what, "snapshots": list(self.snapshot_steps), "inputs": inputs})
+
+
+def recipe(training: Training) -> dict[str, Any]:
+    """Return what of a training section decides the result."""
+    return {name: value for name, value in training.model_dump(mode="json").items() if name not in _PLACEMENT}
 
 
 class JobData:
@@ -184,13 +190,13 @@ def run_job(
 ) -> Result:
     """Train a job to its end through Ray Train, going on from where an earlier call was broken off.
 
-    inputs: digests of what is read. section: of params.yaml, for sentences. work: the stage's resumable folder; runs of
-    one stage lie side by side in its parent, so that a change of placement alone finds the run again.
+    inputs: digests of what is read. section: of params.yaml, for sentences. work: the stage's resumable folder, the same
+    as long as `recipe` and inputs are.
     """
     images = len(TokenShards(job.tokens, "train"))
     TokenShards(job.tokens, "validation")
     name = f"run-{job.digest(inputs)}"
-    root = ray_train.run_folder(job.training.storage, work.parent, name)
+    root = ray_train.run_folder(job.training.storage, work, name)
     store, steps = _store(job, root), job.training.steps
     tracker.log_params({"model/parameters": job.config.num_parameters, "train/run": name})
     if steps not in store.steps():
@@ -198,7 +204,7 @@ def run_job(
             ray_train.fit(
                 partial(train_job, job, root),
                 root=root,
-                work=work.parent / f"{name}.driver",
+                work=work,
                 scale=ray_train.Scale.of(job.training, device=device),
                 section=section,
                 on_event=_Reporter(tracker, bar),

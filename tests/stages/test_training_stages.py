@@ -75,7 +75,7 @@ def run_stage(name: str, data: Path, out: Path, work: Path, tracker=None, **chan
         module, function, inputs, outputs = train, train.run_llamagen, train.LlamaGenInputs, train.LlamaGenOutputs
     paths = {"tokens": data / "tokens", "patch_maps": data / "maps"}
     read = inputs(**{field: paths[field] for field in inputs.__dataclass_fields__})
-    function(select(params, module.Params), read, outputs_in(outputs, out), tracker, device="cpu", work=work / "abc")
+    function(select(params, module.Params), read, outputs_in(outputs, out), tracker, device="cpu", work=work)
     return out
 
 
@@ -152,6 +152,14 @@ def test_a_run_is_named_by_what_decides_its_result(data):
     assert job(data, "llamagen").digest({"tokens": "a"}) != name
 
 
+@pytest.mark.parametrize("module", [train, entropy_model])
+def test_a_change_of_placement_keeps_the_work_folder(module):
+    one, two, other = (
+        module.identity(select(tiny_params(**changes), module.Params)) for changes in ({}, {"workers": 2}, {"lr": 0.1})
+    )
+    assert one == two and one != other
+
+
 def test_patch_maps_of_other_shards_are_refused(data, tmp_path):
     write_tokens(tmp_path / "tokens", train=20)
     with pytest.raises(ValueError, match=r"was made with token shards .* run `dvc repro patch_maps`"):
@@ -222,7 +230,7 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_bytes(data, tmp_path, m
     assert killed.poll() is None, killed.stdout.read()
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    (run,) = (tmp_path / "work").glob("run-*[0-9a-f]")
+    (run,) = (tmp_path / "work").glob("run-*")
     steps = sorted(int(path.name[5:]) for path in run.glob("step-*"))
     assert steps and steps[-1] < 60 and not (tmp_path / "out").exists()
 
