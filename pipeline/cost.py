@@ -1,0 +1,233 @@
+"""What a run costs before it is started: parameters, FLOPs, memory, disk, GPU-hours.
+
+N tokens and M patches an image. Training costs three forward passes; numbers are those of the paper's own accounting.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+GIGA, HOUR = 1e9, 3600.0
+IMAGENET_IMAGES, IMAGENET_CLASSES, BUILTIN_CLASSES = 1_281_167, 1000, 9
+PUBLISHED_PATCHES = {(256, 7.8): 142, (576, 7.9): 280}  # (N, threshold) with rows and at most 4 tokens, ImageNet
+STATE_BYTES = 16  # a parameter: float32 weight, gradient and AdamW's two moments
+CHECKPOINT_BYTES = 12  # a parameter: weight and moments
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What an accelerator does and costs. utilisation: share of its peak that training reaches."""
+
+    gpu: str
+    utilisation: float
+    price: float  # for a GPU-hour
+
+    def hours(self, operations: float) -> float:
+        """Return GPU-hours for a number of FLOPs. Raises ValueError for a GPU without a published peak."""
+        from dpar_core.flops import PUBLISHED_PEAKS, published_peak
+
+        peak = published_peak(self.gpu)
+        if peak is None:
+            raise ValueError(f"no peak is known for GPU {self.gpu!r}: expected one of {', '.join(PUBLISHED_PEAKS)}")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"--utilisation {self.utilisation} must be above 0 and at most 1")
+        return operations / (peak * self.utilisation) / HOUR
+
+
+def patches_an_image(params: Any, tokens: int) -> float:
+    """Return M for the patching section of params. Raises ValueError where only data can tell."""
+    patching = params.patching
+    if patching.mode == "token":
+        return tokens
+    if patching.mode == "static":
+        return math.ceil(tokens / patching.static_length)
+    if patching.target_mean_length is not None:
+        return tokens / patching.target_mean_length
+    published = PUBLISHED_PATCHES.get((tokens, patching.threshold))
+    if published and patching.mode == "entropy_rows" and patching.max_patch_length == 4:
+        return published
+    raise ValueError(
+        f"how many patches threshold {patching.threshold} leaves of {tokens} tokens depends on the data: give --patches "
+        "(`dpar-cli patches stats` counts them from stored entropies)"
+    )
+
+
+def costs(
+    params: Any, *, prices: Prices, patches: float | None = None, images: int | None = None, classes: int | None = None
+) -> dict[str, Any]:
+    """Return everything that `dpar-cli cost` prints, as plain data.
+
+    params: the whole of a params file. patches, images, classes: M, training images and classes where the defaults
+    (published or measured M; ImageNet's, or the built-in photographs') do not fit.
+    """
+    from dpar_core.flops import dpar_forward_flops, gpt_forward_flops, training_flops
+    from stages.entropy_model import entropy_config
+    from stages.train import dpar_config, llamagen_config
+
+    builtin = params.data.source == "builtin"
+    images = images or (params.data.builtin.train_crops if builtin else IMAGENET_IMAGES)
+    classes = classes or (BUILTIN_CLASSES if builtin else IMAGENET_CLASSES)
+    shape = {
+        "codebook_size": params.tokenizer.codebook_size,
+        "row_width": params.data.image_size // params.tokenizer.downsample,
+    }
+    tokens = shape["row_width"] ** 2
+    patches = patches or patches_an_image(params, tokens)
+    if not 1 <= patches <= tokens:
+        raise ValueError(f"--patches {patches:g} must lie between 1 and the {tokens} tokens of an image")
+    models = {
+        "dpar": dpar_config(params.model, **shape, num_classes=classes),
+        "llamagen": llamagen_config(params.model, **shape, num_classes=classes),
+        "entropy_model": entropy_config(params.entropy_model, **shape),
+    }
+    forward = {name: gpt_forward_flops(models[name]) for name in ("llamagen", "entropy_model")}
+    forward["dpar"] = dpar_forward_flops(models["dpar"], patches)
+    gate = forward["entropy_model"]
+    trainings = {"dpar": params.train, "llamagen": params.train, "entropy_model": params.entropy_model.train}
+    views = {"adm_center_flip": 2, "ten_crop_1.1": 10, "ten_crop_1.05": 10, "ten_crop_both": 20}[params.data.views]
+    told = {}
+    for name, config in models.items():
+        training = trainings[name]
+        total = training_flops(forward[name]) * training.steps * training.batch_size
+        hours = prices.hours(total)
+        shared = training.workers if training.strategy == "fsdp" else 1
+        told[name] = {
+            "parameters": config.num_parameters,
+            "forward_gflops": forward[name] / GIGA,
+            "training_gflops_an_image": training_flops(forward[name]) / GIGA,
+            "training_exaflops": total / 1e18,
+            "epochs": training.steps * training.batch_size / images,
+            "gpu_hours": hours,
+            "price": hours * prices.price,
+            "state_gb_a_worker": config.num_parameters * STATE_BYTES / shared / GIGA,
+            "activations_gb_a_worker": _activation_bytes(config, patches, training) / GIGA,
+            "checkpoint_gb": config.num_parameters * CHECKPOINT_BYTES / GIGA,
+            "weights_gb": config.num_parameters * 4 / GIGA,
+        }
+    told["dpar"] |= {
+        "generation_gflops": forward["dpar"] / GIGA,
+        "generation_gflops_with_entropy_model": (forward["dpar"] + gate) / GIGA,
+        "generation_cfg_gflops": 2 * forward["dpar"] / GIGA,
+        "generation_cfg_gflops_with_entropy_model": (2 * forward["dpar"] + gate) / GIGA,
+        "training_exaflops_with_entropy_model": told["dpar"]["training_exaflops"]
+        + told["entropy_model"]["training_exaflops"]
+        + gate * images * views / 1e18,
+        "saved_percent": 100 * (1 - forward["dpar"] / forward["llamagen"]),
+    }
+    twin = forward["llamagen"] / GIGA
+    told["llamagen"] |= {"generation_gflops": twin, "generation_cfg_gflops": 2 * twin}
+    told["entropy_model"]["exaflops_for_all_views"] = gate * images * views / 1e18
+    return {
+        "tokens_an_image": tokens,
+        "patches_an_image": patches,
+        "training_images": images,
+        "views": views,
+        "models": told,
+        "disk_gb": {name: size / GIGA for name, size in _disk_bytes(tokens, patches, images, views).items()},
+        "prices": {"gpu": prices.gpu, "utilisation": prices.utilisation, "price_a_gpu_hour": prices.price},
+    }
+
+
+def _activation_bytes(config: Any, patches: float, training: Any) -> float:
+    """Estimate what a forward pass keeps for its backward pass in one micro-batch on one worker.
+
+    Counted for bf16 autocast with float32 residuals: 40 D + 8 F bytes a position of each block, or its input alone with
+    activation checkpointing, and 10 V bytes of logits a token. fp32 keeps about half as much again.
+    """
+    images = training.batch_size / (training.workers * training.accumulate)
+    block = 4 * config.width if training.activation_checkpointing else 40 * config.width + 8 * config.hidden
+    if hasattr(config, "patch_layers"):
+        positions = (config.encoder_layers + config.decoder_layers) * config.tokens + config.patch_layers * patches
+    else:
+        positions = config.layers * config.tokens
+    factor = 1.5 if training.precision == "fp32" else 1.0
+    return factor * images * (positions * block + config.tokens * config.codebook_size * 10)
+
+
+def _disk_bytes(tokens: int, patches: float, images: int, views: int) -> dict[str, float]:
+    """Sizes of the training split's artifacts. Shards are exact; Parquet is about its size before compression."""
+
+    def member(size: int) -> int:  # a tar member: a header block, then whole blocks of 512 bytes
+        return 512 + -(-size // 512) * 512
+
+    sample = member(128 + 2 * views * tokens) + 2 * member(1)
+    return {
+        "token_shards": float(images * sample),
+        "entropies": float(images * views * tokens * 4),
+        "patch_maps": images * views * (tokens / 8 + patches / 4),
+    }
+
+
+_ROWS = [
+    ("parameters", "parameters", ",.0f"),
+    ("forward, GFLOPs an image", "forward_gflops", ",.2f"),
+    ("forward and backward, GFLOPs an image", "training_gflops_an_image", ",.2f"),
+    ("generation with cfg, GFLOPs an image", "generation_cfg_gflops", ",.2f"),
+    ("  and the entropy model, once", "generation_cfg_gflops_with_entropy_model", ",.2f"),
+    ("training, EFLOPs", "training_exaflops", ",.4g"),
+    ("  entropies of all views, EFLOPs", "exaflops_for_all_views", ",.4g"),
+    ("  with entropy model and entropies", "training_exaflops_with_entropy_model", ",.4g"),
+    ("epochs", "epochs", ",.4g"),
+    ("GPU-hours", "gpu_hours", ",.4g"),
+    ("price", "price", ",.2f"),
+    ("weights, gradients, AdamW: GB a worker", "state_gb_a_worker", ",.3g"),
+    ("activations: about GB a worker", "activations_gb_a_worker", ",.3g"),
+    ("a checkpoint, GB", "checkpoint_gb", ",.3g"),
+]
+
+
+def cost(
+    preset: Annotated[str | None, typer.Argument(help="A preset of params/, or a params file; else params.yaml.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    patches: Annotated[float | None, typer.Option(help="Patches an image, where only the data can tell.")] = None,
+    images: Annotated[int | None, typer.Option(help="Training images; ImageNet's when left out.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Classes; ImageNet's when left out.")] = None,
+    gpu: Annotated[str, typer.Option(help="GPU, as H200 or A100.")] = "A100",
+    utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
+    price: Annotated[float, typer.Option(help="Price of a GPU-hour.")] = 2.0,
+) -> None:
+    """Say what a preset costs before it is started.
+
+    Reads a params file only. Prints parameters, FLOPs with and without the entropy model, memory, checkpoints, disk and
+    GPU-hours for DPAR, its LlamaGen twin and the entropy model. To go on: `dpar-cli params use PRESET`.
+    """
+    from stages.params import load_params
+
+    params = load_params(_params_file(preset))
+    told = costs(params, prices=Prices(gpu, utilisation, price), patches=patches, images=images, classes=classes)
+    print(json.dumps(told, indent=2, sort_keys=True) if as_json else _table(preset or "params.yaml", told))
+
+
+def _params_file(preset: str | None) -> Path:
+    if preset is None:
+        return Path("params.yaml")
+    if Path(preset).suffix == ".yaml":
+        return Path(preset)
+    from pipeline.presets import preset_file
+
+    return preset_file(Path.cwd(), preset)
+
+
+def _table(name: str, told: dict[str, Any]) -> str:
+    """Lay the costs out for reading."""
+    models, prices, disk = told["models"], told["prices"], told["disk_gb"]
+    order = ("dpar", "llamagen", "entropy_model")
+    lines = [
+        f"{name}: {told['tokens_an_image']} tokens and {told['patches_an_image']:.4g} patches an image, "
+        f"{told['training_images']:,} images in {told['views']} views",
+        f"{prices['gpu']} at {prices['utilisation']:.0%} of its peak, {prices['price_a_gpu_hour']:g} an hour",
+        "",
+        f"{'':42}{'DPAR':>16}{'LlamaGen':>16}{'entropy model':>16}",
+    ]
+    for label, key, form in _ROWS:
+        cells = [format(models[one][key], form) if key in models[one] else "" for one in order]
+        lines.append(f"{label:42}{cells[0]:>16}{cells[1]:>16}{cells[2]:>16}")
+    lines.append(f"\nDPAR saves {models['dpar']['saved_percent']:.1f} % of its twin's FLOPs")
+    sizes = [f"{key.replace('_', ' ')} {value:.4g} GB" for key, value in disk.items()]
+    return "\n".join([*lines, f"on disk: {', '.join(sizes)}"])

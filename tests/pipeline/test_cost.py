@@ -1,0 +1,127 @@
+"""What `dpar-cli cost` tells, against the tables of the paper."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from typer import Typer
+from typer.testing import CliRunner
+
+from dpar_core.shards import Sample, TokenMeta, write_shard
+from pipeline.cost import Prices, cost, costs
+from stages.params import parse_params
+
+ROOT = Path(__file__).resolve().parents[2]
+A100 = Prices("A100", 0.4, 2.0)
+# size: width, heads, layers of encoder, patch transformer, decoder; parameters of DPAR and of the twin
+SIZES = {
+    "b": (768, 12, (1, 8, 3), 115_021_824, 110_888_448),
+    "l": (1024, 16, (1, 19, 4), 351_306_752, 342_910_976),
+    "xl": (1280, 20, (1, 30, 5), 789_455_360, 774_699_520),
+    "xxl": (1536, 24, (1, 41, 6), 1_434_579_456, 1_410_972_672),
+}
+# GFLOPs of the twin and of DPAR, percent saved
+TABLE = {
+    ("b", 256): (52.34, 39.98, 23.6), ("l", 256): (172.87, 117.19, 32.2),
+    ("xl", 256): (397.28, 257.70, 35.1), ("xxl", 256): (728.00, 462.26, 36.5),
+    ("b", 384): (124.57, 88.44, 29.0), ("l", 384): (407.08, 249.99, 38.6),
+    ("xl", 384): (927.86, 540.42, 41.8), ("xxl", 384): (1692.35, 960.76, 43.2),
+}  # fmt: skip
+
+
+def paper(size: str, pixels: int, **patching):
+    """The demo's params with the paper's shapes and recipe."""
+    raw = YAML(typ="safe").load((ROOT / "params" / "demo.yaml").read_text())
+    width, heads, (encoder, patch, decoder), _, _ = SIZES[size]
+    raw["data"] |= {
+        "source": "imagefolder", "train": "t", "validation": "v", "classes": "imagenet", "image_size": pixels,
+        "views": "ten_crop_both",
+    }  # fmt: skip
+    raw["tokenizer"] |= {
+        "codebook_size": 16384, "base_width": 128, "channel_multipliers": [1, 1, 2, 2, 4], "z_channels": 256,
+    }  # fmt: skip
+    raw["entropy_model"] |= {"size": "B", "width": 768, "heads": 12, "layers": 12, "ffn_multiple": 256}
+    raw["model"] |= {
+        "width": width, "heads": heads, "encoder_layers": encoder, "patch_layers": patch, "decoder_layers": decoder,
+        "ffn_multiple": 256,
+    }  # fmt: skip
+    raw["train"] |= {"steps": 1_501_368, "batch_size": 256, "equal_time_step": None}  # 300 epochs
+    rule = {"threshold": {256: 7.8, 384: 7.9}[pixels], "target_mean_length": None, "max_patch_length": 4}
+    raw["patching"] |= {**rule, **patching}
+    return parse_params(raw)
+
+
+@pytest.mark.parametrize(("size", "pixels"), TABLE)
+def test_figures_are_those_of_the_published_tables(size, pixels):
+    told = costs(paper(size, pixels), prices=A100)["models"]
+    twin, dpar, saved = TABLE[size, pixels]
+    assert (told["dpar"]["parameters"], told["llamagen"]["parameters"]) == SIZES[size][3:]
+    assert round(told["llamagen"]["forward_gflops"], 2) == twin
+    assert round(told["dpar"]["forward_gflops"], 2) == dpar
+    assert round(told["dpar"]["saved_percent"], 1) == saved
+    assert told["entropy_model"]["parameters"] == 110_119_680
+    assert round(told["entropy_model"]["forward_gflops"], 2) == TABLE["b", pixels][0]
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "dpar", "twin"), [("b", 256, 132, 105), ("xl", 256, 568, 795), ("xl", 384, 1205, 1856)]
+)
+def test_generation_counts_the_entropy_model_once_and_the_rest_twice(size, pixels, dpar, twin):
+    told = costs(paper(size, pixels), prices=A100)["models"]
+    assert round(told["dpar"]["generation_cfg_gflops_with_entropy_model"]) == dpar
+    assert round(told["llamagen"]["generation_cfg_gflops"]) == twin
+
+
+def test_hours_and_price_follow_from_flops():
+    told = costs(paper("b", 256), prices=Prices("A100", 0.5, 3.0))["models"]["dpar"]
+    operations = 3 * told["forward_gflops"] * 1e9 * 1_501_368 * 256
+    assert told["training_exaflops"] == pytest.approx(operations / 1e18)
+    assert told["gpu_hours"] == pytest.approx(operations / (312e12 * 0.5) / 3600)
+    assert told["price"] == pytest.approx(3 * told["gpu_hours"])
+    assert told["epochs"] == pytest.approx(300, abs=0.01)
+    assert told["checkpoint_gb"] == pytest.approx(115_021_824 * 12e-9)
+
+
+def test_token_shards_have_the_size_that_was_told(tmp_path):
+    """A shard of 40 images; tar rounds a whole file up to 10,240 bytes."""
+    import numpy as np
+
+    meta = TokenMeta(16, 512, "adm_center_flip", 2, 64, ("a",), "t", "m")
+    samples = [Sample(f"image-{i:06d}", 0, np.zeros((2, meta.tokens), np.uint16), {"view": 1}) for i in range(40)]
+    write_shard(tmp_path / "a.tar", samples)
+    raw = YAML(typ="safe").load((ROOT / "params" / "demo.yaml").read_text())
+    raw["data"] |= {"image_size": 128}
+    told = costs(parse_params(raw), prices=A100, images=40)
+    assert told["tokens_an_image"] == 256
+    assert 0 <= (tmp_path / "a.tar").stat().st_size - told["disk_gb"]["token_shards"] * 1e9 <= 10_240
+
+
+@pytest.mark.parametrize(("mode", "patches"), [("token", 256), ("static", 128)])
+def test_patches_of_fixed_rules_are_known(mode, patches):
+    assert costs(paper("l", 256, mode=mode), prices=A100)["patches_an_image"] == patches
+
+
+def test_unknown_patch_counts_are_asked_for():
+    with pytest.raises(ValueError, match="give --patches"):
+        costs(paper("l", 256, threshold=8.0), prices=A100)
+    assert costs(paper("l", 256, threshold=8.0), prices=A100, patches=120)["patches_an_image"] == 120
+    with pytest.raises(ValueError, match="must lie between 1 and the 256 tokens"):
+        costs(paper("l", 256), prices=A100, patches=300)
+
+
+def test_an_unknown_gpu_and_an_impossible_utilisation_are_refused():
+    with pytest.raises(ValueError, match="no peak is known for GPU 'abacus'"):
+        costs(paper("b", 256), prices=Prices("abacus", 0.4, 2.0))
+    with pytest.raises(ValueError, match="at most 1"):
+        costs(paper("b", 256), prices=Prices("A100", 40.0, 2.0))
+
+
+def test_the_command_prints_a_table_or_json(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    app = Typer()
+    app.command()(cost)
+    table = CliRunner().invoke(app, ["demo"])
+    assert table.exit_code == 0 and "DPAR saves" in table.output and "GPU-hours" in table.output
+    told = json.loads(CliRunner().invoke(app, ["params/demo.yaml", "--json"]).output)
+    assert f"{told['models']['dpar']['parameters']:,}" in table.output
