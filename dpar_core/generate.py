@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from dpar_core.dpar import DPAR
-from dpar_core.gpt import GPT, next_token_entropies
-from dpar_core.guidance import SampleSettings, draw, guide, uniforms
-from dpar_core.patching import BoundaryState, PatchRule, lengths_from_starts
-from dpar_core.rope import patch_rotary
-from dpar_core.stepping import DPARStepper, GPTStepper, complex_table, normalized
+from dpar_core.gpt import GPT
+from dpar_core.guidance import Drawer, SampleSettings
+from dpar_core.kv_cache import cache_bytes
+from dpar_core.lanes import Lanes, longest_patch
+from dpar_core.patching import lengths_from_starts
+from dpar_core.stepping import DPARStepper, GPTStepper
 
 Progress = Callable[[int], None]  # called with the number of tokens just settled, over all images
 
@@ -91,34 +92,6 @@ def _checked(
     return given
 
 
-class _Drawer:
-    """Turns logits into tokens: guidance, given tokens, one random number a token."""
-
-    def __init__(
-        self, settings: SampleSettings, seeds: Sequence[int], given: Tensor | None, *,
-        tokens: int, codebook_size: int, device: torch.device, keep_logits: bool,
-    ) -> None:  # fmt: skip
-        self.settings, self.given = settings, given
-        self.uniforms = uniforms(seeds, tokens).to(device)
-        self.scales = settings.scales(tokens).to(device)
-        self.tokens = torch.zeros(len(seeds), tokens, dtype=torch.int64, device=device)
-        self.logits = torch.zeros(len(seeds), tokens, codebook_size, device=device) if keep_logits else None
-        self.num_given = 0 if given is None else given.shape[1]
-
-    def __call__(self, lanes: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
-        """lanes, positions: (A,) int64; logits: (A, V), or (2 A, V) conditional over unconditional. -> (A,) int64."""
-        if len(logits) == 2 * len(lanes):
-            logits = guide(*logits.chunk(2), self.scales[positions])
-        if self.logits is not None:
-            self.logits[lanes, positions] = logits
-        tokens = draw(logits, self.uniforms[lanes, positions], self.settings)
-        if self.num_given:
-            known = positions < self.num_given
-            tokens = torch.where(known, self.given[lanes, positions.clamp_max(self.num_given - 1)], tokens)
-        self.tokens[lanes, positions] = tokens
-        return tokens
-
-
 class GPTGenerator:
     """Draws images from the LlamaGen twin; weights are laid out once for many batches."""
 
@@ -128,6 +101,11 @@ class GPTGenerator:
         self.config, self.settings, self.dtype = model.config, settings, dtype
         self.stepper = GPTStepper(model, dtype)
         self.guided = settings.guided(model.config.tokens)
+
+    def cache_bytes(self, images: int) -> int:
+        """Return the most bytes that the caches of a batch can take."""
+        rows = (2 if self.guided else 1) * images
+        return self.stepper.cache_bytes(rows, self.dtype)
 
     @torch.inference_mode()
     def generate(
@@ -150,20 +128,21 @@ class GPTGenerator:
             labels, seeds, given,
             num_classes=config.num_classes, tokens=config.tokens, codebook_size=config.codebook_size,
         )  # fmt: skip
-        drawer = _Drawer(
+        drawer = Drawer(
             self.settings, seeds, given,
             tokens=config.tokens, codebook_size=config.codebook_size, device=device, keep_logits=keep_logits,
         )  # fmt: skip
-        halves = 2 if self.guided else 1
-        lanes, rows = torch.arange(images, device=device), torch.arange(halves * images, device=device)
-        cache = stepper.new_cache(halves * images, self.dtype)
-        labels = labels.to(device)
-        both = torch.cat([labels, torch.full_like(labels, config.num_classes)]) if self.guided else labels
-        x = stepper.classes[both].float()
+        lanes = torch.arange(images, device=device)
+        cache = stepper.new_cache((2 if self.guided else 1) * images, self.dtype)
+        null = torch.full_like(labels, config.num_classes)
+        x = stepper.classes[torch.cat([labels, null[: len(drawer.half(lanes, lanes * 0))]]).to(device)].float()
         for position in range(config.tokens):
-            logits = stepper(x, cache, rows, torch.full_like(rows, position))
-            tokens = drawer(lanes, torch.full_like(lanes, position), logits)
-            x = stepper.tokens[tokens].repeat(halves, 1)
+            positions = torch.full_like(lanes, position)
+            half = drawer.half(lanes, positions)
+            rows = torch.cat([lanes, half + images])
+            logits = stepper(x[: len(rows)], cache, rows, torch.full_like(rows, position))
+            tokens = drawer(lanes, positions, logits)
+            x = stepper.tokens[torch.cat([tokens, tokens[half]])]
             if progress:
                 progress(images)
         return Generated(drawer.tokens, [], torch.full(drawer.tokens.shape, float("nan")), drawer.logits)
@@ -186,9 +165,7 @@ class DPARGenerator:
         does not fit, or an entropy model that does."""
         config, rule = model.config, settings.rule
         if rule is None or rule.row_width != config.row_width:
-            raise ValueError(
-                f"expected a patch rule for rows of {config.row_width} tokens; got {rule and rule.row_width}"
-            )
+            raise ValueError(f"expected a patch rule for rows of {config.row_width} tokens; got {rule and rule.row_width}")
         largest = float(np.log(config.codebook_size))
         if rule.reads_entropies and not 0 <= rule.threshold <= largest:
             raise ValueError(
@@ -196,6 +173,7 @@ class DPARGenerator:
                 f"ln {config.codebook_size} = {largest:.3f}, the largest entropy there is"
             )
         self.asks_model = rule.reads_entropies and settings.gate == "entropy_model"
+        self.asks_decoder = rule.reads_entropies and settings.gate == "decoder"
         if self.asks_model:
             if entropy_model is None:
                 raise ValueError("the gate entropy_model needs an entropy model: give one, or use gate decoder")
@@ -210,6 +188,18 @@ class DPARGenerator:
         self.stepper = DPARStepper(model, dtype)
         self.gate = GPTStepper(entropy_model, dtype) if self.asks_model else None
         self.guided = settings.guided(config.tokens)
+
+    def cache_bytes(self, images: int) -> int:
+        """Return the most bytes that the caches of a batch can take (every token a patch of its own)."""
+        config, rows = self.config, (2 if self.guided else 1) * images
+
+        def stack(layers: int, rows: int, limit: int) -> int:
+            return cache_bytes(layers=layers, rows=rows, width=config.width, limit=limit, dtype=self.dtype)
+
+        gate = self.gate.cache_bytes(images, self.dtype) if self.gate else 0
+        members = stack(config.encoder_layers, images, longest_patch(self.rule, config.tokens))
+        encoder = stack(config.encoder_layers, images, config.tokens)
+        return gate + members + encoder + stack(config.patch_layers + config.decoder_layers, rows, config.tokens)
 
     @torch.inference_mode()
     def generate(
@@ -227,11 +217,11 @@ class DPARGenerator:
             labels, seeds, given,
             num_classes=config.num_classes, tokens=config.tokens, codebook_size=config.codebook_size,
         )  # fmt: skip
-        drawer = _Drawer(
+        drawer = Drawer(
             self.settings, seeds, given, tokens=config.tokens, codebook_size=config.codebook_size,
             device=self.stepper.tokens.device, keep_logits=keep_logits,
         )  # fmt: skip
-        lanes = _Lanes(self, labels, drawer)
+        lanes = Lanes(self, labels, drawer)
         since_patch = self.patience
         while True:
             ready = lanes.ready()
@@ -240,151 +230,11 @@ class DPARGenerator:
                 lanes.patch_launch(waiting)
                 since_patch = 0
             elif len(ready):
-                lanes.token_launch(ready)
+                drawn = lanes.token_launch(ready)
                 since_patch += 1
                 if progress:
-                    progress(len(ready))
+                    progress(drawn)
             else:
                 break
         lengths = lengths_from_starts(lanes.starts.cpu().numpy())
         return Generated(drawer.tokens, lengths, lanes.entropies, drawer.logits)
-
-
-def longest_patch(rule: PatchRule, tokens: int) -> int:
-    """Return the largest number of tokens that a patch can have under a rule."""
-    by_mode = {"token": 1, "static": rule.static_length, "entropy_rows": rule.row_width, "entropy": tokens}
-    return min(by_mode[rule.mode], rule.max_patch_length or tokens, tokens)
-
-
-class _Lanes:
-    """The state of the images of a batch, each at a position of its own.
-
-    position: (B,) next token to be drawn. first, index: (B,) first token and number of the patch that holds it.
-    waits: (B,) whether that patch still needs its state from the patch transformer.
-    """
-
-    def __init__(self, generator: DPARGenerator, labels: Tensor, drawer: _Drawer) -> None:
-        self.g, self.drawer, self.stepper = generator, drawer, generator.stepper
-        config, dtype, images = generator.config, generator.dtype, len(labels)
-        device = self.stepper.tokens.device
-        self.device, self.images, self.halves = device, images, 2 if generator.guided else 1
-        rows = self.halves * images
-        labels = labels.to(device)
-        null = torch.full_like(labels, config.num_classes)
-        self.labels = torch.cat([labels, null]) if generator.guided else labels
-
-        self.position = torch.zeros(images, dtype=torch.int64, device=device)
-        self.first, self.index = torch.zeros_like(self.position), torch.zeros_like(self.position)
-        self.waits = torch.ones(images, dtype=torch.bool, device=device)
-        self.boundaries = BoundaryState(generator.rule, images, device=device)
-        self.entropies = torch.full((images, config.tokens), float("nan"), device=device)
-        self.starts = torch.zeros(images, config.tokens, dtype=torch.bool, device=device)
-        self.starts[:, 0] = True
-
-        self.state = self.stepper.start.expand(images, -1).clone()  # decoder input of the next token: start, x'_0, ...
-        self.peak = torch.full((images, config.width), float("-inf"), device=device)  # maximum of x' in the open patch
-        self.copied = torch.zeros(rows, config.decoder_layers, config.width, device=device)
-        longest = longest_patch(generator.rule, config.tokens)
-        stepper = self.stepper
-        self.encoder_cache = stepper.new_cache(config.encoder_layers, images, config.tokens, dtype)
-        self.member_cache = stepper.new_cache(config.encoder_layers, images, longest, dtype)
-        self.patch_cache = stepper.new_cache(config.patch_layers, rows, config.tokens, dtype)
-        self.decoder_cache = stepper.new_cache(config.decoder_layers, rows, config.tokens, dtype)
-        self.gate_cache = generator.gate.new_cache(images, dtype) if generator.gate else None
-
-    def ready(self) -> Tensor:
-        """Lanes whose next token can be drawn: (A,) int64."""
-        return torch.nonzero(~self.waits & (self.position < self.g.config.tokens)).flatten()
-
-    def waiting(self) -> Tensor:
-        """Lanes whose next token needs a step of the patch transformer first: (A,) int64."""
-        return torch.nonzero(self.waits).flatten()
-
-    def both(self, lanes: Tensor) -> Tensor:
-        """Rows of the conditional and the unconditional half."""
-        return torch.cat([lanes, lanes + self.images]) if self.halves == 2 else lanes
-
-    def token_launch(self, lanes: Tensor) -> None:
-        """Draw one token in each of these lanes, and learn whether the one after it begins a patch."""
-        position = self.position[lanes]
-        tokens = self.drawer(lanes, position, self.decode(lanes, position))
-        self.position[lanes] = position + 1
-        last = self.g.config.tokens - 1
-        if bool((position == last).any()):
-            going = torch.nonzero(position < last).flatten()
-            lanes, position, tokens = lanes[going], position[going], tokens[going]
-        if len(lanes):
-            self.encode(lanes, position, tokens)
-            self.decide(lanes, position + 1, tokens)
-
-    def decode(self, lanes: Tensor, position: Tensor) -> Tensor:
-        """Return the logits of the tokens at `position`: (A or 2 A, V)."""
-        stepper, rows = self.stepper, self.both(lanes)
-        step = self.decoder_cache.plan(rows, position.repeat(self.halves))
-        table = stepper.table[step.positions]
-        x, copied = self.state[lanes].repeat(self.halves, 1), self.copied[rows]
-        for layer, block in enumerate(stepper.decoder):
-            x = block(x + copied[:, layer], table, self.decoder_cache, layer, step)
-        return stepper.head(x)
-
-    def encode(self, lanes: Tensor, position: Tensor, tokens: Tensor) -> None:
-        """Take up the drawn tokens: x' of each, and its share in the open patch."""
-        stepper = self.stepper
-        step = self.encoder_cache.plan(lanes, position)
-        member = self.member_cache.plan(lanes, position - self.first[lanes])
-        table = stepper.table[position + 1]
-        x = stepper.tokens[tokens]
-        for layer, (block, reader) in enumerate(zip(stepper.encoder, stepper.readers)):
-            x = block(x, table, self.encoder_cache, layer, step)
-            if layer == 0:
-                self.peak[lanes] = torch.maximum(self.peak[lanes], x)
-            reader.write(x, self.member_cache, layer, member)
-        self.state[lanes] = x
-
-    def decide(self, lanes: Tensor, position: Tensor, tokens: Tensor) -> None:
-        """Tell by the entropy of the token at `position` whether it begins a patch."""
-        entropies = torch.full(position.shape, float("nan"), device=self.device)
-        if self.g.gate:
-            gate = self.g.gate
-            entropies = next_token_entropies(gate(gate.tokens[tokens], self.gate_cache, lanes, position - 1))
-            self.entropies[lanes, position] = entropies
-        begins = self.boundaries.step(position, entropies, rows=lanes)
-        self.starts[lanes, position] = begins
-        self.waits[lanes] = begins
-
-    def patch_launch(self, lanes: Tensor) -> None:
-        """Close the open patch of these lanes and get the state of the next from the patch transformer."""
-        stepper, rows = self.stepper, self.both(lanes)
-        position = self.position[lanes]
-        opening = position == 0
-        if bool(opening.all()):
-            x, table = stepper.classes[self.labels[rows]], torch.zeros(len(rows), stepper.head_dim // 2) + 0j
-            place = position
-        else:
-            patch, table = self.close(lanes, position)
-            x, table = patch.repeat(self.halves, 1), table.repeat(self.halves, 1)
-            place = self.index[lanes] + 1
-            self.index[lanes] = place
-            self.first[lanes] = position
-            self.peak[lanes] = float("-inf")
-        step = self.patch_cache.plan(rows, place.repeat(self.halves))
-        for layer, block in enumerate(stepper.patch_blocks):
-            x = block(x, table.to(self.device), self.patch_cache, layer, step)
-        copied = stepper.copies(normalized(x))
-        self.copied[rows] = copied.unflatten(-1, (-1, self.g.config.width))
-        self.waits[lanes] = False
-
-    def close(self, lanes: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the vectors of the patches that end before `position`, (A, D), and their rotary table."""
-        stepper, config = self.stepper, self.g.config
-        first = self.first[lanes]
-        patch = self.peak[lanes]
-        step = self.member_cache.plan(lanes, position - first - 1)
-        for layer, reader in enumerate(stepper.readers):
-            patch = reader.read(patch, self.member_cache, layer, step)
-        width = config.row_width
-        table = patch_rotary(
-            first // width, first % width, (position - 1) % width, self.index[lanes], stepper.head_dim,
-            encoding=config.position_encoding,
-        )  # fmt: skip
-        return patch, complex_table(table)

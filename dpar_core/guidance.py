@@ -90,10 +90,48 @@ def draw(logits: Tensor, uniform: Tensor, settings: SampleSettings) -> Tensor:
     """
     if settings.greedy:
         return logits.argmax(-1)
-    filtered = filter_logits(
-        logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-    )
+    filtered = filter_logits(logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
     cumulative = filtered.softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # Smallest index whose cumulative sum exceeds the draw: never a token of probability zero.
     return torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
+
+
+class Drawer:
+    """Turns logits into tokens: guidance, given tokens, one random number a token."""
+
+    def __init__(
+        self, settings: SampleSettings, seeds: Sequence[int], given: Tensor | None, *,
+        tokens: int, codebook_size: int, device: torch.device, keep_logits: bool,
+    ) -> None:  # fmt: skip
+        self.settings, self.given = settings, given
+        self.uniforms = uniforms(seeds, tokens).to(device)
+        self.scales = settings.scales(tokens).to(device)
+        guided = torch.nonzero(settings.scales(tokens) != 1).flatten().tolist()
+        self.ever_guided, self.last_guided = bool(guided), max(guided, default=-1)
+        self.tokens = torch.zeros(len(seeds), tokens, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(len(seeds), tokens, codebook_size, device=device) if keep_logits else None
+        self.num_given = 0 if given is None else given.shape[1]
+
+    def half(self, lanes: Tensor, positions: Tensor) -> Tensor:
+        """Return those of the lanes (A,) that still need an unconditional half: up to the last guided token."""
+        if not self.ever_guided:
+            return lanes[:0]
+        return lanes if self.last_guided == len(self.scales) - 1 else lanes[positions <= self.last_guided]
+
+    def __call__(self, lanes: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
+        """lanes, positions: (A,) int64; logits: (A + U, V), conditional ones over those of `half`. -> (A,) int64."""
+        logits, uncond = logits[: len(lanes)], logits[len(lanes) :]
+        if len(uncond) == len(lanes):
+            logits = guide(logits, uncond, self.scales[positions])
+        elif len(uncond):
+            guided = torch.nonzero(positions <= self.last_guided).flatten()
+            logits = logits.index_copy(0, guided, guide(logits[guided], uncond, self.scales[positions[guided]]))
+        if self.logits is not None:
+            self.logits[lanes, positions] = logits
+        tokens = draw(logits, self.uniforms[lanes, positions], self.settings)
+        if self.num_given:
+            known = positions < self.num_given
+            tokens = torch.where(known, self.given[lanes, positions.clamp_max(self.num_given - 1)], tokens)
+        self.tokens[lanes, positions] = tokens
+        return tokens

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpar_core.dpar import DPAR, PatchAttention
 from dpar_core.gpt import GPT
-from dpar_core.kv_cache import KVCache, Step
+from dpar_core.kv_cache import KVCache, Step, cache_bytes
 from dpar_core.layers import NORM_EPS, Block
 from dpar_core.rope import Rotary
 
@@ -125,6 +125,10 @@ class GPTStepper:
             device=self.tokens.device, dtype=dtype,
         )  # fmt: skip
 
+    def cache_bytes(self, rows: int, dtype: torch.dtype) -> int:
+        """Return the bytes of a full cache."""
+        return cache_bytes(layers=len(self.blocks), rows=rows, width=self.config.width, limit=len(self.table), dtype=dtype)
+
     def __call__(self, x: Tensor, cache: KVCache, rows: Tensor, positions: Tensor) -> Tensor:
         """Run input vectors x (A, D) of `rows` at `positions` and return logits (A, V)."""
         step = cache.plan(rows, positions)
@@ -168,8 +172,7 @@ class DPARStepper:
         self.patch_blocks = [BlockStepper(block, dtype) for block in model.layers]
         self.decoder = [BlockStepper(block, dtype) for block in model.local_decoder.layers]
         copies = [
-            copy.wo.weight.float() * copy.cross_attn_norm_kv.weight.float()
-            for copy in model.local_decoder.cross_attn_layers
+            copy.wo.weight.float() * copy.cross_attn_norm_kv.weight.float() for copy in model.local_decoder.cross_attn_layers
         ]
         self.copies = Matrix(torch.cat(copies), dtype)  # every decoder layer's Wo RMS(h) in one product
         self.head = Head(model, dtype)

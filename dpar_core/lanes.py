@@ -1,0 +1,209 @@
+"""The images of a batch while DPAR draws them, each at a position of its own.
+
+A lane is the place of one image in the caches. Its life is a sequence of two kinds of launch, each for any set of
+lanes: a token launch draws a token and takes it up, a patch launch closes a patch and steps the patch transformer.
+
+Shapes: B lanes, A lanes that take part in a launch, U of them that need their unconditional half (row B + lane), T
+tokens an image, D width, V codebook entries, hd head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dpar_core.dpar import DPARConfig
+from dpar_core.gpt import next_token_entropies
+from dpar_core.guidance import Drawer
+from dpar_core.patching import BoundaryState, PatchRule
+from dpar_core.rope import patch_rotary
+from dpar_core.stepping import DPARStepper, GPTStepper, complex_table, normalized
+
+
+class Networks(Protocol):
+    """What lanes need of a `DPARGenerator`."""
+
+    config: DPARConfig
+    rule: PatchRule
+    dtype: torch.dtype
+    stepper: DPARStepper
+    gate: GPTStepper | None
+    guided: bool
+    asks_decoder: bool
+
+
+def longest_patch(rule: PatchRule, tokens: int) -> int:
+    """Return the largest number of tokens that a patch can have under a rule."""
+    by_mode = {"token": 1, "static": rule.static_length, "entropy_rows": rule.row_width, "entropy": tokens}
+    return min(by_mode[rule.mode], rule.max_patch_length or tokens, tokens)
+
+
+class Lanes:
+    """The state of the images of a batch, each at a position of its own.
+
+    position: (B,) next token to be drawn. first, index: (B,) first token and number of the patch that holds it.
+    waits: (B,) whether that patch still needs its state from the patch transformer. decided: (B,) whether it is known
+    to which patch that token belongs.
+    """
+
+    def __init__(self, networks: Networks, labels: Tensor, drawer: Drawer) -> None:
+        self.networks, self.drawer, self.stepper = networks, drawer, networks.stepper
+        config, dtype, images = networks.config, networks.dtype, len(labels)
+        device = self.stepper.tokens.device
+        self.device, self.images = device, images
+        rows = (2 if networks.guided else 1) * images
+        self.labels = torch.cat([labels, torch.full_like(labels, config.num_classes)]).to(device)
+
+        self.position = torch.zeros(images, dtype=torch.int64, device=device)
+        self.first, self.index = torch.zeros_like(self.position), torch.zeros_like(self.position)
+        self.waits = torch.ones(images, dtype=torch.bool, device=device)
+        self.decided = torch.ones(images, dtype=torch.bool, device=device)
+        self.boundaries = BoundaryState(networks.rule, images, device=device)
+        self.entropies = torch.full((images, config.tokens), float("nan"), device=device)
+        self.starts = torch.zeros(images, config.tokens, dtype=torch.bool, device=device)
+        self.starts[:, 0] = True
+
+        self.state = self.stepper.start.expand(images, -1).clone()  # decoder input of the next token: start, x'_0, ...
+        self.peak = torch.full((images, config.width), float("-inf"), device=device)  # maximum of x' in the open patch
+        self.copied = torch.zeros(rows, config.decoder_layers, config.width, device=device)
+        longest = longest_patch(networks.rule, config.tokens)
+        stepper = self.stepper
+        self.encoder_cache = stepper.new_cache(config.encoder_layers, images, config.tokens, dtype)
+        self.member_cache = stepper.new_cache(config.encoder_layers, images, longest, dtype)
+        self.patch_cache = stepper.new_cache(config.patch_layers, rows, config.tokens, dtype)
+        self.decoder_cache = stepper.new_cache(config.decoder_layers, rows, config.tokens, dtype)
+        self.gate_cache = networks.gate.new_cache(images, dtype) if networks.gate else None
+
+    def ready(self) -> Tensor:
+        """Lanes whose next token can be drawn: (A,) int64."""
+        return torch.nonzero(~self.waits & (self.position < self.networks.config.tokens)).flatten()
+
+    def waiting(self) -> Tensor:
+        """Lanes whose next token needs a step of the patch transformer first: (A,) int64."""
+        return torch.nonzero(self.waits).flatten()
+
+    def token_launch(self, lanes: Tensor) -> int:
+        """Draw a token in each of these lanes but those that now wait for a patch; return how many were drawn."""
+        position = self.position[lanes]
+        half = self.drawer.half(lanes, position)
+        if self.networks.asks_decoder:
+            cond = self.decode(lanes)
+            staying = self.probe(lanes, position, cond)
+            lanes, position, cond = lanes[staying], position[staying], cond[staying]
+            if not len(lanes):
+                return 0
+            half = self.drawer.half(lanes, position)
+            logits = torch.cat([cond, self.decode(half + self.images)]) if len(half) else cond
+        else:
+            logits = self.decode(torch.cat([lanes, half + self.images]))
+        drawn = len(lanes)
+        tokens = self.drawer(lanes, position, logits)
+        self.position[lanes] = position + 1
+        last = self.networks.config.tokens - 1
+        if bool((position == last).any()):
+            going = torch.nonzero(position < last).flatten()
+            lanes, position, tokens = lanes[going], position[going], tokens[going]
+        if len(lanes):
+            self.encode(lanes, position, tokens)
+            self.decide(lanes, position + 1, tokens)
+        return drawn
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """Return the logits of the next token of these rows, given the state of the open patch: (A,) -> (A, V)."""
+        stepper, lanes = self.stepper, rows % self.images
+        step = self.decoder_cache.plan(rows, self.position[lanes])
+        table = stepper.table[step.positions]
+        x, copied = self.state[lanes], self.copied[rows]
+        for layer, block in enumerate(stepper.decoder):
+            x = block(x + copied[:, layer], table, self.decoder_cache, layer, step)
+        return stepper.head(x)
+
+    def probe(self, lanes: Tensor, position: Tensor, cond: Tensor) -> Tensor:
+        """Ask the decoder's entropy where it is not known yet to which patch a token belongs.
+
+        The logits (A, V) are those of the conditional half, unguided, as if the token belonged to the open patch: its
+        own patch cannot be stepped before the boundary is known. Returns the indices of the lanes that stay in it.
+        """
+        asked = torch.nonzero(~self.decided[lanes]).flatten()
+        stays = torch.ones_like(lanes, dtype=torch.bool)
+        if len(asked):
+            entropies = next_token_entropies(cond[asked])
+            self.settle(lanes[asked], position[asked], entropies, final=True)
+            stays[asked] = ~self.waits[lanes[asked]]
+        return torch.nonzero(stays).flatten()
+
+    def encode(self, lanes: Tensor, position: Tensor, tokens: Tensor) -> None:
+        """Take up the drawn tokens: x' of each, and its share in the open patch."""
+        stepper = self.stepper
+        step = self.encoder_cache.plan(lanes, position)
+        member = self.member_cache.plan(lanes, position - self.first[lanes])
+        table = stepper.table[position + 1]
+        x = stepper.tokens[tokens]
+        for layer, (block, reader) in enumerate(zip(stepper.encoder, stepper.readers)):
+            x = block(x, table, self.encoder_cache, layer, step)
+            if layer == 0:
+                self.peak[lanes] = torch.maximum(self.peak[lanes], x)
+            reader.write(x, self.member_cache, layer, member)
+        self.state[lanes] = x
+
+    def decide(self, lanes: Tensor, position: Tensor, tokens: Tensor) -> None:
+        """Tell whether the token at `position` begins a patch, as far as that is known before the decoder runs."""
+        gate = self.networks.gate
+        entropies = torch.full(position.shape, float("nan"), device=self.device)
+        if gate:
+            entropies = next_token_entropies(gate(gate.tokens[tokens], self.gate_cache, lanes, position - 1))
+        self.settle(lanes, position, entropies, final=not self.networks.asks_decoder)
+
+    def settle(self, lanes: Tensor, position: Tensor, entropies: Tensor, *, final: bool) -> None:
+        """Apply the rule. Not final: entropies are nan, only starts that no entropy could prevent are settled."""
+        begins = self.boundaries.step(position, entropies, rows=lanes)
+        self.entropies[lanes, position] = entropies
+        self.starts[lanes, position] = begins
+        self.waits[lanes] = begins
+        self.decided[lanes] = True if final else begins
+
+    def patch_launch(self, lanes: Tensor) -> None:
+        """Close the open patch of these lanes and get the state of the next from the patch transformer."""
+        stepper = self.stepper
+        position = self.position[lanes]
+        half = self.drawer.half(lanes, position)
+        rows = torch.cat([lanes, half + self.images])
+        if bool((position == 0).all()):
+            x, place = stepper.classes[self.labels[rows]], position
+            table = torch.zeros(len(lanes), stepper.head_dim // 2, dtype=torch.complex64, device=self.device)
+        else:
+            x, table = self.close(lanes, position)
+            place = self.index[lanes] + 1
+            self.index[lanes], self.first[lanes] = place, position
+            self.peak[lanes] = float("-inf")
+            x = self.doubled(x, lanes, half)
+        step = self.patch_cache.plan(rows, self.doubled(place, lanes, half))
+        table = self.doubled(table, lanes, half)
+        for layer, block in enumerate(stepper.patch_blocks):
+            x = block(x, table, self.patch_cache, layer, step)
+        copied = stepper.copies(normalized(x))
+        self.copied[rows] = copied.unflatten(-1, (-1, self.networks.config.width))
+        self.waits[lanes] = False
+
+    def doubled(self, x: Tensor, lanes: Tensor, half: Tensor) -> Tensor:
+        """Repeat the entries of x (A, ...) that belong to an unconditional half: (A + U, ...)."""
+        if not len(half):
+            return x
+        return torch.cat([x, x if len(half) == len(lanes) else x[torch.isin(lanes, half)]])
+
+    def close(self, lanes: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vectors of the patches that end before `position`, (A, D), and their rotary table."""
+        stepper, config = self.stepper, self.networks.config
+        first = self.first[lanes]
+        patch = self.peak[lanes]
+        step = self.member_cache.plan(lanes, position - first - 1)
+        for layer, reader in enumerate(stepper.readers):
+            patch = reader.read(patch, self.member_cache, layer, step)
+        width = config.row_width
+        table = patch_rotary(
+            first // width, first % width, (position - 1) % width, self.index[lanes], stepper.head_dim,
+            encoding=config.position_encoding,
+        )  # fmt: skip
+        return patch, complex_table(table)

@@ -1,0 +1,76 @@
+"""Images that a model drew, as the ADM evaluator reads them: samples.npz with arr_0 (uint8, NHWC) and arr_1 (labels).
+
+Shapes: N images, S their side in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dpar_core.files import atomic_path
+
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's zero; the same images give the same bytes
+
+
+def _header(shape: tuple[int, ...], dtype: str) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def write_samples(path: Path | str, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
+    """Write samples.npz, whole or not at all, holding one batch in memory at a time.
+
+    batches: arrays (n, S, S, 3) uint8, N images together. labels: (N,) integers. Raises ValueError when the images do
+    not number N or differ in size.
+    """
+    count, written, shape = len(labels), 0, None
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        entry = zipfile.ZipInfo("arr_0.npy", EPOCH)
+        with archive.open(entry, "w", force_zip64=True) as stream:
+            for batch in batches:
+                if batch.dtype != np.uint8 or batch.ndim != 4 or shape not in (None, batch.shape[1:]):
+                    raise ValueError(f"expected images (n, S, S, 3) uint8 of one size; got {batch.shape} {batch.dtype}")
+                if shape is None:
+                    shape = batch.shape[1:]
+                    stream.write(_header((count, *shape), "|u1"))
+                stream.write(np.ascontiguousarray(batch).data)
+                written += len(batch)
+        if written != count:
+            raise ValueError(f"expected {count} images, one a label; got {written}")
+        with archive.open(zipfile.ZipInfo("arr_1.npy", EPOCH), "w", force_zip64=True) as stream:
+            stream.write(_header((count,), "<i8"))
+            stream.write(np.ascontiguousarray(labels, dtype="<i8").data)
+
+
+def write_arrays(path: Path | str, **arrays: np.ndarray) -> None:
+    """Write an npz of small arrays, whole or not at all; the same arrays give the same bytes."""
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array, allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", EPOCH), buffer.getvalue(), zipfile.ZIP_DEFLATED)
+
+
+class Samples(NamedTuple):
+    """images: (N, S, S, 3) uint8; labels: (N,) int64."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def read_samples(path: Path | str) -> Samples:
+    """Read samples.npz. Raises FileNotFoundError, ValueError in a sentence."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no samples at {path}: run the sample stage")
+    with np.load(path, allow_pickle=False) as archive:
+        if not {"arr_0", "arr_1"} <= set(archive.files):
+            raise ValueError(f"{path} holds {archive.files}, expected arr_0 (images) and arr_1 (labels)")
+        return Samples(archive["arr_0"], archive["arr_1"])

@@ -1,0 +1,293 @@
+"""Stages sample_dpar and sample_llamagen: draw images by class plan, as the ADM evaluator reads them.
+
+Image i has seed `sample.seed + i` and a class that follows from i (balanced) or from its seed (random). Batches are
+units of work that appear whole or not at all, drawn here or by Ray workers; no image depends on how they are cut.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from dpar_core.files import atomic_folder, atomic_path, digest_of, write_json
+from dpar_core.patching import lengths_from_starts, starts_from_lengths
+from dpar_core.pictures import labelled_grid, save_png
+from dpar_core.sample_files import write_arrays, write_samples
+from stages import cluster
+from stages import params as P
+from stages.files import artifact_digest
+from stages.sampler import Files, Sampler
+from stages.tracker import Progress, Tracker
+
+GRID_CLASSES, GRID_COLUMNS = 10, 8
+CACHE_SHARE = 0.7  # of the free memory that caches may take
+SAMPLES, PROTOCOL, TOKENS, GRID = "samples.npz", "samples.json", "tokens.npz", "grid.png"
+METRICS, TIMINGS = "metrics.json", "timings.json"
+
+
+@dataclass(frozen=True)
+class Params:
+    sample: P.Sample
+
+
+@dataclass(frozen=True)
+class DPARInputs:
+    model: Path
+    entropy_model: Path
+    tokenizer: Path
+    rule: Path
+
+
+@dataclass(frozen=True)
+class DPAROutputs:
+    samples: Path
+
+
+@dataclass(frozen=True)
+class LlamaGenInputs:
+    model: Path
+    equal_time: Path
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
+class LlamaGenOutputs:
+    samples: Path
+    equal_time: Path
+
+
+def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: Tracker, *, device: str, work: Path) -> None:
+    """Draw images from DPAR."""
+    for name in ("model", "entropy_model", "tokenizer"):
+        path = getattr(inputs, name)
+        tracker.log_input(name, path, artifact_digest(path))
+    files = Files(inputs.model, inputs.tokenizer, inputs.entropy_model, inputs.rule)
+    _sample(params.sample, files, outputs.samples, tracker, device=device, work=work / "dpar", prefix="")
+
+
+def run_llamagen(
+    params: Params, inputs: LlamaGenInputs, outputs: LlamaGenOutputs, tracker: Tracker, *, device: str, work: Path
+) -> None:
+    """Draw images from the twin as it was when it had trained for as many steps, and for as long, as DPAR."""
+    for name in ("model", "equal_time", "tokenizer"):
+        path = getattr(inputs, name)
+        tracker.log_input(name, path, artifact_digest(path))
+    for model, target, prefix in (
+        (inputs.model, outputs.samples, ""),
+        (inputs.equal_time, outputs.equal_time, "equal_time/"),
+    ):
+        files = Files(model, inputs.tokenizer)
+        _sample(params.sample, files, target, tracker, device=device, work=work / target.name, prefix=prefix)
+
+
+def label_of(index: int, *, plan: str, seed: int, num_classes: int) -> int:
+    """Return the class of image `index`: balanced plans go round the classes, random ones ask the image's own seed."""
+    if plan == "balanced":
+        return index % num_classes
+    return int(np.random.Generator(np.random.Philox(key=[seed + index, 1])).integers(num_classes))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to draw any batch. work: where batches are put, on storage that all workers see."""
+
+    files: Files
+    sample: str
+    device: str
+    work: str
+
+    @property
+    def section(self) -> P.Sample:
+        return P.Sample.model_validate_json(self.sample)
+
+    def batches(self) -> list[int]:
+        """Numbers of all batches."""
+        return list(range(-(-self.section.images // self.section.batch_size)))
+
+    def path(self, batch: int) -> Path:
+        return Path(self.work) / f"batch-{batch:06d}.npz"
+
+
+@lru_cache(maxsize=1)
+def _sampler(files: Files, sample: str, device: str) -> Sampler:
+    return Sampler(files, P.Sample.model_validate_json(sample), device=device)
+
+
+def draw_batch(job: Job, batch: int, progress: Callable[[int], None] | None = None) -> int:
+    """Draw one batch and put it into the work folder, whole or not at all; return its number of images."""
+    sample, sampler = job.section, _sampler(job.files, job.sample, job.device)
+    indices = range(batch * sample.batch_size, min((batch + 1) * sample.batch_size, sample.images))
+    num_classes = sampler.config.num_classes
+    labels = [label_of(i, plan=sample.plan, seed=sample.seed, num_classes=num_classes) for i in indices]
+    started = time.perf_counter()
+    drawn = sampler.draw(labels, [sample.seed + i for i in indices], progress=progress)
+    between = time.perf_counter()
+    images = sampler.pixels(drawn.tokens, resize=sample.resize)
+    tokens = drawn.tokens.cpu().numpy().astype(np.uint16 if sampler.config.codebook_size <= 65536 else np.uint32)
+    lengths = drawn.patch_lengths or [np.ones(tokens.shape[1], np.int64)] * len(tokens)
+    starts = np.packbits(starts_from_lengths(lengths, tokens.shape[1]), axis=1)
+    seconds = np.array([between - started, time.perf_counter() - between])
+    with atomic_path(job.path(batch)) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, images=images, labels=np.array(labels), tokens=tokens, starts=starts, seconds=seconds)
+    return len(labels)
+
+
+def _check_memory(sampler: Sampler, sample: P.Sample) -> None:
+    """Refuse a batch whose caches cannot fit, before anything is drawn."""
+    wanted = sampler.generator.cache_bytes(sample.batch_size)
+    free = psutil.virtual_memory().available
+    if sampler.device.type == "cuda":
+        free = torch.cuda.mem_get_info(sampler.device)[0]
+    if wanted > CACHE_SHARE * free:
+        fitting = max(int(sample.batch_size * CACHE_SHARE * free / wanted), 1)
+        raise ValueError(
+            f"sample.batch_size {sample.batch_size} needs {wanted / 2**30:.1f} GiB of caches, of {free / 2**30:.1f} GiB "
+            f"free: set it to {fitting} or less, the images stay the same"
+        )
+
+
+def _sample(sample: P.Sample, files: Files, target: Path, tracker: Tracker, *, device: str, work: Path, prefix: str) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    files = Files(*(path and path.resolve() for path in vars(files).values()))
+    job = Job(files, sample.model_dump_json(), device, str(work.resolve()))
+    sampler = _sampler(job.files, job.sample, device)
+    _check_memory(sampler, sample)
+    left = [batch for batch in job.batches() if not job.path(batch).exists()]
+    done = sample.images - sum(_size(sample, batch) for batch in left)
+    with tracker.progress(sample.images, f"sample {target.name}", done=done, unit="images") as progress:
+        if sample.workers and left:
+            _by_workers(job, left, sample.workers, progress)
+        else:
+            for batch in left:
+                draw_batch(job, batch, _whole_images(progress, sampler.config.tokens))
+    _publish(job, sampler, target, tracker, prefix=prefix)
+
+
+def _size(sample: P.Sample, batch: int) -> int:
+    return min(sample.batch_size, sample.images - batch * sample.batch_size)
+
+
+def _whole_images(progress: Progress, tokens: int) -> Callable[[int], None]:
+    """Turn counts of tokens into steps of whole images."""
+    settled = 0
+
+    def advance(count: int) -> None:
+        nonlocal settled
+        before, settled = settled // tokens, settled + count
+        progress.advance(settled // tokens - before)
+
+    return advance
+
+
+def _by_workers(job: Job, batches: list[int], workers: int, progress: Progress) -> None:
+    """Spread batches over Ray workers; a worker that dies has its batch drawn again by another."""
+    with cluster.connected() as nodes:
+        import ray
+
+        gpus = 1 if job.device.startswith("cuda") else 0
+        cpus = max(int(sum(node.cpus for node in nodes)) // workers, 1)
+        room = sum(node.fits(cpus=cpus, gpus=gpus) for node in nodes)
+        if room < workers:
+            raise ValueError(f"sample.workers is {workers}, but the cluster has room for {room}: set it to that or less")
+
+        def work_on(job: Job, batch: int) -> int:
+            torch.set_num_threads(cpus)
+            return draw_batch(job, batch)
+
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(work_on)
+        waiting, running = list(batches), []
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(task.remote(job, waiting.pop(0)))
+            finished, running = ray.wait(running, num_returns=1)
+            for count in ray.get(finished):
+                progress.advance(count)
+
+
+def _batches(job: Job, name: str) -> Iterator[np.ndarray]:
+    for batch in job.batches():
+        with np.load(job.path(batch), allow_pickle=False) as archive:
+            yield archive[name]
+
+
+def _publish(job: Job, sampler: Sampler, target: Path, tracker: Tracker, *, prefix: str) -> None:
+    sample, config = job.section, sampler.config
+    labels = np.concatenate(list(_batches(job, "labels")))
+    starts = np.unpackbits(np.concatenate(list(_batches(job, "starts"))), axis=1, count=config.tokens).astype(bool)
+    seconds = np.sum(list(_batches(job, "seconds")), axis=0)
+    metrics = _metrics(sampler, starts)
+    timings = {
+        "seconds": float(seconds.sum()), "draw_seconds": float(seconds[0]), "decode_seconds": float(seconds[1]),
+        "images_per_s": len(labels) / float(seconds[0]), "workers": sample.workers, "cpus": os.cpu_count(),
+    }  # fmt: skip
+    with atomic_folder(target) as folder:
+        write_samples(folder / SAMPLES, _batches(job, "images"), labels)
+        write_arrays(
+            folder / TOKENS, tokens=np.concatenate(list(_batches(job, "tokens"))), starts=np.packbits(starts, axis=1)
+        )
+        save_png(_grid(job, sampler, labels), folder / GRID)
+        write_json(folder / PROTOCOL, protocol(sampler, sample))
+        write_json(folder / METRICS, metrics)
+        write_json(folder / TIMINGS, timings)
+    tracker.log_metrics({prefix + name: value for name, value in metrics.items()})
+    tracker.log_metrics({f"{prefix}perf/images_per_s": timings["images_per_s"]})
+    tracker.log_picture(target / GRID)
+
+
+def protocol(sampler: Sampler, sample: P.Sample) -> dict[str, Any]:
+    """Return how a set of samples came about, as JSON data with a digest: what makes scores comparable."""
+    content = {
+        **sampler.protocol(), "images": sample.images, "plan": sample.plan, "first_seed": sample.seed,
+        "num_classes": sampler.config.num_classes, "classes": sampler.class_names,
+        "image_size": sample.resize or sampler.image_size, "resized_from": sampler.image_size if sample.resize else None,
+    }  # fmt: skip
+    return {**content, "digest": digest_of(content)}
+
+
+def _metrics(sampler: Sampler, starts: np.ndarray) -> dict[str, float]:
+    counts = starts.sum(axis=1)
+    metrics = {
+        "sample/images": len(starts),
+        "patch/mean_length": starts.size / float(counts.sum()),
+        "patch/patches_per_image": float(counts.mean()),
+        "patch/patches_5_percent": float(np.percentile(counts, 5)),
+        "patch/patches_95_percent": float(np.percentile(counts, 95)),
+    }
+    if sampler.is_dpar and sampler.settings.rule.reads_entropies:
+        metrics["patch/threshold_nats"] = float(sampler.settings.rule.threshold)
+    return metrics
+
+
+def _grid(job: Job, sampler: Sampler, labels: np.ndarray):
+    """Lay out the first samples of up to ten classes, a class a row."""
+    wanted = {int(c): [int(i) for i in np.flatnonzero(labels == c)[:GRID_COLUMNS]] for c in np.unique(labels)}
+    wanted = dict(list(wanted.items())[:GRID_CLASSES])
+    chosen: dict[int, np.ndarray] = {}
+    first = 0
+    for images in _batches(job, "images"):
+        for index in (i for of_class in wanted.values() for i in of_class):
+            if first <= index < first + len(images):
+                chosen[index] = images[index - first]
+        first += len(images)
+        if len(chosen) == sum(map(len, wanted.values())):
+            break
+    rows = [np.stack([chosen[i] for i in of_class]) for of_class in wanted.values()]
+    size = rows[0].shape[1]
+    title = f"{'DPAR' if sampler.is_dpar else 'LlamaGen twin'}, cfg {sampler.settings.cfg_scale:g}"
+    return labelled_grid(rows, [sampler.class_names[c] for c in wanted], title=title, factor=max(128 // size, 1))
+
+
+def patch_lengths(folder: Path) -> list[np.ndarray]:
+    """Return the patch lengths of a folder of samples: N arrays (M,) uint16."""
+    with np.load(folder / TOKENS, allow_pickle=False) as archive:
+        tokens = archive["tokens"].shape[1]
+        return lengths_from_starts(np.unpackbits(archive["starts"], axis=1, count=tokens).astype(bool))
