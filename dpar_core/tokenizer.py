@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS, GROUP_EPS = 32, 1e-6
+GROUP_EPS = 1e-6
 LOOKUP_ROWS = 8192  # latents compared with the codebook at a time, so that memory does not grow with the batch
 
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Shape of a tokenizer. VQ-16 of LlamaGen: 16384 codes of 8, width 128, multipliers 1, 1, 2, 2, 4, z 256, 2 blocks."""
+    """Shape of a tokenizer. VQ-16 of LlamaGen: 16384 codes of 8, width 128, multipliers 1, 1, 2, 2, 4, z 256, 2 blocks.
+
+    norm_groups: groups of every GroupNorm, 32 in LlamaGen. A narrow network needs fewer: with one channel a group the
+    norm takes away each channel's mean over the image, and with it the colour.
+    """
 
     codebook_size: int
     codebook_dim: int
@@ -29,6 +33,7 @@ class VQConfig:
     z_channels: int
     residual_blocks: int = 2
     commitment: float = 0.25
+    norm_groups: int = 32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
@@ -55,22 +60,29 @@ class Reconstruction(NamedTuple):
     loss: Tensor
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=GROUP_EPS)
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=GROUP_EPS)
+
+
+def _start_at_zero(layer: nn.Conv2d) -> None:
+    """Let a residual branch begin as nothing: small networks learn several times faster (docs/log.md)."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 class ResidualBlock(nn.Module):
     """norm, swish, conv, norm, swish, conv, plus the input (through a 1x1 conv where widths differ)."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = _norm(channels)
+        self.norm1 = _norm(channels, groups)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = _norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
         self.same_width = channels == out_channels
+        _start_at_zero(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -81,13 +93,14 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """One head over all positions, plus the input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
+        _start_at_zero(self.proj_out)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
@@ -118,11 +131,11 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _level(channels: int, out_channels: int, *, blocks: int, attention: bool) -> nn.Module:
+def _level(channels: int, out_channels: int, groups: int, *, blocks: int, attention: bool) -> nn.Module:
     level = nn.Module()
     widths = [channels] + [out_channels] * blocks
-    level.res = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(widths))
-    level.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
+    level.res = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairwise(widths))
+    level.attn = nn.ModuleList(AttentionBlock(out_channels, groups) for _ in range(blocks if attention else 0))
     return level
 
 
@@ -134,8 +147,9 @@ def _run_level(level: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _middle(channels: int) -> nn.ModuleList:
-    return nn.ModuleList([ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)])
+def _middle(channels: int, groups: int) -> nn.ModuleList:
+    first, last = ResidualBlock(channels, channels, groups), ResidualBlock(channels, channels, groups)
+    return nn.ModuleList([first, AttentionBlock(channels, groups), last])
 
 
 class Encoder(nn.Module):
@@ -148,12 +162,12 @@ class Encoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         for index, (channels, out_channels) in enumerate(zip([config.base_width, *widths], widths)):
             lowest = index == len(widths) - 1
-            level = _level(channels, out_channels, blocks=config.residual_blocks, attention=lowest)
+            level = _level(channels, out_channels, config.norm_groups, blocks=config.residual_blocks, attention=lowest)
             if not lowest:
                 level.downsample = Downsample(out_channels)
             self.conv_blocks.append(level)
-        self.mid = _middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.mid = _middle(widths[-1], config.norm_groups)
+        self.norm_out = _norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,14 +187,15 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.base_width * multiplier for multiplier in reversed(config.channel_multipliers)]
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0])
+        self.mid = _middle(widths[0], config.norm_groups)
         self.conv_blocks = nn.ModuleList()
         for index, (channels, out_channels) in enumerate(zip([widths[0], *widths], widths)):
-            level = _level(channels, out_channels, blocks=config.residual_blocks + 1, attention=index == 0)
+            blocks = config.residual_blocks + 1
+            level = _level(channels, out_channels, config.norm_groups, blocks=blocks, attention=index == 0)
             if index < len(widths) - 1:
                 level.upsample = Upsample(out_channels)
             self.conv_blocks.append(level)
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = _norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class Tokenizer(Section):
     channel_multipliers: Annotated[list[Count], Field(min_length=1)]
     z_channels: Count
     residual_blocks: Count
+    norm_groups: Count
     commitment: Annotated[float, Field(ge=0)]
     steps: Count
     batch_size: Count
@@ -363,10 +364,10 @@ def _data_contradictions(data: Data) -> Iterator[str]:
 
 def _tokenizer_contradictions(tokenizer: Tokenizer) -> Iterator[str]:
     for multiplier in tokenizer.channel_multipliers:
-        if tokenizer.base_width * multiplier % 32:
+        if tokenizer.base_width * multiplier % tokenizer.norm_groups:
             yield (
-                f"`tokenizer.base_width` {tokenizer.base_width} times multiplier {multiplier} is not a multiple of 32, "
-                "the groups of GroupNorm"
+                f"`tokenizer.base_width` {tokenizer.base_width} times multiplier {multiplier} is not a multiple of "
+                f"`tokenizer.norm_groups` {tokenizer.norm_groups}, the groups of GroupNorm"
             )
             break
     if tokenizer.warmup_steps >= tokenizer.steps:

@@ -55,7 +55,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     opener, settings = ImageOpener(manifest), params.tokenizer
     config = VQConfig(
         settings.codebook_size, settings.codebook_dim, settings.base_width, tuple(settings.channel_multipliers),
-        settings.z_channels, settings.residual_blocks, settings.commitment,
+        settings.z_channels, settings.residual_blocks, settings.commitment, settings.norm_groups,
     )  # fmt: skip
     if settings.weights is None:
         images = Images(manifest.split("train"), opener, params.data.image_size)
@@ -123,7 +123,7 @@ def train(
     """
     torch.manual_seed(seed)
     model = VQ(config).to(device).train()
-    optim = OptimSettings(settings.lr, "cosine", min(20, settings.steps // 10), (0.9, 0.95), 1e-8, 0.0, 0.0)
+    optim = OptimSettings(settings.lr, "cosine", min(20, settings.steps // 10), (0.9, 0.99), 1e-8, 0.0, 0.0)
     optimizer = adamw(model.named_parameters(), optim)
     store = CheckpointStore(work / "checkpoints", Architecture("vq", _jsonable(config)), keep_last=2)
     used = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)
