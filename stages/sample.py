@@ -44,7 +44,7 @@ class DPARInputs:
     model: Path
     entropy_model: Path
     tokenizer: Path
-    rule: Path
+    patch_rule: Path
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: 
     for name in ("model", "entropy_model", "tokenizer"):
         path = getattr(inputs, name)
         tracker.log_input(name, path, artifact_digest(path))
-    files = Files(inputs.model, inputs.tokenizer, inputs.entropy_model, inputs.rule)
+    files = Files(inputs.model, inputs.tokenizer, inputs.entropy_model, inputs.patch_rule)
     _sample(params.sample, files, outputs.samples, tracker, device=device, work=work / "dpar", prefix="")
 
 
@@ -98,9 +98,11 @@ def label_of(index: int, *, plan: str, seed: int, num_classes: int) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to draw any batch. work: where batches are put, on storage that all workers see."""
+    """What a worker needs to draw any batch. content: digest of the files. work: where batches are put, on storage that
+    all workers see."""
 
     files: Files
+    content: str
     sample: str
     device: str
     work: str
@@ -118,13 +120,18 @@ class Job:
 
 
 @lru_cache(maxsize=1)
-def _sampler(files: Files, sample: str, device: str) -> Sampler:
+def _loaded(files: Files, content: str, sample: str, device: str) -> Sampler:
     return Sampler(files, P.Sample.model_validate_json(sample), device=device)
+
+
+def _sampler(job: Job) -> Sampler:
+    """Return the job's sampler, read once a process."""
+    return _loaded(job.files, job.content, job.sample, job.device)
 
 
 def draw_batch(job: Job, batch: int, progress: Callable[[int], None] | None = None) -> int:
     """Draw one batch and put it into the work folder, whole or not at all; return its number of images."""
-    sample, sampler = job.section, _sampler(job.files, job.sample, job.device)
+    sample, sampler = job.section, _sampler(job)
     indices = range(batch * sample.batch_size, min((batch + 1) * sample.batch_size, sample.images))
     num_classes = sampler.config.num_classes
     labels = [label_of(i, plan=sample.plan, seed=sample.seed, num_classes=num_classes) for i in indices]
@@ -158,8 +165,9 @@ def _check_memory(sampler: Sampler, sample: P.Sample) -> None:
 def _sample(sample: P.Sample, files: Files, target: Path, tracker: Tracker, *, device: str, work: Path, prefix: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
     files = Files(*(path and path.resolve() for path in vars(files).values()))
-    job = Job(files, sample.model_dump_json(), device, str(work.resolve()))
-    sampler = _sampler(job.files, job.sample, device)
+    content = digest_of([path and artifact_digest(path) for path in vars(files).values()])
+    job = Job(files, content, sample.model_dump_json(), device, str(work.resolve()))
+    sampler = _sampler(job)
     _check_memory(sampler, sample)
     left = [batch for batch in job.batches() if not job.path(batch).exists()]
     done = sample.images - sum(_size(sample, batch) for batch in left)
@@ -195,9 +203,7 @@ def _by_workers(job: Job, batches: list[int], workers: int, progress: Progress) 
 
         gpus = 1 if job.device.startswith("cuda") else 0
         cpus = max(int(sum(node.cpus for node in nodes)) // workers, 1)
-        room = sum(node.fits(cpus=cpus, gpus=gpus) for node in nodes)
-        if room < workers:
-            raise ValueError(f"sample.workers is {workers}, but the cluster has room for {room}: set it to that or less")
+        cluster.require(nodes, workers=workers, cpus=cpus, gpus=gpus, section="sample")
 
         def work_on(job: Job, batch: int) -> int:
             torch.set_num_threads(cpus)

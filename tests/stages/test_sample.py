@@ -1,0 +1,169 @@
+"""Sampling as a job: the same images however it is cut, and refusals in a sentence."""
+
+import filecmp
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sample_artifacts import CLASSES, GRID, sample_section, write_artifacts
+
+from dpar_core.sample_files import read_samples
+from stages import sample as stage
+from stages.sampler import Files, Sampler
+from stages.tracker import NullTracker
+
+SAME = ["samples.npz", "samples.json", "tokens.npz", "grid.png", "metrics.json"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    return write_artifacts(tmp_path_factory.mktemp("artifacts"))
+
+
+def run_dpar(artifacts, folder: Path, *, work: Path | None = None, **changes) -> Path:
+    inputs = stage.DPARInputs(artifacts.dpar, artifacts.entropy_model, artifacts.tokenizer, artifacts.rule)
+    outputs = stage.DPAROutputs(folder / "samples")
+    params = stage.Params(sample_section(**changes))
+    stage.run_dpar(params, inputs, outputs, NullTracker(), device="cpu", work=work or folder / "work")
+    return outputs.samples
+
+
+def same(one: Path, other: Path, names=SAME) -> bool:
+    return filecmp.cmpfiles(one, other, names, shallow=False) == (list(names), [], [])
+
+
+def test_samples_are_what_the_adm_evaluator_reads(artifacts, tmp_path):
+    folder = run_dpar(artifacts, tmp_path)
+    images, labels = read_samples(folder / "samples.npz")
+    assert images.shape == (11, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.dtype == np.int64 and labels.tolist() == [i % CLASSES for i in range(11)]
+    assert len(np.unique(images.reshape(11, -1), axis=0)) == 11
+    metrics = json.loads((folder / "metrics.json").read_text())
+    lengths = stage.patch_lengths(folder)
+    assert metrics["patch/patches_per_image"] == pytest.approx(np.mean([len(one) for one in lengths]))
+    assert metrics["patch/mean_length"] == pytest.approx(11 * GRID**2 / sum(len(one) for one in lengths))
+    assert metrics["patch/threshold_nats"] == pytest.approx(1.8)
+    assert GRID**2 > metrics["patch/patches_per_image"] > GRID + 1
+    protocol = json.loads((folder / "samples.json").read_text())
+    assert protocol["made_by"].keys() == {"model", "tokenizer", "entropy_model"}
+    assert protocol["classes"] == ["ape", "bee", "cow"]
+    assert Image.open(folder / "grid.png").size[0] > 3 * 8
+
+
+@pytest.mark.parametrize("gate", ["entropy_model", "decoder"])
+def test_batch_size_changes_no_byte_of_the_output(artifacts, tmp_path, gate):
+    first = run_dpar(artifacts, tmp_path / "a", gate=gate)
+    for number, size in enumerate((1, 3, 64)):
+        assert same(first, run_dpar(artifacts, tmp_path / str(number), gate=gate, batch_size=size))
+
+
+def test_threads_change_no_byte_of_the_output(artifacts, tmp_path):
+    first = run_dpar(artifacts, tmp_path / "a")
+    torch.set_num_threads(2)
+    assert same(first, run_dpar(artifacts, tmp_path / "b"))
+
+
+def test_a_job_that_was_killed_goes_on_with_the_batches_that_are_whole(artifacts, tmp_path, monkeypatch):
+    whole = run_dpar(artifacts, tmp_path / "whole")
+    drawn = []
+    original = stage.draw_batch
+
+    def dies_in_the_third(job, batch, progress=None):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(batch)
+        return original(job, batch, progress)
+
+    monkeypatch.setattr(stage, "draw_batch", dies_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_dpar(artifacts, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "samples").exists()
+    monkeypatch.setattr(stage, "draw_batch", lambda *a: drawn.append(a[1]) or original(*a))
+    assert same(whole, run_dpar(artifacts, tmp_path / "killed"))
+    assert drawn == [0, 1, 2]
+
+
+def test_the_twin_is_sampled_at_both_steps(artifacts, tmp_path):
+    inputs = stage.LlamaGenInputs(artifacts.twin, artifacts.equal_time, artifacts.tokenizer)
+    outputs = stage.LlamaGenOutputs(tmp_path / "llamagen", tmp_path / "llamagen_equal_time")
+    tracker = NullTracker()
+    params = stage.Params(sample_section(resize=12))
+    stage.run_llamagen(params, inputs, outputs, tracker, device="cpu", work=tmp_path / "work")
+    one, other = (read_samples(folder / "samples.npz").images for folder in (outputs.samples, outputs.equal_time))
+    assert one.shape == other.shape == (11, 12, 12, 3)
+    assert not np.array_equal(one, other)
+    assert tracker.metrics["patch/patches_per_image"] == GRID**2
+    assert "equal_time/perf/images_per_s" in tracker.metrics
+    assert json.loads((outputs.samples / "samples.json").read_text())["resized_from"] == 8
+
+
+def test_random_plans_ask_each_images_own_seed():
+    labels = [stage.label_of(i, plan="random", seed=50, num_classes=7) for i in range(400)]
+    assert labels[10:] == [stage.label_of(i, plan="random", seed=60, num_classes=7) for i in range(390)]
+    assert min(np.bincount(labels, minlength=7)) > 30
+
+
+def test_balanced_plans_draw_the_same_number_of_every_class():
+    labels = [stage.label_of(i, plan="balanced", seed=0, num_classes=9) for i in range(450)]
+    assert np.bincount(labels).tolist() == [50] * 9
+
+
+def test_sampling_overrides_the_training_rule_and_says_so(artifacts, tmp_path):
+    folder = run_dpar(artifacts, tmp_path, threshold=0.0, max_patch_length=2)
+    rule = json.loads((folder / "samples.json").read_text())["rule"]
+    assert (rule["threshold"], rule["max_patch_length"]) == (0.0, 2)
+    assert json.loads((folder / "metrics.json").read_text())["patch/mean_length"] == 1
+
+
+@pytest.mark.parametrize("threshold", [2.8, 50.0])
+def test_a_threshold_above_the_largest_entropy_is_refused(artifacts, tmp_path, threshold):
+    with pytest.raises(ValueError, match=r"makes no sense for 16 codes: expected 0 to ln 16 = 2\.773"):
+        run_dpar(artifacts, tmp_path, threshold=threshold)
+
+
+def test_a_gate_trained_on_another_tokenizer_is_refused(tmp_path):
+    strange = write_artifacts(tmp_path, gate_trained_on="0123456789abcdef")
+    with pytest.raises(ValueError, match=r"was trained on tokens of tokenizer 0123456789abcdef.*dvc repro entropy_model"):
+        run_dpar(strange, tmp_path / "run")
+    run_dpar(strange, tmp_path / "run", gate="decoder")  # which does not read it
+
+
+def test_a_model_of_another_kind_or_a_missing_one_is_refused(artifacts):
+    with pytest.raises(ValueError, match="holds weights of kind 'gpt', expected 'dpar'"):
+        Sampler(replace(artifacts.dpar_files, model=artifacts.twin), sample_section(), device="cpu")
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        Sampler(Files(Path("nowhere"), artifacts.tokenizer), sample_section(), device="cpu")
+
+
+def test_a_batch_whose_caches_cannot_fit_is_refused_before_anything_is_drawn(artifacts, tmp_path, monkeypatch):
+    class Little:
+        available = 100_000
+
+    monkeypatch.setattr(stage.psutil, "virtual_memory", Little)
+    with pytest.raises(ValueError, match=r"needs .* GiB of caches.*the images stay the same"):
+        run_dpar(artifacts, tmp_path, batch_size=64)
+
+
+def test_decoded_pixels_do_not_depend_on_neighbours(artifacts):
+    sampler = Sampler(artifacts.dpar_files, sample_section(), device="cpu")
+    tokens = torch.randint(16, (5, GRID * GRID), generator=torch.Generator().manual_seed(0))
+    whole = sampler.pixels(tokens, resize=10)
+    assert np.array_equal(np.concatenate([sampler.pixels(one, resize=10) for one in tokens.split(2)]), whole)
+
+
+@pytest.mark.slow
+def test_ray_workers_draw_the_same_bytes(artifacts, tmp_path):
+    alone = run_dpar(artifacts, tmp_path / "alone")
+    assert same(alone, run_dpar(artifacts, tmp_path / "workers", workers=2, batch_size=3))
