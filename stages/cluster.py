@@ -42,6 +42,18 @@ class Node:
         return int(min(by_cpus, by_gpus))
 
 
+def expected() -> list[Node] | None:
+    """Return the nodes of the cluster that `connected` would start here, None when it would join another."""
+    _quiet()
+    import ray
+
+    if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+        return None
+    import torch
+
+    return [Node(local_cpus(), torch.cuda.device_count())]
+
+
 @contextmanager
 def connected() -> Iterator[list[Node]]:
     """Connect to Ray and yield the cluster's nodes; on leaving, disconnect (an own cluster ends).
@@ -49,8 +61,7 @@ def connected() -> Iterator[list[Node]]:
     Inside a Ray process, or when the caller is connected already, that connection is used and left alone.
     Raises ConnectionError in one sentence when RAY_ADDRESS does not answer.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    _quiet()
     import ray
 
     mine = not ray.is_initialized()
@@ -65,6 +76,12 @@ def connected() -> Iterator[list[Node]]:
     finally:
         if mine:
             ray.shutdown()
+
+
+def _quiet() -> None:
+    """Set what Ray reads; before it is imported."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def _start(address: str | None) -> None:
@@ -108,6 +125,7 @@ def require(nodes: list[Node], *, workers: int, cpus: float, gpus: float, sectio
 
 def _autoscales() -> bool:
     """Whether the cluster may grow: then Ray Train itself checks against its largest size."""
+    import ray
     from ray._private.state import state  # private, and what Ray Train itself asks
 
-    return bool(state.get_max_resources_from_cluster_config())
+    return ray.is_initialized() and bool(state.get_max_resources_from_cluster_config())

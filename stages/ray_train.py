@@ -86,8 +86,11 @@ def fit(
     """
     work.mkdir(parents=True, exist_ok=True)
     events = work / EVENTS
+    asked = {"workers": scale.workers, "cpus": scale.cpus, "gpus": scale.gpus, "section": section}
+    if (nodes := cluster.expected()) is not None:
+        cluster.require(nodes, **asked)
     with _only_one(work / "lock"), cluster.connected() as nodes:
-        cluster.require(nodes, workers=scale.workers, cpus=scale.cpus, gpus=scale.gpus, section=section)
+        cluster.require(nodes, **asked)
         events.write_text("")
         trainer = _trainer(function, root, events, scale)
         thread = _Fit(trainer)
