@@ -91,6 +91,7 @@ def run_dpar(
     made_from = {
         **read,
         "tokenizer": shards.meta.tokenizer,
+        "classes": list(shards.meta.classes),
         "entropy_model": maps.entropy_model_digest,
         "rule": vars(maps.rule),
     }
@@ -111,7 +112,7 @@ def run_llamagen(
     job = Job("llamagen", config, training, params.seed, inputs.tokens.resolve(), snapshot_steps=snapshots)
     read = {"tokens": shards.digest}
     result = run_job(job, read, tracker, section="train", device=device, work=work)
-    made_from = {**read, "tokenizer": shards.meta.tokenizer}
+    made_from = {**read, "tokenizer": shards.meta.tokenizer, "classes": list(shards.meta.classes)}
     publish(result, outputs, made_from, tracker)
     if snapshots:
         (step,) = snapshots
