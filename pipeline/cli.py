@@ -13,6 +13,7 @@ app = typer.Typer(
     name="dpar-cli",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Dynamic patchification for autoregressive image generation (DPAR), as one reproducible workflow.\n\n"
     "Begin with `dpar-cli run`: it makes everything from the built-in photographs to the report. "

@@ -95,7 +95,7 @@ STAGES: dict[str, StageSpec] = {
             "model": f"{A}/models/dpar/model.safetensors",
             "entropy_model": ENTROPY_MODEL,
             "tokenizer": TOKENIZER,
-            "rule": f"{PATCH_MAPS}/rule.json",
+            "patch_rule": f"{PATCH_MAPS}/rule.json",
         },
         {"samples": f"{A}/samples/dpar"},
         run="run_dpar",
