@@ -6,17 +6,18 @@ Shapes: an image is (height, width, 3) uint8; views are (n, size, size, 3) uint8
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MOST_PIXELS = 100_000_000  # larger ones are refused as decompression bombs
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are refused as decompression bombs (Pillow warns there)
 VIEW_COUNTS = {"adm_center_flip": 2, "ten_crop_1.1": 10, "ten_crop_1.05": 10, "ten_crop_both": 20}
 
-
-# What Pillow's plug-ins raise on damaged files.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, LookupError, TypeError)
+# Formats of photographs. Others that Pillow knows hold no pixels of their own, or start programs (EPS).
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+ENDINGS = frozenset(
+    (".avif", ".bmp", ".dib", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 
 
 class BadImage(ValueError):
@@ -26,34 +27,43 @@ class BadImage(ValueError):
 def decode_image(content: bytes) -> np.ndarray:
     """Decode a file to RGB: EXIF rotation applied, other colour modes converted, alpha laid over white, 16 bits cut to 8.
 
-    Returns (height, width, 3) uint8. Raises BadImage for anything that is not a whole image of at most 100 megapixels.
+    Of an animation the first frame. Safe to call from many threads. Returns (height, width, 3) uint8. Raises BadImage
+    for anything that is not a whole image of at most MOST_PIXELS pixels in one of FORMATS.
     """
     if not content:
         raise BadImage("the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise BadImage(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
-                image.load()
-                return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise BadImage(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
+            image.load()
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except BadImage:
         raise
     except UnidentifiedImageError:
         raise BadImage(f"not an image (begins with {content[:8]!r})") from None
-    except DAMAGE as error:
-        raise BadImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise BadImage(f"too large: {error}") from None
+    except Exception as error:  # Pillow's plug-ins raise anything on damaged files: struct.error, SyntaxError, KeyError ...
+        raise BadImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Tell whether a file that begins with `head` (16 bytes or more) is of a format that `decode_image` reads."""
+    starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+    if head.startswith(starts) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return True
+    return head[4:12] in (b"ftypavif", b"ftypavis") or (head[:2] == b"BM" and head[6:10] == b"\0\0\0\0")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        scale = 255.0 if values.max() <= 1.0 else 1.0
+        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float64)
-        scale = 255.0 if image.mode == "F" and values.size and values.max() <= 1.0 else 1.0
-        divisor = 257.0 if image.mode != "F" else 1.0
-        image = Image.fromarray((values * scale / divisor).round().clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((values / 257.0).round().clip(0, 255).astype(np.uint8))  # 65535 / 257 = 255
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -64,20 +74,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Crop as ADM does: halve with BOX while the short side is at least twice `size`, BICUBIC to size, cut the centre.
 
-    image: (height, width, 3) uint8. Returns (size, size, 3) uint8.
+    image: (height, width, 3) uint8. Returns (size, size, 3) uint8. Raises BadImage for an image so narrow that it would
+    have to be enlarged beyond MOST_PIXELS first.
     """
     picture = Image.fromarray(image)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(picture.size)
     shape = (round(picture.width * scale), round(picture.height * scale))
+    if shape[0] * shape[1] > MOST_PIXELS:
+        raise BadImage(f"{image.shape[1]} x {image.shape[0]} pixels are too narrow for a square of {size}")
     array = np.asarray(picture.resize(shape, resample=Image.Resampling.BICUBIC))
     top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
     return array[top : top + size, left : left + size]
 
 
 def ten_crop(image: np.ndarray, size: int, ratio: float) -> np.ndarray:
-    """Return four corners and centre of the centre crop of side int(ratio * size), then their mirrors (10, ...)."""
+    """Return four corners and centre of the centre crop of side int(ratio * size), then their mirrors in the same order.
+
+    Corners: top left, top right, bottom left, bottom right. Returns (10, size, size, 3) uint8; view i + 5 mirrors view i
+   . torchvision's TenCrop cuts the mirrored image anew, so its second five stand in another order, and
+    its mirrored centre lies one pixel to the side where the margin is odd (ratio 1.1 at 256: 281 - 256 = 25).
+    """
     large = int(ratio * size)
     square = center_crop(image, large)
     rest, middle = large - size, round((large - size) / 2)

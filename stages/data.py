@@ -1,18 +1,21 @@
-"""List the images of a data set: the built-in photographs or the user's own, as one manifest."""
+"""List the images of a data set, the built-in photographs or the user's own, as one manifest."""
 
 from __future__ import annotations
 
+import csv
 import functools
-import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from dpar_core import sources
 from dpar_core.files import digest_of, write_json
-from dpar_core.images import BadImage, decode_image
-from dpar_core.manifest import Manifest, Row, write_manifest
+from dpar_core.images import decode_image
+from dpar_core.manifest import SPLITS, Manifest, Row, write_manifest
+from dpar_core.synsets import IMAGENET_SYNSETS, check_imagenet_classes
+from dpar_core.tars import members
 from stages import params as P
 from stages.tracker import Tracker
 
@@ -28,7 +31,8 @@ PHOTOGRAPHS = {
     "retina": ("skimage.data", "retina.jpg"),
     "rocket": ("skimage.data", "rocket.jpg"),
 }
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+SYNSET_LISTS = ("ILSVRC2012_validation_synsets.txt", "imagenet_2012_validation_synset_labels.txt")
+SOLUTION, GROUND_TRUTH = "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt"
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,99 @@ class Outputs:
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Write the manifest of the training and validation images, and how many there are of each."""
-    if params.data.source == "builtin":
-        manifest = builtin_manifest(params.data.builtin, seed=params.seed)
-    elif params.data.source == "imagefolder":
-        manifest = folder_manifest(Path(params.data.train), Path(params.data.validation))
-    else:
-        raise ValueError(
-            f"data.source {params.data.source} is not read yet: unpack it to a folder tree root/class/image.jpg and "
-            "use data.source imagefolder"
-        )
+    manifest = make_manifest(params.data, seed=params.seed)
     write_manifest(outputs.manifest, manifest)
-    counts = {f"data/{split}_images": len(manifest.split(split)) for split in ("train", "validation")}
-    write_json(outputs.metrics, {**counts, "data/classes": len(manifest.classes)})
-    tracker.log_metrics({**counts, "data/classes": len(manifest.classes)})
-    tracker.log_params({"manifest.digest": manifest.digest})
+    counts: dict[str, float] = {"data/classes": len(manifest.classes)}
+    for split in SPLITS:
+        per_class = manifest.counts(split)
+        counts[f"data/{split}_images"] = int(per_class.sum())
+        counts[f"data/{split}_smallest_class"] = int(per_class.min())
+        counts[f"data/{split}_largest_class"] = int(per_class.max())
+    counts["data/files_left_out"] = manifest.notes.get("files_left_out", 0)
+    write_json(outputs.metrics, counts)
+    tracker.log_metrics(counts)
+    tracker.log_params({"manifest.digest": manifest.digest, "manifest.class_list": manifest.notes["class_list"]})
+
+
+def make_manifest(data: P.Data, *, seed: int) -> Manifest:
+    """List the images that params.yaml names, whatever the source. Raises what the source says is wrong."""
+    if data.source == "builtin":
+        manifest = builtin_manifest(data.builtin, seed=seed)
+    else:
+        roots = {split: Path(getattr(data, split)) for split in SPLITS}
+        manifest = sources.join_listings({split: _list(data.source, roots[split], split) for split in SPLITS}, roots)
+    notes = {**manifest.notes, "class_list": digest_of(list(manifest.classes)), "class_order": "as found"}
+    if data.classes == "imagenet":
+        notes["class_order"] = _check_imagenet(manifest, data)
+    return Manifest(manifest.rows, manifest.classes, manifest.roots, manifest.digest, notes)
+
+
+def _list(source: str, root: Path, split: str) -> sources.Listing:
+    if source == "webdataset":
+        return sources.list_webdataset(root, split)
+    if source == "parquet":
+        return sources.list_parquet(root, split)
+    if source == "imagefolder" or root.is_dir():
+        return sources.list_folder(root, split)
+    if split == "train":
+        return sources.list_ilsvrc_train(root)
+    return sources.list_ilsvrc_validation(root, validation_synsets(root))
+
+
+def _check_imagenet(manifest: Manifest, data: P.Data) -> str:
+    """Return how far the class order could be checked. Raises ValueError with the first differences."""
+    names_are_synsets = data.source in ("imagefolder", "ilsvrc") or set(manifest.classes) & set(IMAGENET_SYNSETS)
+    if names_are_synsets:
+        check_imagenet_classes(manifest.classes, where=f"data.train {data.train}")
+        return "synsets"
+    if len(manifest.classes) != len(IMAGENET_SYNSETS):
+        raise ValueError(
+            f"data.train {data.train} has {len(manifest.classes)} classes, expected the 1,000 of ImageNet: mend the data, "
+            "or set data.classes to any"
+        )
+    return "number of classes only, as labels are numbers: name them in classes.txt (synsets, one a line) to check the order"
+
+
+def validation_synsets(tar: Path) -> dict[str, str]:
+    """Find the class of every validation image in the files beside the validation tar: image name -> synset.
+
+    Reads the first there is of: LOC_val_solution.csv (Kaggle); a list of 50,000 synsets in the order of the images; the
+    development kit's ground truth numbers with its meta.mat. Raises FileNotFoundError or ValueError with the way out.
+    """
+    folder = tar.parent
+    if (folder / SOLUTION).exists():
+        with open(folder / SOLUTION, newline="") as stream:
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(stream)}
+    for name in SYNSET_LISTS:
+        if (folder / name).exists():
+            return _pair(tar, (folder / name).read_text().split(), name)
+    for place in (folder, folder / "ILSVRC2012_devkit_t12" / "data", folder / "data"):
+        if (place / GROUND_TRUTH).exists() and (place / "meta.mat").exists():
+            synsets = _development_kit(place / "meta.mat")
+            numbers = (place / GROUND_TRUTH).read_text().split()
+            unknown = [number for number in numbers if number not in synsets]
+            if unknown:
+                raise ValueError(f"{place / GROUND_TRUTH} holds {unknown[0]!r}, which meta.mat beside it does not know")
+            return _pair(tar, [synsets[number] for number in numbers], GROUND_TRUTH)
+    raise FileNotFoundError(
+        f"no classes of the validation images beside {tar}: put {SOLUTION}, or {SYNSET_LISTS[0]} (one synset a line), or "
+        f"the unpacked ILSVRC2012_devkit_t12 there"
+    )
+
+
+def _pair(tar: Path, synsets: list[str], where: str) -> dict[str, str]:
+    names = sorted(Path(member.name).stem for member in members(tar))
+    if len(names) != len(synsets):
+        raise ValueError(f"{where} has {len(synsets)} classes for {len(names)} images in {tar}: they must be as many")
+    return dict(zip(names, synsets))
+
+
+def _development_kit(path: Path) -> dict[str, str]:
+    """Return the synset of each ILSVRC2012 number, which is not its place in the standard order."""
+    from scipy.io import loadmat
+
+    entries = loadmat(path, squeeze_me=True)["synsets"]
+    return {str(int(entry["ILSVRC2012_ID"])): str(entry["WNID"]) for entry in np.atleast_1d(entries)}
 
 
 def builtin_manifest(settings: P.BuiltinData, *, seed: int) -> Manifest:
@@ -91,69 +174,20 @@ def builtin_manifest(settings: P.BuiltinData, *, seed: int) -> Manifest:
             x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(0, height - side + 1))
             key = f"{split}-{index:07d}"
             rows.append(Row(key, split, f"builtin:{classes[label]}", (x, y, x + side, y + side), label, classes[label]))
-    return Manifest(tuple(rows), classes, {})
+    return Manifest.of(rows, classes)
 
 
 @functools.cache
 def photograph(name: str) -> np.ndarray:
-    """Return a built-in photograph: (height, width, 3) uint8."""
+    """Return a built-in photograph: (height, width, 3) uint8. Raises ValueError for another name."""
+    if name not in PHOTOGRAPHS:
+        raise ValueError(f"there is no built-in photograph {name!r}: expected one of {', '.join(PHOTOGRAPHS)}")
     package, file = PHOTOGRAPHS[name]
     return decode_image(resources.files(package).joinpath(file).read_bytes())
 
 
-def folder_manifest(train: Path, validation: Path) -> Manifest:
-    """List a tree root/class/image; classes in sorted order of the training folders.
-
-    Raises ValueError or FileNotFoundError when a root is missing or empty, or validation has classes training lacks.
-    """
-    found = {"train": _list_tree(train, "train"), "validation": _list_tree(validation, "validation")}
-    classes = tuple(sorted(found["train"]))
-    unknown = sorted(set(found["validation"]) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"data.validation {validation} has classes that data.train {train} lacks: {', '.join(unknown[:5])}"
-            f"{' ...' if len(unknown) > 5 else ''} ({len(unknown)} in all): both trees must have the same class folders"
-        )
-    rows = [
-        Row(f"{split}-{digest_of(f'{name}/{file}')}", split, f"{split}:{name}/{file}", None, classes.index(name), name)
-        for split in ("train", "validation")
-        for name in sorted(found[split])
-        for file in found[split][name]
-    ]
-    return Manifest(tuple(rows), classes, {"train": str(train), "validation": str(validation)})
-
-
-def _list_tree(root: Path, split: str) -> dict[str, list[str]]:
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.{split} {root} is no folder: expected a tree {root}/class/image.jpg")
-    tree = {}
-    for folder in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if folder.is_dir() and not folder.name.startswith("."):
-            names = sorted(e.name for e in os.scandir(folder) if e.is_file() and Path(e.name).suffix.lower() in ENDINGS)
-            if names:
-                tree[folder.name] = names
-    if not tree:
-        raise ValueError(f"data.{split} {root} holds no images: expected a tree {root}/class/image.jpg")
-    return tree
-
-
-class ImageOpener:
-    """Opens the image of a manifest row: decoded, and cut to its box."""
+class ImageOpener(sources.ImageOpener):
+    """Opens the image of a manifest row, wherever it is: decoded, and cut to its box (see `sources.ImageOpener`)."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self.roots = {name: Path(root) for name, root in manifest.roots.items()}
-
-    def __call__(self, row: Row) -> np.ndarray:
-        """Return (height, width, 3) uint8. Raises BadImage with the reason."""
-        scheme, _, rest = row.source.partition(":")
-        if scheme == "builtin":
-            image = photograph(rest)
-        else:
-            try:
-                image = decode_image((self.roots[scheme] / rest).read_bytes())
-            except OSError as error:
-                raise BadImage(f"cannot be read: {error.strerror or error}") from None
-        if row.box is None:
-            return image
-        x0, y0, x1, y1 = row.box
-        return image[y0:y1, x0:x1]
+        super().__init__(manifest.roots, {"builtin": photograph})
