@@ -51,7 +51,7 @@ class Scale:
     def of(training: Training, *, device: str) -> Scale:
         """Read it from params. On device cuda a worker gets a GPU even if params ask for none."""
         gpus = training.gpus_per_worker or (1 if device == "cuda" else 0)
-        group = training.workers > 1 or training.strategy == "fsdp"
+        group = training.workers > 1 or training.strategy == "fsdp" or gpus > 0
         limit = torch.get_num_threads()  # as the driver was told; all of its cores mean all cores of any node
         threads = 0 if limit >= cluster.local_cpus() else limit
         return Scale(training.workers, training.cpus_per_worker, gpus, group, threads)
@@ -173,7 +173,9 @@ def _worker(function: Callable[..., Event], root: str, scale: Scale) -> Event:
     torch.set_num_threads(max(threads, 1))  # Ray starts workers with one
     device = torch.device("cpu")
     if scale.gpus:
-        device = train.torch.get_device()
+        from ray.train.torch import get_device
+
+        device = get_device()
         torch.cuda.set_device(device)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
     try:

@@ -1,0 +1,51 @@
+"""The files of docs/cluster: what can be checked without a cluster."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import ray
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ruamel.yaml import YAML
+
+from pipeline.stage_runner import STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs" / "cluster"
+
+
+def load(name: str) -> dict:
+    return YAML(typ="safe").load((FOLDER / name).read_text())
+
+
+def test_ray_accepts_the_ray_up_file():
+    validate_config(prepare_config(load("ray-up.yaml")))  # as `ray up` does
+
+
+def test_the_job_runs_the_ray_version_of_the_constraints():
+    job = load("rayjob.yaml")
+    pinned = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ray=="))
+    assert job["kind"] == "RayJob" and f"ray=={job['spec']['rayClusterSpec']['rayVersion']}" == pinned
+    assert f"ray:{ray.__version__}-" in (FOLDER / "Dockerfile").read_text()
+
+
+def test_all_pods_of_the_job_see_the_project():
+    cluster = load("rayjob.yaml")["spec"]["rayClusterSpec"]
+    pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for pod in pods:
+        spec = pod["template"]["spec"]
+        claims = {v["name"] for v in spec["volumes"] if v.get("persistentVolumeClaim") == {"claimName": "dpar-project"}}
+        mounts = {mount["name"]: mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
+        assert [mounts[name] for name in claims] == ["/project"]
+    assert cluster["authOptions"] == {"mode": "token"}
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "ray-up.yaml", "slurm.sh"])
+def test_the_files_start_a_stage_that_exists(name):
+    words = (FOLDER / name).read_text().replace("'", " ").replace('"', " ").split()
+    started = [words[i + 2] for i in range(len(words) - 2) if words[i : i + 2] == ["dpar-cli", "run"]]
+    assert started and all(stage in STAGES or stage == "$stage" for stage in started)
+
+
+def test_the_slurm_script_is_bash():
+    subprocess.run(["bash", "-n", str(FOLDER / "slurm.sh")], check=True)
