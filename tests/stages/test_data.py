@@ -1,0 +1,151 @@
+"""The data stage: built-in photographs, and what users point it at."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from dpar_core.manifest import read_manifest
+from dpar_core.synsets import IMAGENET_SYNSETS
+from stages import data
+from stages.params import parse_params
+from stages.tracker import NullTracker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def params(**changes: object) -> data.Params:
+    raw = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    raw["data"] |= changes
+    raw["data"]["builtin"] |= {"train_crops": 90, "validation_crops": 18}
+    whole = parse_params(raw)
+    return data.Params(whole.seed, whole.data)
+
+
+def run(folder: Path, **changes: object) -> data.Outputs:
+    outputs = data.Outputs(folder / "manifest.parquet", folder / "metrics.json")
+    data.run(params(**changes), data.Inputs(), outputs, NullTracker(), device="cpu", work=folder)
+    return outputs
+
+
+def put_image(path: Path, colour: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (colour % 256, 0, 0)).save(path, "PNG")
+
+
+def test_no_pixel_of_a_photograph_is_in_both_splits(tmp_path):
+    manifest = read_manifest(run(tmp_path).manifest)
+    assert set(manifest.classes) == set(data.PHOTOGRAPHS)
+    for name in manifest.classes:
+        seen = {}
+        for split in ("train", "validation"):
+            seen[split] = np.zeros(data.photograph(name).shape[:2], bool)
+            for row in manifest.split(split):
+                if row.class_name == name:
+                    x0, y0, x1, y1 = row.box
+                    assert 0 <= x0 < x1 <= seen[split].shape[1] and 0 <= y0 < y1 <= seen[split].shape[0]
+                    seen[split][y0:y1, x0:x1] = True
+        assert not (seen["train"] & seen["validation"]).any()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_crops(tmp_path):
+    first, second = run(tmp_path / "a"), run(tmp_path / "b")
+    assert first.manifest.read_bytes() == second.manifest.read_bytes()
+    assert first.metrics.read_bytes() == second.metrics.read_bytes()
+    settings = params().data.builtin
+    crops = [[row.box for row in data.builtin_manifest(settings, seed=seed).rows] for seed in (0, 0, 1)]
+    assert crops[0] == crops[1] != crops[2]
+
+
+def test_images_are_counted_by_split_and_class(tmp_path):
+    assert json.loads(run(tmp_path).metrics.read_text()) == {
+        "data/classes": 9, "data/files_left_out": 0,
+        "data/train_images": 90, "data/train_smallest_class": 10, "data/train_largest_class": 10,
+        "data/validation_images": 18, "data/validation_smallest_class": 2, "data/validation_largest_class": 2,
+    }  # fmt: skip
+
+
+def test_a_strip_too_narrow_for_a_crop_says_what_to_change():
+    settings = params().data.builtin.model_copy(update={"crop_min": 300, "crop_max": 300})
+    with pytest.raises(ValueError, match="lower crop_min, or move validation_share"):
+        data.builtin_manifest(settings, seed=0)
+
+
+def test_a_folder_tree_is_listed_and_opened(tmp_path):
+    for split in ("train", "validation"):
+        for name in "ab":
+            put_image(tmp_path / split / name / "1.png", ord(name))
+    outputs = run(tmp_path, source="imagefolder", train=str(tmp_path / "train"), validation=str(tmp_path / "validation"))
+    manifest = read_manifest(outputs.manifest)
+    opener = data.ImageOpener(manifest)
+    assert [(row.split, row.label, int(opener(row)[0, 0, 0])) for row in manifest.rows] == [
+        ("train", 0, 97), ("train", 1, 98), ("validation", 0, 97), ("validation", 1, 98),
+    ]  # fmt: skip
+
+
+def test_other_folders_than_imagenets_are_refused_where_imagenet_is_asked_for(tmp_path):
+    names = [*IMAGENET_SYNSETS[:-1], "n99999999"]
+    for name in names:
+        put_image(tmp_path / "train" / name / "1.png")
+    put_image(tmp_path / "validation" / names[0] / "1.png")
+    tree = {"source": "imagefolder", "train": str(tmp_path / "train"), "validation": str(tmp_path / "validation")}
+    with pytest.raises(ValueError, match=f"1 are missing .{IMAGENET_SYNSETS[-1]}.*n99999999"):
+        run(tmp_path, classes="imagenet", **tree)
+    (tmp_path / "train" / "n99999999").rename(tmp_path / "train" / IMAGENET_SYNSETS[-1])
+    assert read_manifest(run(tmp_path, classes="imagenet", **tree).manifest).notes["class_order"] == "synsets"
+
+
+def make_ilsvrc(folder: Path) -> dict[str, str]:
+    """Two classes; the number of a class in the development kit (9, 4) is not its place in the sorted order."""
+    put_image(folder / "x.JPEG")
+    with tarfile.open(folder / "train.tar", "w") as outer:
+        for name in ("n00000001", "n00000002"):
+            with tarfile.open(folder / f"{name}.tar", "w") as inner:
+                inner.add(folder / "x.JPEG", f"{name}_1.JPEG")
+            outer.add(folder / f"{name}.tar", f"{name}.tar")
+    with tarfile.open(folder / "val.tar", "w") as tar:
+        for number in (2, 1, 3):
+            tar.add(folder / "x.JPEG", f"ILSVRC2012_val_{number:08d}.JPEG")
+    return {"source": "ilsvrc", "train": str(folder / "train.tar"), "validation": str(folder / "val.tar")}
+
+
+def beside_solution(folder: Path) -> None:
+    lines = [f"ILSVRC2012_val_{n:08d},n0000000{c} 1 2 3 4 n00000002 5 6 7 8" for n, c in ((3, 2), (1, 2), (2, 1))]
+    (folder / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines]) + "\n")
+
+
+def beside_synsets(folder: Path) -> None:
+    (folder / "ILSVRC2012_validation_synsets.txt").write_text("n00000002\nn00000001\nn00000002\n")
+
+
+def beside_kit(folder: Path) -> None:
+    from scipy.io import savemat
+
+    kit = folder / "ILSVRC2012_devkit_t12" / "data"
+    kit.mkdir(parents=True)
+    kind = [("ILSVRC2012_ID", object), ("WNID", object)]
+    savemat(kit / "meta.mat", {"synsets": np.array([(9, "n00000001"), (4, "n00000002")], dtype=kind)})
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("4\n9\n4\n")
+
+
+@pytest.mark.parametrize("beside", [beside_solution, beside_synsets, beside_kit])
+def test_ilsvrc_tars_are_read_in_place_with_any_list_of_validation_classes(tmp_path, beside):
+    tars = make_ilsvrc(tmp_path)
+    beside(tmp_path)
+    manifest = read_manifest(run(tmp_path / "out", **tars).manifest)
+    assert [row.class_name for row in manifest.split("validation")] == ["n00000002", "n00000001", "n00000002"]
+    assert [row.key for row in manifest.split("train")] == ["train-n00000001_1", "train-n00000002_1"]
+    assert all(data.ImageOpener(manifest)(row).shape == (8, 8, 3) for row in manifest.rows)
+
+
+def test_a_validation_tar_without_classes_beside_it_says_what_to_put_there(tmp_path):
+    tars = make_ilsvrc(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"put LOC_val_solution.csv"):
+        run(tmp_path / "out", **tars)
+    (tmp_path / "ILSVRC2012_validation_synsets.txt").write_text("n00000002\n")
+    with pytest.raises(ValueError, match="has 1 classes for 3 images"):
+        run(tmp_path / "out", **tars)
