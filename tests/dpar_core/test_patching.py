@@ -27,7 +27,8 @@ def walked(entropies, rule):
         elif rule.mode == "static":
             gate = t % rule.static_length == 0
         else:
-            gate = t in (0, 1) or (rule.mode == "entropy_rows" and t % rule.row_width == 0) or bool(e > np.float32(rule.threshold))
+            row = rule.mode == "entropy_rows" and t % rule.row_width == 0
+            gate = t in (0, 1) or row or bool(e > np.float32(rule.threshold))
         if gate:
             last_gate = t
         full = rule.max_patch_length is not None and (t - last_gate) % rule.max_patch_length == 0
@@ -109,8 +110,8 @@ def test_the_measured_threshold_is_the_best_of_all_that_occur():
     for target in (1.3, 1.81, 2.2):
         found = threshold_for_mean_length(entropies, rule, target)
         gap = abs(mean_patch_length(entropies, PatchRule("entropy_rows", 4, found, 4)) - target)
-        others = [abs(mean_patch_length(entropies, PatchRule("entropy_rows", 4, float(t), 4)) - target) for t in np.unique(entropies)]
-        assert gap == min(others)
+        rules = [PatchRule("entropy_rows", 4, float(value), 4) for value in np.unique(entropies)]
+        assert gap == min(abs(mean_patch_length(entropies, one) - target) for one in rules)
         assert np.float32(found) == found
 
 
