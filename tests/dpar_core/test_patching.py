@@ -116,7 +116,7 @@ def test_the_measured_threshold_is_the_best_of_all_that_occur():
 
 
 def test_a_mean_that_no_threshold_reaches_is_refused():
-    with pytest.raises(ValueError, match="no threshold gives 3.9"):
+    with pytest.raises(ValueError, match=r"no threshold gives 3\.9"):
         threshold_for_mean_length(np.ones((4, 16), np.float32), PatchRule("entropy_rows", 4, 0.0, 4), 3.9)
 
 
