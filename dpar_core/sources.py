@@ -130,7 +130,7 @@ def list_ilsvrc_train(path: Path) -> Listing:
     listing = Listing([member.name.removesuffix(".tar") for member in inner])
     for label, tar in enumerate(inner):
         for member in sorted(members(path, within=tar), key=lambda member: member.name):
-            _add_member(listing, member, "train", path, label, key=f"train-{Path(member.name).stem}")
+            _add_member(listing, member, "train", path, label, key=f"train-{_flat(Path(member.name).stem)}")
     return listing
 
 
@@ -146,7 +146,7 @@ def list_ilsvrc_validation(path: Path, synset_of: Mapping[str, str]) -> Listing:
         stem = Path(member.name).stem
         if stem not in synset_of:
             raise ValueError(f"data.validation {path}: {member.name} has no class in the list of {len(synset_of)} beside it")
-        _add_member(listing, member, "validation", path, place[synset_of[stem]], key=f"validation-{stem}")
+        _add_member(listing, member, "validation", path, place[synset_of[stem]], key=f"validation-{_flat(stem)}")
     if not listing.keys:
         raise ValueError(f"data.validation {path} holds no images: expected ILSVRC2012_img_val.tar")
     return listing
@@ -257,7 +257,7 @@ def list_parquet(root: Path, split: str) -> Listing:
             for row, value in enumerate(labels):
                 if value is None or value < 0:
                     raise ValueError(f"data.{split}: {path} has no label for row {row} of group {group} (found {value})")
-                listing.add(f"{split}-{path.stem}-{group:04d}-{row:06d}", f"{split}@{group}.{row}:{path.name}", value)
+                listing.add(f"{split}-{_flat(path.stem)}-{group:04d}-{row:06d}", f"{split}@{group}.{row}:{path.name}", value)
     if not listing.keys:
         raise ValueError(f"data.{split} {root} holds no images: expected Parquet files with rows")
     count = max(listing.labels) + 1
