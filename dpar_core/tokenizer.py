@@ -6,6 +6,7 @@ Parameter names are those of the published checkpoints, so that they load unchan
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -288,16 +289,31 @@ def to_float(images: Tensor) -> Tensor:
 UNUSED_BUFFER = "quantize.codebook_used"
 
 
+def _numbers(state: dict[str, Tensor], pattern: str) -> list[int]:
+    """Return the numbers that stand in names of a pattern. Raises KeyError when there are none."""
+    matches = [re.match(pattern, name) for name in state]
+    numbers = [int(match[1]) for match in matches if match]
+    if not numbers:
+        raise KeyError(pattern.replace("\\", "").replace("(d+)", "N"))
+    return numbers
+
+
 def config_of(state: dict[str, Tensor]) -> VQConfig:
     """Infer the shape of a tokenizer from published weights. Raises ValueError when they are of another network."""
+    table = state.get("quantize.embedding.weight")
+    if table is not None and table.dim() != 2:
+        shape = tuple(table.shape)
+        raise ValueError(
+            f"these are not weights of a LlamaGen VQ tokenizer: quantize.embedding.weight is {shape}, not (V, c)"
+        )
     try:
         codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
         base_width = state["encoder.conv_in.weight"].shape[0]
         z_channels = state["encoder.conv_out.weight"].shape[0]
-        levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.conv_blocks."))
+        levels = 1 + max(_numbers(state, r"encoder\.conv_blocks\.(\d+)\."))
+        blocks = 1 + max(_numbers(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\."))
         widths = [state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
-        blocks = 1 + max(int(name.split(".")[4]) for name in state if name.startswith("encoder.conv_blocks.0.res."))
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise ValueError(f"these are not weights of a LlamaGen VQ tokenizer: {error} is missing") from None
     multipliers = tuple(width // base_width for width in widths)
     return VQConfig(codebook_size, codebook_dim, base_width, multipliers, z_channels, blocks)
