@@ -1,0 +1,115 @@
+"""The score stage: what it reads, what it refuses, and that scores carry their protocol."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpar_core.features import DemoClassifier, inception_network, load_script
+from dpar_core.files import save_weights
+from dpar_core.manifest import write_manifest
+from dpar_core.metrics import ScoreError
+from stages import params as P
+from stages import score
+from stages.data import builtin_manifest
+from stages.tracker import NullTracker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def place(tmp_path):
+    params = P.load_params(ROOT / "params" / "smoke.yaml")
+    torch.manual_seed(0)
+    settings = params.data.builtin.model_copy(update={"train_crops": 27, "validation_crops": 9})
+    write_manifest(tmp_path / "manifest.parquet", builtin_manifest(settings, seed=0))
+    model = DemoClassifier(9)
+    save_weights(tmp_path / "c.safetensors", model.state_dict(), kind="demo_classifier", config={"num_classes": 9}, meta={})
+    samples = tmp_path / "dpar"
+    samples.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(samples / "samples.npz", arr_0=images)
+    (samples / "samples.json").write_text(json.dumps({"cfg_scale": 2.0}))
+    (tmp_path / "work").mkdir()
+    return tmp_path, P.select(params, score.Params)
+
+
+def run(folder, params):
+    inputs = score.Inputs(folder / "manifest.parquet", folder / "c.safetensors", folder / "dpar")
+    outputs = score.Outputs(folder / "dpar.json")
+    score.run_dpar(params, inputs, outputs, NullTracker(), device="cpu", work=folder / "work")
+    return json.loads((folder / "dpar.json").read_text())
+
+
+def test_scores_are_named_after_their_features_and_carry_their_protocol(place):
+    folder, params = place
+    found = run(folder, params)
+    assert {"eval/fd_demo", "eval/sfd_demo", "eval/is_demo", "eval/precision", "eval/recall", "eval/kid_demo"} <= set(found)
+    assert not [name for name in found if "fid" in name]
+    assert found["protocol"]["images"] == 18
+    assert found["protocol"]["features"] == "demo"
+    low, high = found["intervals"]["eval/fd_demo"]
+    assert low <= found["eval/fd_demo"] <= high
+    first = (folder / "dpar.json").read_bytes()
+    run(folder, params)  # now from the cached reference
+    assert (folder / "dpar.json").read_bytes() == first
+
+
+def test_one_image_too_few_is_an_error(place):
+    folder, params = place
+    few = params.score.model_copy(update={"images": 21})
+    with pytest.raises(ScoreError, match="holds 20 images, the protocol asks for 21"):
+        run(folder, score.Params(params.seed, params.data, few))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04 cut off", "no whole npz"),
+        ({"arr_1": np.zeros(3)}, "has no arr_0"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "expected \\(n, height, width, 3\\) uint8"),
+        ({"arr_0": np.array([{"a": 1}], dtype=object)}, "pickled objects"),
+    ],
+)
+def test_samples_of_another_kind_get_a_sentence(tmp_path, content, words):
+    path = tmp_path / "x.npz"
+    path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
+    with pytest.raises(ScoreError, match=words):
+        score.read_samples(path)
+
+
+class SmallInception(torch.nn.Module):
+    """The interface of the StyleGAN export, small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 16, 4, stride=4)
+        self.output = torch.nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        pool = self.conv(x / 255).mean(dim=(2, 3))
+        return pool if return_features else self.output(pool)
+
+
+def test_a_torchscript_of_inceptions_interface_is_loaded_and_named_by_its_digest(tmp_path):
+    torch.manual_seed(0)
+    torch.jit.script(SmallInception()).save(str(tmp_path / "inception.pt"))
+    network = inception_network(tmp_path / "inception.pt", "cpu")
+    images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    found = network(images, batch_size=2)
+    assert found.pool.shape == (5, 16)
+    assert found.spatial is None
+    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert network.name == "inception" and len(network.digest) == 16
+    with pytest.raises(ValueError, match="uint8"):
+        network(images.astype(np.float32))
+
+
+def test_a_file_that_is_no_torchscript_is_refused(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="is no TorchScript file"):
+        load_script(tmp_path / "x.pt", "cpu")
+    with pytest.raises(FileNotFoundError, match="no feature network"):
+        load_script(tmp_path / "y.pt", "cpu")

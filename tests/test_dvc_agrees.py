@@ -1,0 +1,98 @@
+"""dvc.yaml, the runner and each stage's own Params, Inputs and Outputs say the same."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.paper_presets import paper_presets
+from pipeline.presets import preset_names, use_preset
+from pipeline.stage_runner import STAGES, StageError, load_stage, params_of, run_stage
+from stages.params import ParamsError, load_params, select
+
+ROOT = Path(__file__).resolve().parents[1]
+DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def paths(entries) -> set[str]:
+    return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries or []}
+
+
+def test_dvc_runs_the_stages_that_the_runner_knows():
+    assert set(DVC) == set(STAGES)
+    assert all(stage["cmd"] == f"dpar-cli stage {name}" for name, stage in DVC.items())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_deps_outs_and_params_are_those_of_the_code(name):
+    stage, declared = load_stage(name), DVC[name]
+    assert {field.name for field in dataclasses.fields(stage.inputs)} == set(stage.spec.inputs)
+    assert {field.name for field in dataclasses.fields(stage.outputs)} == set(stage.spec.outputs)
+    assert paths(declared.get("deps")) == set(stage.spec.inputs.values())
+    written = paths(declared.get("outs")) | paths(declared.get("metrics")) | paths(declared.get("plots"))
+    assert written == set(stage.spec.outputs.values())
+    assert paths(declared["params"]) == set(params_of(stage))
+
+
+def test_every_input_is_made_by_an_earlier_stage():
+    made = [path for spec in STAGES.values() for path in spec.outputs.values()]
+    for spec in STAGES.values():
+        for path in spec.inputs.values():
+            assert any(path == out or path.startswith(f"{out}/") or out.startswith(f"{path}/") for out in made), path
+
+
+def test_a_threshold_or_sampling_value_moves_only_what_comes_after_it():
+    reads = {name: set(paths(stage["params"])) for name, stage in DVC.items()}
+    assert [name for name in DVC if "patching" in reads[name]] == ["patch_maps"]
+    assert [name for name in DVC if "sample" in reads[name]] == ["sample_dpar", "sample_llamagen"]
+    assert not paths(DVC["train_llamagen"]["deps"]) & {"artifacts/patch_maps"}
+
+
+@pytest.mark.parametrize("name", preset_names(ROOT))
+def test_every_preset_is_valid_and_serves_every_stage(name):
+    params = load_params(ROOT / "params" / f"{name}.yaml")
+    for stage in STAGES:
+        select(params, load_stage(stage).params)
+
+
+def test_the_demo_preset_is_params_yaml():
+    assert (ROOT / "params.yaml").read_text() == (ROOT / "params" / "demo.yaml").read_text()
+
+
+def test_the_paper_presets_are_those_of_the_table():
+    texts = paper_presets((ROOT / "params" / "demo.yaml").read_text())
+    assert len([name for name in texts if name.startswith("imagenet")]) == 16
+    for name, text in texts.items():
+        assert (ROOT / "params" / f"{name}.yaml").read_text() == text, f"{name}: run python -m pipeline.paper_presets"
+    assert set(preset_names(ROOT)) == {"demo", "smoke", *texts}
+
+
+def test_a_preset_is_taken_and_own_changes_are_not_lost(tmp_path):
+    (tmp_path / "params").mkdir()
+    for name in ("demo", "smoke"):
+        (tmp_path / "params" / f"{name}.yaml").write_text((ROOT / "params" / f"{name}.yaml").read_text())
+    use_preset(tmp_path, "demo")
+    mine = (tmp_path / "params.yaml").read_text().replace("seed: 0 ", "seed: 5 ")
+    (tmp_path / "params.yaml").write_text(mine)
+    with pytest.raises(ValueError, match="has changes of yours"):
+        use_preset(tmp_path, "smoke")
+    assert (tmp_path / "params.yaml").read_text() == mine
+    use_preset(tmp_path, "smoke", force=True)
+    assert (tmp_path / "params.yaml.bak").read_text() == mine
+    with pytest.raises(ValueError, match="no preset 'smok': expected one of smoke"):
+        use_preset(tmp_path, "smok")
+
+
+def test_a_stage_whose_input_is_missing_says_what_to_run(tmp_path):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    with pytest.raises(StageError, match="run `dvc repro data` first"):
+        run_stage("tokenizer", root=tmp_path, params_file=tmp_path / "params.yaml")
+
+
+def test_wrong_params_stop_a_stage_before_anything_is_written(tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("seed: 0 ", "seed: -1 ")
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ParamsError, match="`seed` is -1"):
+        run_stage("data", root=tmp_path, params_file=tmp_path / "params.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]

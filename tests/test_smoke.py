@@ -1,0 +1,77 @@
+"""The whole workflow on the smoke preset, as a user runs it: once, again, and after a change."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("dvc.yaml", ".dvc/config", ".dvcignore", "params", "pipeline", "stages", "dpar_core")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke") / "project"
+    for name in COPIED:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(ROOT / name, target) if (ROOT / name).is_dir() else shutil.copy(ROOT / name, target)
+    shutil.copy(ROOT / "params" / "smoke.yaml", folder / "params.yaml")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    return folder
+
+
+def dvc(folder: Path, *words: str) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": str(folder)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    result = subprocess.run(
+        [sys.executable, "-m", "dvc", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+def would_run(folder: Path) -> list[str]:
+    lines = dvc(folder, "repro", "--dry").splitlines()
+    return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(project):
+    started = time.monotonic()
+    dvc(project, "repro")
+    print(f"dvc repro on the smoke preset: {time.monotonic() - started:.0f} s")
+    artifacts = project / "artifacts"
+    assert (artifacts / "report" / "index.html").stat().st_size > 50_000
+    for name in ("dpar", "llamagen", "llamagen_equal_time"):
+        assert (artifacts / "samples" / name / "samples.npz").exists()
+        assert (artifacts / "scores" / f"{name}.json").exists()
+
+    started = time.monotonic()
+    assert "up to date" in dvc(project, "repro")
+    print(f"dvc repro with nothing to do: {time.monotonic() - started:.1f} s")
+
+    params = project / "params.yaml"
+    text = params.read_text()
+    params.write_text(text.replace("cfg_scale: 2.0 ", "cfg_scale: 1.5 "))
+    assert set(would_run(project)) == {"sample_dpar", "sample_llamagen", "score_dpar", "score_llamagen", "report"}
+    params.write_text(text.replace("target_mean_length: 1.81 ", "target_mean_length: 1.6 "))
+    assert set(would_run(project)) == {"patch_maps", "train_dpar", "sample_dpar", "score_dpar", "report"}
+    params.write_text(text)
+    assert would_run(project) == []
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("dpar").experiment_id])
+    parents = [run for run in runs if "dpar.pass" in run.data.tags]
+    assert len(parents) == 1
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert len(children) == 14
+    assert {run.info.status for run in children} == {"FINISHED"}
