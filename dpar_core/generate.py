@@ -160,9 +160,13 @@ class DPARGenerator:
         dtype: torch.dtype = torch.float32,
         patience: int = 1,
     ) -> None:
-        """patience: launches of the token networks after which the patch transformer steps for the lanes that wait
-        for it (1: after each; a schedule, it never changes an image). Raises ValueError for a rule that is missing or
-        does not fit, or an entropy model that does."""
+        """Lay out the weights.
+
+        dtype: of the model's matrices and caches; the entropy model stays in float32, as rounding moves boundaries.
+        patience: launches of the token networks after which the patch transformer steps for the lanes that wait for it
+        (1: after each); a schedule, it never changes an image. Raises ValueError for a rule that is missing or does not
+        fit, or an entropy model that does not.
+        """
         config, rule = model.config, settings.rule
         if rule is None or rule.row_width != config.row_width:
             raise ValueError(f"expected a patch rule for rows of {config.row_width} tokens; got {rule and rule.row_width}")
@@ -186,7 +190,7 @@ class DPARGenerator:
         self.config, self.settings, self.rule = config, settings, rule
         self.dtype, self.patience = dtype, patience
         self.stepper = DPARStepper(model, dtype)
-        self.gate = GPTStepper(entropy_model, dtype) if self.asks_model else None
+        self.gate = GPTStepper(entropy_model, torch.float32) if self.asks_model else None
         self.guided = settings.guided(config.tokens)
 
     def cache_bytes(self, images: int) -> int:
@@ -196,7 +200,7 @@ class DPARGenerator:
         def stack(layers: int, rows: int, limit: int) -> int:
             return cache_bytes(layers=layers, rows=rows, width=config.width, limit=limit, dtype=self.dtype)
 
-        gate = self.gate.cache_bytes(images, self.dtype) if self.gate else 0
+        gate = self.gate.cache_bytes(images, torch.float32) if self.gate else 0
         members = stack(config.encoder_layers, images, longest_patch(self.rule, config.tokens))
         encoder = stack(config.encoder_layers, images, config.tokens)
         return gate + members + encoder + stack(config.patch_layers + config.decoder_layers, rows, config.tokens)
@@ -210,8 +214,10 @@ class DPARGenerator:
         given: Tensor | None = None,
         progress: Progress | None = None,
         keep_logits: bool = False,
+        lanes: int | None = None,
     ) -> Generated:
-        """Draw an image of each label. Arguments as `GPTGenerator.generate`."""
+        """Draw an image of each label. Arguments as `GPTGenerator.generate`; lanes: images drawn at a time (None: all),
+        a lane that is done takes the next image."""
         config = self.config
         given = _checked(
             labels, seeds, given,
@@ -221,20 +227,20 @@ class DPARGenerator:
             self.settings, seeds, given, tokens=config.tokens, codebook_size=config.codebook_size,
             device=self.stepper.tokens.device, keep_logits=keep_logits,
         )  # fmt: skip
-        lanes = Lanes(self, labels, drawer)
+        state = Lanes(self, labels, drawer, lanes=min(lanes or len(labels), len(labels)))
         since_patch = self.patience
         while True:
-            ready = lanes.ready()
-            waiting = lanes.waiting()
+            state.refill()
+            ready, waiting = state.ready(), state.waiting()
             if len(waiting) and (since_patch >= self.patience or not len(ready)):
-                lanes.patch_launch(waiting)
+                state.patch_launch(waiting)
                 since_patch = 0
             elif len(ready):
-                drawn = lanes.token_launch(ready)
+                drawn = state.token_launch(ready)
                 since_patch += 1
                 if progress:
                     progress(drawn)
             else:
                 break
-        lengths = lengths_from_starts(lanes.starts.cpu().numpy())
-        return Generated(drawer.tokens, lengths, lanes.entropies, drawer.logits)
+        lengths = lengths_from_starts(state.starts.cpu().numpy())
+        return Generated(drawer.tokens, lengths, state.entropies, drawer.logits)

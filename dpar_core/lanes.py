@@ -41,40 +41,57 @@ def longest_patch(rule: PatchRule, tokens: int) -> int:
 
 
 class Lanes:
-    """The state of the images of a batch, each at a position of its own.
+    """The state of the images that are being drawn, each at a position of its own.
 
+    image: (B,) which of the drawer's images is in each lane; a lane whose image is finished takes the next one.
     position: (B,) next token to be drawn. first, index: (B,) first token and number of the patch that holds it.
     waits: (B,) whether that patch still needs its state from the patch transformer. decided: (B,) whether it is known
     to which patch that token belongs.
     """
 
-    def __init__(self, networks: Networks, labels: Tensor, drawer: Drawer) -> None:
+    def __init__(self, networks: Networks, labels: Tensor, drawer: Drawer, *, lanes: int) -> None:
         self.networks, self.drawer, self.stepper = networks, drawer, networks.stepper
-        config, dtype, images = networks.config, networks.dtype, len(labels)
-        device = self.stepper.tokens.device
-        self.device, self.images = device, images
-        rows = (2 if networks.guided else 1) * images
-        self.labels = torch.cat([labels, torch.full_like(labels, config.num_classes)]).to(device)
-
-        self.position = torch.zeros(images, dtype=torch.int64, device=device)
-        self.first, self.index = torch.zeros_like(self.position), torch.zeros_like(self.position)
-        self.waits = torch.ones(images, dtype=torch.bool, device=device)
-        self.decided = torch.ones(images, dtype=torch.bool, device=device)
-        self.boundaries = BoundaryState(networks.rule, images, device=device)
-        self.entropies = torch.full((images, config.tokens), float("nan"), device=device)
-        self.starts = torch.zeros(images, config.tokens, dtype=torch.bool, device=device)
+        config, dtype, stepper = networks.config, networks.dtype, networks.stepper
+        self.device = device = stepper.tokens.device
+        self.lanes = lanes
+        self.labels = labels.to(device)
+        self.entropies = torch.full((len(labels), config.tokens), float("nan"), device=device)
+        self.starts = torch.zeros(len(labels), config.tokens, dtype=torch.bool, device=device)
         self.starts[:, 0] = True
 
-        self.state = self.stepper.start.expand(images, -1).clone()  # decoder input of the next token: start, x'_0, ...
-        self.peak = torch.full((images, config.width), float("-inf"), device=device)  # maximum of x' in the open patch
+        self.image = torch.arange(lanes, device=device)
+        self.taken = lanes
+        self.position = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self.first, self.index = torch.zeros_like(self.position), torch.zeros_like(self.position)
+        self.waits = torch.ones(lanes, dtype=torch.bool, device=device)
+        self.decided = torch.ones(lanes, dtype=torch.bool, device=device)
+        self.boundaries = BoundaryState(networks.rule, lanes, device=device)
+
+        rows = (2 if networks.guided else 1) * lanes
+        self.state = stepper.start.expand(lanes, -1).clone()  # decoder input of the next token: start, x'_0, ...
+        self.peak = torch.full((lanes, config.width), float("-inf"), device=device)  # maximum of x' in the open patch
         self.copied = torch.zeros(rows, config.decoder_layers, config.width, device=device)
         longest = longest_patch(networks.rule, config.tokens)
-        stepper = self.stepper
-        self.encoder_cache = stepper.new_cache(config.encoder_layers, images, config.tokens, dtype)
-        self.member_cache = stepper.new_cache(config.encoder_layers, images, longest, dtype)
+        self.encoder_cache = stepper.new_cache(config.encoder_layers, lanes, config.tokens, dtype)
+        self.member_cache = stepper.new_cache(config.encoder_layers, lanes, longest, dtype)
         self.patch_cache = stepper.new_cache(config.patch_layers, rows, config.tokens, dtype)
         self.decoder_cache = stepper.new_cache(config.decoder_layers, rows, config.tokens, dtype)
-        self.gate_cache = networks.gate.new_cache(images, dtype) if networks.gate else None
+        self.gate_cache = networks.gate.new_cache(lanes, torch.float32) if networks.gate else None
+
+    def refill(self) -> None:
+        """Put the next images into lanes whose image is finished. What the caches hold of it is never seen again."""
+        left = len(self.labels) - self.taken
+        if not left:
+            return
+        free = torch.nonzero(self.position == self.networks.config.tokens).flatten()[:left]
+        if not len(free):
+            return
+        self.image[free] = torch.arange(self.taken, self.taken + len(free), device=self.device)
+        self.taken += len(free)
+        self.position[free] = self.first[free] = self.index[free] = 0
+        self.waits[free] = self.decided[free] = True
+        self.boundaries.last_gate[free] = 0
+        self.state[free], self.peak[free] = self.stepper.start, float("-inf")
 
     def ready(self) -> Tensor:
         """Lanes whose next token can be drawn: (A,) int64."""
@@ -95,11 +112,11 @@ class Lanes:
             if not len(lanes):
                 return 0
             half = self.drawer.half(lanes, position)
-            logits = torch.cat([cond, self.decode(half + self.images)]) if len(half) else cond
+            logits = torch.cat([cond, self.decode(half + self.lanes)]) if len(half) else cond
         else:
-            logits = self.decode(torch.cat([lanes, half + self.images]))
+            logits = self.decode(torch.cat([lanes, half + self.lanes]))
         drawn = len(lanes)
-        tokens = self.drawer(lanes, position, logits)
+        tokens = self.drawer(self.image[lanes], position, logits)
         self.position[lanes] = position + 1
         last = self.networks.config.tokens - 1
         if bool((position == last).any()):
@@ -112,7 +129,7 @@ class Lanes:
 
     def decode(self, rows: Tensor) -> Tensor:
         """Return the logits of the next token of these rows, given the state of the open patch: (A,) -> (A, V)."""
-        stepper, lanes = self.stepper, rows % self.images
+        stepper, lanes = self.stepper, rows % self.lanes
         step = self.decoder_cache.plan(rows, self.position[lanes])
         table = stepper.table[step.positions]
         x, copied = self.state[lanes], self.copied[rows]
@@ -159,8 +176,8 @@ class Lanes:
     def settle(self, lanes: Tensor, position: Tensor, entropies: Tensor, *, final: bool) -> None:
         """Apply the rule. Not final: entropies are nan, only starts that no entropy could prevent are settled."""
         begins = self.boundaries.step(position, entropies, rows=lanes)
-        self.entropies[lanes, position] = entropies
-        self.starts[lanes, position] = begins
+        self.entropies[self.image[lanes], position] = entropies
+        self.starts[self.image[lanes], position] = begins
         self.waits[lanes] = begins
         self.decided[lanes] = True if final else begins
 
@@ -169,18 +186,26 @@ class Lanes:
         stepper = self.stepper
         position = self.position[lanes]
         half = self.drawer.half(lanes, position)
-        rows = torch.cat([lanes, half + self.images])
-        if bool((position == 0).all()):
-            x, place = stepper.classes[self.labels[rows]], position
+        rows = torch.cat([lanes, half + self.lanes])
+        opens = position == 0
+        if bool(opens.any()):
+            closing = torch.nonzero(~opens).flatten()
+            x = torch.zeros(len(lanes), len(stepper.start), device=self.device)
             table = torch.zeros(len(lanes), stepper.head_dim // 2, dtype=torch.complex64, device=self.device)
+            if len(closing):
+                x[closing], table[closing] = self.close(lanes[closing], position[closing])
         else:
             x, table = self.close(lanes, position)
-            place = self.index[lanes] + 1
-            self.index[lanes], self.first[lanes] = place, position
-            self.peak[lanes] = float("-inf")
-            x = self.doubled(x, lanes, half)
+        x, table = self.doubled(x, lanes, half), self.doubled(table, lanes, half)
+        if bool(opens.any()):
+            opening = torch.nonzero(self.doubled(opens, lanes, half)).flatten()
+            labels = self.labels[self.image[rows[opening] % self.lanes]]
+            null = self.networks.config.num_classes
+            x[opening] = stepper.classes[torch.where(rows[opening] < self.lanes, labels, null)]
+        place = torch.where(opens, 0, self.index[lanes] + 1)
+        self.index[lanes], self.first[lanes] = place, position
+        self.peak[lanes] = float("-inf")
         step = self.patch_cache.plan(rows, self.doubled(place, lanes, half))
-        table = self.doubled(table, lanes, half)
         for layer, block in enumerate(stepper.patch_blocks):
             x = block(x, table, self.patch_cache, layer, step)
         copied = stepper.copies(normalized(x))

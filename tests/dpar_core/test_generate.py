@@ -185,6 +185,20 @@ def test_the_schedule_of_launches_does_not_change_a_bit_of_a_sample(gate):
         assert torch.equal(other.generate(LABELS, SEEDS, keep_logits=True).logits, eager.logits)
 
 
+@pytest.mark.parametrize("patience", [1, 2, 1000])
+@pytest.mark.parametrize("gate", ["entropy_model", "decoder"])
+def test_lanes_that_take_the_next_image_when_they_are_done_draw_the_same_images(gate, patience):
+    rule = RULES["rows"]() if gate == "entropy_model" else PatchRule("entropy_rows", GRID, 1.2, 4)
+    schedule = dict(cfg_schedule="interval", cfg_interval=(0.0, 0.7))  # lanes with and without an unconditional half
+    settings = SampleSettings(cfg_scale=2.0, rule=rule, gate=gate, **schedule)
+    generator = DPARGenerator(tiny_dpar(), tiny_gate(), settings, patience=patience)
+    whole = generator.generate(LABELS, SEEDS, keep_logits=True)
+    for lanes in (1, 3):
+        refilled = generator.generate(LABELS, SEEDS, keep_logits=True, lanes=lanes)
+        assert torch.equal(refilled.logits, whole.logits)
+        assert [one.tolist() for one in refilled.patch_lengths] == [one.tolist() for one in whole.patch_lengths]
+
+
 def test_seed_and_label_change_an_image_and_nothing_else_does():
     generator = generators()["dpar"]
     same = generator.generate(torch.tensor([1, 1, 1, 2]), [7, 7, 8, 7]).tokens
