@@ -27,6 +27,7 @@ from stages.tracker import Tracker
 
 CHECKPOINT_EVERY, LOG_EVERY, RESTART_EVERY = 100, 10, 20
 MEASURED_IMAGES, CACHED_IMAGES = 256, 20_000
+ROUNDING_ERROR = 1 / 12  # mean squared error of rounding to whole grey levels
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     tracker.log_metrics(metrics)
     by_class = _one_a_class([rows[index] for index in usable], manifest.classes)
     titles = [manifest.classes[rows[usable[place]].label] for place in by_class]
-    picture = labelled_grid([originals[by_class], copies[by_class]], ["original", "decoded"], columns=titles, factor=2)
+    picture = labelled_grid([originals[by_class], copies[by_class]], ["original", "decoded"], columns=titles, factor=4)
     with atomic_path(outputs.picture) as temporary:
         save_png(picture, temporary)
     write_json(outputs.metrics, metrics)
@@ -239,7 +240,9 @@ def measure(
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray, list[int]]:
     """Reconstruct images and measure PSNR, SSIM and how the codebook is used.
 
-    Returns metrics, originals and reconstructions (n, size, size, 3) uint8, and which of `chosen` could be read.
+    PSNR is the mean over images; a copy without any error counts as one that is right to the rounding (59 dB), so that
+    black images do not lift the mean without limit. Returns metrics, originals and reconstructions (n, size, size, 3)
+    uint8, and which of `chosen` could be read. Raises ValueError when none could.
     """
     from skimage.metrics import structural_similarity
 
@@ -264,7 +267,7 @@ def measure(
     counts = torch.bincount(torch.cat(codes), minlength=model.config.codebook_size).double()
     share = counts[counts > 0] / counts.sum()
     metrics = {
-        "tokenizer/psnr_db": float((10 * np.log10(255.0**2 / np.maximum(error, 1e-10))).mean()),
+        "tokenizer/psnr_db": float((10 * np.log10(255.0**2 / np.maximum(error, ROUNDING_ERROR))).mean()),
         "tokenizer/ssim": float(np.mean(similarity)),
         "tokenizer/codes_used": int((counts > 0).sum()),
         "tokenizer/codebook_use": float((counts > 0).double().mean()),

@@ -58,7 +58,8 @@ def test_a_singular_covariance_stays_real(rng):
 def test_moments_of_parts_merge_into_those_of_the_whole(rng):
     features = rng.normal(3, 2, (101, 6))
     whole = FeatureMoments.of(features)
-    merged = FeatureMoments.of(features[:17]).merge(FeatureMoments.of(features[17:60])).merge(FeatureMoments.of(features[60:]))
+    parts = [FeatureMoments.of(part) for part in (features[:17], features[17:60], features[60:])]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
     assert merged.count == 101
     np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-13)
     np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=1e-12)
