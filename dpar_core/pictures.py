@@ -63,74 +63,106 @@ def labelled_grid(
 
 
 def patch_borders(lengths: Sequence[int], row_width: int) -> list[tuple[int, int, int, int]]:
-    """Return the border segments between tokens of different patches, in token units: (x0, y0, x1, y1) each."""
+    """Return the border segments between tokens of different patches, in token units: (x0, y0, x1, y1) each.
+
+    Segments of one line that touch are joined, so a border is drawn in one stroke. A patch that goes on in the next row
+    has its border in both rows.
+    """
     ids = np.repeat(np.arange(len(lengths)), lengths).reshape(-1, row_width)
-    lines = [(x, y, x, y + 1) for y, x in zip(*np.nonzero(ids[:, 1:] != ids[:, :-1]))]
-    vertical = [(int(x0) + 1, int(y0), int(x1) + 1, int(y1)) for x0, y0, x1, y1 in lines]
-    rows = [(int(x), int(y) + 1, int(x) + 1, int(y) + 1) for y, x in zip(*np.nonzero(ids[1:] != ids[:-1]))]
-    return vertical + rows
+    upright = [(x + 1, top, x + 1, end) for x in range(row_width - 1) for top, end in _runs(ids[:, x] != ids[:, x + 1])]
+    level = [(left, y + 1, end, y + 1) for y in range(len(ids) - 1) for left, end in _runs(ids[y] != ids[y + 1])]
+    return upright + level
 
 
-def draw_borders(image: np.ndarray, lengths: Sequence[int], row_width: int, *, side: int) -> Image.Image:
-    """Enlarge an image (h, w, 3) to `side` pixels and draw the borders of its patches over it."""
-    picture = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
+    """Return (first, end) of every run of True in (n,) bool."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
+    return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
+
+
+def draw_borders(image: np.ndarray | Image.Image, lengths: Sequence[int], row_width: int, *, side: int) -> Image.Image:
+    """Fit a square image (h, w, 3) into `side` pixels and draw the borders of its patches over it: white on a dark edge."""
+    picture = fit(image, side)
     draw = ImageDraw.Draw(picture)
     cell = side / row_width
-    for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-        for x0, y0, x1, y1 in patch_borders(lengths, row_width):
-            draw.line([(x0 * cell, y0 * cell), (x1 * cell, y1 * cell)], colour, width)
-        draw.rectangle([0, 0, side - 1, side - 1], outline=colour, width=width)
+    core = max(round(cell / 24), 1)
+    lines = [tuple(round(place * cell) for place in line) for line in patch_borders(lengths, row_width)]
+    for colour, width in (((16, 18, 24), core + 2), ((255, 255, 255), core)):
+        grow = width // 2
+        for x0, y0, x1, y1 in lines:
+            box = (x0 - grow, y0 - grow, x1 - grow + width - 1, y1 - grow + width - 1)
+            draw.rectangle(box, fill=colour)
     return picture
+
+
+def fit(image: np.ndarray | Image.Image, side: int) -> Image.Image:
+    """Return a square image with `side` pixels: small ones keep their pixels visible, larger ones are resampled."""
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    grows = picture.width <= side
+    return picture.resize((side, side), Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
 
 
 def entropy_map(entropies: np.ndarray, row_width: int, *, side: int, low: float, high: float) -> Image.Image:
     """Draw entropies (T,) nats as coloured cells; the first token, which nothing predicts, is grey."""
-    colours = scale_colours(np.nan_to_num(entropies), low, high).reshape(row_width, row_width, 3)
+    colours = scale_colours(np.nan_to_num(entropies), low, high).reshape(-1, row_width, 3)
     colours[0, 0] = (150, 150, 150)
     return Image.fromarray(colours).resize((side, side), Image.Resampling.NEAREST)
 
 
+def colour_bar(width: int, height: int) -> Image.Image:
+    """Draw the colour scale from low (left) to high."""
+    return Image.fromarray(np.broadcast_to(scale_colours(np.linspace(0, 1, width), 0, 1), (height, width, 3)).copy())
+
+
 def patch_overview(
-    image: np.ndarray,
+    image: np.ndarray | Image.Image,
     entropies: np.ndarray,
     lengths: Sequence[int],
     row_width: int,
     *,
     threshold: float | None,
+    decoded: np.ndarray | None = None,
     title: str = "",
     side: int = 320,
 ) -> Image.Image:
     """Show an image, its entropy map, and its patches side by side, with a scale in nats and the counts.
 
-    image: (h, w, 3) uint8; entropies: (T,) float32 nats, entry 0 ignored; lengths: patch lengths that sum to T.
+    image: (h, w, 3) uint8, square. entropies: (T,) float32 nats, entry 0 ignored. lengths: patch lengths that sum to T.
+    threshold: nats, marked on the scale. decoded: (S, S, 3) uint8, what the tokens alone show; a panel of its own.
+    Returns an RGB picture, with `side` rounded to whole tokens.
     """
     side = row_width * max(side // row_width, 2)
+    tokens = len(entropies)
     known = np.asarray(entropies)[1:]
     low, high = float(known.min()), float(known.max())
-    gap, head, foot = 12, 34, 44
-    canvas = Image.new("RGB", (3 * side + 4 * gap, head + side + foot), PAPER)
+    panels = [(title or "image", fit(image, side), "")]
+    if decoded is not None:
+        panels.append((f"{tokens} tokens", fit(decoded, side), "decoded by the tokenizer"))
+    panels.append(("next-token entropy", entropy_map(entropies, row_width, side=side, low=low, high=high), ""))
+    count = f"{len(lengths)} patches"
+    panels.append((count, draw_borders(image, lengths, row_width, side=side), f"{tokens / len(lengths):.2f} tokens a patch"))
+    gap, head, foot = 20, 40, 56
+    canvas = Image.new("RGB", (len(panels) * (side + gap) + gap, head + side + foot), PAPER)
     draw = ImageDraw.Draw(canvas)
-    panels = (
-        ("image", Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)),
-        ("next-token entropy", entropy_map(entropies, row_width, side=side, low=low, high=high)),
-        (f"{len(lengths)} patches of {row_width**2} tokens", draw_borders(image, lengths, row_width, side=side)),
-    )
-    for number, (name, panel) in enumerate(panels):
+    top = head + side + 12
+    for number, (name, panel, note) in enumerate(panels):
         left = gap + number * (side + gap)
-        caption = f"{title}: {name}" if title and number == 0 else name
-        draw.text((left, 10), caption, INK, font(15))
+        draw.text((left, head - 10), name, INK, font(16), anchor="ls")
         canvas.paste(panel, (left, head))
-    top, left = head + side + 10, 2 * gap + side
-    bar = Image.fromarray(np.broadcast_to(scale_colours(np.linspace(low, high, side), low, high), (10, side, 3)).copy())
-    canvas.paste(bar, (left, top))
-    draw.text((left, top + 14), f"{low:.2f}", FAINT, font(12))
-    draw.text((left + side, top + 14), f"{high:.2f} nats", FAINT, font(12), anchor="ra")
-    if threshold is not None and low <= threshold <= high:
-        x = left + round((threshold - low) / max(high - low, 1e-9) * side)
-        draw.line([(x, top - 4), (x, top + 13)], INK, 2)
-        draw.text((x, top + 14), f"threshold {threshold:.2f}", INK, font(12), anchor="ma")
-    mean = row_width**2 / len(lengths)
-    draw.text((3 * gap + 2 * side, top), f"mean length {mean:.2f} tokens a patch", FAINT, font(13))
+        draw.text((left, top), note, FAINT, font(13))
+    left = gap + (len(panels) - 2) * (side + gap)
+    canvas.paste(colour_bar(side, 10), (left, top))
+    if threshold is not None and low < threshold < high:
+        place = (threshold - low) / (high - low)
+        x = left + round(place * side)
+        draw.rectangle((x - 2, top - 4, x + 1, top + 13), fill=PAPER)
+        draw.rectangle((x - 1, top - 4, x, top + 13), fill=INK)
+        words = f"threshold {threshold:.2f}"
+        # Above the scale's own ends, which keep their places, when there is room for it.
+        middle = min(max(x, left + 90), left + side - 100)
+        draw.text((middle, top + 18), words, INK, font(13), anchor="ma")
+    draw.text((left, top + 18), f"{low:.2f}", FAINT, font(13))
+    draw.text((left + side, top + 18), f"{high:.2f} nats", FAINT, font(13), anchor="ra")
     return canvas
 
 

@@ -1,72 +1,164 @@
-"""Line and bar charts as small SVG texts: no clock, no fonts from outside, the same numbers give the same bytes."""
+"""Charts as small SVG texts that take their colours from the page: the same numbers give the same bytes.
+
+A chart's classes: `axis`, `rule`, `name`; a series' own class (as `dpar`) colours what belongs to it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 56, 14, 14, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 290, 46, 16, 12, 42
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve. style: its class; points: (x, y) in order of x."""
+
+    name: str
+    style: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A value with its 95 % interval, or without one."""
+
+    style: str
+    value: float
+    interval: tuple[float, float] | None = None
 
 
 def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
-    """Return round numbers that span [low, high]."""
-    span = max(high - low, 1e-9)
+    """Return at most count + 1 round numbers inside [low, high]."""
+    span = max(high - low, 1e-12)
     power = 10 ** math.floor(math.log10(span / count))
-    step = min((m * power for m in (1, 2, 2.5, 5, 10) if span / (m * power) <= count), default=10 * power)
-    first = math.ceil(low / step)
-    return [round(n * step, 10) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if span / (m * power) <= count)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(n * step, 12) for n in range(first, last + 1)]
 
 
-def line_chart(series: dict[str, Sequence[tuple[float, float]]], *, x: str, y: str, names: dict[str, str]) -> str:
-    """Draw curves. series: class of the curve -> points; names: class -> words in the legend."""
-    points = [point for curve in series.values() for point in curve]
-    low_x, high_x = 0.0, max(p[0] for p in points)
+def line_chart(series: Sequence[Series], *, x: str, y: str, marks: Mapping[str, float] | None = None) -> str:
+    """Draw curves over x from 0. marks: words -> x of an upright line with these words beside it.
+
+    Raises ValueError when there is no point to draw.
+    """
+    points = [point for one in series for point in one.points]
+    if not points:
+        raise ValueError(f"nothing to draw: no curve of {y} has a point")
+    high_x = max(p[0] for p in points) or 1.0
     low_y, high_y = min(p[1] for p in points), max(p[1] for p in points)
-    pad = 0.06 * max(high_y - low_y, 1e-6)
+    pad = 0.08 * (high_y - low_y) or 0.5
     low_y, high_y = low_y - pad, high_y + pad
 
-    def at(px: float, py: float) -> tuple[float, float]:
-        across = LEFT + (px - low_x) / max(high_x - low_x, 1e-9) * (WIDTH - LEFT - RIGHT)
-        return across, HEIGHT - BOTTOM - (py - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+    def across(value: float) -> float:
+        return LEFT + value / high_x * (WIDTH - LEFT - RIGHT)
 
-    parts = _frame(f"{y} against {x}")
+    def down(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_open(WIDTH, HEIGHT, f"{y} against {x}", style="chart")]
     for value in ticks(low_y, high_y):
-        _, height = at(0, value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(low_x, high_x):
-        across, _ = at(value, low_y)
-        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>')
-    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>')
-    for number, (name, curve) in enumerate(series.items()):
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*point) for point in curve))
-        parts.append(f'<polyline class="curve {name}" points="{path}"/>')
-        parts += [f'<circle class="dot {name}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in (at(*p) for p in curve)]
-        top = TOP + 12 + 18 * number
-        parts.append(f'<line class="curve {name}" x1="{WIDTH - 190}" x2="{WIDTH - 166}" y1="{top}" y2="{top}"/>')
-        parts.append(f'<text x="{WIDTH - 158}" y="{top + 4}">{escape(names[name])}</text>')
+        parts.append(f'<path class="rule" d="M{LEFT} {down(value):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(_text(LEFT - 8, down(value) + 4, f"{value:g}", "end"))
+    for value in ticks(0, high_x):
+        parts.append(_text(across(value), HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
+    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, x, "middle"))
+    for words, place in (marks or {}).items():
+        side, anchor = (-6, "end") if place > high_x / 2 else (6, "start")
+        parts.append(f'<path class="mark" d="M{across(place):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        parts.append(_text(across(place) + side, TOP + 10, words, anchor))
+    for one in series:
+        path = "L".join(f"{across(a):.1f} {down(b):.1f}" for a, b in one.points)
+        parts.append(f'<g class="{one.style}"><path class="curve" d="M{path}"/>')
+        for a, b in one.points:
+            told = escape(f"{one.name}: {b:.4f} at {a:.4g} {x}")
+            parts.append(f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="3.2"><title>{told}</title></circle>')
+        parts.append("</g>")
     return "".join([*parts, "</svg>"])
 
 
-def bar_chart(values: Sequence[tuple[str, float]], *, x: str, y: str) -> str:
-    """Draw bars with their values above."""
-    high = max(value for _, value in values) * 1.15
-    parts = _frame(f"{y} by {x}")
-    step = (WIDTH - LEFT - RIGHT) / len(values)
+def bar_chart(values: Sequence[tuple[str, float]], *, x: str, y: str, style: str = "dpar") -> str:
+    """Draw upright bars of shares (0..1) with their percentages above."""
+    high = max(value for _, value in values) * 1.12 or 1.0
+    parts = [_open(WIDTH, HEIGHT, f"{y} by {x}", style="chart")]
+    step = (WIDTH - 2 * RIGHT) / len(values)
     for number, (name, value) in enumerate(values):
         height = value / high * (HEIGHT - TOP - BOTTOM)
-        across, top = LEFT + number * step + 0.15 * step, HEIGHT - BOTTOM - height
-        parts.append(f'<rect class="bar" x="{across:.1f}" y="{top:.1f}" width="{0.7 * step:.1f}" height="{height:.1f}"/>')
-        middle = across + 0.35 * step
-        parts.append(f'<text x="{middle:.1f}" y="{top - 5:.1f}" text-anchor="middle">{value:.1%}</text>')
-        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(name)}</text>')
-    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x)}</text></svg>')
-    return "".join(parts)
+        left, top = RIGHT + (number + 0.14) * step, HEIGHT - BOTTOM - height
+        middle = left + 0.36 * step
+        parts.append(f'<rect class="{style}" x="{left:.1f}" y="{top:.1f}" width="{0.72 * step:.1f}" height="{height:.1f}"/>')
+        if len(values) <= 10:
+            parts.append(_text(middle, top - 6, f"{value:.1%}", "middle", "value"))
+        parts.append(_text(middle, HEIGHT - BOTTOM + 18, name, "middle"))
+    parts.append(f'<path class="axis" d="M{RIGHT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    return "".join([*parts, _text(WIDTH / 2, HEIGHT - 6, x, "middle"), "</svg>"])
 
 
-def _frame(title: str) -> list[str]:
-    return [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>',
-    ]
+def interval_plot(dots: Sequence[Dot], *, title: str) -> str:
+    """Draw values under each other on one scale, each with its interval as a bar."""
+    width, line = 180, 14
+    ends = [end for dot in dots for end in (*(dot.interval or ()), dot.value)]
+    low, high = min(ends), max(ends)
+
+    def across(value: float) -> float:
+        return 10 + ((value - low) / (high - low) if high > low else 0.5) * (width - 20)
+
+    parts = [_open(width, line * len(dots) + 4, title)]
+    for number, dot in enumerate(dots):
+        middle = 2 + line * (number + 0.5)
+        parts.append(f'<g class="{dot.style}">')
+        if dot.interval is not None:
+            first, last = (across(end) for end in dot.interval)
+            parts.append(f'<path class="interval" d="M{first:.1f} {middle}H{last:.1f}"/>')
+        parts.append(f'<circle cx="{across(dot.value):.1f}" cy="{middle}" r="4"/></g>')
+    return "".join([*parts, "</svg>"])
+
+
+def graph(edges: Mapping[str, Sequence[str]], lanes: Mapping[str, float]) -> str:
+    """Draw a directed graph from top to bottom. edges: node -> nodes it needs; lanes: node -> lane from left, 0..2.
+
+    A node stands right above the first that needs it; needs that others imply are left out.
+    """
+    users = {node: [user for user, needs in edges.items() if node in needs] for node in edges}
+    height: dict[str, int] = {}
+
+    def above(node: str) -> int:
+        if node not in height:
+            height[node] = 1 + max((above(user) for user in users[node]), default=-1)
+        return height[node]
+
+    top = max(above(node) for node in edges)
+    width, box, step, half = 390, 118, 52, 14
+    centre = {node: (67 + lanes[node] * 128, 20 + (top - height[node]) * step) for node in edges}
+    parts = [_open(width, (top + 1) * step - 8, "the stages and what each needs")]
+    for node, needs in edges.items():
+        for need in needs:
+            if not any(_reaches(edges, other, need) for other in needs if other != need):
+                (x0, y0), (x1, y1) = centre[need], centre[node]
+                y0, y1, bend = y0 + half, y1 - half, step - 2 * half
+                # Into the other lane at once, then straight down, so that no line runs behind a box.
+                curve = f"M{x0:g} {y0}C{x0:g} {y0 + bend} {x1:g} {y0} {x1:g} {y0 + bend}V{y1}"
+                parts.append(f'<path class="edge" d="{curve}"/>')
+    for node, (x, y) in centre.items():
+        style = next((name for name in ("dpar", "llamagen") if node.endswith(name)), "shared")
+        place = f'x="{x - box / 2:g}" y="{y - half}" width="{box}" height="{2 * half}"'
+        parts.append(f'<g class="node {style}"><rect {place} rx="7"/>{_text(x, y + 4.5, node, "middle")}</g>')
+    return "".join([*parts, "</svg>"])
+
+
+def _reaches(edges: Mapping[str, Sequence[str]], node: str, goal: str) -> bool:
+    return any(need == goal or _reaches(edges, need, goal) for need in edges[node])
+
+
+def _open(width: int, height: float, title: str, *, style: str = "") -> str:
+    named = f' class="{style}"' if style else ""
+    return f'<svg{named} viewBox="0 0 {width} {height:g}" role="img" aria-label="{escape(title)}">'
+
+
+def _text(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
+    named = f' class="{style}"' if style else ""
+    return f'<text{named} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'

@@ -115,7 +115,7 @@ def patches(
     Reads the image, the tokenizer, the entropy model and the patch rule under artifacts/ (made by `dpar-cli run`);
     writes one PNG: image, entropies in nats, patch borders.
     """
-    from pipeline.patch_picture import draw_patches
+    from pipeline.pictures import draw_patches
 
     print(draw_patches(image, out, artifacts=_root() / "artifacts"))
 
