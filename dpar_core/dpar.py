@@ -209,7 +209,8 @@ class DPAR(nn.Module):
         x = classes.new_zeros(layout.patches, classes.shape[1]).index_copy(0, first, classes)
         x = x.index_copy(0, _complete(layout) + 1, patches_KD.type_as(x))
         x = F.dropout(x, self.config.dropout, self.training)
-        table, attend = self.patch_table(layout), PackedCausal(layout.offsets, longest=layout.most_patches)
+        table = self.patch_table(layout)
+        attend = PackedCausal(layout.offsets, rows=layout.patches, longest=layout.most_patches)
         for block in self.layers:
             x = block(x, table, attend)
         return x

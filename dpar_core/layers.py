@@ -49,14 +49,15 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class PackedCausal:
     """Causal attention inside each image for positions packed without padding: (N, H, hd).
 
-    offsets: (B + 1,) int64, where each image's positions begin; longest: the largest count. Only the attention itself
-    sees padded rows (right padding is harmless under a causal mask); all other layers run on the N packed ones.
+    offsets: (B + 1,) int64, where each image's positions begin; rows: N; longest: the largest count (both given, as
+    reading them from the device would wait for it). Only the attention itself sees padded rows (right padding is
+    harmless under a causal mask); all other layers run on the N packed ones.
     """
 
-    def __init__(self, offsets: Tensor, *, longest: int) -> None:
+    def __init__(self, offsets: Tensor, *, rows: int, longest: int) -> None:
         counts = offsets.diff()
         self.images, self.longest = len(counts), longest
-        image = torch.repeat_interleave(torch.arange(self.images, device=offsets.device), counts)
+        image = torch.arange(self.images, device=offsets.device).repeat_interleave(counts, output_size=rows)
         within = torch.arange(len(image), device=offsets.device) - offsets[:-1][image]
         self.slots_N = image * longest + within
 
