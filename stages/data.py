@@ -187,7 +187,11 @@ def photograph(name: str) -> np.ndarray:
 
 
 class ImageOpener(sources.ImageOpener):
-    """Opens the image of a manifest row, wherever it is: decoded, and cut to its box (see `sources.ImageOpener`)."""
+    """Opens the image of a manifest row, wherever it is: decoded, and cut to its box (see `sources.ImageOpener`).
 
-    def __init__(self, manifest: Manifest) -> None:
-        super().__init__(manifest.roots, {"builtin": photograph})
+    base: the folder that relative roots start from (default: where the process runs).
+    """
+
+    def __init__(self, manifest: Manifest, *, base: Path | None = None) -> None:
+        roots = {name: str((base or Path()) / root) for name, root in manifest.roots.items()}
+        super().__init__(roots, {"builtin": photograph})

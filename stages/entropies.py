@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from dpar_core.files import atomic_folder, load_weights
+from dpar_core.files import atomic_folder, load_weights, write_json
 from dpar_core.gpt import GPT, GPTConfig, entropies_of
+from dpar_core.manifest import SPLITS
 from dpar_core.patch_maps import parquet_name, write_entropies, write_summary
 from dpar_core.shards import TokenShards
 from stages import params as P
+from stages.shard_work import make_shards, place
 from stages.tracker import Tracker
-
-SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,41 @@ class Outputs:
     entropies: Path
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A unit of work: the samples `first` ... `last` - 1 of a split, which are one shard."""
+
+    name: str
+    split: str
+    first: int
+    last: int
+
+
+def identity(params: Params) -> dict[str, Any]:
+    """Return what of the params decides the entropies: who computes them does not."""
+    return {"entropies": params.entropies.model_dump(mode="json", exclude={"workers"})}
+
+
+def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
+    """Write the entropies of every view beside its shard; shards that an interrupted run finished are kept."""
+    splits = [TokenShards(inputs.tokens, split) for split in SPLITS]
+    _, digest = load_entropy_model(inputs.entropy_model, splits[0], "cpu")
+    tracker.log_input("tokens", inputs.tokens, splits[0].digest)
+    tracker.log_input("entropy_model", inputs.entropy_model, digest)
+    plan = plan_units(splits)
+    todo = [unit for unit in plan if not (work / f"{unit.name}.json").exists()]
+    images, left = (sum(unit.last - unit.first for unit in units) for units in (plan, todo))
+    build = functools.partial(
+        ShardEntropies, inputs.tokens.absolute(), inputs.entropy_model.absolute(), params.entropies, work.absolute(), device
+    )
+    workers = params.entropies.workers
+    with tracker.progress(images, "entropies", done=images - left, unit="images") as progress:
+        for unit in make_shards(todo, build, workers=workers, device=device, section="entropies"):
+            progress.advance(unit.last - unit.first)
+    mean = publish(plan, work, outputs.entropies, made_by={"tokens": splits[0].digest, "entropy_model": digest})
+    tracker.log_metrics({"entropy/mean_nats": mean})
+
+
 def load_entropy_model(path: Path, shards: TokenShards | None, device: str) -> tuple[GPT, str]:
     """Return the entropy model of a weights file and the file's digest.
 
@@ -51,52 +89,69 @@ def load_entropy_model(path: Path, shards: TokenShards | None, device: str) -> t
                 f"entropy model {path} was trained on tokens of tokenizer {trained_on}, but {shards.folder} holds those of "
                 f"{shards.meta.tokenizer}: run `dvc repro entropy_model`"
             )
+        if (config.tokens, config.codebook_size) != (shards.meta.tokens, shards.meta.codebook_size):
+            raise ValueError(
+                f"entropy model {path} is for {config.tokens} tokens of {config.codebook_size} codes, but {shards.folder} "
+                f"holds {shards.meta.tokens} of {shards.meta.codebook_size}: run `dvc repro entropy_model`"
+            )
     model = GPT(config).to(device).eval()
     model.load_state_dict(weights.state)
     return model.requires_grad_(False), weights.digest
 
 
-def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
-    """Write the entropies of every view beside its shard; shards that an interrupted run finished are kept."""
-    if params.entropies.workers:
-        raise ValueError("entropies.workers above 0 is not built yet: set it to 0 (this process)")
-    splits = [TokenShards(inputs.tokens, split) for split in SPLITS]
-    model, digest = load_entropy_model(inputs.entropy_model, splits[0], device)
-    tracker.log_input("tokens", inputs.tokens, splits[0].digest)
-    tracker.log_input("entropy_model", inputs.entropy_model, digest)
-    plan = [(shards, name, part) for shards in splits for name, part in shards.shards()]
-    done = [(work / parquet_name(name)).exists() for _, name, _ in plan]
-    images = sum(part.stop - part.start for (_, _, part), there in zip(plan, done) if there)
-    sums, count = 0.0, 0
-    with tracker.progress(sum(len(s) for s in splits), "entropies", done=images, unit="images") as progress:
-        for (shards, name, part), there in zip(plan, done):
-            if there:
-                continue
-            found = _shard_entropies(model, shards, part, params.entropies.batch_size, device=device)
-            write_entropies(work / parquet_name(name), shards, part, found, entropy_model=digest)
-            progress.advance(part.stop - part.start)
-            sums, count = sums + float(found[:, 1:].sum(dtype=np.float64)), count + found[:, 1:].size
-    with atomic_folder(outputs.entropies) as folder:
-        names = [parquet_name(name) for _, name, _ in plan]
-        for name in names:
-            os.link(work / name, folder / name)
-        write_summary(folder, names, made_by={"tokens": splits[0].digest, "entropy_model": digest})
-    if count:
-        tracker.log_metrics({"entropy/mean_nats": sums / count})
+def plan_units(splits: Sequence[TokenShards]) -> list[Unit]:
+    """Return the units of work of all splits, in order."""
+    return [
+        Unit(parquet_name(name), shards.split, part.start, part.stop) for shards in splits for name, part in shards.shards()
+    ]
 
 
-def _shard_entropies(model: GPT, shards: TokenShards, part: slice, batch_size: int, *, device: str) -> np.ndarray:
-    """Return the entropies of a shard's views: (samples * views, T) float32.
+class ShardEntropies:
+    """Makes the entropies of shards."""
 
-    Every batch has the same number of rows (the last is filled up), so that no kernel works on another shape and a
-    view's entropies do not depend on how many neighbours it has.
-    """
-    views = shards.meta.num_views
-    index = np.repeat(np.arange(part.start, part.stop), views)
-    view = np.tile(np.arange(views), part.stop - part.start)
-    found = []
-    for first in range(0, len(index), batch_size):
-        tokens = shards.tokens(index[first : first + batch_size], view[first : first + batch_size]).astype(np.int64)
-        full = np.concatenate([tokens, np.zeros((batch_size - len(tokens), tokens.shape[1]), np.int64)])
-        found.append(entropies_of(model, torch.from_numpy(full).to(device))[: len(tokens)].cpu().numpy())
-    return np.concatenate(found)
+    def __init__(
+        self, tokens: Path, entropy_model: Path, settings: P.Entropies, work: Path, device: str, threads: int = 1
+    ) -> None:
+        self.shards = {split: TokenShards(tokens, split) for split in SPLITS}
+        self.model, self.digest = load_entropy_model(entropy_model, self.shards[SPLITS[0]], device)
+        self.settings, self.work, self.device = settings, work, device
+
+    def __call__(self, unit: Unit) -> None:
+        """Write the entropies of one shard into the work folder."""
+        shards, part = self.shards[unit.split], slice(unit.first, unit.last)
+        found = self.entropies(shards, part)
+        write_entropies(self.work / unit.name, shards, part, found, entropy_model=self.digest)
+        known = found[:, 1:]
+        write_json(self.work / f"{unit.name}.json", {"sum": float(known.sum(dtype=np.float64)), "count": known.size})
+
+    def entropies(self, shards: TokenShards, part: slice) -> np.ndarray:
+        """Return the entropies of a shard's views: (samples * views, T) float32.
+
+        Every batch has the same number of rows (the last is filled up), so that no kernel works on another shape and a
+        view's entropies do not depend on how many neighbours it has.
+        """
+        views, size = shards.meta.num_views, self.settings.batch_size
+        index = np.repeat(np.arange(part.start, part.stop), views)
+        view = np.tile(np.arange(views), part.stop - part.start)
+        found = torch.empty(len(index), shards.meta.tokens, device=self.device)
+        for first in range(0, len(index), size):
+            tokens = shards.tokens(index[first : first + size], view[first : first + size]).astype(np.int64)
+            full = np.zeros((size, tokens.shape[1]), np.int64)
+            full[: len(tokens)] = tokens
+            batch = torch.from_numpy(full)
+            if self.device == "cuda":  # the next batch is read while this one is worked on
+                batch = batch.pin_memory()
+            of_batch = entropies_of(self.model, batch.to(self.device, non_blocking=True))
+            found[first : first + size] = of_batch[: len(tokens)]
+        return found.cpu().numpy()
+
+
+def publish(plan: Sequence[Unit], work: Path, entropies: Path, *, made_by: dict[str, str]) -> float:
+    """Put all finished files in place at once; return the mean entropy in nats."""
+    records = [json.loads((work / f"{unit.name}.json").read_text()) for unit in plan]
+    mean = sum(record["sum"] for record in records) / sum(record["count"] for record in records)
+    with atomic_folder(entropies) as folder:
+        for unit in plan:
+            place(work / unit.name, folder / unit.name)
+        write_summary(folder, [unit.name for unit in plan], made_by=made_by, facts={"mean_nats": mean})
+    return mean

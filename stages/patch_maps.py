@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dpar_core.files import atomic_folder, atomic_path, atomic_write, write_json
+from dpar_core.manifest import SPLITS
 from dpar_core.patch_maps import (
     RULE,
     EntropyMaps,
+    join_starts,
     pack_starts,
     parquet_name,
+    read_rule,
+    starts_name,
     write_lengths,
     write_rule,
     write_summary,
 )
-from dpar_core.patching import PatchRule, lengths_from_starts, patch_starts_numpy, threshold_for_mean_length
+from dpar_core.patching import PatchRule, patch_starts_numpy, threshold_for_mean_length
 from dpar_core.shards import TokenShards
 from stages import params as P
-from stages.entropies import SPLITS
+from stages.cluster import local_cpus
+from stages.shard_work import place
 from stages.tracker import Tracker
+
+MEASURED_MAPS = 50_000  # a threshold is measured on so many maps: the mean length of all is then known to about 0.05 %
 
 
 @dataclass(frozen=True)
@@ -44,68 +54,140 @@ class Outputs:
     histogram: Path
 
 
+@dataclass(frozen=True)
+class Histograms:
+    """How often each value occurs. lengths: (T + 1,) int64, patches of each length; counts: images with so many patches."""
+
+    lengths: np.ndarray
+    counts: np.ndarray
+
+    def __add__(self, other: Histograms) -> Histograms:
+        return Histograms(self.lengths + other.lengths, self.counts + other.counts)
+
+    @property
+    def maps(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def patches(self) -> int:
+        return int(self.lengths.sum())
+
+    def percentile(self, share: float) -> float:
+        """Return the patches of an image below which `share` per cent of the images lie (as np.percentile)."""
+        place = share / 100 * (self.maps - 1)
+        ends = np.cumsum(self.counts)
+        low, high = (int(np.searchsorted(ends, rank, side="right")) for rank in (np.floor(place), np.ceil(place)))
+        return low + (high - low) * (place - np.floor(place))
+
+
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
-    """Write patch lengths, the rule with its threshold, and how long patches are."""
+    """Write patch lengths, the rule with its threshold, and how long patches are; finished shards are kept."""
     maps = {split: EntropyMaps(inputs.entropies, TokenShards(inputs.tokens, split)) for split in SPLITS}
     train = maps["train"]
     tracker.log_input("entropies", inputs.entropies, train.digest)
-    rule = make_rule(params.patching, train)
     made_by = {"tokens": train.shards.digest, "entropies": train.digest, "entropy_model": train.entropy_model}
-    counts: dict[str, np.ndarray] = {}
-    lengths: dict[str, np.ndarray] = {}
-    images = sum(len(one.shards) for one in maps.values())
-    with atomic_folder(outputs.patch_maps) as folder, tracker.progress(images, "patch_maps", unit="images") as progress:
-        write_rule(folder / RULE, rule, made_by=made_by)
+    if not (work / RULE).exists():
+        rule, measured_on = make_rule(params.patching, train)
+        write_rule(work / RULE, rule, made_by=made_by, facts={"threshold_measured_on_maps": measured_on})
+    rule = read_rule(work / RULE)
+    found = {split: _make_maps(one, rule, work, made_by, tracker) for split, one in maps.items()}
+    with atomic_folder(outputs.patch_maps) as folder:
         names = [RULE]
+        place(work / RULE, folder / RULE)
         for split, one in maps.items():
-            bits, per_image, histogram = [], [], np.zeros(one.shards.meta.tokens + 1, np.int64)
-            for name, part in one.shards.shards():
-                starts = patch_starts_numpy(one.shard(name), rule)
-                write_lengths(folder / parquet_name(name), one.shards, part, starts, made_by=made_by)
-                bits.append(pack_starts(starts, views=one.shards.meta.num_views))
-                per_image.append(starts.sum(axis=1))
-                histogram += np.bincount(np.concatenate(lengths_from_starts(starts)), minlength=len(histogram))
-                names.append(parquet_name(name))
-                progress.advance(part.stop - part.start)
-            with atomic_path(folder / f"{split}.starts.npy") as temporary, open(temporary, "wb") as stream:
-                np.save(stream, np.concatenate(bits))
-            names.append(f"{split}.starts.npy")
-            counts[split], lengths[split] = np.concatenate(per_image), histogram
+            names += [parquet_name(name) for name, _ in one.shards.shards()] + [starts_name(split)]
+            for name, _ in one.shards.shards():
+                place(work / parquet_name(name), folder / parquet_name(name))
+            meta = one.shards.meta
+            shape = (len(one.shards), meta.num_views, -(-meta.tokens // 8))
+            parts = [work / f"{name}.starts.npy" for name, _ in one.shards.shards()]
+            join_starts(folder / starts_name(split), parts, maps=shape)
         write_summary(folder, names, made_by=made_by)
-    metrics = _metrics(rule, counts, tokens=train.shards.meta.tokens)
+    metrics = _metrics(rule, found, tokens=train.shards.meta.tokens)
+    metrics["patch/bytes_per_map"] = sum(f.stat().st_size for f in outputs.patch_maps.iterdir()) / sum(
+        histograms.maps for histograms in found.values()
+    )
     write_json(outputs.metrics, metrics)
-    _write_histogram(outputs.histogram, lengths)
+    _write_histogram(outputs.histogram, {split: histograms.lengths for split, histograms in found.items()})
     tracker.log_metrics(metrics)
 
 
-def make_rule(patching: P.Patching, maps: EntropyMaps) -> PatchRule:
-    """Return the rule of params.yaml; its threshold is measured on `maps` where a mean length is given instead."""
+def make_rule(patching: P.Patching, maps: EntropyMaps) -> tuple[PatchRule, int]:
+    """Return the rule of params.yaml, and the number of maps its threshold was measured on (0: it was given).
+
+    Where a mean length is given in place of a threshold, it is measured on all maps, or on MEASURED_MAPS of them, evenly
+    spaced, where there are more. Raises ValueError when no threshold gives that length.
+    """
     given = PatchRule(
         patching.mode, maps.shards.meta.row_width, patching.threshold if patching.threshold is not None else 0.0,
         patching.max_patch_length, patching.static_length,
     )  # fmt: skip
     if not given.reads_entropies or patching.target_mean_length is None:
-        return given
-    threshold = threshold_for_mean_length(maps.all(), given, patching.target_mean_length)
-    return PatchRule(given.mode, given.row_width, threshold, given.max_patch_length, given.static_length)
+        return given, 0
+    sample = maps.sample(MEASURED_MAPS)
+    threshold = threshold_for_mean_length(sample.entropies, given, patching.target_mean_length)
+    rule = PatchRule(given.mode, given.row_width, threshold, given.max_patch_length, given.static_length)
+    return rule, len(sample.entropies)
 
 
-def _metrics(rule: PatchRule, counts: dict[str, np.ndarray], *, tokens: int) -> dict[str, float]:
-    train = counts["train"]
+def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict, tracker: Tracker) -> Histograms:
+    """Write the maps of a split into the work folder, as far as they are missing; return how long patches are."""
+    parts = dict(maps.shards.shards())
+    todo = [name for name in parts if not (work / f"{name}.json").exists()]
+    done = len(maps.shards) - sum(parts[name].stop - parts[name].start for name in todo)
+
+    def make(name: str) -> str:
+        make_map(maps, name, parts[name], rule, work, made_by)
+        return name
+
+    description = f"patch_maps {maps.shards.split}"
+    with tracker.progress(len(maps.shards), description, done=done, unit="images") as progress:
+        with ThreadPoolExecutor(local_cpus()) as pool:
+            for name in pool.map(make, todo):
+                progress.advance(parts[name].stop - parts[name].start)
+    total = None
+    for name in parts:
+        record = json.loads((work / f"{name}.json").read_text())
+        one = Histograms(*(np.array(record[field], np.int64) for field in ("lengths", "counts")))
+        total = one if total is None else total + one
+    return total
+
+
+def make_map(maps: EntropyMaps, name: str, part: slice, rule: PatchRule, work: Path, made_by: dict) -> None:
+    """Write the maps of one shard: lengths, boundaries as bits, and last how long its patches are."""
+    starts = patch_starts_numpy(maps.shard(name), rule)
+    write_lengths(work / parquet_name(name), maps.shards, part, starts, made_by=made_by)
+    with atomic_path(work / f"{name}.starts.npy") as temporary, open(temporary, "wb") as stream:
+        np.save(stream, pack_starts(starts, views=maps.shards.meta.num_views))
+    write_json(work / f"{name}.json", {field: value.tolist() for field, value in asdict(histograms_of(starts)).items()})
+
+
+def histograms_of(starts: np.ndarray) -> Histograms:
+    """Count patch lengths and patches an image: starts (B, T) bool."""
+    tokens = starts.shape[1]
+    position = np.nonzero(starts)[1]
+    lengths = np.diff(np.append(position, 0)) % tokens
+    lengths[lengths == 0] = tokens
+    counts = np.bincount(starts.sum(axis=1), minlength=tokens + 1)
+    return Histograms(np.bincount(lengths, minlength=tokens + 1), counts)
+
+
+def _metrics(rule: PatchRule, found: Mapping[str, Histograms], *, tokens: int) -> dict[str, float]:
+    train, validation = found["train"], found["validation"]
     metrics = {
-        "patch/mean_length": tokens * len(train) / float(train.sum()),
-        "patch/patches_per_image": float(train.mean()),
-        "patch/patches_5_percent": float(np.percentile(train, 5)),
-        "patch/patches_95_percent": float(np.percentile(train, 95)),
-        "patch/share_of_tokens": float(train.mean()) / tokens,
-        "patch/validation_mean_length": tokens * len(counts["validation"]) / float(counts["validation"].sum()),
+        "patch/mean_length": tokens * train.maps / train.patches,
+        "patch/patches_per_image": train.patches / train.maps,
+        "patch/patches_5_percent": train.percentile(5),
+        "patch/patches_95_percent": train.percentile(95),
+        "patch/share_of_tokens": train.patches / train.maps / tokens,
+        "patch/validation_mean_length": tokens * validation.maps / validation.patches,
     }
     if rule.reads_entropies:
         metrics["patch/threshold_nats"] = float(rule.threshold)
     return metrics
 
 
-def _write_histogram(path: Path, lengths: dict[str, np.ndarray]) -> None:
+def _write_histogram(path: Path, lengths: Mapping[str, np.ndarray]) -> None:
     longest = max(int(np.flatnonzero(h).max()) for h in lengths.values())
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

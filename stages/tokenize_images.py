@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpar_core.files import atomic_folder, load_weights, write_json
 from dpar_core.images import VIEW_COUNTS, BadImage, views
-from dpar_core.manifest import Manifest, Row, read_manifest
-from dpar_core.shards import SUMMARY, Sample, TokenMeta, write_index, write_shard
+from dpar_core.manifest import SPLITS, Manifest, Row, Rows, read_manifest
+from dpar_core.shards import Sample, ShardContents, TokenMeta, write_index, write_shard
+from dpar_core.sources import block_of
 from dpar_core.tokenizer import VQ, VQConfig, to_float
 from stages import params as P
 from stages.data import ImageOpener
+from stages.shard_work import make_shards, place
 from stages.tracker import Tracker
 
-DECODERS = 4  # threads that decode images while the network works
+BAD_IMAGES = "bad_images.json"
+MOST_MOVED = 0.05  # share of tokens that bf16 may change
+_AHEAD = 3  # batches that are decoded before the network asks for them
+_MIXING = 7  # seed of the order of images in shards: fixed, as it decides nothing but the layout of files
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,57 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A unit of work: the manifest rows that make a shard. indices: (n,) int64."""
+
+    name: str
+    split: str
+    indices: np.ndarray
+
+
+@dataclass(frozen=True)
 class Bad:
     """An image that could not be used, and why."""
 
     key: str
     source: str
     reason: str
+
+
+def identity(params: Params) -> dict[str, Any]:
+    """Return what of the params decides the tokens: who computes them does not."""
+    settings = params.tokenize_images.model_dump(mode="json", exclude={"workers"})
+    data = params.data.model_dump(mode="json", include={"image_size", "views"})
+    return {"data": data, "tokenize_images": settings}
+
+
+def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
+    """Write the shards, one at a time; those that an interrupted run finished are kept."""
+    manifest = read_manifest(inputs.manifest)
+    settings, total = params.tokenize_images, len(manifest.rows)
+    tracker.log_input("manifest", inputs.manifest, manifest.digest)
+    build = functools.partial(ShardTokenizer, inputs, params, work.absolute(), device, Path.cwd())
+    plan = plan_shards(manifest, settings.shard_images)
+    done = [shard for shard in plan if is_done(shard, manifest, work)]
+    names = {shard.name for shard in done}
+    counts: dict[str, float] = {}
+    if settings.precision == "bf16":
+        counts["tokens/bf16_moved_share"] = build(1).moved_by_bf16(plan[0])
+    bad = [one for shard in done for one in read_contents(shard, work)[1]]
+    _check_share(bad, total, params.data.max_bad_share)
+    ready = sum(len(shard.indices) for shard in done)
+    with tracker.progress(total, "tokenize_images", done=ready, unit="images") as progress:
+        todo = [shard for shard in plan if shard.name not in names]
+        for shard in make_shards(todo, build, workers=settings.workers, device=device, section="tokenize_images"):
+            progress.advance(len(shard.indices))
+            bad += read_contents(shard, work)[1]
+            _check_share(bad, total, params.data.max_bad_share)
+    summary = publish(plan, token_meta(manifest, inputs.tokenizer, params), work, outputs.tokens)
+    counts |= {"tokens/images": summary["images"], "tokens/shards": len(plan), "tokens/bad_images": summary["bad"]}
+    counts |= _sizes(outputs.tokens, summary)
+    write_json(outputs.metrics, counts)
+    tracker.log_metrics(counts)
+    tracker.log_artifact(outputs.tokens / BAD_IMAGES)
 
 
 def load_tokenizer(path: Path, device: str) -> tuple[VQ, str]:
@@ -59,113 +113,190 @@ def load_tokenizer(path: Path, device: str) -> tuple[VQ, str]:
     return model.requires_grad_(False), weights.digest
 
 
-def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
-    """Write the shards, one at a time; those that an interrupted run finished are kept."""
-    manifest = read_manifest(inputs.manifest)
-    model, digest = load_tokenizer(inputs.tokenizer, device)
-    tracker.log_input("manifest", inputs.manifest, manifest.digest)
-    settings, size = params.tokenize_images, params.data.image_size
-    if settings.workers:
-        raise ValueError("tokenize_images.workers above 0 is not built yet: set it to 0 (this process)")
-    meta = TokenMeta(
-        size // model.config.downsample, model.config.codebook_size, params.data.views, VIEW_COUNTS[params.data.views],
-        size, manifest.classes, digest, manifest.digest,
-    )  # fmt: skip
-    plan = list(_plan(manifest, settings.shard_images))
-    done = [name for name, _, _ in plan if (work / f"{name}.json").exists()]
-    images = sum(len(rows) for name, _, rows in plan if name in done)
+def token_meta(manifest: Manifest, tokenizer: Path, params: Params) -> TokenMeta:
+    """Return what the tokens will be."""
+    weights = load_weights(tokenizer, kind="vq")
+    config, size, name = VQConfig(**weights.config), params.data.image_size, params.data.views
+    grid = size // config.downsample
+    return TokenMeta(
+        grid, config.codebook_size, name, VIEW_COUNTS[name], size, manifest.classes, weights.digest, manifest.digest
+    )
+
+
+def plan_shards(manifest: Manifest, shard_images: int) -> list[Shard]:
+    """Spread the images of each split over shards, in a fixed order that mixes the classes.
+
+    Images that are read together (rows of one row group of a Parquet file) stay together.
+    """
+    shards = []
+    for split in SPLITS:
+        chosen = np.array([place for place, name in enumerate(manifest.rows.table["split"].to_pylist()) if name == split])
+        if not len(chosen):
+            raise ValueError(f"the manifest has no {split} images: check data.{split} in params.yaml")
+        sources = manifest.rows.take(chosen).table["source"].to_pylist()
+        blocks = [block_of(source) for source in sources] if block_of(sources[0]) else range(len(sources))
+        firsts = np.flatnonzero([place == 0 or block != blocks[place - 1] for place, block in enumerate(blocks)])
+        order = np.argsort(np.random.Philox(key=np.uint64(_MIXING)).random_raw(len(firsts)), kind="stable")
+        parts = np.split(chosen, firsts[1:])
+        mixed = np.concatenate([parts[number] for number in order])
+        for number, first in enumerate(range(0, len(mixed), shard_images)):
+            shards.append(Shard(f"{split}-{number:06d}.tar", split, mixed[first : first + shard_images]))
+    return shards
+
+
+def read_contents(shard: Shard, work: Path) -> tuple[ShardContents, list[Bad]] | None:
+    """Return what a finished shard holds and which images it lacks, or None while it is not finished."""
+    path = work / f"{shard.name}.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    return ShardContents(**record["contents"]), [Bad(**bad) for bad in record["bad"]]
+
+
+def is_done(shard: Shard, manifest: Manifest, work: Path) -> bool:
+    """Tell whether a shard is finished. One whose bad images can be read by now is made again."""
+    found = read_contents(shard, work)
+    if found is None:
+        return False
     opener = ImageOpener(manifest)
-    bar = tracker.progress(len(manifest.rows), "tokenize_images", done=images, unit="images")
-    with bar as progress, ThreadPoolExecutor(DECODERS) as pool:
-        for name, _, rows in plan:
-            if name in done:
-                continue
-            bad: list[Bad] = []
-            samples = _encode(rows, opener, model, params, pool, bad, device=device)
-            write_shard(work / name, (sample for sample in samples if progress.advance(1) is None))
-            write_json(work / f"{name}.json", [vars(one) for one in bad])
-    _check_share(work, plan, len(manifest.rows), params.data.max_bad_share)
-    _publish(work, plan, meta, outputs)
-    counts = {"tokens/images": _images(outputs.tokens), "tokens/shards": len(plan)}
-    counts["tokens/bad_images"] = len(manifest.rows) - counts["tokens/images"]
-    counts["tokens/bytes_per_image"] = sum(f.stat().st_size for f in outputs.tokens.iterdir()) / counts["tokens/images"]
-    write_json(outputs.metrics, counts)
-    tracker.log_metrics(counts)
-
-
-def _plan(manifest: Manifest, shard_images: int) -> Iterator[tuple[str, str, list[Row]]]:
-    """Yield (shard name, split, its rows). Rows are spread over the shards in a fixed order that mixes the classes."""
-    for split in ("train", "validation"):
-        rows = manifest.split(split)
-        mixed = [rows[i] for i in np.argsort(np.random.Philox(key=np.uint64(7)).random_raw(len(rows)), kind="stable")]
-        for number, first in enumerate(range(0, len(rows), shard_images)):
-            yield f"{split}-{number:06d}.tar", split, mixed[first : first + shard_images]
-
-
-def _encode(
-    rows: Sequence[Row],
-    opener: ImageOpener,
-    model: VQ,
-    params: Params,
-    pool: ThreadPoolExecutor,
-    bad: list[Bad],
-    *,
-    device: str,
-) -> Iterator[Sample]:
-    """Yield the samples of readable rows in order; put the others into `bad`."""
-    name, size = params.data.views, params.data.image_size
-    bf16 = params.tokenize_images.precision == "bf16"
-    per_batch = max(params.tokenize_images.batch_size // VIEW_COUNTS[name], 1)
-
-    def look(row: Row) -> np.ndarray | BadImage:
+    for bad in found[1]:
         try:
-            return views(opener(row), size, name)
-        except BadImage as error:
-            return error
-
-    parts = [rows[first : first + per_batch] for first in range(0, len(rows), per_batch)]
-    ahead = [pool.submit(look, row) for row in parts[0]] if parts else []
-    for number, part in enumerate(parts):
-        found = [future.result() for future in ahead]
-        # The next batch is decoded while the network works on this one.
-        ahead = [pool.submit(look, row) for row in parts[number + 1]] if number + 1 < len(parts) else []
-        good = []
-        for row, images in zip(part, found):
-            if isinstance(images, BadImage):
-                bad.append(Bad(row.key, row.source, str(images)))
-            else:
-                good.append((row, images))
-        if not good:
+            opener(manifest.find(bad.key))
+        except BadImage:
             continue
-        stack = torch.from_numpy(np.concatenate([images for _, images in good])).to(device)
-        with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            codes = model.encode(to_float(stack)).flatten(1).cpu().numpy().astype(np.uint16)
-        for (row, _), tokens in zip(good, codes.reshape(len(good), -1, codes.shape[1])):
-            yield Sample(row.key, row.label, tokens, {"source": row.source, "box": list(row.box) if row.box else None})
+        return False
+    return True
 
 
-def _bad_images(work: Path, plan: Sequence[tuple[str, str, list[Row]]]) -> list[dict]:
-    return [bad for name, _, _ in plan for bad in json.loads((work / f"{name}.json").read_text())]
+class ShardTokenizer:
+    """Makes shards: images are decoded in threads while the network works on the batch before."""
+
+    def __init__(self, inputs: Inputs, params: Params, work: Path, device: str, base: Path, threads: int) -> None:
+        """base: the folder that relative paths start from, as an actor may run in another one."""
+        manifest = read_manifest(base / inputs.manifest)
+        self.rows, self.opener = manifest.rows, ImageOpener(manifest, base=base)
+        self.model, _ = load_tokenizer(base / inputs.tokenizer, device)
+        self.settings, self.device, self.work = params.tokenize_images, device, work
+        self.size, self.views = params.data.image_size, params.data.views
+        if self.size % self.model.config.downsample:
+            raise ValueError(
+                f"data.image_size {self.size} is not a multiple of {self.model.config.downsample}, the downsampling of "
+                f"{inputs.tokenizer}"
+            )
+        self.per_batch = max(self.settings.batch_size // VIEW_COUNTS[self.views], 1)  # images
+        self.pool = ThreadPoolExecutor(max(threads, 2), thread_name_prefix="decode")
+
+    def __call__(self, shard: Shard) -> None:
+        """Make one shard in the work folder."""
+        bad: list[Bad] = []
+        contents = write_shard(self.work / shard.name, self._samples(self.rows.take(shard.indices), bad))
+        record = {"contents": asdict(contents), "bad": [asdict(one) for one in bad]}
+        write_json(self.work / f"{shard.name}.json", record)
+
+    def encode(self, images: np.ndarray, *, bf16: bool | None = None) -> Tensor:
+        """Return the tokens of at most a batch of views: (n, S, S, 3) uint8 -> (n, T) int64, on the device.
+
+        The network always sees a full batch (the rest is black), so that no kernel works on another shape and the tokens
+        of a view do not depend on how many neighbours it has.
+        """
+        full = self.per_batch * VIEW_COUNTS[self.views]
+        stack = torch.zeros(full, *images.shape[1:], dtype=torch.uint8, pin_memory=self.device == "cuda")
+        stack[: len(images)] = torch.from_numpy(images)
+        bf16 = self.settings.precision == "bf16" if bf16 is None else bf16
+        with torch.inference_mode():
+            pixels = to_float(stack.to(self.device, non_blocking=True))
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bf16):
+                latents = self.model.latents(pixels)
+            return self.model.quantize.lookup(latents.float()).flatten(1)[: len(images)]
+
+    def moved_by_bf16(self, shard: Shard) -> float:
+        """Return the share of tokens that bf16 changes on the first batch. Raises ValueError when it is too large."""
+        batch = next(self._batches(self.rows.take(shard.indices), []), None)
+        if batch is None:
+            return 0.0  # nothing readable here: the share of bad images will tell
+        images = np.concatenate([images for _, images in batch])
+        share = float((self.encode(images, bf16=True) != self.encode(images, bf16=False)).float().mean())
+        if share > MOST_MOVED:
+            raise ValueError(
+                f"tokenize_images.precision bf16 changes {share:.1%} of the tokens of {len(images)} views, more than "
+                f"{MOST_MOVED:.0%}: set it to fp32"
+            )
+        return share
+
+    def _samples(self, rows: Rows, bad: list[Bad]) -> Iterator[Sample]:
+        """Yield the samples of readable rows in order; put the others into `bad`."""
+        waiting: tuple[list[tuple[Row, np.ndarray]], Tensor] | None = None
+        for batch in self._batches(rows, bad):
+            tokens = self.encode(np.concatenate([images for _, images in batch]))
+            # The last batch's tokens are fetched when this one's work has been handed to the device.
+            if waiting is not None:
+                yield from self._samples_of(*waiting)
+            waiting = batch, tokens
+        if waiting is not None:
+            yield from self._samples_of(*waiting)
+
+    def _samples_of(self, batch: Sequence[tuple[Row, np.ndarray]], tokens: Tensor) -> Iterator[Sample]:
+        codes = tokens.cpu().numpy().astype(np.uint16).reshape(len(batch), -1, tokens.shape[1])
+        for (row, _), of_image in zip(batch, codes):
+            info = {"source": row.source, "box": list(row.box) if row.box else None, "class": row.class_name}
+            yield Sample(row.key, row.label, of_image, info)
+
+    def _batches(self, rows: Rows, bad: list[Bad]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+        """Yield the readable images' views, `per_batch` images at a time; only the last batch may be shorter."""
+        queue: deque[tuple[Row, Future]] = deque()
+        batch: list[tuple[Row, np.ndarray]] = []
+        coming = iter(rows)
+        while True:
+            while len(queue) < _AHEAD * self.per_batch and (row := next(coming, None)) is not None:
+                queue.append((row, self.pool.submit(self._views, row)))
+            if not queue:
+                break
+            row, future = queue.popleft()
+            try:
+                batch.append((row, future.result()))
+            except BadImage as error:
+                bad.append(Bad(row.key, row.source, str(error)))
+            if len(batch) == self.per_batch:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _views(self, row: Row) -> np.ndarray:
+        return views(self.opener(row), self.size, self.views)
 
 
-def _check_share(work: Path, plan: Sequence[tuple[str, str, list[Row]]], total: int, allowed: float) -> None:
-    bad = _bad_images(work, plan)
+def _check_share(bad: Sequence[Bad], total: int, allowed: float) -> None:
     if len(bad) > allowed * total:
-        shown = "; ".join(f"{one['source']}: {one['reason']}" for one in bad[:3])
+        shown = "; ".join(f"{one.source}: {one.reason}" for one in bad[:3])
         raise ValueError(
             f"{len(bad)} of {total} images cannot be read, more than data.max_bad_share {allowed:g} allows "
             f"(first: {shown}): mend or remove them, or raise data.max_bad_share"
         )
 
 
-def _publish(work: Path, plan: Sequence[tuple[str, str, list[Row]]], meta: TokenMeta, outputs: Outputs) -> None:
-    """Put finished shards, the index and the list of bad images in place, all at once."""
-    with atomic_folder(outputs.tokens) as folder:
-        for name, _, _ in plan:
-            os.link(work / name, folder / name)
-        write_index(folder, meta, [(name, split) for name, split, _ in plan])
-        write_json(folder / "bad_images.json", _bad_images(work, plan))
+def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) -> dict[str, int]:
+    """Put finished shards, the index and the list of bad images in place, all at once; return counts."""
+    found = [read_contents(shard, work) for shard in plan]
+    contents, bad = [one for one, _ in found], [asdict(one) for _, some in found for one in some]
+    for split in SPLITS:
+        if not any(one.keys for shard, one in zip(plan, contents) if shard.split == split):
+            raise ValueError(f"no {split} image can be read: check data.{split} in params.yaml")
+    with atomic_folder(tokens) as folder:
+        for shard in plan:
+            place(work / shard.name, folder / shard.name)
+        write_index(folder, meta, [(shard.name, shard.split) for shard in plan], contents=contents)
+        write_json(folder / BAD_IMAGES, bad)
+    images = sum(len(one.keys) for one in contents)
+    least = math.ceil(meta.num_views * meta.tokens * math.log2(meta.codebook_size) / 8)
+    return {"images": images, "bad": len(bad), "least_bytes": least, "raw_bytes": 2 * meta.num_views * meta.tokens}
 
 
-def _images(folder: Path) -> int:
-    return json.loads((folder / SUMMARY).read_text())["samples"]
+def _sizes(tokens: Path, summary: dict[str, int]) -> dict[str, float]:
+    """Return bytes an image: on disk with everything, of bare uint16 tokens, and the least that holds the codes."""
+    total = sum(file.stat().st_size for file in tokens.iterdir())
+    return {
+        "tokens/bytes_per_image": total / summary["images"],
+        "tokens/uint16_bytes_per_image": summary["raw_bytes"],
+        "tokens/least_bytes_per_image": summary["least_bytes"],
+    }

@@ -1,0 +1,370 @@
+"""tokenize_images, entropies and patch_maps: what they write, that it is always the same, and that they go on."""
+
+import csv
+import json
+import math
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_data import CODES, SIZE, VQ_CONFIG, Project, make_project, save_entropy_model, save_tokenizer, tiny_params
+
+from dpar_core.files import load_weights
+from dpar_core.gpt import entropies_of
+from dpar_core.images import views
+from dpar_core.manifest import read_manifest
+from dpar_core.patch_maps import EntropyMaps, PatchMaps
+from dpar_core.patching import PatchRule, starts_from_lengths
+from dpar_core.shards import TokenShards
+from dpar_core.tokenizer import VQ, to_float
+from stages import entropies, patch_maps, tokenize_images
+from stages.data import ImageOpener
+from stages.tracker import NullTracker
+
+ALL = ("tokens", "tokens.json", "entropies", "patch_maps", "patch_maps.json", "lengths.csv")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    torch.set_num_threads(1)
+    return make_project(tmp_path_factory.mktemp("project")).tokenize().entropies().patch_maps()
+
+
+def copy_of(project: Project, root, **changes: dict) -> Project:
+    """A project with the same images, manifest and models, and nothing made yet."""
+    root.mkdir()
+    for name in ("manifest.parquet", "tokenizer.safetensors", "entropy_model.safetensors"):
+        shutil.copy(project.root / name, root / name)
+    return Project(root, tiny_params(project.root / "images", **changes))
+
+
+def test_every_image_has_the_tokens_of_all_its_views(project):
+    manifest = read_manifest(project.root / "manifest.parquet")
+    weights = load_weights(project.root / "tokenizer.safetensors", kind="vq")
+    model = VQ(VQ_CONFIG).eval()
+    model.load_state_dict(weights.state)
+    opener = ImageOpener(manifest)
+    seen = set()
+    for split in ("train", "validation"):
+        shards = TokenShards(project.root / "tokens", split)
+        assert (shards.meta.tokenizer, shards.meta.manifest) == (weights.digest, manifest.digest)
+        assert sorted(shards.keys().to_pylist()) == sorted(row.key for row in manifest.split(split))
+        for index in range(len(shards)):
+            row = manifest.find(shards.key(index))
+            images = torch.from_numpy(views(opener(row), SIZE, "adm_center_flip").copy())
+            with torch.inference_mode():
+                expected = model.encode(to_float(images)).flatten(1).numpy()
+            assert np.array_equal(shards.all_views(index), expected)
+            assert shards.labels[index] == row.label
+            seen |= set(expected.ravel().tolist())
+    assert len(seen) > CODES // 2  # the random tokenizer tells images apart
+
+
+def test_shards_are_of_the_stated_size_and_mix_the_classes(project):
+    shards = TokenShards(project.root / "tokens", "train")
+    parts = shards.shards()
+    assert [part.stop - part.start for _, part in parts] == [5, 5, 4]
+    assert shards.keys().to_pylist() != sorted(shards.keys().to_pylist())
+
+
+def test_tokens_metrics_state_sizes_against_the_least(project):
+    metrics = json.loads((project.root / "tokens.json").read_text())
+    assert metrics["tokens/images"] == 19 and metrics["tokens/bad_images"] == 0 and metrics["tokens/shards"] == 4
+    assert metrics["tokens/uint16_bytes_per_image"] == 2 * 16 * 2
+    assert metrics["tokens/least_bytes_per_image"] == math.ceil(2 * 16 * math.log2(CODES) / 8)
+    assert metrics["tokens/bytes_per_image"] > 64
+
+
+def test_entropies_are_those_of_each_view_alone(project):
+    model, digest = entropies.load_entropy_model(project.root / "entropy_model.safetensors", None, "cpu")
+    for split in ("train", "validation"):
+        shards = TokenShards(project.root / "tokens", split)
+        maps = EntropyMaps(project.root / "entropies", shards)
+        assert maps.entropy_model == digest
+        found = maps.all()
+        assert found.dtype == np.float32 and np.isnan(found[:, 0]).all()
+        for index in range(len(shards)):
+            for view in range(2):
+                tokens = torch.from_numpy(shards.tokens(np.array([index]), np.array([view])).astype(np.int64))
+                expected = entropies_of(model, tokens)[0].numpy()
+                assert np.allclose(found[2 * index + view, 1:], expected[1:], atol=1e-5)
+        assert found[:, 1:].std() > 0.01
+
+
+@pytest.mark.parametrize("rows", [2, 7, 16])
+def test_neighbours_and_places_in_a_batch_never_change_an_entropy(project, rows):
+    model, _ = entropies.load_entropy_model(project.root / "entropy_model.safetensors", None, "cpu")
+    random = np.random.default_rng(rows)
+    mine = torch.from_numpy(random.integers(0, CODES, 16))
+    found = set()
+    for place in range(rows):
+        batch = torch.from_numpy(random.integers(0, CODES, (rows, 16)))
+        batch[place] = mine
+        found.add(entropies_of(model, batch)[place].numpy().tobytes())
+    assert len(found) == 1
+
+
+def test_entropies_do_not_depend_on_how_shards_are_cut(project, tmp_path):
+    other = copy_of(project, tmp_path / "other", tokenize_images={"shard_images": 3, "batch_size": 6}).tokenize().entropies()
+    for split in ("train", "validation"):
+        by_key = []
+        for root in (project.root, other.root):
+            shards = TokenShards(root / "tokens", split)
+            found = EntropyMaps(root / "entropies", shards).all().reshape(len(shards), 2, -1)
+            by_key.append({shards.key(i): found[i].tobytes() for i in range(len(shards))})
+        assert by_key[0] == by_key[1]
+
+
+def test_patch_lengths_follow_the_rule_and_belong_to_their_keys(project):
+    for split in ("train", "validation"):
+        shards = TokenShards(project.root / "tokens", split)
+        maps = PatchMaps(project.root / "patch_maps", shards)
+        found = EntropyMaps(project.root / "entropies", shards).all().reshape(len(shards), 2, -1)
+        table = {}
+        for name, _ in shards.shards():
+            for row in pq.read_table(project.root / "patch_maps" / name.replace(".tar", ".parquet")).to_pylist():
+                table[row["key"], row["view"]] = row["lengths"]
+        assert len(table) == 2 * len(shards)
+        for index in range(len(shards)):
+            for view in range(2):
+                starts, last = [], 0
+                for t in range(16):
+                    gate = t <= 1 or t % 4 == 0 or found[index, view, t] > np.float32(maps.rule.threshold)
+                    last = t if gate else last
+                    starts.append((t - last) % 4 == 0)
+                lengths = maps.lengths(np.array([index]), np.array([view]))[0].tolist()
+                assert np.array_equal(starts_from_lengths([lengths], 16)[0], starts)
+                assert table[shards.key(index), view] == lengths
+
+
+def test_the_threshold_is_measured_on_training_maps_and_written_out(project):
+    rule = json.loads((project.root / "patch_maps" / "rule.json").read_text())
+    metrics = json.loads((project.root / "patch_maps.json").read_text())
+    assert rule["threshold_measured_on_maps"] == 28
+    assert rule["rule"]["threshold"] == metrics["patch/threshold_nats"]
+    assert abs(metrics["patch/mean_length"] - 1.8) < 0.09
+    shards = TokenShards(project.root / "tokens", "train")
+    maps = PatchMaps(project.root / "patch_maps", shards)
+    lengths = maps.lengths(np.arange(14).repeat(2), np.tile([0, 1], 14))
+    counts = [len(one) for one in lengths]
+    assert metrics["patch/mean_length"] == pytest.approx(16 * 28 / sum(counts))
+    assert metrics["patch/patches_per_image"] == pytest.approx(np.mean(counts))
+    assert metrics["patch/patches_5_percent"] == pytest.approx(np.percentile(counts, 5))
+    assert metrics["patch/patches_95_percent"] == pytest.approx(np.percentile(counts, 95))
+    with open(project.root / "lengths.csv") as stream:
+        rows = {int(row["length"]): int(row["train"]) for row in csv.DictReader(stream)}
+    assert rows == {length: int((np.concatenate(lengths) == length).sum()) for length in rows}
+    assert sum(rows.values()) == sum(counts)
+
+
+def test_a_given_threshold_is_taken_as_it_is(project, tmp_path):
+    other = copy_of(project, tmp_path / "other", patching={"threshold": 2.5, "target_mean_length": None})
+    for name in ("tokens", "entropies"):
+        shutil.copytree(project.root / name, other.root / name)
+    other.patch_maps()
+    rule = json.loads((other.root / "patch_maps" / "rule.json").read_text())
+    assert rule["rule"]["threshold"] == 2.5 and rule["threshold_measured_on_maps"] == 0
+
+
+def test_a_sample_of_entropies_is_even_and_always_the_same(project):
+    maps = EntropyMaps(project.root / "entropies", TokenShards(project.root / "tokens", "train"))
+    assert np.array_equal(maps.sample(10**6).entropies, maps.all(), equal_nan=True) and maps.sample(10**6).whole
+    some = maps.sample(9)
+    assert some.entropies.shape == (9, 16) and some.labels.shape == (9,) and not some.whole
+    assert np.array_equal(some.entropies, maps.sample(9).entropies, equal_nan=True)
+    assert np.array_equal(some.entropies[0], maps.all()[0], equal_nan=True)
+    assert len(maps.sample(9, shards=2).entropies) == 9
+
+
+def test_running_again_gives_the_same_bytes(project, tmp_path):
+    other = copy_of(project, tmp_path / "other").tokenize().entropies().patch_maps()
+    assert other.bytes(*ALL) == project.bytes(*ALL)
+
+
+class StopAfter(NullTracker):
+    """Stops the stage after some shards, as Ctrl-C would."""
+
+    def __init__(self, shards: int) -> None:
+        super().__init__()
+        self.left = shards
+
+    def _progress(self, *_):
+        return self
+
+    def advance(self, amount: int = 1, **values: float) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_runs_go_on_and_end_with_the_same_bytes(project, tmp_path, monkeypatch):
+    other = copy_of(project, tmp_path / "other")
+    for stage in ("tokenize", "entropies", "patch_maps"):
+        with pytest.raises(KeyboardInterrupt):
+            getattr(other, stage)(StopAfter(2))
+        getattr(other, stage)()
+    assert other.bytes(*ALL) == project.bytes(*ALL)
+
+
+def test_a_second_run_makes_only_what_is_missing(project, tmp_path, monkeypatch):
+    other = copy_of(project, tmp_path / "other").tokenize().entropies().patch_maps()
+    made = []
+    for module, kind in ((tokenize_images, "ShardTokenizer"), (entropies, "ShardEntropies")):
+        real = getattr(module, kind).__call__
+        spy = lambda self, unit, real=real: (made.append(unit.name), real(self, unit))  # noqa: E731
+        monkeypatch.setattr(getattr(module, kind), "__call__", spy)
+    real_map = patch_maps.make_map
+    monkeypatch.setattr(patch_maps, "make_map", lambda maps, name, *rest: (made.append(name), real_map(maps, name, *rest)))
+    (other.work / "tokenize_images" / "train-000001.tar.json").unlink()
+    (other.work / "entropies" / "validation-000000.parquet.json").unlink()
+    (other.work / "patch_maps" / "train-000002.tar.json").unlink()
+    other.tokenize().entropies().patch_maps()
+    assert made == ["train-000001.tar", "validation-000000.parquet", "train-000002.tar"]
+    assert other.bytes(*ALL) == project.bytes(*ALL)
+
+
+def test_bad_images_are_counted_and_listed_and_the_others_are_all_there(tmp_path):
+    project = make_project(tmp_path / "p")
+    images = tmp_path / "p" / "images" / "train"
+    (images / "a" / "000.png").write_bytes(b"")
+    (images / "b" / "001.png").write_bytes(b"<html>gone</html>")
+    project.tokenize()
+    listed = json.loads((tmp_path / "p" / "tokens" / "bad_images.json").read_text())
+    assert sorted((bad["source"], bad["reason"].split(" (")[0]) for bad in listed) == [
+        ("train:a/000.png", "the file is empty"), ("train:b/001.png", "not an image"),
+    ]  # fmt: skip
+    assert len(TokenShards(tmp_path / "p" / "tokens", "train")) == 12
+    assert json.loads((tmp_path / "p" / "tokens.json").read_text())["tokens/bad_images"] == 2
+
+
+def test_too_many_bad_images_fail_and_mended_ones_are_read_again(tmp_path):
+    project = make_project(tmp_path / "p", data={"max_bad_share": 0.1})
+    images = tmp_path / "p" / "images" / "train"
+    good = {path: path.read_bytes() for path in (images / "a").iterdir()}
+    for path in good:
+        path.write_bytes(good[path][:50])
+    with pytest.raises(ValueError, match=r"of 19 images cannot be read, more than data.max_bad_share 0.1 allows"):
+        project.tokenize()
+    for path, content in good.items():
+        path.write_bytes(content)
+    project.tokenize()
+    assert json.loads((tmp_path / "p" / "tokens.json").read_text())["tokens/bad_images"] == 0
+    clean = make_project(tmp_path / "q").tokenize()
+    assert project.bytes("tokens").keys() == clean.bytes("tokens").keys()
+
+
+def test_bad_neighbours_do_not_change_the_tokens_of_an_image(project, tmp_path):
+    other = make_project(tmp_path / "p")
+    (tmp_path / "p" / "images" / "train" / "a" / "004.png").write_bytes(b"")
+    other.tokenize()
+    mine, sound = (TokenShards(root / "tokens", "train") for root in (other.root, project.root))
+    assert len(mine) == len(sound) - 1
+    for index in range(len(mine)):
+        assert np.array_equal(mine.all_views(index), sound.all_views(sound.find(mine.key(index))))
+
+
+def test_shards_of_another_tokenizer_are_refused(project, tmp_path):
+    other = copy_of(project, tmp_path / "other")
+    save_tokenizer(other.root / "tokenizer.safetensors", seed=1)
+    other.tokenize()
+    with pytest.raises(ValueError, match=r"was trained on tokens of tokenizer \w{16}, but .* run `dvc repro entropy_model`"):
+        other.entropies()
+    (other.root / "entropy_model.safetensors").unlink()
+    other.entropies()
+    shards = TokenShards(other.root / "tokens", "train")
+    with pytest.raises(ValueError, match=r"was made with token shards \w{16}, but .* holds \w{16}: run `dvc"):
+        EntropyMaps(project.root / "entropies", shards)
+    with pytest.raises(ValueError, match=r"was made with token shards .* run `dvc repro patch_maps`"):
+        PatchMaps(project.root / "patch_maps", shards)
+
+
+def test_maps_of_another_entropy_model_are_refused(project, tmp_path):
+    shards = TokenShards(project.root / "tokens", "train")
+    with pytest.raises(ValueError, match=r"were made with entropy model \w{16}, this run has another: run `dvc"):
+        PatchMaps(project.root / "patch_maps", shards, entropy_model="another")
+    other = copy_of(project, tmp_path / "other")
+    save_entropy_model(other.root / "entropy_model.safetensors", shards.meta.tokenizer, seed=1)
+    shutil.copytree(project.root / "tokens", other.root / "tokens")
+    other.entropies()
+    name = "train-000001.parquet"
+    shutil.copy(other.root / "entropies" / name, tmp_path / name)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(project.root / "entropies", mixed)
+    shutil.copy(tmp_path / name, mixed / name)
+    with pytest.raises(ValueError, match=r"train-000001\.parquet were made with entropy model .* run `dvc repro"):
+        EntropyMaps(mixed, shards).all()
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_damaged_maps_are_refused_in_one_sentence(project, tmp_path, damage):
+    folder = tmp_path / "maps"
+    shutil.copytree(project.root / "patch_maps", folder)
+    path = folder / "train.starts.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink() if damage == "gone" else path.write_bytes(content[:-1] if damage == "cut" else content)
+    with pytest.raises(ValueError, match=r"train\.starts\.npy is (damaged|missing): run `dpar-cli data check --repair`"):
+        PatchMaps(folder, TokenShards(project.root / "tokens", "train"))
+
+
+def test_maps_far_away_are_read_as_those_here(project, tmp_path):
+    import fsspec
+
+    far = fsspec.filesystem("memory")
+    for name in ("tokens", "entropies", "patch_maps"):
+        far.put(str(project.root / name), f"/far/{name}", recursive=True)
+    shards = TokenShards("memory://far/tokens", "train", cache=tmp_path)
+    here = TokenShards(project.root / "tokens", "train")
+    picks = np.array([3, 0, 13]), np.array([1, 0, 1])
+    there = PatchMaps("memory://far/patch_maps", shards, cache=tmp_path)
+    assert np.array_equal(there.starts(*picks), PatchMaps(project.root / "patch_maps", here).starts(*picks))
+    assert np.array_equal(
+        EntropyMaps("memory://far/entropies", shards, cache=tmp_path).all(),
+        EntropyMaps(project.root / "entropies", here).all(),
+        equal_nan=True,
+    )
+
+
+def test_bf16_states_the_share_of_tokens_it_moves_or_is_refused(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_images, "MOST_MOVED", 1.0)
+    other = copy_of(project, tmp_path / "other", tokenize_images={"precision": "bf16"}).tokenize()
+    share = json.loads((other.root / "tokens.json").read_text())["tokens/bf16_moved_share"]
+    both = [TokenShards(root / "tokens", "train") for root in (project.root, other.root)]
+    moved = np.mean([both[0].all_views(i) != both[1].all_views(i) for i in range(len(both[0]))])
+    assert share > 0 and moved > 0
+    monkeypatch.setattr(tokenize_images, "MOST_MOVED", 0.0)
+    with pytest.raises(ValueError, match=r"bf16 changes .* of the tokens of 6 views, more than 0%: set it to fp32"):
+        other.tokenize()
+
+
+@pytest.mark.parametrize("rule", ["token", "static", "entropy"])
+def test_other_patch_modes_make_maps_too(project, tmp_path, rule):
+    measured = rule == "entropy"
+    changes = {"mode": rule, "target_mean_length": 2.0 if measured else None, "max_patch_length": None, "threshold": None}
+    other = copy_of(project, tmp_path / "other", patching=changes)
+    for name in ("tokens", "entropies"):
+        shutil.copytree(project.root / name, other.root / name)
+    other.patch_maps()
+    maps = PatchMaps(other.root / "patch_maps", TokenShards(other.root / "tokens", "train"))
+    lengths = np.concatenate(maps.lengths(np.arange(14), np.zeros(14, int)))
+    assert {"token": set(lengths) == {1}, "static": set(lengths) == {2}, "entropy": max(lengths) > 4}[rule]
+    assert isinstance(maps.rule, PatchRule) and maps.rule.mode == rule
+
+
+@pytest.mark.slow
+def test_ray_actors_make_the_same_bytes(project, tmp_path):
+    workers = {"tokenize_images": {"workers": 2}, "entropies": {"workers": 2}}
+    other = copy_of(project, tmp_path / "other", **workers).tokenize().entropies().patch_maps()
+    assert other.bytes(*ALL) == project.bytes(*ALL)
+
+
+def test_who_computes_is_no_part_of_what_is_computed():
+    for module, section in ((tokenize_images, "tokenize_images"), (entropies, "entropies")):
+        found = []
+        for workers in (0, 3):
+            params = tiny_params(**{section: {"workers": workers}})
+            chosen = {field: getattr(params, field) for field in module.Params.__dataclass_fields__}
+            found.append(module.identity(module.Params(**chosen)))
+        assert found[0] == found[1]
