@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpar_core.rope import Rotary, rotate
 
 NORM_EPS = 1e-5
+SHORT = 192  # positions up to which the plain way is taken on a CPU, see `causal_attention`
 
 
 def ffn_width(width: int, multiple: int) -> int:
@@ -40,10 +41,28 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend over all earlier positions and the own one: (B, H, n, hd) -> (B, H, n, hd).
+
+    On a CPU the fused kernel's backward pass in bfloat16 takes three times as long as plain matrix products while
+    sequences are short (measured; docs/log.md), so those take the plain way.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= SHORT and torch.is_grad_enabled():
+        return plain_causal_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def plain_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Do the same written out: softmax(q k / sqrt(hd)) v, the softmax in float32."""
+    positions = q.shape[-2]
+    later = torch.ones(positions, positions, dtype=torch.bool, device=q.device).triu(1)
+    scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
+    return scores.masked_fill(later, float("-inf")).softmax(dim=-1).type_as(v) @ v
+
+
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend over all earlier positions and the own one: (B, n, H, hd)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return causal_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 class PackedCausal:
@@ -65,7 +84,7 @@ class PackedCausal:
         packed = torch.stack((q, k, v), dim=1)  # (N, 3, H, hd)
         padded = packed.new_zeros(self.images * self.longest, *packed.shape[1:]).index_copy(0, self.slots_N, packed)
         q, k, v = padded.view(self.images, self.longest, *packed.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, longest, hd)
+        out = causal_attention(q, k, v)  # (B, H, longest, hd)
         return out.transpose(1, 2).flatten(0, 1)[self.slots_N]
 
 
