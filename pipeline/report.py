@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     environment = Environment(
         loader=PackageLoader("pipeline"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters |= {"number": number, "flop": flop, "percent": lambda share: f"{100 * share:.0f} %"}
+    environment.filters |= {"number": number, "flop": flop, "plain": plain, "percent": lambda share: f"{100 * share:.0f} %"}
     page = environment.get_template("report.html.j2").render(**facts)
     with atomic_folder(outputs.report) as folder:
         (folder / "index.html").write_text(page)
@@ -139,6 +140,11 @@ def flop(value: float) -> str:
     """Write an amount of floating-point operations with its unit."""
     power, unit = next((p, u) for p, u in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP")) if value >= p)
     return f"{value / power:.3g} {unit}"
+
+
+def plain(value: Any) -> str:
+    """Write a value of params or of a protocol as JSON does, texts without quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def setting(params: Params, manifest: Manifest, shards: TokenShards) -> dict[str, Any]:
@@ -263,19 +269,19 @@ def digests(inputs: Inputs, manifest: Manifest, shards: TokenShards, maps: Patch
     ]  # fmt: skip
 
 
-def flat_params(params: Params) -> list[tuple[str, list[tuple[str, str]]]]:
+def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
     """Return every value of the params, section by section."""
 
-    def walk(prefix: str, value: Any) -> list[tuple[str, str]]:
+    def walk(prefix: str, value: Any) -> list[tuple[str, Any]]:
         if isinstance(value, Mapping):
             return [pair for key, inner in value.items() for pair in walk(f"{prefix}.{key}" if prefix else key, inner)]
-        return [(prefix, "null" if value is None else str(value))]
+        return [(prefix, value)]
 
     sections = []
     for field in dataclasses.fields(params):
         value = getattr(params, field.name)
-        plain = value.model_dump(mode="json") if isinstance(value, P.Section) else value
-        sections.append((field.name, walk("", plain) if isinstance(plain, Mapping) else [(field.name, str(plain))]))
+        sections.append((field.name, walk("", value.model_dump(mode="json")) if isinstance(value, P.Section)
+                         else walk(field.name, value)))  # fmt: skip
     return sections
 
 
