@@ -18,7 +18,7 @@ from dpar_core.manifest import SPLITS
 from dpar_core.patch_maps import parquet_name, write_entropies, write_summary
 from dpar_core.shards import TokenShards
 from stages import params as P
-from stages.shard_work import make_shards, place
+from stages.shard_work import make_shards, place, remove_leftovers
 from stages.tracker import Tracker
 
 
@@ -55,6 +55,7 @@ def identity(params: Params) -> dict[str, Any]:
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Write the entropies of every view beside its shard; shards that an interrupted run finished are kept."""
+    remove_leftovers(work, outputs.entropies)
     splits = [TokenShards(inputs.tokens, split) for split in SPLITS]
     _, digest = load_entropy_model(inputs.entropy_model, splits[0], "cpu")
     tracker.log_input("tokens", inputs.tokens, splits[0].digest)

@@ -30,7 +30,7 @@ from dpar_core.patching import PatchRule, patch_starts_numpy, threshold_for_mean
 from dpar_core.shards import TokenShards
 from stages import params as P
 from stages.cluster import local_cpus
-from stages.shard_work import place
+from stages.shard_work import place, remove_leftovers
 from stages.tracker import Tracker
 
 MEASURED_MAPS = 50_000  # a threshold is measured on so many maps: the mean length of all is then known to about 0.05 %
@@ -82,6 +82,7 @@ class Histograms:
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Write patch lengths, the rule with its threshold, and how long patches are; finished shards are kept."""
+    remove_leftovers(work, *vars(outputs).values())
     maps = {split: EntropyMaps(inputs.entropies, TokenShards(inputs.tokens, split)) for split in SPLITS}
     train = maps["train"]
     tracker.log_input("entropies", inputs.entropies, train.digest)

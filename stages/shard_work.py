@@ -100,3 +100,15 @@ def place(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def remove_leftovers(work: Path, *outputs: Path) -> None:
+    """Remove what killed runs left half written in the work folder and beside the outputs. Nobody else may be at work."""
+    half = list(work.glob(".*.tmp"))
+    for output in outputs:
+        half += [path for ending in ("tmp", "old") for path in output.parent.glob(f".{output.name}.*.{ending}")]
+    for path in half:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from dpar_core.sources import block_of
 from dpar_core.tokenizer import VQ, VQConfig, to_float
 from stages import params as P
 from stages.data import ImageOpener
-from stages.shard_work import make_shards, place
+from stages.shard_work import make_shards, place, remove_leftovers
 from stages.tracker import Tracker
 
 BAD_IMAGES = "bad_images.json"
@@ -78,6 +78,7 @@ def identity(params: Params) -> dict[str, Any]:
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Write the shards, one at a time; those that an interrupted run finished are kept."""
+    remove_leftovers(work, outputs.tokens, outputs.metrics)
     manifest = read_manifest(inputs.manifest)
     settings, total = params.tokenize_images, len(manifest.rows)
     tracker.log_input("manifest", inputs.manifest, manifest.digest)

@@ -1,0 +1,86 @@
+"""kill -9 at random moments, again and again: the run that ends gives the bytes of an undisturbed one."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import Project, make_project, tiny_params
+
+KILLS = 10
+OUTPUTS = {
+    "tokenize": ("tokens", "tokens.json"),
+    "entropies": ("entropies",),
+    "patch_maps": ("patch_maps", "patch_maps.json", "lengths.csv"),
+}
+
+
+def run_stage(root: Path, images: Path, stage: str) -> None:
+    os.setsid()
+    torch.set_num_threads(1)
+    getattr(Project(root, tiny_params(images, tokenize_images={"shard_images": 2})), stage)()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start fast: torch and the stages are imported once, in a server that forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_data"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Project:
+    torch.set_num_threads(1)
+    project = make_project(tmp_path_factory.mktemp("whole"), tokenize_images={"shard_images": 2})
+    return project.tokenize().entropies().patch_maps()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", OUTPUTS)
+def test_ten_kills_end_with_the_same_bytes(whole, tmp_path, processes, stage):
+    names = OUTPUTS[stage]
+    for path in whole.root.iterdir():
+        if path.name not in {*names, "work", "images"}:
+            shutil.copytree(path, tmp_path / path.name) if path.is_dir() else shutil.copy(path, tmp_path)
+    project = Project(tmp_path, whole.params)
+    dice, moments = random.Random(stage), []
+
+    def start():
+        child = processes.Process(target=run_stage, args=(tmp_path, whole.root / "images", stage))
+        child.start()
+        return child
+
+    began = time.monotonic()
+    undisturbed = start()
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    seconds = time.monotonic() - began
+    for name in (*names, "work"):
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    killed = 0
+    while killed < KILLS:
+        child = start()
+        moment = dice.uniform(0.05, 1.0) * seconds
+        child.join(moment)
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            killed += 1
+            moments.append(f"{moment:.2f} s, {len(list(project.work.rglob('*.json')))} shards")
+        else:  # it was through before its moment came: begin anew
+            assert child.exitcode == 0 and project.bytes(*names) == whole.bytes(*names)
+            for name in (*names, "work"):
+                path = tmp_path / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    last = start()
+    last.join()
+    assert last.exitcode == 0
+    assert project.bytes(*names) == whole.bytes(*names), moments
+    assert not list(tmp_path.rglob(".*.tmp")) and not list(tmp_path.rglob(".*.old"))
