@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dpar_core.shards import Sample, TokenMeta, write_shard
 from pipeline.cost import Prices, cost, costs
-from stages.params import parse_params
+from stages.params import load_params, parse_params
 
 ROOT = Path(__file__).resolve().parents[2]
 A100 = Prices("A100", 0.4, 2.0)
@@ -64,6 +64,47 @@ def test_figures_are_those_of_the_published_tables(size, pixels):
     assert round(told["entropy_model"]["forward_gflops"], 2) == TABLE["b", pixels][0]
 
 
+@pytest.mark.parametrize("kind", ["dpar", "llamagen"])
+@pytest.mark.parametrize(("size", "pixels"), TABLE)
+def test_the_sixteen_presets_have_the_figures_of_the_published_tables(size, pixels, kind):
+    told = costs(load_params(ROOT / "params" / f"imagenet{pixels}-{kind}-{size}.yaml"), prices=A100)["models"]
+    twin, dpar, saved = TABLE[size, pixels]
+    assert (told["dpar"]["parameters"], told["llamagen"]["parameters"]) == SIZES[size][3:]
+    assert round(told["llamagen"]["forward_gflops"], 2) == twin
+    assert (round(told["dpar"]["forward_gflops"], 2), round(told["dpar"]["saved_percent"], 1)) == (dpar, saved)
+    assert told[kind]["epochs"] == pytest.approx(300, abs=0.01)
+
+
+ABLATIONS = {
+    "token": {"patching.mode": "token"},
+    "static2": {"patching.mode": "static"},
+    "entropy": {"patching.mode": "entropy", "patching.max_patch_length": None},
+    "entropy-max4": {"patching.mode": "entropy"},
+    "entropy-max4-rows": {},
+    "rotary-1d": {"model.position_encoding": "1d"},
+    "rotary-3d": {"model.position_encoding": "3d"},
+    "rotary-4d": {},
+    "depth-1-4": {},
+    "depth-2-3": {"model.encoder_layers": 2, "model.decoder_layers": 3},
+    "depth-3-2": {"model.encoder_layers": 3, "model.decoder_layers": 2},
+    "depth-4-1": {"model.encoder_layers": 4, "model.decoder_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_one_thing_and_trains_for_fifty_epochs(name):
+    def flat(params) -> dict:
+        return {f"{section}.{key}": value for section, values in params.model_dump().items() if isinstance(values, dict)
+                for key, value in values.items()}  # fmt: skip
+
+    base, ablation = (load_params(ROOT / "params" / f"{n}.yaml") for n in ("imagenet256-dpar-l", f"ablation-{name}"))
+    of_base, changed = flat(base), flat(ablation)
+    length = {"train.steps", "train.equal_time_step", "entropy_model.train"}
+    assert {k: v for k, v in changed.items() if v != of_base[k] and k not in length} == ABLATIONS[name]
+    told = costs(ablation, prices=A100, patches=142)["models"]
+    assert told["dpar"]["epochs"] == pytest.approx(50, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("size", "pixels", "dpar", "twin"), [("b", 256, 132, 105), ("xl", 256, 568, 795), ("xl", 384, 1205, 1856)]
 )
@@ -92,6 +133,7 @@ def test_token_shards_have_the_size_that_was_told(tmp_path):
     write_shard(tmp_path / "a.tar", samples)
     raw = YAML(typ="safe").load((ROOT / "params" / "demo.yaml").read_text())
     raw["data"] |= {"image_size": 128}
+    raw["tokenizer"] |= {"channel_multipliers": [1, 2, 2, 4]}
     told = costs(parse_params(raw), prices=A100, images=40)
     assert told["tokens_an_image"] == 256
     assert 0 <= (tmp_path / "a.tar").stat().st_size - told["disk_gb"]["token_shards"] * 1e9 <= 10_240

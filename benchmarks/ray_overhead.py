@@ -1,0 +1,127 @@
+"""What Ray Train takes of a training step at size B.
+
+    python benchmarks/ray_overhead.py [--size B] [--batch 8] [--steps 12]
+
+Trains the LlamaGen twin of a size through Ray Train on one worker with all cores, its log lines reported every two
+steps, and adds up from /proc the CPU seconds of every process that Ray runs apart from the worker itself (gcs, raylet,
+controller and its helpers, agents) and of the driver, between the third step and the last. Their share of the CPU
+seconds of those steps is what Ray can cost at most; beside it, the time that the worker itself spent in reporting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+import ray
+import torch
+
+from dpar_core.gpt import GPTConfig
+from dpar_core.shards import TokenShards
+from stages import ray_train
+from stages.params import load_params
+from stages.training import Job, train_job
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+SHAPES = {"S": (384, 6, 6), "B": (768, 12, 12)}
+
+
+class Meter:
+    """Reads CPU seconds of Ray's processes and of this one whenever a log line arrives."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float, float, float]] = []
+
+    def __call__(self, event: dict) -> None:
+        if event["event"] != "log":
+            return
+        ray_seconds = worker = 0.0
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            try:
+                times, name = process.cpu_times(), " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if "RayTrainWorker" in name:
+                worker += times.user + times.system
+            else:
+                ray_seconds += times.user + times.system
+        self.points.append((event["step"], time.monotonic(), ray_seconds, worker))
+
+
+def measured(job: Job, root: str, *, ranks, hooks) -> dict:
+    """Train, adding up the time spent in hooks."""
+    spent = {"seconds": 0.0}
+
+    def timed(method):
+        def call(*arguments):
+            started = time.perf_counter()
+            method(*arguments)
+            spent["seconds"] += time.perf_counter() - started
+
+        return call
+
+    for name in ("log", "checkpoint"):
+        setattr(hooks, name, timed(getattr(hooks, name)))
+    train_job(job, root, ranks=ranks, hooks=hooks)
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SHAPES, default="B")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
+    options = parser.parse_args()
+    from train_memory import CODES, GRID, make_data
+
+    width, heads, layers = SHAPES[options.size]
+    cpus = len(os.sched_getaffinity(0))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(temporary)
+        make_data(data, 500)
+        meta = TokenShards(data / "tokens", "train").meta
+        config = GPTConfig(CODES, GRID, width, heads, layers, num_classes=len(meta.classes), dropout=0.1)
+        training = load_params(ROOT / "params" / "demo.yaml").train.model_copy(
+            update={
+                "steps": options.steps, "batch_size": options.batch, "log_every": 2, "validate_every": 10**6,
+                "checkpoint_every": 10**6, "validation_images": options.batch, "workers": 1, "accumulate": 1,
+            }
+        )  # fmt: skip
+        job = Job("llamagen", config, training, 0, data / "tokens")
+        meter, root = Meter(), str(data / "run")
+        scale = ray_train.Scale.of(training, device="cpu")
+        spent = ray_train.fit(
+            partial(measured, job, root), root=root, work=data / "work", scale=scale, section="train", on_event=meter
+        )
+    # Lines of one report arrive together: only the last of each counts.
+    seen = [a for a, b in zip(meter.points, meter.points[1:]) if b[1] - a[1] > 0.05][:-1]
+    first, last = seen[0], seen[-1]
+    steps, seconds = last[0] - first[0], last[1] - first[1]
+    of_ray, of_worker = last[2] - first[2], last[3] - first[3]
+    share = of_ray / (of_ray + of_worker)
+    asked = f"--size {options.size} --batch {options.batch} --steps {options.steps}"
+    versions = f"Ray {ray.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"python benchmarks/ray_overhead.py {asked}: {versions}, {cpus} CPUs, bf16")
+    print(f"steps {first[0] + 1} to {last[0]}: {seconds / steps:.2f} s a step (load average {os.getloadavg()[0]:.1f})")
+    print(f"{'':34}{'CPU s a step':>14}{'share':>10}")
+    print(f"{'the worker':34}{of_worker / steps:>14.3f}{1 - share:>10.2%}")
+    print(f"{'Ray and the driver':34}{of_ray / steps:>14.3f}{share:>10.2%}")
+    waits = spent["seconds"] / options.steps
+    print(f"{'the worker in reports, s a step':34}{waits:>14.3f}{waits * steps / seconds:>10.2%}")
+    result = {"ray_share": round(share, 4), "report_share": round(waits * steps / seconds, 4),
+              "step_s": round(seconds / steps, 3), "size": options.size, "batch": options.batch}  # fmt: skip
+    print("RESULT", json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
