@@ -178,6 +178,7 @@ class Sample(Section):
     images: Count
     plan: Literal["balanced", "random"]
     batch_size: Count
+    precision: Literal["fp32", "bf16"]
     seed: OrZero
     cfg_scale: Annotated[Finite, Field(ge=1)]
     cfg_schedule: Literal["constant", "linear", "interval"]

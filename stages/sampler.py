@@ -23,6 +23,7 @@ from dpar_core.patching import PatchRule
 from dpar_core.tokenizer import VQ, VQConfig, to_uint8
 from stages import params as P
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DECODE_BATCH = 16  # images a decoder call on a GPU, always filled up
 
 
@@ -82,6 +83,7 @@ class Sampler:
         self.vq = VQ(replace(config, channel_multipliers=tuple(config.channel_multipliers)))
         self.vq.load_state_dict(tokenizer.state)
         self.vq.to(self.device).eval().requires_grad_(False)
+        self.precision = sample.precision
         self.made_by = {"model": self.weights.digest, "tokenizer": tokenizer.digest}
         if self.is_dpar:
             self.settings = settings_of(sample, read_rule(files.rule))
@@ -89,7 +91,7 @@ class Sampler:
         else:
             self.settings = settings_of(sample, None)
             twin = _built(GPT, _config(GPTConfig, self.weights, files.model), self.weights, self.device)
-            self.generator = GPTGenerator(twin, self.settings)
+            self.generator = GPTGenerator(twin, self.settings, dtype=DTYPES[self.precision])
         self.config = self.generator.config
         if self.config.codebook_size != config.codebook_size:
             raise ValueError(
@@ -108,7 +110,7 @@ class Sampler:
             gate = _built(GPT, _config(GPTConfig, weights, files.entropy_model), weights, self.device)
             self.made_by["entropy_model"] = weights.digest
         model = _built(DPAR, _config(DPARConfig, self.weights, files.model), self.weights, self.device)
-        return DPARGenerator(model, gate, self.settings)
+        return DPARGenerator(model, gate, self.settings, dtype=DTYPES[self.precision])
 
     def draw(
         self, labels: Sequence[int], seeds: Sequence[int], *, given: Tensor | None = None,
@@ -148,7 +150,8 @@ class Sampler:
         settings["cfg_interval"] = list(settings["cfg_interval"])
         if not self.is_dpar:
             del settings["rule"], settings["gate"]
-        return {"model": "dpar" if self.is_dpar else "llamagen", "made_by": self.made_by, **settings}
+        model = "dpar" if self.is_dpar else "llamagen"
+        return {"model": model, "made_by": self.made_by, "precision": self.precision, **settings}
 
 
 def _built(cls: type, config: Any, weights: Weights, device: torch.device) -> Any:
