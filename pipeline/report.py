@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpar_core.files import atomic_folder, write_json
+from dpar_core.files import atomic_folder, read_weights_header, write_json
 from dpar_core.manifest import Manifest, read_manifest
 from dpar_core.patch_maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import colour_bar, save_png
@@ -18,8 +18,7 @@ from dpar_core.shards import TokenShards
 from pipeline.charts import Dot, Series, bar_chart, graph, interval_plot, line_chart
 from pipeline.published_results import PUBLISHED
 from pipeline.report_facts import (
-    LABELS,
-    SETS,
+    MODELS,
     Costs,
     EqualTime,
     Patches,
@@ -32,7 +31,7 @@ from pipeline.report_facts import (
     read_training,
 )
 from pipeline.report_pictures import data_uri, examples, sample_grid
-from pipeline.verdicts import Contest, Estimate, score_columns, score_name
+from pipeline.verdicts import Contest, Estimate, score_columns, score_name, together
 from stages import params as P
 from stages.files import artifact_digest
 from stages.score import DISTANCE_NAMES
@@ -92,7 +91,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     gate = read_training(inputs.entropy_model)
     patches = count_patches(inputs.patch_maps, inputs.histogram, train)
     costs = count_costs(trainings, gate.config, patches, inputs.samples)
-    times = equal_time(trainings, inputs.models / "llamagen" / "equal_time.safetensors")
+    times = equal_time(trainings, inputs.models)
+    labels = model_labels(inputs.models)
     rounds = contests(inputs.models, inputs.scores, held_out, maps, times, device=device)
     entropies = EntropyMaps(inputs.entropies, held_out)
     shown = examples(
@@ -103,16 +103,18 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     facts = {
         "params": params,
         "setting": setting(params, manifest, train),
+        "headline": together(*rounds),
         "contests": [shown_contest(one) for one in rounds],
         "patches": patches, "costs": costs, "times": times, "trainings": trainings, "gate": gate,
         "rule": maps.rule, "scale": {"low": low, "high": high, "bar": data_uri(colour_bar(256, 1))},
         "examples": [one.shown(low, high) for one in shown],
+        "hero": min(shown, key=lambda one: abs(len(one.lengths) - patches.mean)).shown(low, high),
         "tokenizer": read_json(inputs.tokenizer / "metrics.json"),
-        "charts": draw_charts(trainings, patches, times),
-        "grids": grids(inputs.samples, train.meta.classes, maps.rule.row_width),
+        "charts": draw_charts(trainings, patches, times, labels),
+        "grids": grids(inputs.samples, train.meta.classes, maps.rule.row_width, labels),
         "published": PUBLISHED,
-        "tables": score_tables(inputs.scores, inputs.samples, trainings),
-        "digests": digests(inputs, manifest, train, maps),
+        "tables": score_tables(inputs.scores, inputs.samples, trainings, labels),
+        "digests": digests(inputs, manifest, train, maps, labels),
         "sections": flat_params(params),
     }  # fmt: skip
     environment = Environment(
@@ -132,8 +134,11 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
 
 
 def number(value: float) -> str:
-    """Write a number with three figures that count: 0.0123, 4.56, 123, 12,345."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """Write a number with about three figures that count: 0.012, 0.640, 4.56, 12.3, 12,345; whole ones as they are."""
+    if value == round(value) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    decimals = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{decimals}f}"
 
 
 def flop(value: float) -> str:
@@ -145,6 +150,12 @@ def flop(value: float) -> str:
 def plain(value: Any) -> str:
     """Write a value of params or of a protocol as JSON does, texts without quotes."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def model_labels(models: Path) -> dict[str, str]:
+    """Return what the models are called on the page."""
+    step = read_weights_header(models / MODELS["llamagen_equal_time"])["meta"]["step"]
+    return {"dpar": "DPAR", "llamagen": "LlamaGen twin", "llamagen_equal_time": f"twin at step {step}"}
 
 
 def setting(params: Params, manifest: Manifest, shards: TokenShards) -> dict[str, Any]:
@@ -161,14 +172,15 @@ def setting(params: Params, manifest: Manifest, shards: TokenShards) -> dict[str
     }
 
 
-def written(estimate: Estimate) -> tuple[str, str]:
-    """Write a value and its interval with as many decimals as tell the ends apart; no interval is an empty text."""
-    if estimate.interval is None:
-        return number(estimate.value), ""
-    low, high = estimate.interval
-    width = high - low
-    decimals = min(max(1 - math.floor(math.log10(width)), 0), 4) if width > 0 else 3
-    return f"{estimate.value:.{decimals}f}", f"{low:.{decimals}f} – {high:.{decimals}f}"
+def written(*estimates: Estimate) -> list[tuple[str, str]]:
+    """Write values and their intervals with as many decimals as tell all ends apart; no interval is an empty text."""
+    widths = [one.interval[1] - one.interval[0] for one in estimates if one.interval]
+    if len(widths) < len(estimates):
+        return [(number(one.value), "") for one in estimates]
+    narrow = min(widths)
+    decimals = min(max(1 - math.floor(math.log10(narrow)), 0), 4) if narrow > 0 else 3
+    told = [[f"{value:.{decimals}f}" for value in (one.value, *one.interval)] for one in estimates]
+    return [(value, f"{low} – {high}") for value, low, high in told]
 
 
 def shown_contest(contest: Contest) -> dict[str, Any]:
@@ -177,14 +189,17 @@ def shown_contest(contest: Contest) -> dict[str, Any]:
     for row in contest.rows:
         dots = [Dot("dpar", row.dpar.value, row.dpar.interval), Dot("llamagen", row.twin.value, row.twin.interval)]
         plot = interval_plot(dots, title=f"{row.words}: DPAR above, twin below")
-        rows.append({"row": row, "dpar": written(row.dpar), "twin": written(row.twin), "plot": plot})
+        dpar, twin = written(row.dpar, row.twin)
+        rows.append({"row": row, "dpar": dpar, "twin": twin, "plot": plot})
     return {"contest": contest, "rows": rows}
 
 
-def draw_charts(trainings: Mapping[str, Training], patches: Patches, times: EqualTime) -> dict[str, Any]:
+def draw_charts(
+    trainings: Mapping[str, Training], patches: Patches, times: EqualTime, labels: Mapping[str, str]
+) -> dict[str, Any]:
     """Draw the curves, the histogram and the DAG as SVG."""
-    by_step = [Series(LABELS[n], n, [(row[0], row[3]) for row in t.curve]) for n, t in trainings.items()]
-    by_time = [Series(LABELS[n], n, [(row[1], row[3]) for row in t.curve]) for n, t in trainings.items()]
+    by_step = [Series(labels[n], n, [(row[0], row[3]) for row in t.curve]) for n, t in trainings.items()]
+    by_time = [Series(labels[n], n, [(row[1], row[3]) for row in t.curve]) for n, t in trainings.items()]
     lengths = [(str(length), share) for length, share in patches.shares[:16]]
     if len(patches.shares) > 16:
         lengths.append(("more", sum(share for _, share in patches.shares[16:])))
@@ -223,20 +238,24 @@ def _touches(made: str, read: str) -> bool:
     return made == read or made.startswith(f"{read}/") or read.startswith(f"{made}/")
 
 
-def grids(samples: Path, class_names: tuple[str, ...], row_width: int) -> list[dict[str, Any]]:
+def grids(
+    samples: Path, class_names: tuple[str, ...], row_width: int, labels: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """Return the sample grids of all models with how they were drawn."""
     found = []
-    for name in SETS:
+    for name in MODELS:
         how = read_json(samples / name / "samples.json")
         grid = sample_grid(samples / name, list(class_names), row_width=row_width, borders=name == "dpar")
-        found.append({"name": name, "label": LABELS[name], "grid": grid, "how": how})
+        found.append({"name": name, "label": labels[name], "grid": grid, "how": how})
     return found
 
 
-def score_tables(scores: Path, samples: Path, trainings: Mapping[str, Training]) -> list[dict[str, Any]]:
+def score_tables(
+    scores: Path, samples: Path, trainings: Mapping[str, Training], labels: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """Return our rows for the table of the paper: a table of its own for every protocol."""
     tables: dict[str, dict[str, Any]] = {}
-    for name in SETS:
+    for name in MODELS:
         told = read_json(scores / f"{name}.json")
         config = trainings["dpar" if name == "dpar" else "llamagen"].config
         table = tables.setdefault(told["protocol_id"], {
@@ -246,26 +265,24 @@ def score_tables(scores: Path, samples: Path, trainings: Mapping[str, Training])
         })  # fmt: skip
         compared = [key for key, _ in table["columns"]]
         rest = [key for key in told if key.startswith("eval/") and key not in compared]
-        table["others"] += [(f"{score_name(key)}, {LABELS[name]}", number(told[key])) for key in rest]
+        table["others"] += [(f"{score_name(key)}, {labels[name]}", number(told[key])) for key in rest]
         drawn = read_json(samples / name / "metrics.json")
         table["rows"].append({
-            "label": LABELS[name], "parameters": config.num_parameters, "scores": told,
+            "label": labels[name], "parameters": config.num_parameters, "scores": told,
             "steps": drawn["patch/patches_per_image"] if name == "dpar" else config.tokens,
         })  # fmt: skip
     return list(tables.values())
 
 
-def digests(inputs: Inputs, manifest: Manifest, shards: TokenShards, maps: PatchMaps) -> list[tuple[str, str]]:
+def digests(
+    inputs: Inputs, manifest: Manifest, shards: TokenShards, maps: PatchMaps, labels: Mapping[str, str]
+) -> list[tuple[str, str]]:
     """Return the digest of everything that the page rests on."""
-    models = {
-        "DPAR": "dpar/model.safetensors", "LlamaGen twin": "llamagen/model.safetensors",
-        "twin, equal time": "llamagen/equal_time.safetensors",
-    }  # fmt: skip
     return [
         ("manifest", manifest.digest), ("tokenizer", shards.meta.tokenizer), ("token shards", shards.digest),
         ("entropy model", maps.entropy_model_digest), ("patch maps", maps.digest),
-        *((name, artifact_digest(inputs.models / file)) for name, file in models.items()),
-        *((f"samples, {LABELS[name]}", read_json(inputs.samples / name / "samples.json")["digest"]) for name in SETS),
+        *((labels[name], artifact_digest(inputs.models / file)) for name, file in MODELS.items()),
+        *((f"samples, {labels[name]}", read_json(inputs.samples / name / "samples.json")["digest"]) for name in MODELS),
     ]  # fmt: skip
 
 
@@ -288,6 +305,7 @@ def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
 def headline(rounds: tuple[Contest, Contest], patches: Patches, costs: Costs, times: EqualTime) -> dict[str, Any]:
     """Return the verdicts and the figures at the top of the page, for machines."""
     return {
+        "headline": together(*rounds),
         "verdicts": [
             {"when": one.when, "winner": one.winner, "title": one.title, "sentence": one.sentence,
              "rows": [dataclasses.asdict(row) for row in one.rows]} for one in rounds

@@ -23,11 +23,15 @@ from dpar_core.files import load_weights, read_weights_header
 from dpar_core.gpt import GPT, GPTConfig
 from dpar_core.patch_maps import PatchMaps
 from dpar_core.shards import TokenShards
-from pipeline.verdicts import Contest, judge_losses, judge_scores
+from pipeline.verdicts import Contest, Row, Side, judge_losses, judge_scores
 
 LOSS_IMAGES, LOSS_BATCH = 512, 16  # validation images whose losses are compared one by one
-SETS = ("dpar", "llamagen", "llamagen_equal_time")  # samples and scores
-LABELS = {"dpar": "DPAR", "llamagen": "LlamaGen twin", "llamagen_equal_time": "twin, equal time"}
+# The models compared, by the names of their samples and scores; files below artifacts/models.
+MODELS = {
+    "dpar": "dpar/model.safetensors",
+    "llamagen": "llamagen/model.safetensors",
+    "llamagen_equal_time": "llamagen/equal_time.safetensors",
+}
 UNEQUAL = 0.10  # share by which training times may differ and still be called equal
 
 
@@ -180,21 +184,25 @@ def held_out_losses(weights: Path, shards: TokenShards, maps: PatchMaps, *, devi
 
 @dataclass(frozen=True)
 class EqualTime:
-    """What "equal training time" means in this run. seconds: DPAR's; snapshot: step and seconds of the twin that was
-    scored; needed: the step at which the twin had trained as long as DPAR; shared: the shorter of both trainings, at
-    which both curves are read (losses)."""
+    """What "equal training time" means in this run.
+
+    seconds: DPAR's. twin: which of the twin's models is set beside it, the one whose training time is nearest (its last, or
+    the one kept at train.equal_time_step); step, twin_seconds: when that was. needed: the step at which the twin had
+    trained as long as DPAR. shared: the shorter of both trainings; losses: both validation curves read there.
+    """
 
     seconds: float
-    snapshot_step: int
-    snapshot_seconds: float
+    twin: str
+    step: int
+    twin_seconds: float
     needed: float
     shared: float
     losses: dict[str, float]
 
     @property
     def difference(self) -> float:
-        """By how much the snapshot had trained longer (positive) or shorter than DPAR, as a share."""
-        return self.snapshot_seconds / self.seconds - 1
+        """By how much the twin had trained longer (positive) or shorter than DPAR, as a share."""
+        return self.twin_seconds / self.seconds - 1
 
     @property
     def is_equal(self) -> bool:
@@ -202,40 +210,41 @@ class EqualTime:
         return abs(self.difference) <= UNEQUAL
 
     @property
-    def when(self) -> str:
-        """The condition in words; times that are not equal are not called so."""
-        if self.is_equal:
-            return "at equal training time"
-        direction = "longer" if self.difference > 0 else "shorter"
-        return f"at unequal training time (twin {100 * abs(self.difference):.0f} % {direction})"
+    def advantaged(self) -> Side | None:
+        """Who had more time, when it was not equal."""
+        return None if self.is_equal else "twin" if self.difference > 0 else "dpar"
+
+    @property
+    def handicap(self) -> str:
+        """How much more that was, in words."""
+        more = self.difference if self.difference > 0 else self.seconds / self.twin_seconds - 1
+        return f"{100 * more:.0f} % more training time"
 
 
-def equal_time(trainings: dict[str, Training], snapshot: Path) -> EqualTime:
-    """Find out how equal the training times are."""
+def equal_time(trainings: dict[str, Training], models: Path) -> EqualTime:
+    """Find the twin's model that had trained about as long as DPAR, and how equal the times are."""
     dpar, twin = trainings["dpar"], trainings["llamagen"]
-    step = read_weights_header(snapshot)["meta"]["step"]
+    kept = {name: read_weights_header(models / file)["meta"]["step"] for name, file in MODELS.items() if name != "dpar"}
+    name = min(kept, key=lambda name: abs(twin.seconds_at(kept[name]) - dpar.seconds))
     shared = min(dpar.seconds, twin.seconds)
     losses = {name: training.loss_at(shared) for name, training in trainings.items()}
-    return EqualTime(dpar.seconds, step, twin.seconds_at(step), twin.step_at(dpar.seconds), shared, losses)
+    seconds = twin.seconds_at(kept[name])
+    return EqualTime(dpar.seconds, name, kept[name], seconds, twin.step_at(dpar.seconds), shared, losses)
 
 
 def contests(
     models: Path, scores: Path, shards: TokenShards, maps: PatchMaps, times: EqualTime, *, device: str
 ) -> tuple[Contest, Contest]:
     """Set DPAR beside its twin at equal steps and at equal training time. shards, maps: of the validation split."""
-    files = {
-        "dpar": models / "dpar" / "model.safetensors",
-        "llamagen": models / "llamagen" / "model.safetensors",
-        "llamagen_equal_time": models / "llamagen" / "equal_time.safetensors",
-    }
-    losses = {name: held_out_losses(file, shards, maps, device=device) for name, file in files.items()}
-    told = {name: read_json(scores / f"{name}.json") for name in SETS}
+    losses = {name: held_out_losses(models / file, shards, maps, device=device) for name, file in MODELS.items()}
+    told = {name: read_json(scores / f"{name}.json") for name in MODELS}
 
-    def contest(when: str, twin: str) -> Contest:
+    def rows(twin: str) -> tuple[Row, ...]:
         loss = judge_losses("validation loss", losses["dpar"], losses[twin])
-        return Contest(when, (loss, *judge_scores(told["dpar"], told[twin])))
+        return (loss, *judge_scores(told["dpar"], told[twin]))
 
-    return contest("at equal steps", "llamagen"), contest(times.when, "llamagen_equal_time")
+    by_time = Contest("at equal training time", rows(times.twin), times.advantaged, times.handicap)
+    return Contest("at equal steps", rows("llamagen")), by_time
 
 
 def read_json(path: Path) -> Any:

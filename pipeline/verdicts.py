@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ class Estimate:
 class Row:
     """One quantity of both models. words: what it is; better: which direction is good; winner: None when there is none.
 
-    why: what the verdict rests on.
+    why: what the verdict rests on. discounted: who is ahead, but had an advantage, and so has not won.
     """
 
     words: str
@@ -34,6 +34,7 @@ class Row:
     twin: Estimate
     winner: Side | None
     why: str
+    discounted: Side | None = None
 
     @property
     def judged(self) -> bool:
@@ -43,10 +44,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Contest:
-    """A comparison under one condition. winner: "split" when each wins something, None when nobody wins anything."""
+    """A comparison under one condition. winner: "split" when each wins something, None when nobody wins anything.
+
+    handicap: words for what the other side of an unequal comparison had too much of ("28 % more training time"), and
+    advantaged: who had it. What the advantaged side is ahead in does not count; what the other wins counts all the more.
+    """
 
     when: str
     rows: tuple[Row, ...]
+    advantaged: Side | None = None
+    handicap: str = ""
+
+    def __post_init__(self) -> None:
+        rows = tuple(
+            replace(row, winner=None, discounted=row.winner) if row.winner and row.winner == self.advantaged else row
+            for row in self.rows
+        )
+        object.__setattr__(self, "rows", rows)
 
     @property
     def winner(self) -> Side | Literal["split"] | None:
@@ -68,8 +82,13 @@ class Contest:
         for side, name in NAMES.items():
             won = [row.words for row in self.rows if row.winner == side]
             if won:
-                parts.append(f"{name} is better in {listed(won)}")
-        even = [row.words for row in self.rows if row.judged and row.winner is None]
+                though = f", though {NAMES[self.advantaged]} had {self.handicap}" if self.advantaged else ""
+                parts.append(f"{name} is better in {listed(won)}{though}")
+        unfair = [row.words for row in self.rows if row.discounted]
+        if unfair:
+            leads = f"that {NAMES[self.advantaged]} is ahead in {listed(unfair)} does not count"
+            parts.append(f"{leads}, as it had {self.handicap}")
+        even = [row.words for row in self.rows if row.judged and row.winner is None and row.discounted is None]
         if even:
             parts.append(f"{listed(even)} {'shows' if len(even) == 1 else 'show'} no clear difference")
         unknown = [row.words for row in self.rows if not row.judged]
@@ -77,6 +96,14 @@ class Contest:
             parts.append(f"{listed(unknown)} {'has' if len(unknown) == 1 else 'have'} no interval and no vote")
         sentence = "; ".join(parts) + "."
         return sentence[0].upper() + sentence[1:]
+
+
+def together(one: Contest, other: Contest) -> str:
+    """Return both verdicts as one sentence for the top of the page."""
+    if one.winner == other.winner:
+        return f"{one.title} and {other.when}."
+    title = other.title if other.winner == "dpar" else other.title[0].lower() + other.title[1:]
+    return f"{one.title}; {title}."
 
 
 def listed(words: Sequence[str]) -> str:

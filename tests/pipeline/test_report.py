@@ -25,7 +25,6 @@ from dpar_core.shards import TokenShards
 from pipeline import report
 from pipeline.published_results import PUBLISHED
 from pipeline.report_facts import (
-    EqualTime,
     count_costs,
     count_patches,
     equal_time,
@@ -131,9 +130,9 @@ def test_who_wins_is_said_at_the_top(inputs, params, tmp_path):
     write_scores(inputs.scores / "dpar.json", fd_demo=10.0)
     page = render(inputs, tmp_path / "r", params)
     told = json.loads((tmp_path / "r" / "headline.json").read_text())["verdicts"]
-    title = re.search(r"<h1>(.*?)</h1>", page).group(1)
+    headline = re.search(r"<h1>(.*?)</h1>", page).group(1)
     steps, time = told
-    assert title.lower() == f"{steps['title']}; {time['title']}.".lower()
+    assert headline.startswith(steps["title"]) and headline.endswith(f"{time['when']}.")
     won = {row["words"]: row["winner"] for row in steps["rows"]}
     assert won["fd_demo"] == "dpar" and won["is_demo"] is None and won["precision"] is None
     loss = next(row for row in steps["rows"] if row["words"] == "validation loss")
@@ -141,13 +140,22 @@ def test_who_wins_is_said_at_the_top(inputs, params, tmp_path):
     assert steps["winner"] == expected
 
 
-def test_times_that_differ_are_not_called_equal(inputs, params, tmp_path):
-    assert "at equal training time" in Page(render(inputs, tmp_path / "a", params)).text
+def test_a_lead_by_more_training_time_wins_nothing(inputs, params, tmp_path):
+    write_scores(inputs.scores / "llamagen_equal_time.json", fd_demo=10.0)
+
+    def verdict(name):
+        text = Page(render(inputs, tmp_path / name, params)).text
+        rows = json.loads((tmp_path / name / "headline.json").read_text())["verdicts"][1]["rows"]
+        return text, next(row for row in rows if row["words"] == "fd_demo")
+
+    text, row = verdict("equal")
+    assert row["winner"] == "twin" and "That is not equal" not in text
+    # At 400 of 500 steps the twin has trained 16 of 20 s, DPAR 10: 60 % more; step 250 would be equal.
     write_curves(inputs.models / "llamagen", [(100, 2.65), (300, 2.5), (500, 2.42)], seconds=20.0)
-    text = Page(render(inputs, tmp_path / "b", params)).text
-    # 400 of 500 steps in 20 s are 16 s, DPAR had 10: 60 % more; step 250 would be equal.
-    assert "unequal training time (twin 60 % longer)" in text
-    assert "the times are not equal" in text and "train.equal_time_step: 250" in text
+    text, row = verdict("unequal")
+    assert row["winner"] is None and row["discounted"] == "twin"
+    assert "60 % more than DPAR had" in text and "Step 250 would have been" in text
+    assert "does not count, as it had 60 % more training time" in text
 
 
 def test_published_and_own_numbers_never_share_a_column(page):
@@ -240,13 +248,21 @@ def test_curves_are_read_between_their_points(made):
     assert twin.step_at(25.0) == pytest.approx(1000)
 
 
-def test_equal_time_is_the_shorter_of_both_trainings(made):
-    models = made / "artifacts/models"
-    trainings = {name: read_training(models / name) for name in ("dpar", "llamagen")}
-    found = equal_time(trainings, models / "llamagen/equal_time.safetensors")
-    assert found == EqualTime(10.0, 400, pytest.approx(10.0), pytest.approx(400), 10.0, found.losses)
-    assert found.losses == {"dpar": 2.4, "llamagen": pytest.approx(2.46)}
-    assert found.is_equal and found.when == "at equal training time"
+def test_equal_time_takes_the_model_of_the_twin_that_trained_about_as_long(made, inputs):
+    def found():
+        trainings = {name: read_training(inputs.models / name) for name in ("dpar", "llamagen")}
+        return equal_time(trainings, inputs.models)
+
+    even = found()
+    assert (even.twin, even.step, even.seconds, even.shared) == ("llamagen_equal_time", 400, 10.0, 10.0)
+    assert (even.twin_seconds, even.needed) == (pytest.approx(10.0), pytest.approx(400))
+    assert even.losses == {"dpar": 2.4, "llamagen": pytest.approx(2.46)}
+    assert even.is_equal and even.advantaged is None
+    # A twin that was faster in all: its last model is nearer, and still had less time.
+    write_curves(inputs.models / "llamagen", [(100, 2.65), (300, 2.5), (500, 2.42)], seconds=8.0)
+    late = found()
+    assert (late.twin, late.step, late.twin_seconds) == ("llamagen", 500, pytest.approx(8.0))
+    assert (late.advantaged, late.handicap, late.shared) == ("dpar", "25 % more training time", 8.0)
 
 
 def test_a_curve_of_another_run_is_refused(inputs):
@@ -275,11 +291,13 @@ def test_border_paths_are_in_token_units():
 
 def test_numbers_are_written_for_people():
     written = [report.number(v) for v in (0.01234, 4.567, 123.4, 12345.6)]
-    assert written == ["0.0123", "4.57", "123", "12,346"]
+    assert written == ["0.012", "4.57", "123", "12,346"]
     assert [report.flop(v) for v in (8.1e6, 2.34e9, 1.2e13)] == ["8.1 MFLOP", "2.34 GFLOP", "12 TFLOP"]
 
 
 def test_intervals_are_written_so_that_their_ends_differ():
-    assert report.written(Estimate(34.8127, (34.7945, 34.8307))) == ("34.813", "34.794 – 34.831")
-    assert report.written(Estimate(120.0, (100.0, 140.0))) == ("120", "100 – 140")
-    assert report.written(Estimate(0.5)) == ("0.5", "")
+    one, other = Estimate(34.8127, (34.7945, 34.8307)), Estimate(120.0, (100.0, 140.0))
+    assert report.written(one) == [("34.813", "34.794 – 34.831")]
+    assert report.written(other) == [("120", "100 – 140")]
+    assert report.written(one, other)[1] == ("120.000", "100.000 – 140.000")
+    assert report.written(Estimate(0.5), Estimate(1.5)) == [("0.500", ""), ("1.50", "")]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.verdicts import Contest, Estimate, judge, judge_losses, judge_scores, listed, score_columns
+from pipeline.verdicts import Contest, Estimate, judge, judge_losses, judge_scores, listed, score_columns, together
 
 
 def scores(fd=(20.0, 19.0, 21.0), is_=(3.0, 2.8, 3.2), precision=0.5, protocol="p1"):
@@ -68,6 +68,32 @@ def test_the_title_says_who_wins():
     assert split.sentence == (
         "DPAR is better in fd_demo; the twin is better in is_demo; precision and recall have no interval and no vote."
     )
+
+
+def test_a_lead_with_more_training_time_does_not_count_and_a_win_against_it_does():
+    rows = tuple(judge_scores(scores(fd=(10.0, 9.0, 11.0)), scores(is_=(5.0, 4.8, 5.2))))
+    unequal = Contest("at equal training time", rows, "dpar", "40 % more training time")
+    assert unequal.title == "The twin wins at equal training time"
+    assert [row.winner for row in unequal.rows] == [None, "twin", None, None]
+    assert unequal.sentence == (
+        "The twin is better in is_demo, though DPAR had 40 % more training time; that DPAR is ahead in fd_demo does not "
+        "count, as it had 40 % more training time; precision and recall have no interval and no vote."
+    )
+    ahead = Contest("at equal training time", rows[:1], "dpar", "40 % more training time")
+    assert ahead.title == "No clear winner at equal training time"
+
+
+def test_both_verdicts_make_one_headline():
+    better, worse = scores(fd=(10.0, 9.0, 11.0)), scores()
+
+    def contest(dpar, twin, when):
+        return Contest(when, tuple(judge_scores(dpar, twin)))
+
+    first = contest(better, worse, "at equal steps")
+    assert together(first, contest(better, worse, "at equal time")) == "DPAR wins at equal steps and at equal time."
+    assert together(first, contest(worse, better, "at equal time")) == "DPAR wins at equal steps; the twin wins at equal time."
+    even, late = contest(worse, worse, "at equal steps"), contest(better, worse, "at equal time")
+    assert together(even, late) == "No clear winner at equal steps; DPAR wins at equal time."
 
 
 def test_lists_read_as_sentences():
