@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.data_commands import data_app, patches_app
+
 app = typer.Typer(
     name="dpar-cli",
     no_args_is_help=True,
@@ -21,6 +23,8 @@ app = typer.Typer(
 )
 params_app = typer.Typer(no_args_is_help=True, help="Look at params.yaml, check it, or take a preset of params/.")
 app.add_typer(params_app, name="params")
+app.add_typer(data_app, name="data")
+app.add_typer(patches_app, name="patches")
 
 PARAMS = Path("params.yaml")
 ParamsFile = Annotated[Path, typer.Option("--params", help="Params file to read.")]
@@ -103,21 +107,6 @@ def verify(
     print(f"{len(cases) - failed} of {len(cases)} cases agree")
     if failed:
         raise SystemExit(1)
-
-
-@app.command()
-def patches(
-    image: Annotated[Path, typer.Argument(help="Any image file.")],
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("patches.png"),
-) -> None:
-    """Show an image's entropy map and patches with the trained models.
-
-    Reads the image, the tokenizer, the entropy model and the patch rule under artifacts/ (made by `dpar-cli run`);
-    writes one PNG: image, entropies in nats, patch borders.
-    """
-    from pipeline.pictures import draw_patches
-
-    print(draw_patches(image, out, artifacts=_root() / "artifacts"))
 
 
 @app.command()

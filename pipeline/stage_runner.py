@@ -192,8 +192,8 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     made_by = _made_by(name, stage.identity(chosen), inputs)
     # One work folder for one set of params and inputs: a rerun after a crash continues, changed params start afresh.
     work = root / "work" / name / digest_of(made_by)
-    device = _device(params.compute)
-    _set_threads(params.compute)
+    device = device_of(params.compute)
+    set_threads(params.compute)
     with _alone(work.parent, name):
         work.mkdir(parents=True, exist_ok=True)
         for field in dataclasses.fields(outputs):
@@ -223,7 +223,8 @@ def _made_by(name: str, params: dict[str, Any], inputs: Any) -> dict[str, Any]:
     return {"stage": name, "params": params, "inputs": digests}
 
 
-def _device(compute: Compute) -> str:
+def device_of(compute: Compute) -> str:
+    """Return "cpu" or "cuda" for compute.device. Raises StageError when there is none such here."""
     import torch
 
     if compute.device == "cuda" and not torch.cuda.is_available():
@@ -231,7 +232,8 @@ def _device(compute: Compute) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if compute.device == "auto" else compute.device
 
 
-def _set_threads(compute: Compute) -> None:
+def set_threads(compute: Compute) -> None:
+    """Give this process the CPU threads of compute.threads."""
     import torch
 
     torch.set_num_threads(compute.threads or len(os.sched_getaffinity(0)))

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpar_core.files import atomic_folder, load_weights, write_json
+from dpar_core.files import atomic_folder, load_weights, sha256_file, write_json
 from dpar_core.gpt import GPT, GPTConfig, entropies_of
 from dpar_core.manifest import SPLITS
 from dpar_core.patch_maps import parquet_name, write_entropies, write_summary
 from dpar_core.shards import TokenShards
 from stages import params as P
-from stages.shard_work import make_shards, place, remove_leftovers
+from stages.shard_work import is_whole, make_shards, place, remove_leftovers
 from stages.tracker import Tracker
 
 
@@ -61,7 +61,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     tracker.log_input("tokens", inputs.tokens, splits[0].digest)
     tracker.log_input("entropy_model", inputs.entropy_model, digest)
     plan = plan_units(splits)
-    todo = [unit for unit in plan if not (work / f"{unit.name}.json").exists()]
+    todo = [unit for unit in plan if not _is_done(unit, work)]
     images, left = (sum(unit.last - unit.first for unit in units) for units in (plan, todo))
     build = functools.partial(
         ShardEntropies, inputs.tokens.absolute(), inputs.entropy_model.absolute(), params.entropies, work.absolute(), device
@@ -107,6 +107,11 @@ def plan_units(splits: Sequence[TokenShards]) -> list[Unit]:
     ]
 
 
+def _is_done(unit: Unit, work: Path) -> bool:
+    record = work / f"{unit.name}.json"
+    return record.exists() and is_whole(work / unit.name, json.loads(record.read_text())["sha256"])
+
+
 class ShardEntropies:
     """Makes the entropies of shards."""
 
@@ -123,7 +128,8 @@ class ShardEntropies:
         found = self.entropies(shards, part)
         write_entropies(self.work / unit.name, shards, part, found, entropy_model=self.digest)
         known = found[:, 1:]
-        write_json(self.work / f"{unit.name}.json", {"sum": float(known.sum(dtype=np.float64)), "count": known.size})
+        record = {"sum": float(known.sum(dtype=np.float64)), "count": known.size}
+        write_json(self.work / f"{unit.name}.json", {**record, "sha256": sha256_file(self.work / unit.name)})
 
     def entropies(self, shards: TokenShards, part: slice) -> np.ndarray:
         """Return the entropies of a shard's views: (samples * views, T) float32.

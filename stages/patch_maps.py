@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpar_core.files import atomic_folder, atomic_path, atomic_write, write_json
+from dpar_core.files import atomic_folder, atomic_path, atomic_write, sha256_file, write_json
 from dpar_core.manifest import SPLITS
 from dpar_core.patch_maps import (
     RULE,
@@ -30,7 +30,7 @@ from dpar_core.patching import PatchRule, patch_starts_numpy, threshold_for_mean
 from dpar_core.shards import TokenShards
 from stages import params as P
 from stages.cluster import local_cpus
-from stages.shard_work import place, remove_leftovers
+from stages.shard_work import is_whole, place, remove_leftovers
 from stages.tracker import Tracker
 
 MEASURED_MAPS = 50_000  # a threshold is measured on so many maps: the mean length of all is then known to about 0.05 %
@@ -134,7 +134,7 @@ def make_rule(patching: P.Patching, maps: EntropyMaps) -> tuple[PatchRule, int]:
 def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict, tracker: Tracker) -> Histograms:
     """Write the maps of a split into the work folder, as far as they are missing; return how long patches are."""
     parts = dict(maps.shards.shards())
-    todo = [name for name in parts if not (work / f"{name}.json").exists()]
+    todo = [name for name in parts if not _is_done(name, work)]
     done = len(maps.shards) - sum(parts[name].stop - parts[name].start for name in todo)
 
     def make(name: str) -> str:
@@ -160,7 +160,16 @@ def make_map(maps: EntropyMaps, name: str, part: slice, rule: PatchRule, work: P
     write_lengths(work / parquet_name(name), maps.shards, part, starts, made_by=made_by)
     with atomic_path(work / f"{name}.starts.npy") as temporary, open(temporary, "wb") as stream:
         np.save(stream, pack_starts(starts, views=maps.shards.meta.num_views))
-    write_json(work / f"{name}.json", {field: value.tolist() for field, value in asdict(histograms_of(starts)).items()})
+    record = {field: value.tolist() for field, value in asdict(histograms_of(starts)).items()}
+    record["sha256"] = {file: sha256_file(work / file) for file in (parquet_name(name), f"{name}.starts.npy")}
+    write_json(work / f"{name}.json", record)
+
+
+def _is_done(name: str, work: Path) -> bool:
+    record = work / f"{name}.json"
+    if not record.exists():
+        return False
+    return all(is_whole(work / file, sha256) for file, sha256 in json.loads(record.read_text())["sha256"].items())
 
 
 def histograms_of(starts: np.ndarray) -> Histograms:

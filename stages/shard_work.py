@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from dpar_core.files import sha256_file
 from stages.cluster import connected, local_cpus, require
 
 Unit = TypeVar("Unit")
@@ -92,6 +93,11 @@ def _raise_what_it_raised(reference) -> None:
         raise RuntimeError(
             f"a worker was lost {_RESTARTS + 1} times ({str(error).splitlines()[0]}): run the same command again, it goes on"
         ) from None
+
+
+def is_whole(path: Path, sha256: str) -> bool:
+    """Tell whether a file of an earlier run is there and still what was written."""
+    return path.exists() and sha256_file(path) == sha256
 
 
 def place(source: Path, target: Path) -> None:

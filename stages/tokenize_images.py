@@ -24,7 +24,7 @@ from dpar_core.sources import block_of
 from dpar_core.tokenizer import VQ, VQConfig, to_float
 from stages import params as P
 from stages.data import ImageOpener
-from stages.shard_work import make_shards, place, remove_leftovers
+from stages.shard_work import is_whole, make_shards, place, remove_leftovers
 from stages.tracker import Tracker
 
 BAD_IMAGES = "bad_images.json"
@@ -155,9 +155,9 @@ def read_contents(shard: Shard, work: Path) -> tuple[ShardContents, list[Bad]] |
 
 
 def is_done(shard: Shard, manifest: Manifest, work: Path) -> bool:
-    """Tell whether a shard is finished. One whose bad images can be read by now is made again."""
+    """Tell whether a shard is finished and whole. One whose bad images can be read by now is made again."""
     found = read_contents(shard, work)
-    if found is None:
+    if found is None or not is_whole(work / shard.name, found[0].sha256):
         return False
     opener = ImageOpener(manifest)
     for bad in found[1]:
