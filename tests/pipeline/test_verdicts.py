@@ -91,7 +91,8 @@ def test_both_verdicts_make_one_headline():
 
     first = contest(better, worse, "at equal steps")
     assert together(first, contest(better, worse, "at equal time")) == "DPAR wins at equal steps and at equal time."
-    assert together(first, contest(worse, better, "at equal time")) == "DPAR wins at equal steps; the twin wins at equal time."
+    lost = contest(worse, better, "at equal time")
+    assert together(first, lost) == "DPAR wins at equal steps; the twin wins at equal time."
     even, late = contest(worse, worse, "at equal steps"), contest(better, worse, "at equal time")
     assert together(even, late) == "No clear winner at equal steps; DPAR wins at equal time."
 
