@@ -159,7 +159,7 @@ def patch_overview(
         draw.rectangle((x - 1, top - 4, x, top + 13), fill=INK)
         words = f"threshold {threshold:.2f}"
         # Above the scale's own ends, which keep their places, when there is room for it.
-        middle = min(max(x, left + 90), left + side - 100)
+        middle = min(max(x, left + 90), left + side - 118)
         draw.text((middle, top + 18), words, INK, font(13), anchor="ma")
     draw.text((left, top + 18), f"{low:.2f}", FAINT, font(13))
     draw.text((left + side, top + 18), f"{high:.2f} nats", FAINT, font(13), anchor="ra")

@@ -102,7 +102,7 @@ def _imagenet(pixels: int, size: str, *, epochs: int) -> dict[str, Any]:
         "model.decoder_layers": decoder, "model.ffn_multiple": 256,
         "train.equal_time_step": round(steps * share), "train.strategy": "fsdp" if large else "ddp",
         "train.activation_checkpointing": size == "xxl",
-        "sample.images": 50_000, "sample.plan": "random", "sample.batch_size": 256,
+        "sample.images": 50_000, "sample.plan": "random", "sample.batch_size": 256, "sample.precision": "bf16",
         "sample.cfg_scale": CFG[pixels].get(size, DEFAULT_CFG), "sample.resize": 256 if pixels == 384 else None,
         "score.features": "inception", "score.features_file": "weights/inception-2015-12-05.pt",
         "score.reference": "weights/VIRTUAL_imagenet256_labeled.npz", "score.images": 50_000, "score.splits": 10,

@@ -81,7 +81,8 @@ def test_the_store_of_the_environment_is_obeyed(project, monkeypatch):
 
 def test_a_store_that_cannot_be_used_gets_one_sentence(project, monkeypatch):
     root, params, chosen = project
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/no/such/folder/x.db")
+    (root / "file").write_text("no folder")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/file/x.db")
     with pytest.raises(tracking.TrackingError, match="check MLFLOW_TRACKING_URI"):
         with tracking.open_tracker("data", params, chosen, root=root):
             pass

@@ -40,7 +40,7 @@ def test_the_shipped_params_are_valid():
         ("train.lr", float("nan"), "`train.lr` is nan"),
         ("model.dropout", 1.0, "`model.dropout` is 1.0, expected less than 1"),
         ("sample.gate", "oracle", "expected one of 'entropy_model' or 'decoder'"),
-        ("data.image_size", 60, "not a multiple of the tokenizer's downsampling"),
+        ("data.image_size", 62, "not a multiple of the tokenizer's downsampling"),
         ("data.train", "photos", "source builtin reads no path"),
         ("data.source", "imagefolder", "needs the path of its train images"),
         ("sample.threshold", 99.0, "above ln V"),
