@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cost import cost
 from pipeline.data_commands import data_app, patches_app
+from pipeline.probe import probe
 
 app = typer.Typer(
     name="dpar-cli",
@@ -25,6 +27,8 @@ params_app = typer.Typer(no_args_is_help=True, help="Look at params.yaml, check 
 app.add_typer(params_app, name="params")
 app.add_typer(data_app, name="data")
 app.add_typer(patches_app, name="patches")
+app.command()(cost)
+app.command()(probe)
 
 PARAMS = Path("params.yaml")
 ParamsFile = Annotated[Path, typer.Option("--params", help="Params file to read.")]
