@@ -131,7 +131,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_tokenizer as t
+import test_tokenizer_stage as t
 t.torch.set_num_threads(1)
 t.stage.CHECKPOINT_EVERY = 20
 data = t.P.Data.model_validate_json({data!r})
