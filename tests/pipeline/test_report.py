@@ -170,6 +170,15 @@ def test_published_and_own_numbers_never_share_a_column(page):
     assert "fd_demo" in table and ">FID<" in table
 
 
+def test_a_static_rule_and_a_decoder_gate_are_told_as_what_they_are(inputs, params, tmp_path):
+    rule = {"mode": "static", "row_width": 4, "threshold": None, "max_patch_length": None, "static_length": 2}
+    edit_json(inputs.patch_maps / "rule.json", rule=rule)
+    edit_json(inputs.samples / "dpar" / "samples.json", gate="decoder", cfg_scale=1.0)
+    text = Page(render(inputs, tmp_path / "r", params)).text
+    assert "patches are cut by rule (static)" in text and "threshold" not in text.split("What it costs")[0]
+    assert "gate: the decoder itself" in text
+
+
 def test_scores_of_two_protocols_are_refused(inputs, params, tmp_path):
     write_scores(inputs.scores / "llamagen.json", protocol_id="ffff0000")
     with pytest.raises(ValueError, match="abcd1234 and ffff0000 are not compared"):
