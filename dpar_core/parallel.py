@@ -6,6 +6,7 @@ strategy. Every function marked "collective" must be called by all ranks togethe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -65,9 +66,12 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile every block; they share their code. Packed rows differ from batch to batch, so shapes stay open."""
+    """Compile every block; they share their code. Packed rows differ from batch to batch, so shapes stay open.
+
+    Only the forward function: what checkpoints activations or gathers sharded weights goes around it, uncompiled.
+    """
     for block in transformer_blocks(model):
-        block.compile(dynamic=True)
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def spread(model: nn.Module, strategy: Strategy, ranks: Ranks, *, bf16: bool) -> nn.Module:
@@ -87,7 +91,10 @@ def spread(model: nn.Module, strategy: Strategy, ranks: Ranks, *, bf16: bool) ->
     if ranks.world == 1:
         return model
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are tables that all ranks compute alike; the option's name changed in torch 2.13.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False})
 
 
 def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager:

@@ -122,11 +122,11 @@ class _Run:
         self.store, self.hooks, self.ranks = store, hooks, ranks
         self.bf16 = settings.precision == "bf16"
         self.model = model.to(ranks.device)
+        if settings.compile:
+            parallel.compile_blocks(self.model)
         if settings.activation_checkpointing:
             parallel.checkpoint_activations(self.model)
         self.module = parallel.spread(self.model, settings.strategy, ranks, bf16=self.bf16)
-        if settings.compile:
-            parallel.compile_blocks(self.model)
         self.parameters = list(self.model.parameters())
         self.optimizer = adamw(self.model.named_parameters(), settings.optim)
         self.peak = peak_flops(ranks.device, bf16=self.bf16)
