@@ -81,6 +81,51 @@ def line_chart(series: Sequence[Series], *, x: str, y: str, marks: Mapping[str, 
     return "".join([*parts, "</svg>"])
 
 
+@dataclass(frozen=True)
+class Scatter:
+    """Points (x, y) with their labels; front: numbers of those on the Pareto front, in order. x, y: names of the axes."""
+
+    points: Sequence[tuple[float, float]]
+    front: Sequence[int]
+    labels: Sequence[str]
+    x: str
+    y: str
+
+
+def scatter_chart(one: Scatter) -> str:
+    """Draw points and the line through those on the front, each with its label as a tip."""
+    (low_x, high_x), (low_y, high_y) = (_padded([p[axis] for p in one.points]) for axis in (0, 1))
+
+    def at(point: tuple[float, float]) -> tuple[float, float]:
+        x = LEFT + (point[0] - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+        return x, HEIGHT - BOTTOM - (point[1] - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_open(WIDTH, HEIGHT, f"{one.y} against {one.x}", style="chart")]
+    for value in ticks(low_y, high_y):
+        down = at((low_x, value))[1]
+        parts.append(
+            f'<path class="rule" d="M{LEFT} {down:.1f}H{WIDTH - RIGHT}"/>{_text(LEFT - 8, down + 4, f"{value:g}", "end")}'
+        )
+    for value in ticks(low_x, high_x):
+        parts.append(_text(at((value, low_y))[0], HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
+    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, one.x, "middle"))
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(one.points[place]) for place in one.front))
+    parts.append(f'<g class="dpar"><path class="curve" d="M{path}"/></g>')
+    for place, point in enumerate(one.points):
+        x, y = at(point)
+        told = escape(f"{one.labels[place]}: {one.y} {point[1]:.3g}, {point[0]:.3g} {one.x}")
+        style = "dpar" if place in one.front else "other"
+        parts.append(f'<g class="{style}"><circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{told}</title></circle></g>')
+    return "".join([*parts, "</svg>"])
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    pad = 0.08 * (high - low) or 0.05 * abs(high) or 0.5
+    return low - pad, high + pad
+
+
 def bar_chart(values: Sequence[tuple[str, float]], *, x: str, y: str, style: str = "dpar") -> str:
     """Draw upright bars of shares (0..1) with their percentages above."""
     high = max(value for _, value in values) * 1.12 or 1.0

@@ -12,6 +12,7 @@ import typer
 from pipeline.cost import cost
 from pipeline.data_commands import data_app, patches_app
 from pipeline.probe import probe
+from pipeline.sweep import sweep_app
 
 app = typer.Typer(
     name="dpar-cli",
@@ -27,6 +28,7 @@ params_app = typer.Typer(no_args_is_help=True, help="Look at params.yaml, check 
 app.add_typer(params_app, name="params")
 app.add_typer(data_app, name="data")
 app.add_typer(patches_app, name="patches")
+app.add_typer(sweep_app, name="sweep")
 app.command()(cost)
 app.command()(probe)
 

@@ -238,9 +238,7 @@ def _touches(made: str, read: str) -> bool:
     return made == read or made.startswith(f"{read}/") or read.startswith(f"{made}/")
 
 
-def grids(
-    samples: Path, class_names: tuple[str, ...], row_width: int, labels: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def grids(samples: Path, class_names: tuple[str, ...], row_width: int, labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the sample grids of all models with how they were drawn."""
     found = []
     for name in MODELS:

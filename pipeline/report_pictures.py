@@ -42,6 +42,11 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def file_uri(path: Path) -> str:
+    """Put a PNG file into the page as it is."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
 def border_path(lengths: np.ndarray, row_width: int) -> str:
     """Return the borders of patches as an SVG path in token units."""
     lines = patch_borders(lengths, row_width)

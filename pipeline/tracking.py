@@ -50,7 +50,7 @@ def connect(root: Path) -> tuple[Any, str]:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        with _locked(root):
+        with locked(root):
             client = MlflowClient(tracking_uri=uri)
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment is not None:
@@ -63,7 +63,8 @@ def connect(root: Path) -> tuple[Any, str]:
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def locked(root: Path) -> Iterator[None]:
+    """Hold the lock under which runs are found and made: two processes never make the same one."""
     folder = root / "work"
     folder.mkdir(exist_ok=True)
     with open(folder / ".mlflow.lock", "a") as lock:
@@ -101,8 +102,8 @@ def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterato
 
     client, experiment = connect(root)
     identity, name = pass_identity()
-    with _locked(root):
-        _close_dead_runs(client, experiment)
+    with locked(root):
+        close_dead_runs(client, experiment)
         parent = _parent_run(client, experiment, identity, name, whole_params(params))
         tags = {"mlflow.parentRunId": parent, "mlflow.runName": stage, "dpar.stage": stage}
         tags |= {PID_TAG: str(os.getpid()), HOST_TAG: socket.gethostname()}
@@ -143,7 +144,7 @@ def _log_params(client: Any, run: str, params: Mapping[str, Any]) -> None:
     client.log_batch(run, params=[Param(key, str(value)[:LONGEST_VALUE]) for key, value in params.items()])
 
 
-def _close_dead_runs(client: Any, experiment: str) -> None:
+def close_dead_runs(client: Any, experiment: str) -> None:
     """Mark runs whose process is gone (kill -9, power cut) as KILLED."""
     import psutil
 

@@ -69,9 +69,7 @@ def connected() -> Iterator[list[Node]]:
         _start(os.environ.get("RAY_ADDRESS"))
     try:
         yield [
-            Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
-            for node in ray.nodes()
-            if node["Alive"]
+            Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]
         ]
     finally:
         if mine:
@@ -106,18 +104,19 @@ def _start(address: str | None) -> None:
         ) from error
 
 
-def require(nodes: list[Node], *, workers: int, cpus: float, gpus: float, section: str) -> None:
+def require(nodes: list[Node], *, workers: int, cpus: float, gpus: float, section: str, option: str | None = None) -> None:
     """Refuse what the cluster can never place, before anything waits for it. Raises ValueError in one sentence.
 
-    section: the params section that asked, as "train" or "entropy_model.train".
+    section: the params section that asked, as "train" or "entropy_model.train". option: the option that asked instead.
     """
     room = sum(node.fits(cpus=cpus, gpus=gpus) for node in nodes)
     if room >= workers or _autoscales():
         return
     has = f"{sum(node.cpus for node in nodes):g} CPUs and {sum(node.gpus for node in nodes):g} GPUs"
     size = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    asked = option or f"{section}.workers"
     raise ValueError(
-        f"`{section}.workers` asks for {workers} workers of {size} each, but the cluster has {has} on {len(nodes)} "
+        f"`{asked}` asks for {workers} workers of {size} each, but the cluster has {has} on {len(nodes)} "
         f"node{'s' if len(nodes) != 1 else ''}, room for {room}: lower it, or start a larger cluster and set "
         "RAY_ADDRESS"
     )

@@ -10,13 +10,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 
 from dpar_core.files import atomic_folder, atomic_path, digest_of, write_json
 from dpar_core.patching import lengths_from_starts, starts_from_lengths
@@ -119,19 +119,29 @@ class Job:
         return Path(self.work) / f"batch-{batch:06d}.npz"
 
 
-@lru_cache(maxsize=1)
-def _loaded(files: Files, content: str, sample: str, device: str) -> Sampler:
-    return Sampler(files, P.Sample.model_validate_json(sample), device=device)
+class _Held:
+    """The sampler a process used last: another job on the same files takes its networks over."""
+
+    key: tuple = ()
+    sample: str = ""
+    sampler: Sampler | None = None
 
 
-def _sampler(job: Job) -> Sampler:
-    """Return the job's sampler, read once a process."""
-    return _loaded(job.files, job.content, job.sample, job.device)
+def sampler_of(job: Job) -> Sampler:
+    """Return the job's sampler; the files are read once a process."""
+    key = (job.files, job.content, job.device, job.section.gate)
+    if _Held.key != key:
+        _Held.key, _Held.sampler = (), None  # frees the old networks before the new ones are read
+        _Held.sampler, _Held.key = Sampler(job.files, job.section, device=job.device), key
+        _Held.sample = job.sample
+    elif _Held.sample != job.sample:
+        _Held.sampler, _Held.sample = _Held.sampler.with_settings(job.section), job.sample
+    return _Held.sampler
 
 
 def draw_batch(job: Job, batch: int, progress: Callable[[int], None] | None = None) -> int:
     """Draw one batch and put it into the work folder, whole or not at all; return its number of images."""
-    sample, sampler = job.section, _sampler(job)
+    sample, sampler = job.section, sampler_of(job)
     indices = range(batch * sample.batch_size, min((batch + 1) * sample.batch_size, sample.images))
     num_classes = sampler.config.num_classes
     labels = [label_of(i, plan=sample.plan, seed=sample.seed, num_classes=num_classes) for i in indices]
@@ -148,7 +158,7 @@ def draw_batch(job: Job, batch: int, progress: Callable[[int], None] | None = No
     return len(labels)
 
 
-def _check_memory(sampler: Sampler, sample: P.Sample) -> None:
+def check_memory(sampler: Sampler, sample: P.Sample) -> None:
     """Refuse a batch whose caches cannot fit, before anything is drawn."""
     wanted = sampler.generator.cache_bytes(sample.batch_size)
     free = psutil.virtual_memory().available
@@ -167,8 +177,8 @@ def _sample(sample: P.Sample, files: Files, target: Path, tracker: Tracker, *, d
     files = Files(*(path and path.resolve() for path in vars(files).values()))
     content = digest_of([path and artifact_digest(path) for path in vars(files).values()])
     job = Job(files, content, sample.model_dump_json(), device, str(work.resolve()))
-    sampler = _sampler(job)
-    _check_memory(sampler, sample)
+    sampler = sampler_of(job)
+    check_memory(sampler, sample)
     left = [batch for batch in job.batches() if not job.path(batch).exists()]
     done = sample.images - sum(_size(sample, batch) for batch in left)
     with tracker.progress(sample.images, f"sample {target.name}", done=done, unit="images") as progress:
@@ -219,7 +229,8 @@ def _by_workers(job: Job, batches: list[int], workers: int, progress: Progress) 
                 progress.advance(count)
 
 
-def _batches(job: Job, name: str) -> Iterator[np.ndarray]:
+def batch_arrays(job: Job, name: str) -> Iterator[np.ndarray]:
+    """Yield one array of every batch drawn, in order: images, labels, tokens, starts (packed bits) or seconds."""
     for batch in job.batches():
         with np.load(job.path(batch), allow_pickle=False) as archive:
             yield archive[name]
@@ -227,20 +238,20 @@ def _batches(job: Job, name: str) -> Iterator[np.ndarray]:
 
 def _publish(job: Job, sampler: Sampler, target: Path, tracker: Tracker, *, prefix: str) -> None:
     sample, config = job.section, sampler.config
-    labels = np.concatenate(list(_batches(job, "labels")))
-    starts = np.unpackbits(np.concatenate(list(_batches(job, "starts"))), axis=1, count=config.tokens).astype(bool)
-    seconds = np.sum(list(_batches(job, "seconds")), axis=0)
-    metrics = _metrics(sampler, starts)
+    labels = np.concatenate(list(batch_arrays(job, "labels")))
+    starts = np.unpackbits(np.concatenate(list(batch_arrays(job, "starts"))), axis=1, count=config.tokens).astype(bool)
+    seconds = np.sum(list(batch_arrays(job, "seconds")), axis=0)
+    metrics = patch_metrics(sampler, starts)
     timings = {
         "seconds": float(seconds.sum()), "draw_seconds": float(seconds[0]), "decode_seconds": float(seconds[1]),
         "images_per_s": len(labels) / float(seconds[0]), "workers": sample.workers, "cpus": os.cpu_count(),
     }  # fmt: skip
     with atomic_folder(target) as folder:
-        write_samples(folder / SAMPLES, _batches(job, "images"), labels)
+        write_samples(folder / SAMPLES, batch_arrays(job, "images"), labels)
         write_arrays(
-            folder / TOKENS, tokens=np.concatenate(list(_batches(job, "tokens"))), starts=np.packbits(starts, axis=1)
+            folder / TOKENS, tokens=np.concatenate(list(batch_arrays(job, "tokens"))), starts=np.packbits(starts, axis=1)
         )
-        save_png(_grid(job, sampler, labels), folder / GRID)
+        save_png(grid_picture(job, sampler, labels), folder / GRID)
         write_json(folder / PROTOCOL, protocol(sampler, sample))
         write_json(folder / METRICS, metrics)
         write_json(folder / TIMINGS, timings)
@@ -259,7 +270,8 @@ def protocol(sampler: Sampler, sample: P.Sample) -> dict[str, Any]:
     return {**content, "digest": digest_of(content)}
 
 
-def _metrics(sampler: Sampler, starts: np.ndarray) -> dict[str, float]:
+def patch_metrics(sampler: Sampler, starts: np.ndarray) -> dict[str, float]:
+    """Return what patches were like: starts (N, T) bool, where patches begin."""
     counts = starts.sum(axis=1)
     metrics = {
         "sample/images": len(starts),
@@ -273,13 +285,13 @@ def _metrics(sampler: Sampler, starts: np.ndarray) -> dict[str, float]:
     return metrics
 
 
-def _grid(job: Job, sampler: Sampler, labels: np.ndarray):
+def grid_picture(job: Job, sampler: Sampler, labels: np.ndarray) -> Image.Image:
     """Lay out the first samples of up to ten classes, a class a row."""
     wanted = {int(c): [int(i) for i in np.flatnonzero(labels == c)[:GRID_COLUMNS]] for c in np.unique(labels)}
     wanted = dict(list(wanted.items())[:GRID_CLASSES])
     chosen: dict[int, np.ndarray] = {}
     first = 0
-    for images in _batches(job, "images"):
+    for images in batch_arrays(job, "images"):
         for index in (i for of_class in wanted.values() for i in of_class):
             if first <= index < first + len(images):
                 chosen[index] = images[index - first]

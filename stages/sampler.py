@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -85,13 +86,13 @@ class Sampler:
         self.vq.to(self.device).eval().requires_grad_(False)
         self.precision = sample.precision
         self.made_by = {"model": self.weights.digest, "tokenizer": tokenizer.digest}
+        self.rule = read_rule(files.rule) if self.is_dpar else None
+        self.settings = settings_of(sample, self.rule)
         if self.is_dpar:
-            self.settings = settings_of(sample, read_rule(files.rule))
-            self.generator = self._dpar(tokenizer)
+            self.networks = self._dpar_and_gate(tokenizer)
         else:
-            self.settings = settings_of(sample, None)
-            twin = _built(GPT, _config(GPTConfig, self.weights, files.model), self.weights, self.device)
-            self.generator = GPTGenerator(twin, self.settings, dtype=DTYPES[self.precision])
+            self.networks = (_built(GPT, _config(GPTConfig, self.weights, files.model), self.weights, self.device),)
+        self.generator = self._generator()
         self.config = self.generator.config
         if self.config.codebook_size != config.codebook_size:
             raise ValueError(
@@ -102,15 +103,30 @@ class Sampler:
         names = self.weights.meta.get("classes") or []
         self.class_names = [*names, *(f"class {i}" for i in range(len(names), self.config.num_classes))]
 
-    def _dpar(self, tokenizer: Weights) -> DPARGenerator:
+    def _generator(self) -> DPARGenerator | GPTGenerator:
+        kind = DPARGenerator if self.is_dpar else GPTGenerator
+        return kind(*self.networks, self.settings, dtype=DTYPES[self.precision])
+
+    def with_settings(self, sample: P.Sample) -> Sampler:
+        """Return a sampler of the same networks, which stay where they are in memory, with other settings.
+
+        Raises ValueError when the gate is another: it decides which networks there are.
+        """
+        other = copy.copy(self)
+        other.precision, other.settings = sample.precision, settings_of(sample, self.rule)
+        if other.settings.gate != self.settings.gate:
+            raise ValueError(f"the networks were read for gate {self.settings.gate}, not {other.settings.gate}")
+        other.generator = other._generator()
+        return other
+
+    def _dpar_and_gate(self, tokenizer: Weights) -> tuple[DPAR, GPT | None]:
         files, gate = self.files, None
         if self.settings.gate == "entropy_model" and self.settings.rule.reads_entropies:
             weights = load_weights(files.entropy_model, kind="gpt")
             _same_tokenizer(weights, files.entropy_model, tokenizer, files.tokenizer, stage="entropy_model")
             gate = _built(GPT, _config(GPTConfig, weights, files.entropy_model), weights, self.device)
             self.made_by["entropy_model"] = weights.digest
-        model = _built(DPAR, _config(DPARConfig, self.weights, files.model), self.weights, self.device)
-        return DPARGenerator(model, gate, self.settings, dtype=DTYPES[self.precision])
+        return _built(DPAR, _config(DPARConfig, self.weights, files.model), self.weights, self.device), gate
 
     def draw(
         self, labels: Sequence[int], seeds: Sequence[int], *, given: Tensor | None = None,

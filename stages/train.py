@@ -75,9 +75,7 @@ def _data_shape(shards: TokenShards) -> dict[str, int]:
     return {"codebook_size": meta.codebook_size, "row_width": meta.row_width, "num_classes": len(meta.classes)}
 
 
-def run_dpar(
-    params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: Tracker, *, device: str, work: Path
-) -> None:
+def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Train DPAR on token shards joined with their patch lengths."""
     shards = TokenShards(inputs.tokens, "train")
     maps = PatchMaps(inputs.patch_maps, shards)

@@ -185,9 +185,7 @@ class Result:
     images: int
 
 
-def run_job(
-    job: Job, inputs: dict[str, str], tracker: Tracker, *, section: str, device: str, work: Path
-) -> Result:
+def run_job(job: Job, inputs: dict[str, str], tracker: Tracker, *, section: str, device: str, work: Path) -> Result:
     """Train a job to its end through Ray Train, going on from where an earlier call was broken off.
 
     inputs: digests of what is read. section: of params.yaml, for sentences. work: the stage's resumable folder, the same
@@ -279,4 +277,3 @@ def copy_whole(source: Path, target: Path) -> None:
     """Copy a file, whole or not at all."""
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
-

@@ -27,9 +27,7 @@ def store(root: Path | str, **options) -> CheckpointStore:
 
 def save(where: CheckpointStore, step: int, score: float | None = None) -> str:
     weight = torch.full((4, 4), float(step))
-    return where.save(
-        step, model={"w": weight}, optimizer={"exp_avg/w": weight + 1}, state={"history": [step]}, score=score
-    )
+    return where.save(step, model={"w": weight}, optimizer={"exp_avg/w": weight + 1}, state={"history": [step]}, score=score)
 
 
 @pytest.fixture(params=["folder", "address"])

@@ -185,9 +185,7 @@ def test_inspect_shows_what_there_is_before_later_stages_ran(project, artifacts)
 def test_statistics_are_those_of_the_rule_on_all_maps(artifacts):
     shards = TokenShards(artifacts / "tokens", "train")
     entropies = EntropyMaps(artifacts / "entropies", shards).all()
-    stats = patch_stats(
-        artifacts / "tokens", artifacts / "entropies", thresholds=[2.0, 2.4], max_lengths=[1, 4, None]
-    )
+    stats = patch_stats(artifacts / "tokens", artifacts / "entropies", thresholds=[2.0, 2.4], max_lengths=[1, 4, None])
     assert stats.whole and stats.maps == 28 and len(stats.cells) == 6
     for cell in stats.cells:
         rule = PatchRule("entropy_rows", 4, cell.threshold, cell.max_length)

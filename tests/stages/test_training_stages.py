@@ -56,12 +56,15 @@ def in_process(function, *, root, work, scale, section, on_event):
 
 
 def outputs_in(kind, folder: Path):
-    return kind(**{
-        name: folder / {"model": "model.safetensors", "equal_time": "equal_time.safetensors", "curve": "curve.csv"}.get(
-            name, f"{name}.json"
-        )
-        for name in kind.__dataclass_fields__
-    })
+    return kind(
+        **{
+            name: folder
+            / {"model": "model.safetensors", "equal_time": "equal_time.safetensors", "curve": "curve.csv"}.get(
+                name, f"{name}.json"
+            )
+            for name in kind.__dataclass_fields__
+        }
+    )
 
 
 def run_stage(name: str, data: Path, out: Path, work: Path, tracker=None, **changes) -> Path:
@@ -241,8 +244,6 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_bytes(data, tmp_path, m
 
     monkeypatch.setattr(training.ray_train, "fit", in_process)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    run_stage(
-        "llamagen", data, tmp_path / "whole", tmp_path / "other", steps=60, checkpoint_every=5, equal_time_step=33
-    )
+    run_stage("llamagen", data, tmp_path / "whole", tmp_path / "other", steps=60, checkpoint_every=5, equal_time_step=33)
     for file in ("model.safetensors", "equal_time.safetensors", "curve.csv", "metrics.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
