@@ -70,9 +70,7 @@ def main() -> None:
         tokens = write_tokens(Path(temporary) / "tokens")
         for number in range(repeats):
             load = os.getloadavg()[0]
-            script = RUN.format(
-                tests=tests, started=time.time(), out=f"{temporary}/out{number}", tokens=str(tokens)
-            )
+            script = RUN.format(tests=tests, started=time.time(), out=f"{temporary}/out{number}", tokens=str(tokens))
             told = subprocess.run(
                 [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
             ).stdout

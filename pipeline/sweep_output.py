@@ -249,6 +249,8 @@ def table(facts: Facts) -> str:
     console = Console(width=max(90, Console().width), record=True, file=io.StringIO())
     console.print(shown)
     lines = [console.export_text().rstrip()]
+    if chance := within_chance(facts):
+        lines.append(f"within chance of the best: {', '.join(label(one) for one in chance)}")
     lines += [f"failed: {one_line(one)}" for one in facts.outcome.failed]
     if facts.command:
         lines.append(f"reproduce       {facts.command}")
@@ -258,6 +260,14 @@ def table(facts: Facts) -> str:
 def one_line(failed: dict[str, Any]) -> str:
     """Return what is to be said of a failed trial."""
     return f"{label(failed)}: {failed['error']}"
+
+
+def within_chance(facts: Facts) -> list[dict[str, Any]]:
+    """Return the other finals whose interval overlaps the winner's: chance may have put them behind."""
+    winner = facts.outcome.winner(facts.distance)
+    high = winner["intervals"].get(facts.distance, (0.0, -1.0))[1] if winner else -1.0
+    others = [one for one in facts.outcome.finals if one["key"] != winner["key"]]
+    return [one for one in others if one["intervals"].get(facts.distance, (high + 1, 0.0))[0] <= high]
 
 
 def page(facts: Facts, folder: Path) -> str:
@@ -275,7 +285,7 @@ def page(facts: Facts, folder: Path) -> str:
     return environment.get_template("sweep.html.j2").render(
         facts=facts, thresholds=thresholds, scales=scales, cells=cells, search=search,
         finals=sorted(finals, key=lambda one: one[facts.distance]), winner=facts.outcome.winner(facts.distance),
-        best=min(values, default=None),
+        best=min(values, default=None), chance=within_chance(facts),
         share={key: (one[facts.distance] - low) / (high - low or 1) for key, one in cells.items()},
         charts=[scatter_chart(one) for one in fronts(facts)] if search else [],
         pictures=[(one, file_uri(folder / "trials" / f"{one['key']}.png")) for one in search],
