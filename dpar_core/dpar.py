@@ -160,8 +160,7 @@ class DPAR(nn.Module):
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
         self.local_encoder = LocalEncoder(config)
         self.layers = nn.ModuleList(
-            Block(config.width, config.heads, config.hidden, dropout=config.dropout)
-            for _ in range(config.patch_layers)
+            Block(config.width, config.heads, config.hidden, dropout=config.dropout) for _ in range(config.patch_layers)
         )
         self.decoder_start_embedding = nn.Embedding(1, config.width)
         self.local_decoder = LocalDecoder(config)

@@ -109,25 +109,77 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
         raise ValueError(f"{path} is no TorchScript file ({str(error).splitlines()[0]}): fetch it again") from None
 
 
+# How the network's input follows from images of 0..255: the TensorFlow graph has the first, some exports the second.
+NORMALISATIONS = ((128.0, 128.0), (127.5, 127.5))
+
+
 def inception_network(path: Path, device: str) -> FeatureNetwork:
     """Return the Inception TorchScript as a feature network.
 
     Interface: called with (n, 3, h, w) float 0..255 and return_features=True it gives (n, 2048) pooled features; its
-    member `output` maps those to class scores without bias, as IS is defined. The spatial features of sFID need the
-    17 x 17 map of its mixed_6 block, which a script module does not hand out, so they are there only where the module
-    has a method `spatial`. What could not be checked without the real file: its digest, and that these names hold.
+    member `output` maps those to class scores without bias, as IS is defined. The spatial features of sFID are the first
+    seven channels of the branch `conv` of its block layers.mixed_6 (17 x 17), which the script does not hand out: its
+    layers are walked one by one, and the walk is used only if it ends in the pooled features that the script itself
+    gives; else there is no sFID.
+    What could not be checked without the real file: its digest, and that these names hold.
     """
     model = load_script(path, device)
     weight = dict(model.named_parameters()).get("output.weight", dict(model.named_buffers()).get("output.weight"))
     if weight is None:
         raise ValueError(f"{path} has no output.weight: it is not the StyleGAN export of Inception")
+    walks: list[_InceptionWalk | None] = []
 
     def compute(images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        pool = model(images, return_features=True)
-        spatial = model.spatial(images)[:, :SFID_CHANNELS].flatten(1) if hasattr(model, "spatial") else None
+        if not walks:
+            walks.append(_InceptionWalk.agreeing(model, images[:2]))
+        if walks[0] is None:
+            pool, spatial = model(images, return_features=True), None
+        else:
+            pool, spatial = walks[0](images)
         return pool, (pool @ weight.T).softmax(dim=1), spatial
 
     return FeatureNetwork("inception", sha256_file(path)[:16], compute, device)
+
+
+@dataclass(frozen=True)
+class _InceptionWalk:
+    """The script's own layers called one after the other, to see what comes out half way."""
+
+    model: torch.jit.ScriptModule
+    shift: float
+    scale: float
+
+    @staticmethod
+    def agreeing(model: torch.jit.ScriptModule, images: Tensor) -> _InceptionWalk | None:
+        """Return the walk that ends where the script does, None when none does."""
+        names = {name for name, _ in model.layers.named_children()} if hasattr(model, "layers") else set()
+        if "mixed_6" not in names or not hasattr(model.layers.mixed_6, "conv"):
+            return None
+        expected = model(images, return_features=True)
+        for shift, scale in NORMALISATIONS:
+            walk = _InceptionWalk(model, shift, scale)
+            if torch.allclose(walk(images)[0], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+                return walk
+        return None
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = (resize_as_tensorflow(images, 299) - self.shift) / self.scale
+        spatial = None
+        for name, layer in self.model.layers.named_children():
+            if name == "mixed_6":
+                spatial = layer.conv(x)[:, :SFID_CHANNELS].flatten(1)
+            x = layer(x)
+        return x.flatten(1), spatial
+
+
+def resize_as_tensorflow(images: Tensor, size: int) -> Tensor:
+    """Resize (n, c, h, w) bilinearly as TensorFlow 1 did: pixel i is read at i * h / size, no half-pixel shift, no blur."""
+    height, width = images.shape[-2:]
+    theta = torch.eye(2, 3, device=images.device)
+    theta[0, 2] += 1 / width - 1 / size
+    theta[1, 2] += 1 / height - 1 / size
+    grid = F.affine_grid(theta.expand(len(images), 2, 3), [*images.shape[:2], size, size], align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def dinov2_network(path: Path, device: str) -> FeatureNetwork:
@@ -143,9 +195,11 @@ def dinov2_network(path: Path, device: str) -> FeatureNetwork:
     return FeatureNetwork("dinov2", sha256_file(path)[:16], compute, device)
 
 
-def feature_network(name: str, path: Path, device: str) -> FeatureNetwork:
-    """Return the network of a name. Raises ValueError for another name."""
+def feature_network(name: str, path: Path, device: str, *, sha256: str | None = None) -> FeatureNetwork:
+    """Return the network of a name. sha256: digest that its file must have. Raises ValueError for another name or file."""
     makers = {"demo": demo_network, "inception": inception_network, "dinov2": dinov2_network}
     if name not in makers:
         raise ValueError(f"features must be one of {', '.join(makers)}; got {name!r}")
+    if sha256 is not None and Path(path).exists() and (found := sha256_file(path)) != sha256.lower():
+        raise ValueError(f"{path} has SHA-256 {found}, expected {sha256.lower()}: fetch it again")
     return makers[name](Path(path), device)

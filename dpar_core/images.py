@@ -92,9 +92,9 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 def ten_crop(image: np.ndarray, size: int, ratio: float) -> np.ndarray:
     """Return four corners and centre of the centre crop of side int(ratio * size), then their mirrors in the same order.
 
-    Corners: top left, top right, bottom left, bottom right. Returns (10, size, size, 3) uint8; view i + 5 mirrors view i
-   . torchvision's TenCrop cuts the mirrored image anew, so its second five stand in another order, and
-    its mirrored centre lies one pixel to the side where the margin is odd (ratio 1.1 at 256: 281 - 256 = 25).
+     Corners: top left, top right, bottom left, bottom right. Returns (10, size, size, 3) uint8; view i + 5 mirrors view i
+    . torchvision's TenCrop cuts the mirrored image anew, so its second five stand in another order, and
+     its mirrored centre lies one pixel to the side where the margin is odd (ratio 1.1 at 256: 281 - 256 = 25).
     """
     large = int(ratio * size)
     square = center_crop(image, large)

@@ -17,9 +17,7 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
     -inf for dropped tokens. Raises ValueError.
     """
     if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError(
-            f"expected temperature > 0, top_k >= 0 and 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}"
-        )
+        raise ValueError(f"expected temperature > 0, top_k >= 0 and 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
     logits = logits.float()
     if temperature != 1:
         logits = logits / temperature

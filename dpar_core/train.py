@@ -302,9 +302,7 @@ class _Run:
             "ranks": self.ranks.world,
         }
         step = progress.step
-        self._on_first(
-            lambda: self.store.save(step, model=weights, optimizer=optimizer, state=state, score=validation_loss)
-        )
+        self._on_first(lambda: self.store.save(step, model=weights, optimizer=optimizer, state=state, score=validation_loss))
         self.hooks.checkpoint(step, self.store.where(step))
 
     def _on_first(self, write: Callable[[], object]) -> None:

@@ -12,6 +12,7 @@ import typer
 from pipeline.cost import cost
 from pipeline.data_commands import data_app, patches_app
 from pipeline.probe import probe
+from pipeline.score_commands import calibrate, compare, fetch, score
 from pipeline.sweep import sweep_app
 
 app = typer.Typer(
@@ -31,6 +32,8 @@ app.add_typer(patches_app, name="patches")
 app.add_typer(sweep_app, name="sweep")
 app.command()(cost)
 app.command()(probe)
+for command in (score, compare, fetch, calibrate):
+    app.command()(command)
 
 PARAMS = Path("params.yaml")
 ParamsFile = Annotated[Path, typer.Option("--params", help="Params file to read.")]

@@ -71,7 +71,7 @@ def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: 
         path = getattr(inputs, name)
         tracker.log_input(name, path, artifact_digest(path))
     files = Files(inputs.model, inputs.tokenizer, inputs.entropy_model, inputs.patch_rule)
-    _sample(params.sample, files, outputs.samples, tracker, device=device, work=work / "dpar", prefix="")
+    draw_samples(params.sample, files, outputs.samples, tracker, device=device, work=work / "dpar", prefix="")
 
 
 def run_llamagen(
@@ -86,7 +86,7 @@ def run_llamagen(
         (inputs.equal_time, outputs.equal_time, "equal_time/"),
     ):
         files = Files(model, inputs.tokenizer)
-        _sample(params.sample, files, target, tracker, device=device, work=work / target.name, prefix=prefix)
+        draw_samples(params.sample, files, target, tracker, device=device, work=work / target.name, prefix=prefix)
 
 
 def label_of(index: int, *, plan: str, seed: int, num_classes: int) -> int:
@@ -172,7 +172,13 @@ def check_memory(sampler: Sampler, sample: P.Sample) -> None:
         )
 
 
-def _sample(sample: P.Sample, files: Files, target: Path, tracker: Tracker, *, device: str, work: Path, prefix: str) -> None:
+def draw_samples(
+    sample: P.Sample, files: Files, target: Path, tracker: Tracker, *, device: str, work: Path, prefix: str
+) -> None:
+    """Draw images from files into the folder `target`, going on with the batches that are in `work`.
+
+    prefix: before the names of metrics.
+    """
     work.mkdir(parents=True, exist_ok=True)
     files = Files(*(path and path.resolve() for path in vars(files).values()))
     content = digest_of([path and artifact_digest(path) for path in vars(files).values()])

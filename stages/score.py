@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +17,7 @@ from PIL import Image
 from dpar_core.features import FeatureNetwork, Features, feature_network
 from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
 from dpar_core.images import BadImage, center_crop
-from dpar_core.manifest import read_manifest
+from dpar_core.manifest import Manifest, read_manifest
 from dpar_core.metrics import (
     FeatureMoments,
     ScoreError,
@@ -105,22 +108,47 @@ def _score_all(params: Params, inputs, pairs: list[tuple[Path, Path]], tracker: 
         with tracker.progress(settings.images, f"score {samples.name}", unit="images") as progress:
             features = network(images[: settings.images], done=progress.advance)
         made_by = json.loads((samples / "samples.json").read_text())
-        protocol = {
-            "features": network.name, "features_digest": network.digest, "reference": reference.name,
-            "reference_digest": reference.digest, "reference_images": reference.images, "images": settings.images,
-            "image_size": int(images.shape[1]), "neighbours": settings.neighbours, "splits": settings.splits,
-        }  # fmt: skip
+        protocol = protocol_of(network, reference, settings, images=settings.images, image_size=images.shape[1])
         scores, intervals = compare(features, reference, settings, seed=params.seed)
-        write_json(target, {
-            **scores, "intervals": {name: list(ends) for name, ends in intervals.items()},
-            "protocol": protocol, "protocol_id": digest_of(protocol)[:8], "samples": made_by,
-        })  # fmt: skip
+        write_json(target, score_file(scores, intervals, protocol, made_by))
         suffix = f"/{samples.name}" if len(pairs) > 1 else ""
         tracker.log_metrics({f"{name}{suffix}": value for name, value in scores.items()})
 
 
+def protocol_of(
+    network: FeatureNetwork, reference: Reference, settings: P.Score, *, images: int, image_size: int
+) -> dict[str, Any]:
+    """Return what scores must have in common to be compared."""
+    return {
+        "features": network.name, "features_digest": network.digest, "reference": reference.name,
+        "reference_digest": reference.digest, "reference_images": reference.images, "images": images,
+        "image_size": int(image_size), "neighbours": settings.neighbours, "splits": settings.splits,
+    }  # fmt: skip
+
+
+def protocol_id(protocol: dict[str, Any]) -> str:
+    """Return the short id of a protocol: eight hex digits. The reference counts by its content, not by its name."""
+    return digest_of({name: value for name, value in protocol.items() if name != "reference"})[:8]
+
+
+def score_file(scores: dict, intervals: dict, protocol: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a score file: scores, intervals, the protocol with its short id, and how samples were made."""
+    return {
+        **scores, "intervals": {name: list(ends) for name, ends in intervals.items()},
+        "protocol": protocol, "protocol_id": protocol_id(protocol), "samples": made_by,
+    }  # fmt: skip
+
+
 def compare(features: Features, reference: Reference, settings: P.Score, *, seed: int) -> tuple[dict, dict]:
-    """Return scores by name, and bootstrap intervals of those that a resample of the images can move."""
+    """Return scores by name, and bootstrap intervals of those that a resample of the images can move.
+
+    Raises ScoreError when features and reference are of different networks.
+    """
+    if features.pool.shape[1] != len(reference.pool.mean):
+        raise ScoreError(
+            f"the reference has {len(reference.pool.mean)} features an image, these images {features.pool.shape[1]}: "
+            "both must come from one network"
+        )
     distance = DISTANCE_NAMES[settings.features]
 
     def frechet(chosen: np.ndarray) -> dict[str, float]:
@@ -149,19 +177,30 @@ def _distance(a: FeatureMoments, b: FeatureMoments) -> float:
     return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
+@contextmanager
+def _open_npz(path: Path) -> Iterator[Any]:
+    """Open an npz without ever running code from it. Raises ScoreError in one sentence."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if not hasattr(content, "files"):
+                raise ScoreError(f"{path} is a bare array, expected an npz with arr_0")
+            yield content
+    except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ScoreError(f"{path} is no whole npz ({' '.join(str(error).split())}): make it again") from None
+    except ScoreError:
+        raise
+    except ValueError:
+        raise ScoreError(f"{path} holds pickled objects, which are never read: store arr_0 as plain uint8") from None
+
+
 def read_samples(path: Path) -> np.ndarray:
     """Read arr_0 of an npz: (n, size, size, 3) uint8. Raises ScoreError in one sentence for anything else."""
     if not path.exists():
         raise FileNotFoundError(f"no samples at {path}: run the sample stage")
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            images = content["arr_0"]
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise ScoreError(f"{path} is no whole npz ({' '.join(str(error).split())}): make it again") from None
-    except ValueError:
-        raise ScoreError(f"{path} holds pickled objects, which are never read: store arr_0 as plain uint8") from None
-    except KeyError:
-        raise ScoreError(f"{path} has no arr_0: expected images (n, height, width, 3) uint8 under that name") from None
+    with _open_npz(path) as content:
+        if "arr_0" not in content.files:
+            raise ScoreError(f"{path} has no arr_0: expected images (n, height, width, 3) uint8 under that name")
+        images = content["arr_0"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ScoreError(f"{path}: arr_0 is {images.dtype} {images.shape}, expected (n, height, width, 3) uint8")
     return images
@@ -170,52 +209,88 @@ def read_samples(path: Path) -> np.ndarray:
 def make_reference(params: Params, manifest: Path, network: FeatureNetwork, tracker: Tracker, *, work: Path) -> Reference:
     """Return the reference of params.yaml: a split of the manifest, an npz of images or statistics, or a folder."""
     name = params.score.reference
-    if name in ("train", "validation"):
-        rows = read_manifest(manifest)
-        images = _split_images(rows, name, params.data.image_size)
-        digest = digest_of([rows.digest, name, params.data.image_size])
-    else:
-        path = Path(name)
-        if not path.exists():
-            raise FileNotFoundError(f"score.reference {path} does not exist: expected train, validation, an npz or a folder")
-        if path.is_file():
-            digest = sha256_file(path)[:16]
-            with np.load(path, allow_pickle=False) as content:
-                if {"mu", "sigma"} <= set(content.files):
-                    return _published_statistics(path.name, digest, content, network)
-            images = read_samples(path)
-        else:
-            images = _folder_images(path)
-            digest = digest_of([name, images.shape, sha256_array(images)])
-    cache = work / f"reference-{digest}-{network.digest}.npz"
-    if cache.exists():
-        with np.load(cache, allow_pickle=False) as content:
-            pool, spatial = content["pool"], content["spatial"] if "spatial" in content.files else None
-    else:
-        with tracker.progress(len(images), "reference features", unit="images") as progress:
-            found = network(images, done=progress.advance)
-        pool, spatial = found.pool, found.spatial
-        arrays = {"pool": pool, **({"spatial": spatial} if spatial is not None else {})}
-        with atomic_path(cache) as temporary, open(temporary, "wb") as stream:
-            np.savez(stream, **arrays)
-    moments = None if spatial is None else FeatureMoments.of(spatial)
-    return Reference(name, digest, len(pool), FeatureMoments.of(pool), moments, pool)
+    if name not in ("train", "validation"):
+        return reference_of(Path(name), network, tracker, cache=work)
+    rows = read_manifest(manifest)
+    return _reference_of_split(rows, name, params.data.image_size, network, tracker, cache=work)
 
 
-def sha256_array(array: np.ndarray) -> str:
-    """Return the digest of an array's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+def _reference_of_split(rows: Manifest, split: str, size: int, network, tracker: Tracker, *, cache: Path) -> Reference:
+    digest = digest_of([rows.digest, split, size])
+    return _from_images(split, digest, lambda: _split_images(rows, split, size), network, tracker, cache=cache)
 
 
-def _published_statistics(name: str, digest: str, content, network: FeatureNetwork) -> Reference:
+def reference_of(
+    path: Path, network: FeatureNetwork, tracker: Tracker, *, cache: Path, image_size: int | None = None
+) -> Reference:
+    """Return a reference from a file or folder.
+
+    path: an npz of images (`arr_0`), an npz of statistics as ADM publishes it (`mu`, `sigma`, optionally `mu_s`,
+    `sigma_s` and `arr_0` for precision and recall), a folder of PNG files, or a manifest.parquet, whose training images
+    are taken at `image_size`. cache: folder where features stay, named by digests. Raises ScoreError, FileNotFoundError.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"reference {path} does not exist: expected train, validation, an npz, a manifest or a folder"
+        )
+    if path.is_dir():
+        digest = digest_of([[file.name, sha256_file(file)] for file in png_files(path)])
+        return _from_images(path.name, digest, lambda: read_images(path), network, tracker, cache=cache)
+    if path.suffix == ".parquet":
+        if image_size is None:
+            raise ScoreError(f"{path} is a manifest, whose images need a size: give the samples first")
+        return _reference_of_split(read_manifest(path), "train", image_size, network, tracker, cache=cache)
+    digest = sha256_file(path)[:16]
+    with _open_npz(path) as content:
+        if {"mu", "sigma"} <= set(content.files):
+            return _published_statistics(path, digest, content, network, tracker, cache=cache)
+    return _from_images(path.name, digest, lambda: read_images(path), network, tracker, cache=cache)
+
+
+def _from_images(
+    name: str, digest: str, images: Callable[[], np.ndarray], network: FeatureNetwork, tracker: Tracker, *, cache: Path
+) -> Reference:
+    found = _cached_features(digest, images, network, tracker, cache=cache)
+    moments = None if found.spatial is None else FeatureMoments.of(found.spatial)
+    return Reference(name, digest, len(found.pool), FeatureMoments.of(found.pool), moments, found.pool)
+
+
+def _cached_features(
+    digest: str, images: Callable[[], np.ndarray], network: FeatureNetwork, tracker: Tracker, *, cache: Path
+) -> Features:
+    """Return the features of a reference's images, computed once for each reference and network."""
+    file = cache / f"reference-{digest}-{network.digest}.npz"
+    if file.exists():
+        with np.load(file, allow_pickle=False) as content:
+            return Features(content["pool"], None, content["spatial"] if "spatial" in content.files else None)
+    pictures = images()
+    with tracker.progress(len(pictures), "reference features", unit="images") as progress:
+        found = network(pictures, done=progress.advance)
+    arrays = {"pool": found.pool, **({"spatial": found.spatial} if found.spatial is not None else {})}
+    cache.mkdir(parents=True, exist_ok=True)
+    with atomic_path(file) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, **arrays)
+    return found
+
+
+def _published_statistics(
+    path: Path, digest: str, content: Any, network: FeatureNetwork, tracker: Tracker, *, cache: Path
+) -> Reference:
     def moments(mean: str, covariance: str) -> FeatureMoments | None:
-        return FeatureMoments(0, content[mean], content[covariance]) if mean in content.files else None
+        if mean not in content.files:
+            return None
+        mu, sigma = content[mean], content[covariance]
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise ScoreError(
+                f"{path}: {mean} {mu.shape} and {covariance} {sigma.shape} do not fit: expected (d,) and (d, d)"
+            )
+        return FeatureMoments(0, mu, sigma)
 
     features = None
     if "arr_0" in content.files:
-        features = network(content["arr_0"]).pool
+        features = _cached_features(digest, lambda: read_images(path), network, tracker, cache=cache).pool
     count = 0 if features is None else len(features)
-    return Reference(name, digest, count, moments("mu", "sigma"), moments("mu_s", "sigma_s"), features)
+    return Reference(path.name, digest, count, moments("mu", "sigma"), moments("mu_s", "sigma_s"), features)
 
 
 def _split_images(manifest, split: str, size: int) -> np.ndarray:
@@ -228,12 +303,27 @@ def _split_images(manifest, split: str, size: int) -> np.ndarray:
     return np.stack(images)
 
 
-def _folder_images(folder: Path) -> np.ndarray:
+def png_files(folder: Path) -> list[Path]:
+    """Return the PNG files below a folder, sorted. Raises ScoreError when there are none."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".png")
     if not files:
         raise ScoreError(f"{folder} holds no PNG files: expected one picture a file")
-    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-    sizes = sorted({image.shape for image in images})
+    return files
+
+
+def read_images(path: Path) -> np.ndarray:
+    """Read images (n, size, size, 3) uint8 from an npz, or from a folder of PNG files. Raises ScoreError."""
+    if not path.is_dir():
+        return read_samples(path)
+    images = []
+    for file in png_files(path):
+        try:
+            with Image.open(file) as picture:
+                images.append(np.asarray(picture.convert("RGB")))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ScoreError(f"{file} is no whole PNG ({error}): make it again") from None
+    sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
-        raise ScoreError(f"{folder} holds pictures of several sizes: {sizes[0]} and {sizes[1]}, expected one")
+        shown = " and ".join(f"{width} x {height}" for height, width in sizes[:2])
+        raise ScoreError(f"{path} holds pictures of {len(sizes)} sizes ({shown}), expected one")
     return np.stack(images)

@@ -80,29 +80,65 @@ def test_samples_of_another_kind_get_a_sentence(tmp_path, content, words):
         score.read_samples(path)
 
 
-class SmallInception(torch.nn.Module):
-    """The interface of the StyleGAN export, small."""
+class Branch(torch.nn.Module):
+    """The block whose branch `conv` sFID reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = torch.nn.Conv2d(3, 16, 4, stride=4)
+        self.conv = torch.nn.Conv2d(8, 9, 1)
+        self.tower = torch.nn.Conv2d(8, 7, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.conv(x), self.tower(x)], 1)
+
+
+class SmallInception(torch.nn.Module):
+    """The interface of the StyleGAN export, small: resize to 299, scale, layers by name, pooled features, class scores."""
+
+    def __init__(self, shift: float = 128.0, scale: float = 128.0) -> None:
+        super().__init__()
+        self.shift, self.scale = shift, scale
+        self.layers = torch.nn.Sequential()
+        self.layers.add_module("conv", torch.nn.Conv2d(3, 8, 19, stride=16))
+        self.layers.add_module("mixed_6", Branch())
+        self.layers.add_module("pool", torch.nn.AdaptiveAvgPool2d(1))
         self.output = torch.nn.Linear(16, 5)
 
     def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        pool = self.conv(x / 255).mean(dim=(2, 3))
+        # the same resize, written out: pixel i of the result is read at i * height / 299
+        rows = torch.arange(299) * (x.shape[2] / 299)
+        columns = torch.arange(299) * (x.shape[3] / 299)
+        for axis, at in ((2, rows), (3, columns)):
+            low = at.floor().long().clamp(max=x.shape[axis] - 1)
+            high = (low + 1).clamp(max=x.shape[axis] - 1)
+            shape = [1, 1, -1, 1] if axis == 2 else [1, 1, 1, -1]
+            part = (at - at.floor()).view(shape)
+            x = x.index_select(axis, low) * (1 - part) + x.index_select(axis, high) * part
+        pool = self.layers((x - self.shift) / self.scale).flatten(1)
         return pool if return_features else self.output(pool)
 
 
-def test_a_torchscript_of_inceptions_interface_is_loaded_and_named_by_its_digest(tmp_path):
+@pytest.mark.parametrize("scaling", [(128.0, 128.0), (127.5, 127.5), (0.0, 255.0)])
+def test_a_torchscript_of_inceptions_interface_is_loaded_and_named_by_its_digest(tmp_path, scaling):
     torch.manual_seed(0)
-    torch.jit.script(SmallInception()).save(str(tmp_path / "inception.pt"))
+    model = SmallInception(*scaling)
+    torch.jit.script(model).save(str(tmp_path / "inception.pt"))
     network = inception_network(tmp_path / "inception.pt", "cpu")
-    images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (5, 24, 16, 3), dtype=np.uint8)
     found = network(images, batch_size=2)
-    assert found.pool.shape == (5, 16)
-    assert found.spatial is None
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images).permute(0, 3, 1, 2).float(), return_features=True)
+    np.testing.assert_allclose(found.pool, expected.numpy(), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, rtol=1e-5)
     assert network.name == "inception" and len(network.digest) == 16
+    if scaling[0] == 0.0:  # a network whose layers cannot be followed gives no spatial features, rather than wrong ones
+        assert found.spatial is None
+    else:
+        block = {}
+        model.layers.mixed_6.conv.register_forward_hook(lambda module, given, out: block.update(out=out))
+        with torch.inference_mode():
+            model(torch.from_numpy(images).permute(0, 3, 1, 2).float())
+        np.testing.assert_allclose(found.spatial, block["out"][:, :7].flatten(1).numpy(), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="uint8"):
         network(images.astype(np.float32))
 

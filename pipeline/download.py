@@ -1,0 +1,43 @@
+"""Files from the web: with progress, whole or not at all, their digest checked."""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from dpar_core.files import atomic_path
+from stages.tracker import LineProgress
+
+CHUNK = 1 << 20
+
+
+def download(url: str, to: Path, *, sha256: str | None = None) -> str:
+    """Fetch a file and return its SHA-256. A file that is there already is kept when its digest is right.
+
+    Raises ConnectionError when the address does not answer, ValueError when the digest is another; then nothing is left.
+    """
+    if to.exists():
+        digest = hashlib.sha256(to.read_bytes()).hexdigest()
+        if sha256 is None or digest == sha256.lower():
+            return digest
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, atomic_path(to) as temporary:
+            size, found = int(answer.headers.get("Content-Length") or 0), hashlib.sha256()
+            progress = LineProgress(max(size >> 20, 1), to.name, done=0, unit="MiB")
+            read = 0
+            with open(temporary, "wb") as stream:
+                while chunk := answer.read(CHUNK):
+                    stream.write(chunk)
+                    found.update(chunk)
+                    read += len(chunk)
+                    progress.advance((read >> 20) - progress.done)
+            if size and read != size:
+                raise ConnectionError(f"{url} broke off after {read:,} of {size:,} bytes: run the same command again")
+            if sha256 is not None and found.hexdigest() != sha256.lower():
+                raise ValueError(f"{url} has SHA-256 {found.hexdigest()}, expected {sha256.lower()}: it is another file")
+    except urllib.error.URLError as error:
+        raise ConnectionError(f"{url} does not answer ({error.reason}): fetch it elsewhere and put it at {to}") from None
+    return found.hexdigest()
