@@ -29,7 +29,8 @@ def command(name: str, images: int) -> list[str]:
     middle = read_rule(Path("artifacts/patch_maps/rule.json")).threshold
     thresholds = ",".join(f"{middle + offset:.2f}" for offset in (-0.4, 0.0, 0.3, 0.6))
     return [
-        sys.executable, "-c", "from pipeline.cli import main; main()", "sweep", "threshold", "--thresholds", thresholds, "--cfg", "1.0,1.5,2.0",
+        sys.executable, "-c", "from pipeline.cli import main; main()", "sweep", "threshold",
+        "--thresholds", thresholds, "--cfg", "1.0,1.5,2.0",
         "--images", str(images), "--name", name,
     ]  # fmt: skip
 

@@ -46,6 +46,8 @@ def import_checkpoint(gpt: Path, vq: Path, *, heads: int, grid: int, folder: Pat
     read_vq(vq)
     tokens = read_state(vq)
     shape = config_of(tokens)
+    if shape.codebook_size != config.codebook_size:
+        raise ValueError(f"{gpt} predicts {config.codebook_size} codes, {vq} has {shape.codebook_size}: they are not a pair")
     tokens = {name: tensor for name, tensor in tokens.items() if name in _vq_names(shape)}
     tokenizer = save_weights(files.tokenizer, tokens, kind="vq", config=asdict(shape), meta={"published": digests["vq"]})
     meta = {"tokenizer": tokenizer, "classes": [], "published": digests["gpt"]}
