@@ -26,7 +26,7 @@ def walk(entropies: np.ndarray, rule: PatchRule) -> list[int]:
     lengths, current, since = [], 0, 0
     for place, entropy in enumerate(entropies.tolist()):
         new_row = place % rule.row_width == 0
-        gate = place == 0 or new_row or entropy > rule.threshold
+        gate = place <= 1 or new_row or entropy > rule.threshold  # nothing predicts the first token, so two begin alone
         since = 0 if gate else since + 1
         if gate or since % rule.max_patch_length == 0:
             if current:

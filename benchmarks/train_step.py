@@ -1,0 +1,205 @@
+"""A training step of DPAR against its LlamaGen twin and against plain PyTorch, by the clock and by FLOPs.
+
+    python benchmarks/train_step.py --size B --batch 8 [--repeats 5] [--precision fp32] [--device cpu] [--compile]
+
+Forward, loss, backward, clipping and AdamW through the project's own training loop, on random tokens (16 x 16 of 16,384
+codes) with patch plans of mean length 1.81 and at most 4. The three take turns; medians are shown. `--size L/4` has L's
+width with a quarter of its layers. "plain" is the twin's architecture as one writes it first, and the yardstick that the
+twin is not made slow. The last figure, efficiency, is the ratio of speeds over the ratio that the FLOPs promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpar_core import flops
+from dpar_core.batch import PatchLayout
+from dpar_core.dpar import DPAR, DPARConfig
+from dpar_core.gpt import GPT, GPTConfig, next_token_loss
+from dpar_core.meters import peak_flops
+from dpar_core.optim import OptimSettings, adamw, clip_gradients
+from dpar_core.parallel import compile_blocks
+from dpar_core.patching import PatchRule, lengths_from_starts, patch_starts_numpy, threshold_for_mean_length
+
+CODES, ROW, CLASSES, MEAN, MAX = 16384, 16, 1000, 1.81, 4
+TOKENS = ROW * ROW
+# width, heads, encoder + patch transformer + decoder layers
+SIZES = {
+    "B": (768, 12, (1, 8, 3)), "L": (1024, 16, (1, 19, 4)), "L/4": (1024, 16, (1, 4, 1)), "XL": (1280, 20, (1, 30, 5)),
+    "tiny": (64, 4, (1, 2, 1)),
+}  # fmt: skip
+OPTIM = OptimSettings(lr=1e-4)
+
+
+class PlainBlock(nn.Module):
+    """LlamaGen's block, written straight down."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + F.dropout(self.out(y.transpose(1, 2).reshape(batch, length, width)), 0.1, self.training)
+        y = self.norm2(x)
+        return x + F.dropout(self.down(F.silu(self.gate(y)) * self.up(y)), 0.1, self.training)
+
+
+class PlainGPT(nn.Module):
+    """LlamaGen's network, written straight down."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.classes, self.tokens = nn.Embedding(CLASSES + 1, config.width), nn.Embedding(CODES, config.width)
+        self.blocks = nn.ModuleList(PlainBlock(config.width, config.heads, config.hidden) for _ in range(config.layers))
+        self.norm, self.output = nn.RMSNorm(config.width, eps=1e-5), nn.Linear(config.width, CODES, bias=False)
+        angles = torch.arange(TOKENS)[:, None] * 10000.0 ** -(torch.arange(config.width // config.heads // 2) / 32)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.classes(labels)[:, None], self.tokens(tokens[:, :-1])], dim=1)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return self.output(self.norm(x))
+
+
+@dataclass
+class Contender:
+    """A model with its optimizer, ready to step."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    bf16: bool
+    device: torch.device
+
+    def step(self, tokens: torch.Tensor, labels: torch.Tensor, layout: PatchLayout) -> float:
+        """Take one training step; return its seconds."""
+        self.wait()
+        started = time.perf_counter()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if self.name == "dpar":
+                logits = self.model(tokens, labels, layout)
+                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+            elif self.name == "llamagen":
+                loss = next_token_loss(self.model, tokens, labels)
+            else:
+                loss = F.cross_entropy(self.model(tokens, labels).float().flatten(0, 1), tokens.flatten())
+        loss.backward()
+        clip_gradients(list(self.model.parameters()), OPTIM.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.wait()
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Let the device finish."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def plans(batch: int, seed: int) -> list[np.ndarray]:
+    """Return patch lengths of a batch, as the rule cuts random entropies at a mean of 1.81."""
+    entropies = np.random.default_rng(seed).gamma(20.0, 0.35, (1024, TOKENS)).astype(np.float32)
+    threshold = threshold_for_mean_length(entropies, PatchRule("entropy_rows", ROW, 0.0, MAX), MEAN)
+    starts = patch_starts_numpy(entropies, PatchRule("entropy_rows", ROW, float(threshold), MAX))
+    # the batch whose number of patches is nearest to the mean, so that the FLOPs are those of the mean length
+    best = min(range(0, 1024 - batch, batch), key=lambda at: abs(starts[at : at + batch].sum() - batch * TOKENS / MEAN))
+    return lengths_from_starts(starts[best : best + batch])
+
+
+def contenders(
+    size: str, device: torch.device, *, bf16: bool, compiled: bool
+) -> tuple[list[Contender], DPARConfig, GPTConfig]:
+    """Build the three models."""
+    width, heads, (encoder, patch, decoder) = SIZES[size]
+    dpar = DPARConfig(CODES, ROW, width, heads, encoder, patch, decoder, CLASSES, dropout=0.1, class_dropout=0.1)
+    twin = GPTConfig(
+        CODES, ROW, width, heads, encoder + patch + decoder, num_classes=CLASSES, dropout=0.1, class_dropout=0.1
+    )
+    found = []
+    for name, build in (("dpar", lambda: DPAR(dpar)), ("llamagen", lambda: GPT(twin)), ("plain", lambda: PlainGPT(twin))):
+        torch.manual_seed(0)
+        model = build().to(device).train()
+        if compiled and name != "plain":
+            compile_blocks(model)
+        found.append(Contender(name, model, adamw(model.named_parameters(), OPTIM), bf16, device))
+    return found, dpar, twin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=list(SIZES), default="B")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--without-plain", action="store_true", help="leave the yardstick out, where memory is short")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    device = torch.device(options.device)
+    models, dpar, twin = contenders(options.size, device, bf16=options.precision == "bf16", compiled=options.compile)
+    if options.without_plain:
+        models = models[:2]
+    rng = np.random.default_rng(1)
+    lengths = plans(options.batch, 2)
+    layout = PatchLayout.from_lengths(lengths, row_width=ROW).to(device)
+    tokens = torch.from_numpy(rng.integers(0, CODES, (options.batch, TOKENS))).to(device)
+    labels = torch.from_numpy(rng.integers(0, CLASSES, options.batch)).to(device)
+    seconds: dict[str, list[float]] = {one.name: [] for one in models}
+    for repeat in range(options.repeats + 1):  # the first round warms up
+        for one in models[repeat % len(models) :] + models[: repeat % len(models)]:
+            taken = one.step(tokens, labels, layout)
+            if repeat:
+                seconds[one.name].append(taken)
+    speed = {name: options.batch / statistics.median(taken) for name, taken in seconds.items()}
+    patches = layout.patches / options.batch
+    promised = flops.gpt_forward_flops(twin) / flops.dpar_forward_flops(dpar, patches)
+    rows = options.batch * layout.most_patches  # what the attention of the patch transformer works on
+    work = options.batch * flops.dpar_forward_flops(dpar, patches)
+    padded = (rows - layout.patches) * 4 * dpar.width * layout.most_patches * dpar.patch_layers
+    peak = peak_flops(device, bf16=options.precision == "bf16")
+    utilisation = flops.training_flops(flops.dpar_forward_flops(dpar, patches)) * speed["dpar"] / peak
+    ratio = speed["dpar"] / speed["llamagen"]
+    print(f"{options.size}, batch {options.batch}, {options.precision}, {device}, {torch.get_num_threads()} threads")
+    print(f"mean patch length {TOKENS / patches:.3f}, longest plan {layout.most_patches}, shortest {min(map(len, lengths))}")
+    for name, value in speed.items():
+        spread = max(seconds[name]) / min(seconds[name])
+        step = statistics.median(seconds[name])
+        print(f"  {name:10} {value:8.3f} images/s   step {step:7.3f} s   slowest/fastest {spread:.2f}")
+    print(f"padding waste {padded / work:.2%} of the FLOPs, DPAR's utilisation {utilisation:.1%} of the peak")
+    print(f"ratio {ratio:.3f}, promised by FLOPs {promised:.3f}, efficiency {ratio / promised:.3f}")
+    found = {
+        "size": options.size, "batch": options.batch, "precision": options.precision, "device": str(device),
+        "dpar_images_per_s": speed["dpar"], "llamagen_images_per_s": speed["llamagen"], "ratio": ratio,
+        "flop_ratio": promised, "efficiency": ratio / promised, "padding_waste": padded / work, "utilisation": utilisation,
+        "mean_length": TOKENS / patches,
+    }  # fmt: skip
+    if "plain" in speed:
+        print(f"twin against plain code {speed['llamagen'] / speed['plain']:.3f}")
+        found |= {"plain_images_per_s": speed["plain"], "twin_against_plain": speed["llamagen"] / speed["plain"]}
+    print("RESULT " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
