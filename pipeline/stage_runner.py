@@ -117,7 +117,7 @@ STAGES: dict[str, StageSpec] = {
     "score_dpar": StageSpec(
         "stages.score",
         {"manifest": MANIFEST, "features": CLASSIFIER, "samples": f"{A}/samples/dpar"},
-        {"scores": f"{A}/scores/dpar.json"},
+        {"scores": f"{A}/scores/dpar.json", "metrics": f"{A}/scores/dpar_metrics.json"},
         run="run_dpar",
     ),
     "score_llamagen": StageSpec(
@@ -128,7 +128,12 @@ STAGES: dict[str, StageSpec] = {
             "samples": f"{A}/samples/llamagen",
             "equal_time": f"{A}/samples/llamagen_equal_time",
         },
-        {"scores": f"{A}/scores/llamagen.json", "equal_time": f"{A}/scores/llamagen_equal_time.json"},
+        {
+            "scores": f"{A}/scores/llamagen.json",
+            "metrics": f"{A}/scores/llamagen_metrics.json",
+            "equal_time": f"{A}/scores/llamagen_equal_time.json",
+            "equal_time_metrics": f"{A}/scores/llamagen_equal_time_metrics.json",
+        },
         run="run_llamagen",
         inputs_class="TwinInputs",
         outputs_class="TwinOutputs",

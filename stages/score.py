@@ -52,6 +52,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Outputs:
     scores: Path
+    metrics: Path
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class TwinInputs:
 @dataclass(frozen=True)
 class TwinOutputs:
     scores: Path
+    metrics: Path
     equal_time: Path
+    equal_time_metrics: Path
 
 
 @dataclass(frozen=True)
@@ -82,23 +85,29 @@ class Reference:
 
 def run_dpar(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Score the samples of DPAR."""
-    _score_all(params, inputs, [(inputs.samples, outputs.scores)], tracker, device=device, work=work)
+    _score_all(params, inputs, [(inputs.samples, outputs.scores, outputs.metrics)], tracker, device=device, work=work)
 
 
 def run_llamagen(
     params: Params, inputs: TwinInputs, outputs: TwinOutputs, tracker: Tracker, *, device: str, work: Path
 ) -> None:
     """Score the samples of the twin, at equal steps and at equal training time."""
-    pairs = [(inputs.samples, outputs.scores), (inputs.equal_time, outputs.equal_time)]
-    _score_all(params, inputs, pairs, tracker, device=device, work=work)
+    work_list = [
+        (inputs.samples, outputs.scores, outputs.metrics),
+        (inputs.equal_time, outputs.equal_time, outputs.equal_time_metrics),
+    ]
+    _score_all(params, inputs, work_list, tracker, device=device, work=work)
 
 
-def _score_all(params: Params, inputs, pairs: list[tuple[Path, Path]], tracker: Tracker, *, device: str, work: Path) -> None:
+def _score_all(
+    params: Params, inputs, work_list: list[tuple[Path, Path, Path]], tracker: Tracker, *, device: str, work: Path
+) -> None:
+    """work_list: samples, their score file with all that made it, and the same scores bare, as a table of DVC shows them."""
     settings = params.score
     file = inputs.features if settings.features == "demo" else Path(settings.features_file)
     network = feature_network(settings.features, file, device)
     reference = make_reference(params, inputs.manifest, network, tracker, work=work)
-    for samples, target in pairs:
+    for samples, target, metrics in work_list:
         images = read_samples(samples / "samples.npz")
         if len(images) < settings.images:
             raise ScoreError(
@@ -111,7 +120,8 @@ def _score_all(params: Params, inputs, pairs: list[tuple[Path, Path]], tracker: 
         protocol = protocol_of(network, reference, settings, images=settings.images, image_size=images.shape[1])
         scores, intervals = compare(features, reference, settings, seed=params.seed)
         write_json(target, score_file(scores, intervals, protocol, made_by))
-        suffix = f"/{samples.name}" if len(pairs) > 1 else ""
+        write_json(metrics, scores)
+        suffix = f"/{samples.name}" if len(work_list) > 1 else ""
         tracker.log_metrics({f"{name}{suffix}": value for name, value in scores.items()})
 
 

@@ -38,7 +38,7 @@ def place(tmp_path):
 
 def run(folder, params):
     inputs = score.Inputs(folder / "manifest.parquet", folder / "c.safetensors", folder / "dpar")
-    outputs = score.Outputs(folder / "dpar.json")
+    outputs = score.Outputs(folder / "dpar.json", folder / "dpar_metrics.json")
     score.run_dpar(params, inputs, outputs, NullTracker(), device="cpu", work=folder / "work")
     return json.loads((folder / "dpar.json").read_text())
 
@@ -52,6 +52,8 @@ def test_scores_are_named_after_their_features_and_carry_their_protocol(place):
     assert found["protocol"]["features"] == "demo"
     low, high = found["intervals"]["eval/fd_demo"]
     assert low <= found["eval/fd_demo"] <= high
+    bare = json.loads((folder / "dpar_metrics.json").read_text())
+    assert bare == {name: value for name, value in found.items() if name.startswith("eval/")}
     first = (folder / "dpar.json").read_bytes()
     run(folder, params)  # now from the cached reference
     assert (folder / "dpar.json").read_bytes() == first
