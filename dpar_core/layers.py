@@ -6,11 +6,13 @@ A block does not know how its positions are laid out: the `attend` object it is 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from dpar_core.rope import Rotary, rotate
 
@@ -69,23 +71,50 @@ class PackedCausal:
     """Causal attention inside each image for positions packed without padding: (N, H, hd).
 
     offsets: (B + 1,) int64, where each image's positions begin; rows: N; longest: the largest count (both given, as
-    reading them from the device would wait for it). Only the attention itself sees padded rows (right padding is
-    harmless under a causal mask); all other layers run on the N packed ones.
+    reading them from the device would wait for it). Where the device has attention over lists of different lengths (CUDA
+    in half precision), no row is padded. Elsewhere attention alone sees padded rows (right padding is harmless under a
+    causal mask); all other layers run on the N packed ones.
     """
 
     def __init__(self, offsets: Tensor, *, rows: int, longest: int) -> None:
-        counts = offsets.diff()
-        self.images, self.longest = len(counts), longest
-        image = torch.arange(self.images, device=offsets.device).repeat_interleave(counts, output_size=rows)
-        within = torch.arange(len(image), device=offsets.device) - offsets[:-1][image]
-        self.slots_N = image * longest + within
+        self.offsets, self.rows, self.longest = offsets, rows, longest
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.ragged(q, k, v) if has_ragged_attention(q) else self.padded(q, k, v)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where each image's positions begin and end, as the ragged kernel reads it: (B + 1,) int32."""
+        return self.offsets.to(torch.int32)
+
+    @cached_property
+    def slots_N(self) -> Tensor:
+        """The row of each packed position among the padded ones: (N,) int64."""
+        image = torch.arange(len(self.offsets) - 1, device=self.offsets.device)
+        image = image.repeat_interleave(self.offsets.diff(), output_size=self.rows)
+        within = torch.arange(self.rows, device=image.device) - self.offsets[:-1][image]
+        return image * self.longest + within
+
+    def ragged(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Let every image attend to its own rows in one kernel, without padding."""
+        causal_window = (-1, 0)
+        return varlen_attn(
+            q, k, v.contiguous(), self.bounds, self.bounds, self.longest, self.longest, window_size=causal_window
+        )
+
+    def padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Lay images side by side, as long as the longest, attend, and take the rows that are not padding."""
+        images = len(self.offsets) - 1
         packed = torch.stack((q, k, v), dim=1)  # (N, 3, H, hd)
-        padded = packed.new_zeros(self.images * self.longest, *packed.shape[1:]).index_copy(0, self.slots_N, packed)
-        q, k, v = padded.view(self.images, self.longest, *packed.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
+        laid = packed.new_zeros(images * self.longest, *packed.shape[1:]).index_copy(0, self.slots_N, packed)
+        q, k, v = laid.view(images, self.longest, *packed.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
         out = causal_attention(q, k, v)  # (B, H, longest, hd)
         return out.transpose(1, 2).flatten(0, 1)[self.slots_N]
+
+
+def has_ragged_attention(q: Tensor) -> bool:
+    """Whether torch's kernel for lists of different lengths takes this tensor: FlashAttention's conditions."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 class Attention(nn.Module):

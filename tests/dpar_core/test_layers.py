@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dpar_core.layers as layers
 from dpar_core.layers import PackedCausal, causal, causal_attention, plain_causal_attention
 
 
@@ -41,3 +42,40 @@ def test_packed_images_attend_as_each_would_alone():
         part = slice(first, first + count)
         alone = causal(q[None, part], k[None, part], v[None, part])[0]
         torch.testing.assert_close(packed[part], alone, atol=1e-6, rtol=1e-6)
+
+
+def one_image_at_a_time(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+    """What torch documents of varlen_attn, the slow way; it has no CPU kernel."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size == (-1, 0)
+    assert max_q == max_k == cu_seq_q.diff().max()
+    parts = [slice(a, b) for a, b in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:])]
+    return torch.cat([causal(q[None, part], k[None, part], v[None, part])[0] for part in parts])
+
+
+def ragged_problem(device="cpu", dtype=torch.float32):
+    torch.manual_seed(1)
+    offsets = torch.tensor([0, 3, 4, 11, 16], device=device)
+    tensors = [torch.randn(16, 2, 8, device=device, dtype=dtype) for _ in range(4)]
+    return PackedCausal(offsets, rows=16, longest=7), tensors
+
+
+def with_gradients(attend, tensors):
+    *leaves, out = [x.clone().requires_grad_() for x in tensors]
+    found = attend(*leaves)
+    found.backward(out)
+    return [found.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def test_ragged_attention_is_asked_for_what_padded_attention_gives(monkeypatch):
+    monkeypatch.setattr(layers, "varlen_attn", one_image_at_a_time)
+    packed, tensors = ragged_problem()
+    for ragged, padded in zip(with_gradients(packed.ragged, tensors), with_gradients(packed.padded, tensors)):
+        torch.testing.assert_close(ragged, padded, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is CUDA's")
+def test_ragged_attention_on_a_gpu_gives_what_padded_attention_gives():
+    packed, tensors = ragged_problem("cuda", torch.bfloat16)
+    assert layers.has_ragged_attention(tensors[0])
+    for ragged, padded in zip(with_gradients(packed.ragged, tensors), with_gradients(packed.padded, tensors)):
+        torch.testing.assert_close(ragged, padded, atol=0.06, rtol=0.06)
