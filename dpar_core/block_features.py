@@ -50,9 +50,10 @@ def block_features(model: GPT | DPAR, batch: Batch) -> Tensor:
 
 
 def _image_means(states: Tensor, batch: Batch) -> Tensor:
-    """Average (B, n, D), or packed (P, D) by the layout of the batch, over positions: (B, D)."""
+    """Average (B, n, D), or packed (P, D) by the layout of the batch (spare rows after them), over positions: (B, D)."""
     if states.dim() == 3:
         return states.mean(1)
+    states = states[: batch.layout.patches]
     counts = batch.layout.offsets.diff()
     image = torch.repeat_interleave(torch.arange(len(counts), device=states.device), counts, output_size=len(states))
     return states.new_zeros(len(counts), states.shape[1]).index_add(0, image, states) / counts[:, None]

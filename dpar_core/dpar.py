@@ -10,7 +10,6 @@ needed as input), S longest patch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from dpar_core.layers import Block, LabelEmbedder, PackedCausal, RMSNorm, ffn_wi
 from dpar_core.rope import Rotary, patch_rotary, token_rotary
 
 LONGEST_GATHERED = 8  # patches up to this long are pooled as (K, S) rows, longer ones as segments
+ROWS_MULTIPLE = 16  # on a CPU, packed rows are rounded up to this, see `spare_rows`
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,13 @@ class DPARConfig:
         return self.layers * block + around + tables + d
 
 
-class Members(NamedTuple):
-    """Tokens of the complete patches. token: (K, S) int64 into the (B * n) flattened tokens; mask: (K, S) bool."""
+def spare_rows(rows: int, device: torch.device) -> int:
+    """Return how many rows to add to a packed list so that few shapes occur.
 
-    token: Tensor
-    mask: Tensor
+    oneDNN builds and keeps a kernel for every new shape, and packed batches hardly ever have the same number of rows
+    twice: without this, a training step on a CPU slows down by a sixth over a few hundred steps (docs/log.md).
+    """
+    return -rows % ROWS_MULTIPLE if device.type == "cpu" else 0
 
 
 class PatchAttention(nn.Module):
@@ -189,7 +191,10 @@ class DPAR(nn.Module):
         return self.output(self.norm(self.decode(x_BnD, h_PD, layout)))
 
     def encode(self, tokens: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
-        """Return the token states x' (B, n, D) and the vectors of the complete patches (K, D)."""
+        """Return the token states x' (B, n, D) and the vectors of the complete patches (K, D).
+
+        Rows past K, if any, hold nothing (see `spare_rows`).
+        """
         x = self.tok_embeddings(tokens)
         table = self.rotary.at(slice(1, 1 + x.shape[1]))
         pool = _Gathered(layout, x.shape[1]) if layout.longest <= LONGEST_GATHERED else _Segments(layout, x.shape[1])
@@ -201,14 +206,18 @@ class DPAR(nn.Module):
         return x, patches
 
     def transform_patches(self, patches_KD: Tensor, labels: Tensor, layout: PatchLayout) -> Tensor:
-        """Run [class, P_0, P_1, ...] of every image through the patch transformer; row k serves patch k: (P, D)."""
+        """Run [class, P_0, P_1, ...] of every image through the patch transformer; row k serves patch k: (P, D).
+
+        Rows past P, if any, hold nothing (see `spare_rows`).
+        """
         classes = self.cls_embedding(labels)
         first = layout.offsets[:-1]
         # Row 0 of an image is its class and row k its patch k - 1, so each complete patch moves up by one row.
-        x = classes.new_zeros(layout.patches, classes.shape[1]).index_copy(0, first, classes)
-        x = x.index_copy(0, _complete(layout) + 1, patches_KD.type_as(x))
+        ids, spare = _complete(layout), spare_rows(layout.patches, classes.device)
+        x = classes.new_zeros(layout.patches + spare, classes.shape[1]).index_copy(0, first, classes)
+        x = x.index_copy(0, ids + 1, patches_KD[: len(ids)].type_as(x))
         x = F.dropout(x, self.config.dropout, self.training)
-        table = self.patch_table(layout)
+        table = Rotary(*(F.pad(part, (0, 0, 0, spare)) for part in self.patch_table(layout)))
         attend = PackedCausal(layout.offsets, rows=layout.patches, longest=layout.most_patches)
         for block in self.layers:
             x = block(x, table, attend)
@@ -250,9 +259,12 @@ class _Gathered:
         ids = _complete(layout)
         image = torch.searchsorted(layout.offsets, ids, right=True) - 1
         within = torch.arange(layout.longest, device=ids.device)
-        self.mask = within < layout.lengths[ids, None]
+        mask = within < layout.lengths[ids, None]
         first = image * tokens + layout.starts[ids]
-        self.token = first[:, None] + torch.where(self.mask, within, 0)
+        token = first[:, None] + torch.where(mask, within, 0)
+        spare = spare_rows(len(ids), ids.device)  # each is a patch of the first token
+        self.token, self.mask = F.pad(token, (0, 0, 0, spare)), F.pad(mask, (0, 0, 0, spare))
+        self.mask[len(ids) :, 0] = True
 
     def _gather(self, x: Tensor) -> Tensor:
         return F.embedding(self.token, x.flatten(0, 1))  # its backward pass is faster than that of indexing

@@ -68,12 +68,12 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class PackedCausal:
-    """Causal attention inside each image for positions packed without padding: (N, H, hd).
+    """Causal attention inside each image for positions packed without padding: (N, H, hd), and spare rows after them.
 
     offsets: (B + 1,) int64, where each image's positions begin; rows: N; longest: the largest count (both given, as
     reading them from the device would wait for it). Where the device has attention over lists of different lengths (CUDA
-    in half precision), no row is padded. Elsewhere attention alone sees padded rows (right padding is harmless under a
-    causal mask); all other layers run on the N packed ones.
+    in half precision), no row is padded or spare. Elsewhere attention alone sees padded rows (right padding is harmless
+    under a causal mask); all other layers run on the N packed ones.
     """
 
     def __init__(self, offsets: Tensor, *, rows: int, longest: int) -> None:
@@ -104,12 +104,12 @@ class PackedCausal:
 
     def padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Lay images side by side, as long as the longest, attend, and take the rows that are not padding."""
-        images = len(self.offsets) - 1
-        packed = torch.stack((q, k, v), dim=1)  # (N, 3, H, hd)
+        images, spare = len(self.offsets) - 1, len(q) - self.rows
+        packed = torch.stack((q, k, v), dim=1)[: self.rows]  # (N, 3, H, hd)
         laid = packed.new_zeros(images * self.longest, *packed.shape[1:]).index_copy(0, self.slots_N, packed)
         q, k, v = laid.view(images, self.longest, *packed.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
         out = causal_attention(q, k, v)  # (B, H, longest, hd)
-        return out.transpose(1, 2).flatten(0, 1)[self.slots_N]
+        return F.pad(out.transpose(1, 2).flatten(0, 1)[self.slots_N], (0, 0, 0, 0, 0, spare))
 
 
 def has_ragged_attention(q: Tensor) -> bool:

@@ -122,7 +122,7 @@ def peak_flops(device: torch.device, *, bf16: bool) -> float:
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best = float("inf")
-    for _ in range(4):
+    for _ in range(16):
         started = time.perf_counter()
         product = matrix @ matrix
         product[0, 0].item()  # waits for the device

@@ -262,12 +262,12 @@ def _intermediates(folder: Path) -> Iterator[Case]:
             states = model.transform_patches(patches, labels, layout)
             expected = z[f"{encoding}_patch_states"]
             rows = np.concatenate([expected[image, :count] for image, count in enumerate(counts)])
-            yield Case(f"DPAR {encoding}: patch states", _largest(states, rows), LOGITS)
+            yield Case(f"DPAR {encoding}: patch states", _largest(states[: layout.patches], rows), LOGITS)
             if encoding == "4d":
                 yield Case("DPAR 4d: encoder tokens", _largest(x, z["4d_encoder_tokens"]), LOGITS)
                 whole = z["4d_patch_embeddings"]
                 rows = np.concatenate([whole[image, : count - 1] for image, count in enumerate(counts)])
-                yield Case("DPAR 4d: patch embeddings", _largest(patches, rows), LOGITS)
+                yield Case("DPAR 4d: patch embeddings", _largest(patches[: len(rows)], rows), LOGITS)
                 decoded = model.decode(x, states, layout)
                 yield Case("DPAR 4d: decoder states", _largest(decoded, z["4d_decoder_states"]), LOGITS)
 

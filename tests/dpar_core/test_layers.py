@@ -79,3 +79,11 @@ def test_ragged_attention_on_a_gpu_gives_what_padded_attention_gives():
     assert layers.has_ragged_attention(tensors[0])
     for ragged, padded in zip(with_gradients(packed.ragged, tensors), with_gradients(packed.padded, tensors)):
         torch.testing.assert_close(ragged, padded, atol=0.06, rtol=0.06)
+
+
+def test_spare_rows_take_no_part_in_attention():
+    packed, (q, k, v, _) = ragged_problem()
+    spare = [torch.cat([x, torch.full((5, *x.shape[1:]), 1e9)]) for x in (q, k, v)]
+    found = packed.padded(*spare)
+    torch.testing.assert_close(found[:16], packed.padded(q, k, v), atol=0, rtol=0)
+    assert found.shape == spare[0].shape and not found[16:].any()
