@@ -60,7 +60,7 @@ def sweep_threshold(
     from stages.sweep import Point
 
     _check_search(search, retrain=retrain)
-    subject, params = _subject("dpar", max_length)
+    subject, params = subject_of("dpar", max_length)
     chosen = _training_thresholds(subject) if thresholds is None else _range(thresholds, "--thresholds")
     points = tuple(Point(threshold, scale) for threshold in chosen for scale in _range(cfg, "--cfg"))
     plan = _plan(points, params, images, final_images, finalists, concurrency, search, trials)
@@ -87,7 +87,7 @@ def sweep_cfg(
     from stages.sweep import Point
 
     _check_search(search, retrain=False)
-    subject, params = _subject(model, None)
+    subject, params = subject_of(model, None)
     points = tuple(Point(None, scale) for scale in _range(cfg, "--cfg"))
     plan = _plan(points, params, images, final_images, finalists, concurrency, search, trials)
     _run(name or f"cfg-{model}", model, subject, params, plan, retrain=False, apply=apply)
@@ -109,7 +109,7 @@ def _check_search(search: str, *, retrain: bool) -> None:
         raise ValueError(f"--retrain trains a model for each threshold of a grid: it does not go with --search {search}")
 
 
-def _subject(model: str, max_length: int | None) -> tuple[Subject, Any]:
+def subject_of(model: str, max_length: int | None) -> tuple[Subject, Any]:
     """Return what params.yaml and artifacts/ offer to sweep."""
     from pipeline.sample_commands import MODELS
     from pipeline.stage_runner import CLASSIFIER, MANIFEST, device_of, set_threads
