@@ -24,7 +24,7 @@ from torch import nn
 
 from dpar_core import flops
 from dpar_core.batch import PatchLayout
-from dpar_core.dpar import DPAR, DPARConfig
+from dpar_core.dpar import DPAR, DPARConfig, spare_rows
 from dpar_core.gpt import GPT, GPTConfig, next_token_loss
 from dpar_core.meters import peak_flops
 from dpar_core.optim import OptimSettings, adamw, clip_gradients
@@ -178,6 +178,7 @@ def main() -> None:
     rows = options.batch * layout.most_patches  # what the attention of the patch transformer works on
     work = options.batch * flops.dpar_forward_flops(dpar, patches)
     padded = (rows - layout.patches) * 4 * dpar.width * layout.most_patches * dpar.patch_layers
+    padded += spare_rows(layout.patches, device) * flops.block_flops(dpar.width, dpar.hidden) * dpar.patch_layers
     peak = peak_flops(device, bf16=options.precision == "bf16")
     utilisation = flops.training_flops(flops.dpar_forward_flops(dpar, patches)) * speed["dpar"] / peak
     ratio = speed["dpar"] / speed["llamagen"]
