@@ -19,6 +19,9 @@ Sha256 = Annotated[str | None, typer.Option(help="SHA-256 the features' file mus
 Neighbours = Annotated[int, typer.Option(min=1, help="k of precision and recall.")]
 Bootstrap = Annotated[int, typer.Option(min=0, help="Resamples for 95 % intervals; 0: none.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of bootstrap and KID subsets.")]
+AllowSingular = Annotated[
+    bool, typer.Option("--allow-singular", help="Give a distance even where fewer images than features make it too large.")
+]
 WORK = Path("work", "references")
 
 
@@ -38,6 +41,7 @@ def score(
     neighbours: Neighbours = 3,
     bootstrap: Bootstrap = 200,
     seed: Seed = 0,
+    allow_singular: AllowSingular = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to (one set of samples).")] = None,
 ) -> None:
     """Score anyone's images: Frechet distance, sFID, IS, KID, precision and recall, with intervals and a protocol.
@@ -60,7 +64,7 @@ def score(
     counts = [_count(path) for path in samples]
     settings = settings_for(
         features, reference, images=images or min(counts), neighbours=neighbours, bootstrap=bootstrap,
-        classifier=params.score.demo_classifier,
+        classifier=params.score.demo_classifier, allow_singular=allow_singular,
     )  # fmt: skip
     against = _reference(reference, params, network, tracker, samples=samples[0])
     found = [score_images(path, against, network, settings, tracker, seed=seed) for path in samples]
@@ -141,6 +145,7 @@ def calibrate(
         list[str] | None, typer.Option(help="NAME=VALUE to expect instead, as fid=5.46; may be repeated.")
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Share of the published value that the score may be off.")] = 0.05,
+    allow_singular: AllowSingular = False,
     out: Annotated[Path, typer.Option(help="Folder for samples and scores.")] = Path("calibration"),
 ) -> None:
     """Draw from a published LlamaGen checkpoint, score it, and say whether the published figures come out.
@@ -171,8 +176,9 @@ def calibrate(
             section, files, out / "samples", tracker, device=device_of(params.compute), work=work / "batches", prefix=""
         )
     settings = settings_for(
-        features, reference, images=images, neighbours=3, bootstrap=0, classifier=params.score.demo_classifier
-    )
+        features, reference, images=images, neighbours=3, bootstrap=0, classifier=params.score.demo_classifier,
+        allow_singular=allow_singular,
+    )  # fmt: skip
     against = _reference(reference, params, network, tracker, samples=out / "samples")
     found = score_images(out / "samples", against, network, settings, tracker, seed=params.seed)
     write_json(out / "scores.json", found)

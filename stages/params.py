@@ -207,6 +207,7 @@ class Score(Section):
     neighbours: Count
     splits: Count
     bootstrap: OrZero
+    allow_singular: bool
     demo_classifier: DemoClassifier
 
 

@@ -152,7 +152,9 @@ def score_file(scores: dict, intervals: dict, protocol: dict[str, Any], made_by:
 def compare(features: Features, reference: Reference, settings: P.Score, *, seed: int) -> tuple[dict, dict]:
     """Return scores by name, and bootstrap intervals of those that a resample of the images can move.
 
-    Raises ScoreError when features and reference are of different networks.
+    Where fewer images than features make a covariance singular and `allow_singular` is false, the pooled distance is an
+    error, and the spatial one is not among the scores. Raises ScoreError, also when features and reference are of
+    different networks.
     """
     if features.pool.shape[1] != len(reference.pool.mean):
         raise ScoreError(
@@ -160,6 +162,14 @@ def compare(features: Features, reference: Reference, settings: P.Score, *, seed
             "both must come from one network"
         )
     distance = DISTANCE_NAMES[settings.features]
+    pool_images = {"samples": len(features.pool), "reference": reference.pool.count}
+    for side, count in pool_images.items():
+        if _singular(count, features.pool.shape[1]) and not settings.allow_singular:
+            raise ScoreError(
+                f"the {side} are {count} images, and the covariance of {features.pool.shape[1]} features has full rank only "
+                f"with more images than that: take more, or set score.allow_singular (--allow-singular) for a number that "
+                "may be compared with others of as few images only"
+            )
 
     def frechet(chosen: np.ndarray) -> dict[str, float]:
         moments = FeatureMoments.of(features.pool[chosen])
@@ -169,7 +179,14 @@ def compare(features: Features, reference: Reference, settings: P.Score, *, seed
         return values
 
     scores = frechet(np.arange(len(features.pool)))
-    if features.spatial is not None and reference.spatial is not None:
+    if (
+        features.spatial is not None
+        and reference.spatial is not None
+        and (
+            settings.allow_singular
+            or not any(_singular(n, features.spatial.shape[1]) for n in (len(features.spatial), reference.spatial.count))
+        )
+    ):
         scores[f"eval/s{distance}"] = _distance(FeatureMoments.of(features.spatial), reference.spatial)
     if reference.features is not None:
         both = precision_recall(reference.features, features.pool, k=settings.neighbours)
@@ -181,6 +198,11 @@ def compare(features: Features, reference: Reference, settings: P.Score, *, seed
 
 def _suffix(settings: P.Score) -> str:
     return "" if settings.features == "inception" else f"_{settings.features}"
+
+
+def _singular(images: int, features: int) -> bool:
+    """Whether this many images leave a covariance without full rank; 0 images: statistics that do not say how many."""
+    return 0 < images <= features
 
 
 def _distance(a: FeatureMoments, b: FeatureMoments) -> float:

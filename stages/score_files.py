@@ -28,12 +28,14 @@ class Spread:
 
 
 def settings_for(
-    features: str, reference: str, *, images: int, neighbours: int, bootstrap: int, classifier: P.DemoClassifier
-) -> P.Score:
+    features: str, reference: str, *, images: int, neighbours: int, bootstrap: int, classifier: P.DemoClassifier,
+    allow_singular: bool = False,
+) -> P.Score:  # fmt: skip
     """Return the score section that stands for these options."""
     return P.Score(
         features=features, features_file=None, reference=reference, images=images, neighbours=neighbours,
-        splits=-(-images // SPLIT), bootstrap=bootstrap, demo_classifier=classifier,
+        splits=-(-images // SPLIT), bootstrap=bootstrap, allow_singular=allow_singular,
+        demo_classifier=classifier,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ SMOKE = P.load_params(ROOT / "params" / "smoke.yaml")
 
 
 def settings(images, **changes):
-    given = {"neighbours": 3, "bootstrap": 20, "classifier": SMOKE.score.demo_classifier, **changes}
+    given = {"neighbours": 3, "bootstrap": 20, "classifier": SMOKE.score.demo_classifier, "allow_singular": True, **changes}
     return score_files.settings_for("demo", "x", images=images, **given)
 
 
@@ -106,6 +106,26 @@ def test_a_manifest_is_a_reference(tmp_path, network):
     write_manifest(tmp_path / "manifest.parquet", builtin_manifest(builtin, seed=0))
     against = score.reference_of(tmp_path / "manifest.parquet", network, NullTracker(), cache=tmp_path, image_size=32)
     assert against.images == 18
+
+
+def test_too_few_images_for_a_covariance_are_refused_unless_asked_for(network):
+    def reference(count):
+        given = network(pictures(0, count))
+        moments = FeatureMoments.of(given.pool), FeatureMoments.of(given.spatial)
+        return score.Reference("r", "0", count, *moments, given.pool)
+
+    few, enough, many = (network(pictures(1, count)) for count in (64, 65, 449))
+    for features, against, side in ((few, 65, "samples are 64"), (enough, 64, "reference are 64")):
+        with pytest.raises(
+            ScoreError, match=f"{side} images, and the covariance of 64 features has full rank only with more"
+        ):
+            score.compare(features, reference(against), settings(64, allow_singular=False, bootstrap=0), seed=0)
+        allowed, _ = score.compare(features, reference(against), settings(64, bootstrap=0), seed=0)
+        assert {"eval/fd_demo", "eval/sfd_demo"} <= allowed.keys()
+    found, _ = score.compare(enough, reference(449), settings(65, allow_singular=False, bootstrap=0), seed=0)
+    assert "eval/fd_demo" in found and "eval/sfd_demo" not in found  # 448 spatial features
+    found, _ = score.compare(many, reference(449), settings(449, allow_singular=False, bootstrap=0), seed=0)
+    assert "eval/sfd_demo" in found
 
 
 def test_scores_of_different_protocols_are_not_compared(tmp_path, network):
