@@ -84,6 +84,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    for file in sorted(inputs.scores.glob("*.json")):
+        tracker.log_input(f"scores {file.stem}", file, artifact_digest(file))
     manifest = read_manifest(inputs.manifest)
     train, held_out = (TokenShards(inputs.tokens, split) for split in ("train", "validation"))
     maps = PatchMaps(inputs.patch_maps, held_out)

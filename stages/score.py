@@ -29,6 +29,7 @@ from dpar_core.metrics import (
 )
 from stages import params as P
 from stages.data import ImageOpener
+from stages.files import artifact_digest
 from stages.tracker import Tracker
 
 # What scores are called: names of the field only where the field's own network was used.
@@ -107,8 +108,11 @@ def _score_all(
     file = inputs.features if settings.features == "demo" else Path(settings.features_file)
     network = feature_network(settings.features, file, device)
     reference = make_reference(params, inputs.manifest, network, tracker, work=work)
+    tracker.log_input("features", file, network.digest[:16])
+    tracker.log_input("reference", inputs.manifest, reference.digest)
     for samples, target, metrics in work_list:
         images = read_samples(samples / "samples.npz")
+        tracker.log_input(f"samples {samples.name}", samples, artifact_digest(samples / "samples.npz"))
         if len(images) < settings.images:
             raise ScoreError(
                 f"{samples} holds {len(images)} images, the protocol asks for {settings.images}: raise sample.images or "

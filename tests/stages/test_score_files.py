@@ -116,9 +116,7 @@ def test_too_few_images_for_a_covariance_are_refused_unless_asked_for(network):
 
     few, enough, many = (network(pictures(1, count)) for count in (64, 65, 449))
     for features, against, side in ((few, 65, "samples are 64"), (enough, 64, "reference are 64")):
-        with pytest.raises(
-            ScoreError, match=f"{side} images, and the covariance of 64 features has full rank only"
-        ):
+        with pytest.raises(ScoreError, match=f"{side} images, and the covariance of 64 features has full rank only"):
             score.compare(features, reference(against), settings(64, allow_singular=False, bootstrap=0), seed=0)
         allowed, _ = score.compare(features, reference(against), settings(64, bootstrap=0), seed=0)
         assert {"eval/fd_demo", "eval/sfd_demo"} <= allowed.keys()
