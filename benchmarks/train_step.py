@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpar_core import flops
+from dpar_core.allocator import keep_freed_blocks
 from dpar_core.batch import PatchLayout
 from dpar_core.dpar import DPAR, DPARConfig, spare_rows
 from dpar_core.gpt import GPT, GPTConfig, next_token_loss
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--without-plain", action="store_true", help="leave the yardstick out, where memory is short")
     options = parser.parse_args()
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    keep_freed_blocks()  # as workers do, and for plain code too
     device = torch.device(options.device)
     models, dpar, twin = contenders(options.size, device, bf16=options.precision == "bf16", compiled=options.compile)
     if options.without_plain:

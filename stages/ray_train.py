@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from dpar_core import allocator
 from dpar_core.checkpoint import CheckpointError, file_system
 from dpar_core.parallel import Ranks
 from dpar_core.train import TrainingStopped
@@ -127,6 +128,7 @@ def _trainer(function: Callable[..., Event], root: str, events: Path, scale: Sca
         checkpoint_config=CheckpointConfig(),
         logging_config=LoggingConfig(log_level="ERROR"),
         callbacks=[_relay(events)],
+        worker_runtime_env={} if scale.gpus else {"env_vars": allocator.ENVIRONMENT},
     )
     # Not as train_loop_config: Ray's controller would unpack that, and import torch with it.
     loop = partial(_worker, function, root, scale)

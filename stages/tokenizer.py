@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpar_core.allocator import keep_freed_blocks
 from dpar_core.checkpoint import Architecture, CheckpointStore
 from dpar_core.data_order import DataOrder, fixed_subset
 from dpar_core.files import atomic_path, save_weights, write_json
@@ -59,6 +60,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         settings.z_channels, settings.residual_blocks, settings.commitment, settings.norm_groups,
     )  # fmt: skip
     if settings.weights is None:
+        keep_freed_blocks()
         images = Images(manifest.split("train"), opener, params.data.image_size)
         state = train(config, settings, images, tracker, seed=params.seed, device=device, work=work)
     else:
