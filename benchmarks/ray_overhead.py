@@ -4,8 +4,9 @@
 
 Trains the LlamaGen twin of a size through Ray Train on one worker with all cores, its log lines reported every two
 steps, and adds up from /proc the CPU seconds of every process that Ray runs apart from the worker itself (gcs, raylet,
-controller and its helpers, agents) and of the driver, between the third step and the last. Their share of the CPU
-seconds of those steps is what Ray can cost at most; beside it, the time that the worker itself spent in reporting.
+controller and its helpers, agents) and of the driver, between the third step and the last. Beside that, the time that
+the worker itself spent in reporting, and the clock's verdict: the same steps in a plain process with the same settings
+of the allocator, the two taking turns, medians of the steps' times.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import json
 import os
 import platform
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +27,9 @@ import psutil
 import ray
 import torch
 
+from dpar_core import allocator
 from dpar_core.gpt import GPTConfig
+from dpar_core.parallel import Ranks
 from dpar_core.shards import TokenShards
 from stages import ray_train
 from stages.params import load_params
@@ -59,13 +64,15 @@ class Meter:
 
 def measured(job: Job, root: str, *, ranks, hooks) -> dict:
     """Train, adding up the time spent in hooks."""
-    spent = {"seconds": 0.0}
+    spent = {"seconds": 0.0, "steps": []}
 
     def timed(method):
-        def call(*arguments):
+        def call(step, *arguments):
             started = time.perf_counter()
-            method(*arguments)
+            method(step, *arguments)
             spent["seconds"] += time.perf_counter() - started
+            if step > 2 and arguments and "perf/step_time" in arguments[0]:
+                spent["steps"].append(arguments[0]["perf/step_time"])
 
         return call
 
@@ -75,52 +82,103 @@ def measured(job: Job, root: str, *, ranks, hooks) -> dict:
     return spent
 
 
+class Silent:
+    """Hooks that nobody listens to."""
+
+    def begin(self, step: int) -> None: ...
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def checkpoint(self, step: int, address: str) -> None: ...
+
+
+def plain(size: str, batch: int, steps: int, data: Path) -> None:
+    """Train without Ray in this process and print the steps' times as JSON."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory() as root:
+        print(json.dumps(measured(make_job(size, batch, steps, data), root, ranks=Ranks(), hooks=Silent())["steps"]))
+
+
+def make_job(size: str, batch: int, steps: int, data: Path) -> Job:
+    from train_memory import CODES, GRID
+
+    width, heads, layers = SHAPES[size]
+    meta = TokenShards(data / "tokens", "train").meta
+    config = GPTConfig(CODES, GRID, width, heads, layers, num_classes=len(meta.classes), dropout=0.1)
+    training = load_params(ROOT / "params" / "demo.yaml").train.model_copy(
+        update={
+            "steps": steps, "batch_size": batch, "log_every": 2, "validate_every": 10**6,
+            "checkpoint_every": 10**6, "validation_images": batch, "workers": 1, "accumulate": 1,
+        }
+    )  # fmt: skip
+    return Job("llamagen", config, training, 0, data / "tokens")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="B")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--plain-on", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from train_memory import CODES, GRID, make_data
+    asked = (options.size, options.batch, options.steps)
+    if options.plain_on is not None:
+        return plain(*asked, options.plain_on)
+    from train_memory import make_data
 
-    width, heads, layers = SHAPES[options.size]
     cpus = len(os.sched_getaffinity(0))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    times: dict[str, list[float]] = {"ray": [], "plain": []}
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary)
         make_data(data, 500)
-        meta = TokenShards(data / "tokens", "train").meta
-        config = GPTConfig(CODES, GRID, width, heads, layers, num_classes=len(meta.classes), dropout=0.1)
-        training = load_params(ROOT / "params" / "demo.yaml").train.model_copy(
-            update={
-                "steps": options.steps, "batch_size": options.batch, "log_every": 2, "validate_every": 10**6,
-                "checkpoint_every": 10**6, "validation_images": options.batch, "workers": 1, "accumulate": 1,
-            }
-        )  # fmt: skip
-        job = Job("llamagen", config, training, 0, data / "tokens")
-        meter, root = Meter(), str(data / "run")
-        scale = ray_train.Scale.of(training, device="cpu")
-        spent = ray_train.fit(
-            partial(measured, job, root), root=root, work=data / "work", scale=scale, section="train", on_event=meter
-        )
+        job = make_job(*asked, data)
+        scale = ray_train.Scale.of(job.training, device="cpu")
+        words = [sys.executable, __file__, *zip_words(asked), "--plain-on", str(data)]
+        for turn in range(options.turns):
+            meter, root = Meter(), str(data / f"run{turn}")
+            spent = ray_train.fit(
+                partial(measured, job, root),
+                root=root,
+                work=data / f"work{turn}",
+                scale=scale,
+                section="train",
+                on_event=meter,
+            )
+            times["ray"] += spent["steps"]
+            said = subprocess.run(
+                words, env={**os.environ, **allocator.ENVIRONMENT}, capture_output=True, text=True, check=True
+            )
+            times["plain"] += json.loads(said.stdout.splitlines()[-1])
+            print(f"turn {turn}: a step {statistics.median(spent['steps']):.3f} s in Ray's worker", flush=True)
     # Lines of one report arrive together: only the last of each counts.
     seen = [a for a, b in zip(meter.points, meter.points[1:]) if b[1] - a[1] > 0.05][:-1]
     first, last = seen[0], seen[-1]
     steps, seconds = last[0] - first[0], last[1] - first[1]
     of_ray, of_worker = last[2] - first[2], last[3] - first[3]
     share = of_ray / (of_ray + of_worker)
-    asked = f"--size {options.size} --batch {options.batch} --steps {options.steps}"
     versions = f"Ray {ray.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"python benchmarks/ray_overhead.py {asked}: {versions}, {cpus} CPUs, bf16")
-    print(f"steps {first[0] + 1} to {last[0]}: {seconds / steps:.2f} s a step (load average {os.getloadavg()[0]:.1f})")
+    print(f"python benchmarks/ray_overhead.py {' '.join(zip_words(asked))}: {versions}, {cpus} CPUs, bf16")
+    print(f"last turn, steps {first[0] + 1} to {last[0]}: {seconds / steps:.2f} s a step (load {os.getloadavg()[0]:.1f})")
     print(f"{'':34}{'CPU s a step':>14}{'share':>10}")
     print(f"{'the worker':34}{of_worker / steps:>14.3f}{1 - share:>10.2%}")
     print(f"{'Ray and the driver':34}{of_ray / steps:>14.3f}{share:>10.2%}")
     waits = spent["seconds"] / options.steps
     print(f"{'the worker in reports, s a step':34}{waits:>14.3f}{waits * steps / seconds:>10.2%}")
-    result = {"ray_share": round(share, 4), "report_share": round(waits * steps / seconds, 4),
-              "step_s": round(seconds / steps, 3), "size": options.size, "batch": options.batch}  # fmt: skip
+    within, without = (statistics.median(times[name]) for name in ("ray", "plain"))
+    print(f"a step by the clock: {within:.3f} s with Ray, {without:.3f} s without: {within / without - 1:+.1%}")
+    result = {
+        "ray_share_of_cpu": round(share, 4), "report_share": round(waits * steps / seconds, 4), "step_s": round(within, 3),
+        "plain_step_s": round(without, 3), "slower_by": round(within / without - 1, 4), "size": options.size,
+        "batch": options.batch,
+    }  # fmt: skip
     print("RESULT", json.dumps(result))
+
+
+def zip_words(asked: tuple) -> list[str]:
+    """Return the command-line words for size, batch and steps."""
+    return [word for name, value in zip(("--size", "--batch", "--steps"), asked) for word in (name, str(value))]
 
 
 if __name__ == "__main__":
