@@ -1,8 +1,10 @@
 """The networks as generation runs them: one position of some rows at a time, weights laid out for that once.
 
 Norm weights and the attention scale are folded into the matrices behind them, w1 and w3 are one product, and on the
-CPU matrices are packed for oneDNN, whose result for a row does not depend on how many rows there are (two or more) nor
-on the number of threads. What comes out equals the module's own forward pass up to float32 rounding.
+CPU matrices are packed for oneDNN, whose float32 result for a row does not depend on how many rows there are (two or
+more) nor on the number of threads. Its bfloat16 kernels do not keep that promise (with AMX the last rows of a product
+come out differently), so bfloat16 on a CPU means values rounded to bfloat16 and products in float32.
+What comes out equals the module's own forward pass up to rounding.
 
 Shapes: A rows that take part, D width, H heads, hd head dimension, V codebook entries.
 """
@@ -20,7 +22,7 @@ from dpar_core.layers import NORM_EPS, Block
 from dpar_core.rope import Rotary
 
 PACKED_ROWS = 2  # below this many rows oneDNN takes another kernel, with other bits
-PLAIN_ROWS = 16  # the same for the BLAS behind F.linear (measured: MKL, up to 12 with two threads)
+PLAIN_ROWS = 16  # the BLAS behind F.linear chooses its kernel by the number of rows (and threads): it always gets this many
 
 
 def can_pack(device: torch.device) -> bool:
@@ -34,27 +36,30 @@ def can_pack(device: torch.device) -> bool:
 
 
 class Matrix:
-    """A linear layer without bias: x (A, K) float32 -> (A, N) float32, rows independent of each other to the bit."""
+    """A linear layer without bias: x (A, K) float32 -> (A, N) float32, rows independent of each other to the bit (CPU).
+
+    `dtype` is what weights and inputs are rounded to; on other devices than the CPU the product runs in it as well.
+    """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, *, packed: bool | None = None) -> None:
         weight = weight.detach().to(dtype).contiguous()
-        self.dtype = dtype
+        self.dtype, self.on_cpu = dtype, weight.device.type == "cpu"
         self.packed = can_pack(weight.device) if packed is None else packed
+        if self.on_cpu:
+            weight = weight.float()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 64) if self.packed else weight
-        self.least_rows = PACKED_ROWS if self.packed else PLAIN_ROWS
-        if weight.device.type != "cpu":
-            self.least_rows = 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = len(x)
         x = x.to(self.dtype)
-        if rows < self.least_rows:
-            x = F.pad(x, (0, 0, 0, self.least_rows - rows))
+        if not self.on_cpu:
+            return F.linear(x, self.weight).float()
+        rows, x = len(x), x.float()
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        else:
-            y = F.linear(x, self.weight)
-        return y[:rows].float()
+            if rows < PACKED_ROWS:
+                x = F.pad(x, (0, 0, 0, PACKED_ROWS - rows))
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")[:rows]
+        x = F.pad(x, (0, 0, 0, -rows % PLAIN_ROWS))
+        return torch.cat([F.linear(part, self.weight) for part in x.split(PLAIN_ROWS)])[:rows]
 
 
 def normalized(x: Tensor) -> Tensor:
