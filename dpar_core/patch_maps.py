@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
-from dpar_core.patching import PatchRule, lengths_from_starts
+from dpar_core.patching import PatchRule, flat_lengths, lengths_from_starts
 from dpar_core.remote import Folder
 from dpar_core.shards import OpenFiles, TokenShards
 
@@ -63,12 +63,9 @@ def write_entropies(path: Path, shards: TokenShards, part: slice, entropies: np.
 
 def write_lengths(path: Path, shards: TokenShards, part: slice, starts: np.ndarray, *, made_by: dict) -> None:
     """Write the patch lengths of boundaries (samples * views, T) bool of the samples `part` of a shard."""
-    image, position = np.nonzero(starts)
-    counts = np.bincount(image, minlength=len(starts))
-    lengths = np.diff(np.append(position, 0)) % starts.shape[1]  # the last of an image ends where the next one begins
-    lengths[lengths == 0] = starts.shape[1]
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    values = pa.ListArray.from_arrays(pa.array(offsets), pa.array(lengths.astype(np.uint16)))
+    lengths, counts = flat_lengths(starts)
+    offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+    values = pa.ListArray.from_arrays(pa.array(offsets), pa.array(lengths))
     _write(path, shards, part, "lengths", values, made_by=made_by)
 
 

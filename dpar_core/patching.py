@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -137,15 +137,27 @@ class BoundaryState:
         return (position - last_gate) % rule.max_patch_length == 0
 
 
+class FlatLengths(NamedTuple):
+    """Patch lengths of many images, one after another. lengths: (M_0 + M_1 + ...,) uint16; counts: (B,) int64, the M_b."""
+
+    lengths: np.ndarray
+    counts: np.ndarray
+
+
+def flat_lengths(starts: np.ndarray) -> FlatLengths:
+    """Turn (B, T) bool starts into the patch lengths of all images. Raises ValueError where token 0 begins no patch."""
+    if not starts[:, 0].all():
+        raise ValueError(f"token 0 must begin a patch; in image {int(np.argmin(starts[:, 0]))} of {len(starts)} it does not")
+    # Each image begins with a start, so the last patch of an image ends where the first of the next one begins.
+    lengths = np.diff(np.flatnonzero(starts), append=starts.size).astype(np.uint16)
+    return FlatLengths(lengths, np.count_nonzero(starts, axis=1))
+
+
 def lengths_from_starts(starts: np.ndarray) -> list[np.ndarray]:
     """Turn (B, T) bool starts into the patch lengths of each image: B arrays (M_b,) uint16 that sum to T."""
-    starts = np.asarray(starts)
-    tokens = starts.shape[1]
-    image, position = np.nonzero(starts)
-    following = np.append(position[1:], 0)
-    last = np.append(image[1:] != image[:-1], True)
-    lengths = (np.where(last, tokens, following) - position).astype(np.uint16)
-    return np.split(lengths, np.flatnonzero(last)[:-1] + 1) if len(lengths) else []
+    lengths, counts = flat_lengths(np.asarray(starts))
+    ends = counts.cumsum().tolist()
+    return [lengths[first:last] for first, last in zip([0, *ends], ends)]
 
 
 def starts_from_lengths(lengths: Sequence[np.ndarray], tokens: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from dpar_core.patch_maps import (
     write_rule,
     write_summary,
 )
-from dpar_core.patching import PatchRule, patch_starts_numpy, threshold_for_mean_length
+from dpar_core.patching import PatchRule, flat_lengths, patch_starts_numpy, threshold_for_mean_length
 from dpar_core.shards import TokenShards
 from stages import params as P
 from stages.cluster import local_cpus
@@ -175,11 +175,8 @@ def _is_done(name: str, work: Path) -> bool:
 def histograms_of(starts: np.ndarray) -> Histograms:
     """Count patch lengths and patches an image: starts (B, T) bool."""
     tokens = starts.shape[1]
-    position = np.nonzero(starts)[1]
-    lengths = np.diff(np.append(position, 0)) % tokens
-    lengths[lengths == 0] = tokens
-    counts = np.bincount(starts.sum(axis=1), minlength=tokens + 1)
-    return Histograms(np.bincount(lengths, minlength=tokens + 1), counts)
+    lengths, counts = flat_lengths(starts)
+    return Histograms(np.bincount(lengths, minlength=tokens + 1), np.bincount(counts, minlength=tokens + 1))
 
 
 def _metrics(rule: PatchRule, found: Mapping[str, Histograms], *, tokens: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dpar_core.patching import (
     BoundaryState,
     PatchRule,
+    flat_lengths,
     lengths_from_starts,
     mean_patch_length,
     patch_starts,
@@ -96,6 +97,28 @@ def test_lengths_sum_to_the_tokens_and_come_back_as_starts(values, rule):
     assert np.array_equal(starts_from_lengths(lengths, len(values)), starts)
     if rule.max_patch_length is not None:
         assert max(int(one.max()) for one in lengths) <= rule.max_patch_length
+
+
+@given(VALUES, RULES)
+def test_flat_lengths_are_those_counted_token_by_token(values, rule):
+    starts = patch_starts_numpy(np.array([values, values[::-1], [0.0] * len(values)], np.float32), rule)
+    expected = []
+    for row in starts:
+        lengths = []
+        for begins in row:
+            if begins:
+                lengths.append(0)
+            lengths[-1] += 1
+        expected.append(lengths)
+    flat, counts = flat_lengths(starts)
+    assert flat.tolist() == [length for lengths in expected for length in lengths] and flat.dtype == np.uint16
+    assert counts.tolist() == [len(lengths) for lengths in expected]
+    assert [one.tolist() for one in lengths_from_starts(starts)] == expected
+
+
+def test_starts_without_token_0_are_refused():
+    with pytest.raises(ValueError, match="token 0 must begin a patch; in image 1 of 2"):
+        flat_lengths(np.array([[True, False], [False, True]]))
 
 
 def test_equality_with_the_threshold_begins_no_patch_in_float32():
