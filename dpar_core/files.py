@@ -45,8 +45,13 @@ def sync_folder(folder: Path | str) -> None:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`; it is synced and renamed onto `path` only when the block ends well."""
+    """Yield a temporary sibling of `path`; it is synced and renamed onto `path` only when the block ends well.
+
+    Raises OSError where `path` is a folder, a device or a pipe, which a renamed file must not take the place of.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is {'a folder' if path.is_dir() else 'a device or a pipe'}, expected the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
