@@ -7,6 +7,7 @@ whole and harmless, or refused in one sentence.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,9 @@ def _number(field: bytes, where: str) -> int:
     if field[:1] == b"\x80":  # base 256, as GNU writes sizes from 8 GiB on
         return int.from_bytes(field[1:], "big")
     text = field.strip(b" \0")
-    try:
-        return int(text, 8) if text else 0
-    except ValueError:
-        raise BadTar(f"{where} is no tar, or damaged: {field!r} is no octal number") from None
+    if not re.fullmatch(rb"[0-7]*", text):  # int() would also take a sign, and a negative size leads back
+        raise BadTar(f"{where} is no tar, or damaged: {field!r} is no octal number")
+    return int(text, 8) if text else 0
 
 
 def _decimal(text: bytes, where: str) -> int:
@@ -104,7 +104,7 @@ def _pax(content: bytes, where: str) -> dict[bytes, bytes]:
     fields = {}
     while content.strip(b"\0"):
         length, _, _ = content.partition(b" ")
-        if not length.isdigit() or not len(length) + 1 < int(length) <= len(content):
+        if not length.isdigit() or len(length) > 7 or not len(length) + 1 < int(length) <= len(content):
             raise BadTar(f"tar {where} is damaged: a pax header cannot be read")
         name, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
         fields[name] = value

@@ -98,6 +98,33 @@ def test_a_hostile_or_broken_tar_is_refused_in_one_sentence(tmp_path, content, w
     assert "bad.tar" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def with_size(content: bytes, field: bytes) -> bytes:
+    """The tar with another size field in its first header, its checksum right."""
+    changed = bytearray(content)
+    changed[124:136] = field
+    changed[148:156] = b" " * 8
+    changed[148:155] = b"%06o\0" % sum(changed[:512])
+    return bytes(changed)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("field", [b"-0000001000\0", b"+0000000001\0", b"0o000000001\0", b"00000_00001\0", b"0000000 001\0"])
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x"])
+def test_a_size_that_is_no_octal_number_never_leads_back(tmp_path, field, kind):
+    """A size of -512 would send the reader to the same header for ever."""
+    path = tmp_path / "bad.tar"
+    path.write_bytes(with_size(tar_with(named("a.jpg", type=kind), b"x"), field))
+    with pytest.raises(BadTar, match="is no octal number"):
+        list(members(path))
+
+
+def test_a_pax_header_with_an_endless_length_is_refused(tmp_path):
+    path = tmp_path / "bad.tar"
+    path.write_bytes(tar_with(named("pax", type=b"x", size=6000), b"9" * 5992 + b" path=a\n"))
+    with pytest.raises(BadTar, match="a pax header cannot be read"):
+        list(members(path))
+
+
 def test_an_inner_tar_cannot_reach_beyond_its_own_end(tmp_path):
     inner = bytearray(tar_of({"a.jpg": b"x"}))
     inner[124:135] = b"%011o" % 50_000
