@@ -27,6 +27,7 @@ class BadImage(ValueError):
 def decode_image(content: bytes) -> np.ndarray:
     """Decode a file to RGB: EXIF rotation applied, other colour modes converted, alpha laid over white, 16 bits cut to 8.
 
+    Of 16 bits the upper eight are kept, grey and colour alike.
     Of an animation the first frame. Safe to call from many threads. Returns (height, width, 3) uint8. Raises BadImage
     for anything that is not a whole image of at most MOST_PIXELS pixels in one of FORMATS.
     """
@@ -36,6 +37,8 @@ def decode_image(content: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
+            if "transparency" in image.info and any(tile[3] == "RGB;16B" for tile in image.tile):
+                return np.array(_to_rgb(_clear_16_bit_colour(image, content)))
             image.load()
             return np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except BadImage:
@@ -56,14 +59,26 @@ def looks_like_image(head: bytes) -> bool:
     return head[4:12] in (b"ftypavif", b"ftypavis") or (head[:2] == b"BM" and head[6:10] == b"\0\0\0\0")
 
 
+def _clear_16_bit_colour(image: Image.Image, content: bytes) -> Image.Image:
+    """Return a PNG with one transparent colour of 3 x 16 bits as RGBA: Pillow keeps 8 bits, too few to compare."""
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as low:
+        # Read as if the bytes stood the other way round, what Pillow keeps are the lower eight bits.
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+        halves = [np.asarray(ImageOps.exif_transpose(half)).astype(np.int64) for half in (image, low)]
+    opaque = ((halves[0] << 8 | halves[1]) != image.info["transparency"]).any(axis=2)
+    return Image.fromarray(np.dstack([halves[0], 255 * opaque]).astype(np.uint8))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         scale = 255.0 if values.max() <= 1.0 else 1.0
         image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
     elif image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((values / 257.0).round().clip(0, 255).astype(np.uint8))  # 65535 / 257 = 255
+        values, clear = np.asarray(image).astype(np.int64), image.info.get("transparency")
+        image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -90,18 +105,18 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def ten_crop(image: np.ndarray, size: int, ratio: float) -> np.ndarray:
-    """Return four corners and centre of the centre crop of side int(ratio * size), then their mirrors in the same order.
+    """Return the ten crops of the centre crop of side int(ratio * size), as LlamaGen takes them with torchvision's TenCrop.
 
-     Corners: top left, top right, bottom left, bottom right. Returns (10, size, size, 3) uint8; view i + 5 mirrors view i
-    . torchvision's TenCrop cuts the mirrored image anew, so its second five stand in another order, and
-     its mirrored centre lies one pixel to the side where the margin is odd (ratio 1.1 at 256: 281 - 256 = 25).
+    Top left, top right, bottom left, bottom right and centre, then the same five of the mirrored square. Returns
+    (10, size, size, 3) uint8. So view 5 mirrors view 1; the mirrored centre lies one pixel beside the mirror of the
+    centre where the margin is odd (1.1 at 256: 281 - 256 = 25).
     """
     large = int(ratio * size)
     square = center_crop(image, large)
     rest, middle = large - size, round((large - size) / 2)
     corners = [(0, 0), (0, rest), (rest, 0), (rest, rest), (middle, middle)]
-    crops = np.stack([square[top : top + size, left : left + size] for top, left in corners])
-    return np.concatenate([crops, crops[:, :, ::-1]])
+    both = (square, square[:, ::-1])
+    return np.stack([one[top : top + size, left : left + size] for one in both for top, left in corners])
 
 
 def views(image: np.ndarray, size: int, name: str) -> np.ndarray:
