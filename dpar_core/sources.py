@@ -27,6 +27,7 @@ from dpar_core.manifest import Manifest, Row
 from dpar_core.tars import Member, members
 
 _LARGEST_FILE = 1 << 29  # bytes; a longer file is no photograph
+_LONGEST_KEY = 100 - len(".tokens.npy")  # of the names in a USTAR tar, which our shards are
 _KEPT_GROUPS = 8  # row groups of Parquet files that stay in memory
 _PLACE = re.compile(r"(?P<root>[a-z]+)(?:@(?P<a>\d+)(?P<kind>[+.])(?P<b>\d+))?:(?P<rest>.*)", re.DOTALL)
 
@@ -35,7 +36,7 @@ _PLACE = re.compile(r"(?P<root>[a-z]+)(?:@(?P<a>\d+)(?P<kind>[+.])(?P<b>\d+))?:(
 class Listing:
     """The images of one split as a source lists them: where each is and its place in `classes`.
 
-    left_out: files that are no images by name and content.
+    left_out: files that are no images by name and content, and folders that cannot be read.
     """
 
     classes: list[str]
@@ -70,38 +71,74 @@ def join_listings(listings: Mapping[str, Listing], roots: Mapping[str, Path]) ->
         for key, source, label in zip(listing.keys, listing.sources, listing.labels):
             rows.append(Row(key, split, source, None, labels[label], listing.classes[label]))
     left_out = [f"{split}:{name}" for split, listing in listings.items() for name in listing.left_out]
-    notes: dict[str, object] = {"files_left_out": len(left_out), "first_left_out": left_out[:100]}
+    notes: dict[str, object] = {"files_left_out": len(left_out), "left_out": left_out}
     return Manifest.of(rows, classes, {split: str(root) for split, root in roots.items()}, notes=notes)
 
 
 def list_folder(root: Path, split: str) -> Listing:
-    """List a tree root/class/image, sorted; the class folders in sorted order are the classes.
+    """List a tree root/class/image; the class folders in sorted order are the classes.
 
-    A file counts as an image by its ending, or without a known ending by its first bytes; whether it can be read shows
-    later. Raises FileNotFoundError or ValueError when there is no such tree.
+    As torchvision's ImageFolder does: images in folders below belong to the class, links are followed, and the folders of
+    a class come in sorted order. A file counts as an image by its ending, or without a known ending by its first bytes;
+    whether it can be read shows later. Left out, and listed: other files, hidden ones, folders that cannot be read, links
+    back to a folder above, and names that are not UTF-8 (escaped). Raises FileNotFoundError or ValueError when there is
+    no such tree.
     """
     _require(root, split, folder=True, expected=f"a tree {root}/class/image.jpg")
     listing = Listing([])
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if not entry.is_dir():
-            listing.left_out.append(entry.name)
-            continue
-        images = []
-        for file in sorted(os.scandir(entry.path), key=lambda file: file.name):
-            name = f"{entry.name}/{file.name}"
-            if not file.name.startswith(".") and not file.is_dir() and _is_image_file(Path(file.path)):
-                images.append(name)
-            else:
-                listing.left_out.append(name)
-        if images:
-            for name in images:
-                listing.add(f"{split}-{digest_of(name)}", f"{split}:{name}", len(listing.classes))
-            listing.classes.append(entry.name)
+    folders, _ = _entries(root, "", listing.left_out)
+    for name in folders:
+        found = _images_below(root, name, listing.left_out, above=(_identity(root),))
+        for folder in sorted(found):
+            for file in found[folder]:
+                image = f"{folder}/{file}"
+                listing.add(f"{split}-{digest_of(image)}", f"{split}:{image}", len(listing.classes))
+        if any(found.values()):
+            listing.classes.append(name)
+    listing.left_out.sort()
     if not listing.keys:
         raise ValueError(f"data.{split} {root} holds no images: expected a tree {root}/class/image.jpg")
     return listing
+
+
+def _images_below(root: Path, name: str, left_out: list[str], *, above: tuple[tuple[int, int], ...]) -> dict[str, list[str]]:
+    """Return the images of each folder from root/name down, by folder. above: the folders on the way there."""
+    try:
+        me = _identity(root / name)
+        if me in above:
+            left_out.append(name)  # a link back: it would lead round for ever
+            return {}
+        folders, files = _entries(root, name, left_out)
+    except OSError:
+        left_out.append(name)
+        return {}
+    found: dict[str, list[str]] = {name: []}
+    for file in files:
+        if _is_image_file(root / name / file):
+            found[name].append(file)
+        else:
+            left_out.append(f"{name}/{file}")
+    for folder in folders:
+        found |= _images_below(root, f"{name}/{folder}", left_out, above=(*above, me))
+    return found
+
+
+def _entries(root: Path, folder: str, left_out: list[str]) -> tuple[list[str], list[str]]:
+    """Return the folders and files in root/folder, each sorted; hidden ones and those not in UTF-8 are left out."""
+    folders, files = [], []
+    with os.scandir(root / folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            shown = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+            if entry.name.startswith(".") or shown != entry.name or (not folder and not entry.is_dir()):
+                left_out.append(f"{folder}/{shown}" if folder else shown)
+            else:
+                (folders if entry.is_dir() else files).append(entry.name)
+    return folders, files
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_image_file(path: Path) -> bool:
@@ -130,7 +167,7 @@ def list_ilsvrc_train(path: Path) -> Listing:
     listing = Listing([member.name.removesuffix(".tar") for member in inner])
     for label, tar in enumerate(inner):
         for member in sorted(members(path, within=tar), key=lambda member: member.name):
-            _add_member(listing, member, "train", path, label, key=f"train-{_flat(Path(member.name).stem)}")
+            _add_member(listing, member, "train", path, label, key=_key("train", Path(member.name).stem))
     return listing
 
 
@@ -146,7 +183,7 @@ def list_ilsvrc_validation(path: Path, synset_of: Mapping[str, str]) -> Listing:
         stem = Path(member.name).stem
         if stem not in synset_of:
             raise ValueError(f"data.validation {path}: {member.name} has no class in the list of {len(synset_of)} beside it")
-        _add_member(listing, member, "validation", path, place[synset_of[stem]], key=f"validation-{_flat(stem)}")
+        _add_member(listing, member, "validation", path, place[synset_of[stem]], key=_key("validation", stem))
     if not listing.keys:
         raise ValueError(f"data.validation {path} holds no images: expected ILSVRC2012_img_val.tar")
     return listing
@@ -170,7 +207,7 @@ def list_webdataset(root: Path, split: str) -> Listing:
     listing, seen = Listing([]), set()
     for shard in shards:
         for key, image, label in _pairs(shard):
-            name = f"{split}-{_flat(key)}"
+            name = _key(split, key)
             if name in seen:
                 raise ValueError(f"shard {shard}: key {key!r} occurs twice: keys must be unique over all shards")
             seen.add(name)
@@ -233,8 +270,8 @@ def list_parquet(root: Path, split: str) -> Listing:
     """List Parquet files as the Hugging Face hub lays ImageNet out: columns image (struct with bytes) and label.
 
     root: a folder of .parquet files, sorted, or one file; where some are named SPLIT-*.parquet, only those are of the
-    split. Class names come from the features in the file's metadata, or
-    classes.txt beside it, or are numbers. Raises FileNotFoundError or ValueError when columns are missing.
+    split. Class names come from classes.txt beside it, or the features in the file's metadata, or are numbers. Raises
+    FileNotFoundError or ValueError when columns are missing.
     """
     _require(root, split, folder=None, expected="a Parquet file, or a folder of them")
     files = [root]
@@ -257,12 +294,14 @@ def list_parquet(root: Path, split: str) -> Listing:
             for row, value in enumerate(labels):
                 if value is None or value < 0:
                     raise ValueError(f"data.{split}: {path} has no label for row {row} of group {group} (found {value})")
-                listing.add(f"{split}-{_flat(path.stem)}-{group:04d}-{row:06d}", f"{split}@{group}.{row}:{path.name}", value)
+                key = _key(split, path.stem, place=f"-{group:04d}-{row:06d}")
+                listing.add(key, f"{split}@{group}.{row}:{path.name}", value)
     if not listing.keys:
         raise ValueError(f"data.{split} {root} holds no images: expected Parquet files with rows")
     count = max(listing.labels) + 1
-    beside = root if root.is_dir() else root.parent
-    listing.classes = names if names and len(names) >= count else _class_names(beside / "classes.txt", count)
+    beside = (root if root.is_dir() else root.parent) / "classes.txt"
+    named = names and len(names) >= count and not beside.exists()
+    listing.classes = names if named else _class_names(beside, count)
     return listing
 
 
@@ -288,9 +327,13 @@ def _class_names(path: Path, count: int) -> list[str]:
     return names
 
 
-def _flat(key: str) -> str:
-    """Make a key of a path: webdataset splits names at the first point, and folders would hide in names."""
-    return key if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key) else digest_of(key)
+def _key(split: str, name: str, *, place: str = "") -> str:
+    """Make a key SPLIT-NAMEPLACE; a digest stands for a name that is too long for a tar or has other characters.
+
+    webdataset splits names at the first point, and folders would hide in names.
+    """
+    plain = re.fullmatch(r"[A-Za-z0-9_-]+", name) and len(f"{split}-{name}{place}") <= _LONGEST_KEY
+    return f"{split}-{name if plain else digest_of(name)}{place}"
 
 
 def _require(path: Path, split: str, *, folder: bool | None, expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -56,6 +57,15 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     """Write the manifest of the training and validation images, and how many there are of each."""
     manifest = make_manifest(params.data, seed=params.seed)
     write_manifest(outputs.manifest, manifest)
+    if params.data.classes == "imagenet" and manifest.notes["class_order"] != "synsets":
+        print(f"warning: data.train {params.data.train}: checked was the {manifest.notes['class_order']}", file=sys.stderr)
+    if manifest.notes.get("left_out"):
+        left_out = manifest.notes["left_out"]
+        print(
+            f"{len(left_out)} files are no images and were left out (first: {', '.join(left_out[:3])}); "
+            f"all are in the notes of {outputs.manifest}",
+            file=sys.stderr,
+        )
     counts: dict[str, float] = {"data/classes": len(manifest.classes)}
     for split in SPLITS:
         per_class = manifest.counts(split)
@@ -104,7 +114,11 @@ def _check_imagenet(manifest: Manifest, data: P.Data) -> str:
             f"data.train {data.train} has {len(manifest.classes)} classes, expected the 1,000 of ImageNet: mend the data, "
             "or set data.classes to any"
         )
-    return "number of classes only, as labels are numbers: name them in classes.txt (synsets, one a line) to check the order"
+    first = ", ".join(manifest.classes[:3])
+    return (
+        f"number of classes only, as their names ({first}, ...) are no synsets: put classes.txt (a synset a line, in the "
+        "order of the labels) beside the data to have the order checked"
+    )
 
 
 def validation_synsets(tar: Path) -> dict[str, str]:
@@ -115,8 +129,7 @@ def validation_synsets(tar: Path) -> dict[str, str]:
     """
     folder = tar.parent
     if (folder / SOLUTION).exists():
-        with open(folder / SOLUTION, newline="") as stream:
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(stream)}
+        return _solution(folder / SOLUTION)
     for name in SYNSET_LISTS:
         if (folder / name).exists():
             return _pair(tar, (folder / name).read_text().split(), name)
@@ -132,6 +145,20 @@ def validation_synsets(tar: Path) -> dict[str, str]:
         f"no classes of the validation images beside {tar}: put {SOLUTION}, or {SYNSET_LISTS[0]} (one synset a line), or "
         f"the unpacked ILSVRC2012_devkit_t12 there"
     )
+
+
+def _solution(path: Path) -> dict[str, str]:
+    """Read Kaggle's list: an image's name, and its boxes, each with the synset first."""
+    with open(path, newline="", errors="replace") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows or not {"ImageId", "PredictionString"} <= rows[0].keys():
+        found = ", ".join(map(str, rows[0]))[:100] if rows else "nothing"
+        raise ValueError(f"{path} has columns {found}, expected ImageId and PredictionString: put Kaggle's own file there")
+    synsets = {row["ImageId"]: (row["PredictionString"] or "").split()[:1] for row in rows}
+    without = [name for name, synset in synsets.items() if not synset]
+    if without:
+        raise ValueError(f"{path} names no class for {without[0]} ({len(without)} in all): put Kaggle's own file there")
+    return {name: synset[0] for name, synset in synsets.items()}
 
 
 def _pair(tar: Path, synsets: list[str], where: str) -> dict[str, str]:

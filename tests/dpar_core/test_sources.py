@@ -14,6 +14,7 @@ from PIL import Image
 
 from dpar_core.images import BadImage
 from dpar_core.manifest import Manifest, Row, read_manifest, write_manifest
+from dpar_core.shards import Sample, write_shard
 from dpar_core.sources import (
     ImageOpener,
     block_of,
@@ -175,9 +176,95 @@ def test_files_that_are_no_images_are_left_out_and_named(tmp_path):
         "a/deeper/5.png": png(5), "readme.md": b"#", "empty_class/x.txt": b"",
     })  # fmt: skip
     listing = list_folder(tmp_path, "train")
-    assert listing.sources == ["train:a/1.png", "train:a/no_ending", "train:a/odd.data"]
+    assert listing.sources == ["train:a/1.png", "train:a/no_ending", "train:a/odd.data", "train:a/deeper/5.png"]
     assert listing.classes == ["a"]
-    assert listing.left_out == ["a/.hidden.png", "a/deeper", "a/notes.txt", "empty_class/x.txt", "readme.md"]
+    assert listing.left_out == ["a/.hidden.png", "a/notes.txt", "empty_class/x.txt", "readme.md"]
+
+
+def image_folder(root: Path) -> list[tuple[str, int]]:
+    """torchvision.datasets.ImageFolder in its own words (find_classes, make_dataset), for names that end in png."""
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    found = []
+    for label, name in enumerate(classes):
+        for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+            found += [(os.path.relpath(os.path.join(folder, file), root), label) for file in sorted(files)]
+    return found
+
+
+def test_folders_below_and_links_are_walked_as_image_folder_walks_them(tmp_path):
+    names = [
+        "b/2.png", "b/1.png", "b/x/1.png", "b/x/y/1.png", "b/x-1/1.png", "b/x1/0.png", "a/z/1.png", "c-c/1.png", "c/1.png",
+    ]  # fmt: skip
+    put(tmp_path / "root", {name: png(number) for number, name in enumerate(names)})
+    put(tmp_path / "elsewhere", {"1.png": png(1), "deep/2.png": png(2)})
+    (tmp_path / "root/b/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/d").symlink_to(tmp_path / "elsewhere")
+    listing = list_folder(tmp_path / "root", "train")
+    found = [(source.removeprefix("train:"), label) for source, label in zip(listing.sources, listing.labels)]
+    assert found == image_folder(tmp_path / "root") and len(found) == len(names) + 4
+    assert listing.left_out == []
+
+
+@pytest.mark.timeout(20)
+def test_a_link_that_leads_back_is_left_out(tmp_path):
+    put(tmp_path, {"a/1.png": png(1), "a/deep/2.png": png(2), "b/3.png": png(3)})
+    (tmp_path / "a/deep/back").symlink_to(tmp_path / "a")
+    (tmp_path / "b/up").symlink_to(tmp_path)
+    (tmp_path / "b/other").symlink_to(tmp_path / "a")
+    listing = list_folder(tmp_path, "train")
+    assert listing.left_out == ["a/deep/back", "b/other/deep/back", "b/up"]
+    assert [source.removeprefix("train:") for source in listing.sources] == [
+        "a/1.png", "a/deep/2.png", "b/3.png", "b/other/1.png", "b/other/deep/2.png",
+    ]  # fmt: skip
+
+
+def test_names_that_are_not_utf8_are_left_out_and_shown_escaped(tmp_path):
+    put(tmp_path, {"a/1.png": png(1), "a/caf\u00e9.png": png(2)})
+    for name in (b"a/caf\xe9.png", b"b\xff/1.png"):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(os.fsdecode(path)).write_bytes(png(3))
+    listing = list_folder(tmp_path, "train")
+    assert listing.left_out == ["a/caf\\xe9.png", "b\\xff"]
+    assert listing.sources == ["train:a/1.png", "train:a/caf\u00e9.png"]
+    manifest = join_listings({"train": listing}, {"train": tmp_path})
+    write_manifest(tmp_path / "m.parquet", manifest)
+    assert read_manifest(tmp_path / "m.parquet").notes["left_out"] == [f"train:{name}" for name in listing.left_out]
+
+
+def test_a_folder_that_cannot_be_read_is_left_out_and_the_others_are_listed(tmp_path, monkeypatch):
+    put(tmp_path, {"a/1.png": png(1), "b/2.png": png(2), "b/deep/3.png": png(3)})
+    real = os.scandir
+
+    def refuse(path):
+        if Path(path).name in ("a", "deep"):
+            raise PermissionError(13, "Permission denied")  # root reads whatever the mode says
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    listing = list_folder(tmp_path, "train")
+    assert (listing.sources, listing.classes, listing.left_out) == (["train:b/2.png"], ["b"], ["a", "b/deep"])
+
+
+def test_all_files_left_out_are_in_the_notes(tmp_path):
+    put(tmp_path, {"a/1.png": png(1), **{f"a/{number:03d}.txt": b"" for number in range(250)}})
+    notes = join_listings({"train": list_folder(tmp_path, "train")}, {"train": tmp_path}).notes
+    assert notes == {"files_left_out": 250, "left_out": [f"train:a/{number:03d}.txt" for number in range(250)]}
+
+
+@pytest.mark.parametrize("length", [65, 77, 79, 81, 83, 200])
+def test_keys_are_short_enough_for_a_shard_and_stay_apart(tmp_path, length):
+    stem = "n" * length
+    for split in ("train", "validation"):
+        files = {f"{stem}{i}.{ending}": content for i in range(2) for ending, content in (("png", png(i)), ("cls", b"0"))}
+        put(tmp_path / split, {"0.tar": tar_of(files)})
+        write_parquet(tmp_path / split / "p" / f"{stem}.parquet", [0, 1], [0, 0])
+        keys, again = ([*list_webdataset(tmp_path / split, split).keys, *list_parquet(tmp_path / split / "p", split).keys]
+                       for _ in range(2))  # fmt: skip
+        assert len(set(keys)) == 4 and all(key.startswith(f"{split}-") for key in keys) and keys == again
+        some = [Sample(key, 0, np.zeros((1, 4), np.uint16), {}) for key in keys]
+        assert write_shard(tmp_path / "x.tar", some).keys == keys
+        assert all(stem in key for key in keys) if length == 65 else max(map(len, keys)) <= 89
 
 
 @pytest.mark.parametrize("kind", ["gone", "pipe", "folder", "unreadable"])
@@ -279,6 +366,12 @@ def test_classes_txt_names_the_classes_of_numbered_shards(tmp_path):
     (tmp_path / "classes.txt").write_text("cat\n")
     with pytest.raises(ValueError, match=r"names 1 classes, but the labels go up to 1"):
         list_webdataset(tmp_path, "train")
+
+
+def test_classes_txt_comes_before_the_names_in_parquet(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [1, 2], [1, 0], ["tench, Tinca tinca", "goldfish"])
+    (tmp_path / "classes.txt").write_text("n01440764\nn01443537\n")
+    assert list_parquet(tmp_path, "train").classes == ["n01440764", "n01443537"]
 
 
 def test_parquet_names_its_classes_and_other_files_are_refused(tmp_path):

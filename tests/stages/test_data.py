@@ -1,10 +1,13 @@
 """The data stage: built-in photographs, and what users point it at."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
@@ -149,3 +152,60 @@ def test_a_validation_tar_without_classes_beside_it_says_what_to_put_there(tmp_p
     (tmp_path / "ILSVRC2012_validation_synsets.txt").write_text("n00000002\n")
     with pytest.raises(ValueError, match="has 1 classes for 3 images"):
         run(tmp_path / "out", **tars)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "has columns nothing, expected ImageId and PredictionString"),
+        ("Id,Class\n1,n00000001\n", "has columns Id, Class, expected ImageId and PredictionString"),
+        ("<html>not found</html>\n<p>\n", "has columns <html>not found</html>, expected ImageId"),
+        ("ImageId,PredictionString\nILSVRC2012_val_00000001\nb,\n", "names no class for ILSVRC2012_val_00000001"),
+    ],
+)
+def test_another_file_than_kaggles_is_refused_in_one_sentence(tmp_path, content, words):
+    tars = make_ilsvrc(tmp_path)
+    (tmp_path / "LOC_val_solution.csv").write_text(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        run(tmp_path / "out", **tars)
+    assert "\n" not in str(caught.value)
+
+
+def put_parquet(folder: Path, names: list[str] | None) -> dict[str, str]:
+    """1,000 classes, an image each; names as the Hugging Face hub ships them."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    folder.mkdir()
+    for split in ("train", "validation"):
+        image = pa.array([{"bytes": stream.getvalue()}] * 1000, pa.struct([("bytes", pa.binary())]))
+        table = pa.table({"image": image, "label": pa.array(range(1000), pa.int64())})
+        if names:
+            info = {"info": {"features": {"label": {"names": names}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return {"source": "parquet", "train": str(folder), "validation": str(folder), "classes": "imagenet"}
+
+
+@pytest.mark.parametrize("names", [None, [f"thing {number}" for number in range(1000)]], ids=["numbers", "names"])
+def test_an_order_of_classes_that_cannot_be_checked_is_warned_of(tmp_path, capsys, names):
+    tree = put_parquet(tmp_path / "p", names)
+    notes = read_manifest(run(tmp_path, **tree).manifest).notes
+    said = capsys.readouterr().err
+    assert f"warning: data.train {tmp_path / 'p'}: checked was the number of classes only" in said
+    assert "put classes.txt" in said and notes["class_order"] in said
+    (tmp_path / "p" / "classes.txt").write_text("\n".join(IMAGENET_SYNSETS))
+    assert read_manifest(run(tmp_path, **tree).manifest).notes["class_order"] == "synsets"
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "p" / "classes.txt").write_text("\n".join(IMAGENET_SYNSETS[::-1]))
+    with pytest.raises(ValueError, match="class 0 is n15075141 where the standard order has n01440764"):
+        run(tmp_path, **tree)
+
+
+def test_files_left_out_are_counted_and_said_where_they_are_listed(tmp_path, capsys):
+    for split in ("train", "validation"):
+        put_image(tmp_path / split / "a" / "1.png")
+    (tmp_path / "train" / "a" / "notes.txt").write_text("mine")
+    outputs = run(tmp_path, source="imagefolder", train=str(tmp_path / "train"), validation=str(tmp_path / "validation"))
+    assert "1 files are no images and were left out (first: train:a/notes.txt)" in capsys.readouterr().err
+    assert json.loads(outputs.metrics.read_text())["data/files_left_out"] == 1
+    assert read_manifest(outputs.manifest).notes["left_out"] == ["train:a/notes.txt"]
