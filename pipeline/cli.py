@@ -120,20 +120,32 @@ def verify(
 
 @app.command()
 def sample(
-    classes: Annotated[str, typer.Option(help="Class ids or names, separated by commas.")],
+    classes: Annotated[str, typer.Option(help="Class ids or names, separated by commas; a row of the grid each.")],
     seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i alone.")] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
-    model: Annotated[str, typer.Option(help="dpar or llamagen.")] = "dpar",
+    model: Annotated[str, typer.Option(help="dpar, or llamagen: its twin.")] = "dpar",
     count: Annotated[int, typer.Option(help="Images a class.")] = 4,
-    cfg_scale: Annotated[float | None, typer.Option(help="Guidance; params.yaml's when left out.")] = None,
-    borders: Annotated[bool, typer.Option("--borders", help="Draw patch borders.")] = False,
-    given: Annotated[Path | None, typer.Option(help="Image whose first rows are kept and continued downwards.")] = None,
-    keep_rows: Annotated[int, typer.Option(help="Token rows of --given to keep.")] = 0,
+    cfg_scale: Annotated[
+        float | None, typer.Option(help="Guidance: 1 is off, 2 is usual; sample.cfg_scale of params.yaml when left out.")
+    ] = None,
+    borders: Annotated[bool, typer.Option("--borders", help="Draw the borders of the patches (dpar).")] = False,
+    given: Annotated[
+        Path | None,
+        typer.Option(help="Image file of the model's size whose first rows are kept and continued downwards."),
+    ] = None,
+    keep_rows: Annotated[int, typer.Option(help="Rows of tokens of --given to keep: 1 to all but one.")] = 0,
 ) -> None:
     """Draw a few pictures with the trained models.
 
-    Reads the models under artifacts/ and the sample section of params.yaml; writes one PNG. Example:
-    `dpar-cli sample --classes 1,2,3 --seed 7 --out grid.png`.
+    Reads the models under artifacts/ and the sample section of params.yaml; writes one PNG. The same seed gives the same
+    pictures. A whole set with its scores: `dpar-cli run score_dpar`.
+
+    Pictures of three classes: `dpar-cli sample --classes 1,2,3 --seed 7 --out grid.png`
+
+    With patch borders: `dpar-cli sample --classes 1,2,3 --borders`
+
+    The upper half of a picture continued, in a model of 8 rows of tokens:
+    `dpar-cli sample --classes astronaut --given photo.png --keep-rows 4`
     """
     from pipeline.sample_commands import draw_samples
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 
 from dpar_core.files import atomic_path
 from dpar_core.images import BadImage, decode_image
-from dpar_core.pictures import draw_borders, labelled_grid, save_png
+from dpar_core.pictures import draw_borders, enlarge, labelled_grid, save_png
 from dpar_core.tokenizer import to_float
 from pipeline.stage_runner import ENTROPY_MODEL, PATCH_MAPS, TOKENIZER, A
 from stages import params as P
+from stages.sample import check_memory
 from stages.sampler import Files, Sampler
 
 _MODELS, _RULE = Path(A, "models"), Path(PATCH_MAPS, "rule.json")
@@ -21,7 +23,9 @@ MODELS = {
     "dpar": Files(_MODELS / "dpar" / "model.safetensors", Path(TOKENIZER), Path(ENTROPY_MODEL), _RULE),
     "llamagen": Files(_MODELS / "llamagen" / "model.safetensors", Path(TOKENIZER)),
 }
+STAGES = {"dpar": "train_dpar", "llamagen": "train_llamagen"}
 CELL = 192  # pixels, least side of a picture in the grid
+MOST = 256  # pictures in one grid
 
 
 def draw_samples(
@@ -47,6 +51,8 @@ def draw_samples(
         raise ValueError(f"--model is {model!r}, expected dpar or llamagen")
     if count < 1 or seed < 0:
         raise ValueError(f"--count must be at least 1 and --seed at least 0; got {count} and {seed}")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out is {out}, expected a name that ends in .png")
     if borders and model != "dpar":
         raise ValueError("--borders shows patches, and the LlamaGen twin has none: use --model dpar")
     params = P.load_params(params_file)
@@ -58,25 +64,38 @@ def draw_samples(
     if params.compute.threads:
         torch.set_num_threads(params.compute.threads)
     files = Files(*(path and root / path for path in vars(MODELS[model]).values()))
-    sampler = Sampler(files, section, device=device)
-    chosen = [class_id(name, sampler.class_names) for name in classes.split(",")]
-    labels = [label for label in chosen for _ in range(count)]
-    rows = _given_tokens(sampler, given, keep_rows) if given is not None or keep_rows else None
-    started = time.perf_counter()
-    drawn = sampler.draw(
-        labels, [seed + i for i in range(len(labels))], given=None if rows is None else rows.repeat(len(labels), 1)
-    )
-    seconds = time.perf_counter() - started
-    images = sampler.pixels(drawn.tokens)
-    side = images.shape[1] * max(-(-CELL // images.shape[1]), 1)
-    if borders:
-        width = sampler.config.row_width
-        pictures = [np.asarray(draw_borders(i, n, width, side=side)) for i, n in zip(images, drawn.patch_lengths)]
-    else:
-        pictures = list(images.repeat(side // images.shape[1], 1).repeat(side // images.shape[1], 2))
-    grid = [np.stack(pictures[i : i + count]) for i in range(0, len(pictures), count)]
-    title = f"{model}, seed {seed}, cfg {section.cfg_scale:g}" + (f", first {keep_rows} rows given" if given else "")
-    with atomic_path(out) as temporary:
+    missing = next((path for path in vars(files).values() if path and not path.exists()), None)
+    if missing:
+        raise FileNotFoundError(f"no trained model at {missing}: run `dpar-cli run {STAGES[model]}` first")
+    with ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(atomic_path(out))  # now, so that nobody waits for what cannot be written
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from None
+        sampler = Sampler(files, section, device=device)
+        chosen = [class_id(name, sampler.class_names) for name in classes.split(",")]
+        labels = [label for label in chosen for _ in range(count)]
+        if len(labels) > MOST:
+            raise ValueError(
+                f"--classes and --count ask for {len(labels)} pictures, a grid shows at most {MOST}: for more, set "
+                "sample.images in params.yaml and run `dpar-cli run sample_dpar sample_llamagen`"
+            )
+        check_memory(sampler, len(labels), way_out="ask for {} or fewer with --classes and --count")
+        rows = _given_tokens(sampler, given, keep_rows) if given is not None or keep_rows else None
+        started = time.perf_counter()
+        drawn = sampler.draw(
+            labels, [seed + i for i in range(len(labels))], given=None if rows is None else rows.repeat(len(labels), 1)
+        )
+        seconds = time.perf_counter() - started
+        images = sampler.pixels(drawn.tokens)
+        side = images.shape[1] * max(-(-CELL // images.shape[1]), 1)
+        if borders:
+            width = sampler.config.row_width
+            pictures = [np.asarray(draw_borders(i, n, width, side=side)) for i, n in zip(images, drawn.patch_lengths)]
+        else:
+            pictures = [enlarge(image, side // images.shape[1]) for image in images]
+        grid = [np.stack(pictures[i : i + count]) for i in range(0, len(pictures), count)]
+        title = f"{model}, seed {seed}, cfg {section.cfg_scale:g}" + (f", first {keep_rows} rows given" if given else "")
         save_png(labelled_grid(grid, [sampler.class_names[c] for c in chosen], title=title), temporary)
     patches = ""
     if drawn.patch_lengths:

@@ -158,17 +158,25 @@ def draw_batch(job: Job, batch: int, progress: Callable[[int], None] | None = No
     return len(labels)
 
 
-def check_memory(sampler: Sampler, sample: P.Sample) -> None:
-    """Refuse a batch whose caches cannot fit, before anything is drawn."""
-    wanted = sampler.generator.cache_bytes(sample.batch_size)
+SMALLER_BATCH = "set sample.batch_size to {} or less, the images stay the same"
+
+
+def check_memory(sampler: Sampler, images: int, *, workers: int = 1, way_out: str = SMALLER_BATCH) -> None:
+    """Refuse caches that cannot fit, before anything is drawn.
+
+    images: drawn at a time by each of the workers that share this machine's memory. way_out: what to do about it; {} is
+    replaced by the number that fits. Raises ValueError in a sentence.
+    """
+    wanted = sampler.generator.cache_bytes(images) * workers
     free = psutil.virtual_memory().available
     if sampler.device.type == "cuda":
         free = torch.cuda.mem_get_info(sampler.device)[0]
     if wanted > CACHE_SHARE * free:
-        fitting = max(int(sample.batch_size * CACHE_SHARE * free / wanted), 1)
+        fitting = max(int(images * CACHE_SHARE * free / wanted), 1)
+        who = f", by each of {workers} workers on one machine," if workers > 1 else ""
         raise ValueError(
-            f"sample.batch_size {sample.batch_size} needs {wanted / 2**30:.1f} GiB of caches, of {free / 2**30:.1f} GiB "
-            f"free: set it to {fitting} or less, the images stay the same"
+            f"drawing {images} images at a time{who} needs {wanted / 2**30:.1f} GiB of caches, of {free / 2**30:.1f} GiB "
+            f"free: {way_out.format(fitting)}"
         )
 
 
@@ -184,12 +192,12 @@ def draw_samples(
     content = digest_of([path and artifact_digest(path) for path in vars(files).values()])
     job = Job(files, content, sample.model_dump_json(), device, str(work.resolve()))
     sampler = sampler_of(job)
-    check_memory(sampler, sample)
+    check_memory(sampler, min(sample.batch_size, sample.images))
     left = [batch for batch in job.batches() if not job.path(batch).exists()]
     done = sample.images - sum(_size(sample, batch) for batch in left)
     with tracker.progress(sample.images, f"sample {target.name}", done=done, unit="images") as progress:
         if sample.workers and left:
-            _by_workers(job, left, sample.workers, progress)
+            _by_workers(job, sampler, left, sample.workers, progress)
         else:
             for batch in left:
                 draw_batch(job, batch, _whole_images(progress, sampler.config.tokens))
@@ -212,7 +220,7 @@ def _whole_images(progress: Progress, tokens: int) -> Callable[[int], None]:
     return advance
 
 
-def _by_workers(job: Job, batches: list[int], workers: int, progress: Progress) -> None:
+def _by_workers(job: Job, sampler: Sampler, batches: list[int], workers: int, progress: Progress) -> None:
     """Spread batches over Ray workers; a worker that dies has its batch drawn again by another."""
     with cluster.connected() as nodes:
         import ray
@@ -220,6 +228,9 @@ def _by_workers(job: Job, batches: list[int], workers: int, progress: Progress) 
         gpus = 1 if job.device.startswith("cuda") else 0
         cpus = max(int(sum(node.cpus for node in nodes)) // workers, 1)
         cluster.require(nodes, workers=workers, cpus=cpus, gpus=gpus, section="sample")
+        if not gpus:  # on GPUs every worker has one of its own
+            largest = max(_size(job.section, batch) for batch in batches)
+            check_memory(sampler, largest, workers=-(-workers // len(nodes)))
 
         def work_on(job: Job, batch: int) -> int:
             torch.set_num_threads(cpus)

@@ -160,7 +160,7 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> dict[
     place.mkdir(parents=True, exist_ok=True)
     job = sample.Job(files, content, section.model_dump_json(), subject.device, str(place.resolve()))
     sampler = sample.sampler_of(job)
-    sample.check_memory(sampler, section)
+    sample.check_memory(sampler, section.batch_size)
     for batch in job.batches():
         if not job.path(batch).exists():
             sample.draw_batch(job, batch)

@@ -36,7 +36,8 @@ def draw(root: Path, classes="1,2", seed=7, **changes) -> str:
         root=root, params_file=ROOT / "params.yaml",
     )  # fmt: skip
     torch.set_num_threads(1)
-    return draw_samples(classes, seed, root / "grid.png", **{**options, **changes})
+    options = {"out": root / "grid.png", **options, **changes}
+    return draw_samples(classes, seed, options.pop("out"), **options)
 
 
 def test_classes_by_id_or_name_become_rows_of_a_grid(root):
@@ -86,6 +87,9 @@ def test_borders_are_drawn_over_the_pictures(root):
         (dict(given=ROOT / "params.yaml", keep_rows=2), "cannot be read: not an image"),
         (dict(given=ROOT / "params.yaml", keep_rows=0), "--keep-rows is 0, expected 1 to 3"),
         (dict(cfg_scale=0.5), "cfg_scale must be at least 1"),
+        (dict(count=200), "ask for 400 pictures, a grid shows at most 256"),
+        (dict(out=Path("grid.jpg")), r"--out is grid.jpg, expected a name that ends in .png"),
+        (dict(out=ROOT / "params.yaml" / "grid.png"), "cannot be written: (Not a directory|File exists)"),
     ],
 )
 def test_senseless_requests_are_refused_in_a_sentence(root, changes, sentence):
@@ -97,3 +101,31 @@ def test_a_given_image_of_another_size_is_refused(root):
     Image.new("RGB", (12, 8)).save(root / "wide.png")
     with pytest.raises(ValueError, match="is 12 x 8 pixels, the models are made for 8 x 8"):
         draw(root, given=root / "wide.png", keep_rows=1)
+
+
+def test_nothing_is_read_or_drawn_for_a_file_that_cannot_be_written(root, monkeypatch):
+    monkeypatch.setattr("pipeline.sample_commands.Sampler", lambda *a, **k: pytest.fail("the models were read"))
+    (root / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"folder.png cannot be written: .* is a folder"):
+        draw(root, out=root / "folder.png")
+
+
+def test_a_refused_request_leaves_no_file_behind(root):
+    before = sorted(root.rglob("*"))
+    with pytest.raises(ValueError, match="does not exist"):
+        draw(root, classes="7", out=root / "other.png")
+    assert sorted(root.rglob("*")) == before
+
+
+def test_pictures_whose_caches_cannot_fit_are_refused(root, monkeypatch):
+    class Little:
+        available = 100_000
+
+    monkeypatch.setattr("stages.sample.psutil.virtual_memory", Little)
+    with pytest.raises(ValueError, match=r"needs .* GiB of caches.*ask for \d+ or fewer with --classes and --count"):
+        draw(root, count=20)
+
+
+def test_models_that_are_not_trained_yet_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no trained model at .*: run `dpar-cli run train_llamagen`"):
+        draw(tmp_path, model="llamagen")

@@ -156,6 +156,18 @@ def test_a_batch_whose_caches_cannot_fit_is_refused_before_anything_is_drawn(art
         run_dpar(artifacts, tmp_path, batch_size=64)
 
 
+def test_workers_that_share_a_machine_share_its_memory(artifacts, monkeypatch):
+    sampler = Sampler(artifacts.dpar_files, sample_section(), device="cpu")
+
+    class JustEnough:
+        available = 1.5 * sampler.generator.cache_bytes(4)
+
+    monkeypatch.setattr(stage.psutil, "virtual_memory", JustEnough)
+    stage.check_memory(sampler, 4)
+    with pytest.raises(ValueError, match=r"by each of 2 workers on one machine.*set sample.batch_size to 2 or less"):
+        stage.check_memory(sampler, 4, workers=2)
+
+
 def test_decoded_pixels_do_not_depend_on_neighbours(artifacts):
     sampler = Sampler(artifacts.dpar_files, sample_section(), device="cpu")
     tokens = torch.randint(16, (5, GRID * GRID), generator=torch.Generator().manual_seed(0))
