@@ -213,7 +213,7 @@ class MlflowTracker:
             yield LineProgress(total, description, done=done, unit=unit)
             return
         with _rich_bar() as bar:
-            task = bar.add_task(description, total=total, completed=done, values="")
+            task = bar.add_task(description, total=total, completed=done, values="", unit=unit)
             yield _RichProgress(bar, task)
 
     def close(self, status: str) -> None:
@@ -230,11 +230,16 @@ class MlflowTracker:
 
 
 def _rich_bar():
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich import progress as rich
 
-    return Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    class Rate(rich.ProgressColumn):
+        def render(self, task: rich.Task) -> str:
+            return "" if task.speed is None else f"{task.speed:.1f} {task.fields['unit']}/s"
+
+    return rich.Progress(
+        rich.TextColumn("[bold]{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), Rate(),
+        rich.TextColumn("{task.fields[values]}"), rich.TimeElapsedColumn(), rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
     )  # fmt: skip
 
 
