@@ -34,8 +34,8 @@ Progress = Callable[[int], None]  # called with the number of tokens just settle
 @dataclass(frozen=True)
 class Generated:
     """tokens: (B, T) int64. patch_lengths: for each image (M_b,) uint16 that sum to T (the twin: none). entropies:
-    (B, T) float32 nats by which the gate decided, nan where it was not asked. logits: (B, T, V) float32, guided, where
-    they were asked for."""
+    (B, T) float32 nats by which the gate decided, nan where it was not asked, on the host. logits: (B, T, V) float32,
+    guided, where they were asked for."""
 
     tokens: Tensor
     patch_lengths: list[np.ndarray]
@@ -132,17 +132,17 @@ class GPTGenerator:
             self.settings, seeds, given,
             tokens=config.tokens, codebook_size=config.codebook_size, device=device, keep_logits=keep_logits,
         )  # fmt: skip
-        lanes = torch.arange(images, device=device)
+        lanes = torch.arange(images)
         cache = stepper.new_cache((2 if self.guided else 1) * images, self.dtype)
         null = torch.full_like(labels, config.num_classes)
-        x = stepper.classes[torch.cat([labels, null[: len(drawer.half(lanes, lanes * 0))]]).to(device)].float()
+        x = stepper.classes[torch.cat([labels, null[: len(drawer.half(lanes, lanes * 0))]]).to(device)]
         for position in range(config.tokens):
             positions = torch.full_like(lanes, position)
             half = drawer.half(lanes, positions)
             rows = torch.cat([lanes, half + images])
             logits = stepper(x[: len(rows)], cache, rows, torch.full_like(rows, position))
             tokens = drawer(lanes, positions, logits)
-            x = stepper.tokens[torch.cat([tokens, tokens[half]])]
+            x = stepper.tokens[torch.cat([tokens, tokens[half.to(device)]])]
             if progress:
                 progress(images)
         return Generated(drawer.tokens, [], torch.full(drawer.tokens.shape, float("nan")), drawer.logits)
@@ -242,5 +242,5 @@ class DPARGenerator:
                     progress(drawn)
             else:
                 break
-        lengths = lengths_from_starts(state.starts.cpu().numpy())
+        lengths = lengths_from_starts(state.starts.numpy())
         return Generated(drawer.tokens, lengths, state.entropies, drawer.logits)

@@ -104,7 +104,8 @@ class Drawer:
         self, settings: SampleSettings, seeds: Sequence[int], given: Tensor | None, *,
         tokens: int, codebook_size: int, device: torch.device, keep_logits: bool,
     ) -> None:  # fmt: skip
-        self.settings, self.given = settings, given
+        self.settings, self.device = settings, device
+        self.given = None if given is None else given.to(device)
         self.uniforms = uniforms(seeds, tokens).to(device)
         self.scales = settings.scales(tokens).to(device)
         guided = torch.nonzero(settings.scales(tokens) != 1).flatten().tolist()
@@ -114,18 +115,20 @@ class Drawer:
         self.num_given = 0 if given is None else given.shape[1]
 
     def half(self, lanes: Tensor, positions: Tensor) -> Tensor:
-        """Return those of the lanes (A,) that still need an unconditional half: up to the last guided token."""
+        """Return those of the lanes (A,), on the host, that need an unconditional half: up to the last guided token."""
         if not self.ever_guided:
             return lanes[:0]
         return lanes if self.last_guided == len(self.scales) - 1 else lanes[positions <= self.last_guided]
 
     def __call__(self, lanes: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
-        """lanes, positions: (A,) int64; logits: (A + U, V), conditional ones over those of `half`. -> (A,) int64."""
+        """lanes, positions: (A,) int64, on the host; logits: (A + U, V), conditional ones over those of `half`.
+        Returns tokens (A,) int64."""
+        guided = torch.nonzero(positions <= self.last_guided).flatten().to(self.device)
+        lanes, positions = lanes.to(self.device), positions.to(self.device)
         logits, uncond = logits[: len(lanes)], logits[len(lanes) :]
         if len(uncond) == len(lanes):
             logits = guide(logits, uncond, self.scales[positions])
         elif len(uncond):
-            guided = torch.nonzero(positions <= self.last_guided).flatten()
             logits = logits.index_copy(0, guided, guide(logits[guided], uncond, self.scales[positions[guided]]))
         if self.logits is not None:
             self.logits[lanes, positions] = logits

@@ -75,7 +75,7 @@ class KVCache:
         return sum(tensor.numel() * tensor.element_size() for tensor in [*self.keys, *self.values])
 
     def plan(self, rows: Tensor, positions: Tensor) -> Step:
-        """Prepare one step: rows (A,) int64 without repeats, positions (A,) int64 to write at.
+        """Prepare one step: rows (A,) int64 without repeats, positions (A,) int64 to write at, both on the host.
 
         Raises ValueError past the limit.
         """
@@ -84,14 +84,11 @@ class KVCache:
             raise ValueError(f"position {longest - 1} lies beyond the cache's limit of {self.limit} positions")
         if longest > self.capacity:
             self._grow(capacity(longest, self.limit))
-        seen = positions[:, None] + 1
-        if self.in_place:
-            full = longest == self.capacity and int(positions.min()) == longest - 1
-        else:
-            full = False
+        full = longest == self.capacity and int(positions.min()) == longest - 1
+        rows, positions = rows.to(self.device), positions.to(self.device)
         mask = None
         if not full:
-            hidden = self._arange[: self.capacity] >= seen
+            hidden = self._arange[: self.capacity] > positions[:, None]
             mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf")).unsqueeze(1)
         if not self.in_place:
             return Step(rows, positions, mask, longest)
@@ -130,7 +127,7 @@ class KVCache:
 
     def _attend_selected(self, layer: int, step: Step, q: Tensor) -> Tensor:
         k, v = self.keys[layer][step.rows], self.values[layer][step.rows, :, : self.capacity]
-        mask = step.mask.unsqueeze(1).to(self.dtype)
+        mask = None if step.mask is None else step.mask.unsqueeze(1).to(self.dtype)
         out = F.scaled_dot_product_attention(q.to(self.dtype).unsqueeze(2), k, v, attn_mask=mask, scale=1.0)
         return out.squeeze(2).float()
 

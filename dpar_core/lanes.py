@@ -3,6 +3,9 @@
 A lane is the place of one image in the caches. Its life is a sequence of two kinds of launch, each for any set of
 lanes: a token launch draws a token and takes it up, a patch launch closes a patch and steps the patch transformer.
 
+Who is where is kept on the host, vectors and caches on the device: a device is waited for once a token, when the gate's
+entropies come back.
+
 Shapes: B lanes, A lanes that take part in a launch, U of them that need their unconditional half (row B + lane), T
 tokens an image, D width, V codebook entries, hd head dimension.
 """
@@ -46,7 +49,7 @@ class Lanes:
     image: (B,) which of the drawer's images is in each lane; a lane whose image is finished takes the next one.
     position: (B,) next token to be drawn. first, index: (B,) first token and number of the patch that holds it.
     waits: (B,) whether that patch still needs its state from the patch transformer. decided: (B,) whether it is known
-    to which patch that token belongs.
+    to which patch that token belongs. All of these, and lanes and positions in arguments below, are on the host.
     """
 
     def __init__(self, networks: Networks, labels: Tensor, drawer: Drawer, *, lanes: int) -> None:
@@ -54,18 +57,18 @@ class Lanes:
         config, dtype, stepper = networks.config, networks.dtype, networks.stepper
         self.device = device = stepper.tokens.device
         self.lanes = lanes
-        self.labels = labels.to(device)
-        self.entropies = torch.full((len(labels), config.tokens), float("nan"), device=device)
-        self.starts = torch.zeros(len(labels), config.tokens, dtype=torch.bool, device=device)
+        self.labels = labels.cpu()
+        self.entropies = torch.full((len(labels), config.tokens), float("nan"))
+        self.starts = torch.zeros(len(labels), config.tokens, dtype=torch.bool)
         self.starts[:, 0] = True
 
-        self.image = torch.arange(lanes, device=device)
+        self.image = torch.arange(lanes)
         self.taken = lanes
-        self.position = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self.position = torch.zeros(lanes, dtype=torch.int64)
         self.first, self.index = torch.zeros_like(self.position), torch.zeros_like(self.position)
-        self.waits = torch.ones(lanes, dtype=torch.bool, device=device)
-        self.decided = torch.ones(lanes, dtype=torch.bool, device=device)
-        self.boundaries = BoundaryState(networks.rule, lanes, device=device)
+        self.waits = torch.ones(lanes, dtype=torch.bool)
+        self.decided = torch.ones(lanes, dtype=torch.bool)
+        self.boundaries = BoundaryState(networks.rule, lanes)
 
         rows = (2 if networks.guided else 1) * lanes
         self.state = stepper.start.expand(lanes, -1).clone()  # decoder input of the next token: start, x'_0, ...
@@ -86,11 +89,12 @@ class Lanes:
         free = torch.nonzero(self.position == self.networks.config.tokens).flatten()[:left]
         if not len(free):
             return
-        self.image[free] = torch.arange(self.taken, self.taken + len(free), device=self.device)
+        self.image[free] = torch.arange(self.taken, self.taken + len(free))
         self.taken += len(free)
         self.position[free] = self.first[free] = self.index[free] = 0
         self.waits[free] = self.decided[free] = True
         self.boundaries.last_gate[free] = 0
+        free = free.to(self.device)
         self.state[free], self.peak[free] = self.stepper.start, float("-inf")
 
     def ready(self) -> Tensor:
@@ -108,7 +112,7 @@ class Lanes:
         if self.networks.asks_decoder:
             cond = self.decode(lanes)
             staying = self.probe(lanes, position, cond)
-            lanes, position, cond = lanes[staying], position[staying], cond[staying]
+            lanes, position, cond = lanes[staying], position[staying], cond[staying.to(self.device)]
             if not len(lanes):
                 return 0
             half = self.drawer.half(lanes, position)
@@ -121,7 +125,7 @@ class Lanes:
         last = self.networks.config.tokens - 1
         if bool((position == last).any()):
             going = torch.nonzero(position < last).flatten()
-            lanes, position, tokens = lanes[going], position[going], tokens[going]
+            lanes, position, tokens = lanes[going], position[going], tokens[going.to(self.device)]
         if len(lanes):
             self.encode(lanes, position, tokens)
             self.decide(lanes, position + 1, tokens)
@@ -129,10 +133,10 @@ class Lanes:
 
     def decode(self, rows: Tensor) -> Tensor:
         """Return the logits of the next token of these rows, given the state of the open patch: (A,) -> (A, V)."""
-        stepper, lanes = self.stepper, rows % self.lanes
-        step = self.decoder_cache.plan(rows, self.position[lanes])
+        stepper = self.stepper
+        step = self.decoder_cache.plan(rows, self.position[rows % self.lanes])
         table = stepper.table[step.positions]
-        x, copied = self.state[lanes], self.copied[rows]
+        x, copied = self.state[step.rows % self.lanes], self.copied[step.rows]
         for layer, block in enumerate(stepper.decoder):
             x = block(x + copied[:, layer], table, self.decoder_cache, layer, step)
         return stepper.head(x)
@@ -146,7 +150,7 @@ class Lanes:
         asked = torch.nonzero(~self.decided[lanes]).flatten()
         stays = torch.ones_like(lanes, dtype=torch.bool)
         if len(asked):
-            entropies = next_token_entropies(cond[asked])
+            entropies = next_token_entropies(cond[asked.to(self.device)]).cpu()
             self.settle(lanes[asked], position[asked], entropies, final=True)
             stays[asked] = ~self.waits[lanes[asked]]
         return torch.nonzero(stays).flatten()
@@ -156,21 +160,21 @@ class Lanes:
         stepper = self.stepper
         step = self.encoder_cache.plan(lanes, position)
         member = self.member_cache.plan(lanes, position - self.first[lanes])
-        table = stepper.table[position + 1]
+        table = stepper.table[step.positions + 1]
         x = stepper.tokens[tokens]
         for layer, (block, reader) in enumerate(zip(stepper.encoder, stepper.readers)):
             x = block(x, table, self.encoder_cache, layer, step)
             if layer == 0:
-                self.peak[lanes] = torch.maximum(self.peak[lanes], x)
+                self.peak[step.rows] = torch.maximum(self.peak[step.rows], x)
             reader.write(x, self.member_cache, layer, member)
-        self.state[lanes] = x
+        self.state[step.rows] = x
 
     def decide(self, lanes: Tensor, position: Tensor, tokens: Tensor) -> None:
         """Tell whether the token at `position` begins a patch, as far as that is known before the decoder runs."""
         gate = self.networks.gate
-        entropies = torch.full(position.shape, float("nan"), device=self.device)
+        entropies = torch.full(position.shape, float("nan"))
         if gate:
-            entropies = next_token_entropies(gate(gate.tokens[tokens], self.gate_cache, lanes, position - 1))
+            entropies = next_token_entropies(gate(gate.tokens[tokens], self.gate_cache, lanes, position - 1)).cpu()
         self.settle(lanes, position, entropies, final=not self.networks.asks_decoder)
 
     def settle(self, lanes: Tensor, position: Tensor, entropies: Tensor, *, final: bool) -> None:
@@ -193,37 +197,38 @@ class Lanes:
             x = torch.zeros(len(lanes), len(stepper.start), device=self.device)
             table = torch.zeros(len(lanes), stepper.head_dim // 2, dtype=torch.complex64, device=self.device)
             if len(closing):
-                x[closing], table[closing] = self.close(lanes[closing], position[closing])
+                into = closing.to(self.device)
+                x[into], table[into] = self.close(lanes[closing], position[closing])
         else:
             x, table = self.close(lanes, position)
         x, table = self.doubled(x, lanes, half), self.doubled(table, lanes, half)
         if bool(opens.any()):
             opening = torch.nonzero(self.doubled(opens, lanes, half)).flatten()
             labels = self.labels[self.image[rows[opening] % self.lanes]]
-            null = self.networks.config.num_classes
-            x[opening] = stepper.classes[torch.where(rows[opening] < self.lanes, labels, null)]
+            labels = torch.where(rows[opening] < self.lanes, labels, self.networks.config.num_classes)
+            x[opening.to(self.device)] = stepper.classes[labels.to(self.device)]
         place = torch.where(opens, 0, self.index[lanes] + 1)
         self.index[lanes], self.first[lanes] = place, position
-        self.peak[lanes] = float("-inf")
         step = self.patch_cache.plan(rows, self.doubled(place, lanes, half))
+        self.peak[step.rows[: len(lanes)]] = float("-inf")
         for layer, block in enumerate(stepper.patch_blocks):
             x = block(x, table, self.patch_cache, layer, step)
         copied = stepper.copies(normalized(x))
-        self.copied[rows] = copied.unflatten(-1, (-1, self.networks.config.width))
+        self.copied[step.rows] = copied.unflatten(-1, (-1, self.networks.config.width))
         self.waits[lanes] = False
 
     def doubled(self, x: Tensor, lanes: Tensor, half: Tensor) -> Tensor:
         """Repeat the entries of x (A, ...) that belong to an unconditional half: (A + U, ...)."""
         if not len(half):
             return x
-        return torch.cat([x, x if len(half) == len(lanes) else x[torch.isin(lanes, half)]])
+        return torch.cat([x, x if len(half) == len(lanes) else x[torch.isin(lanes, half).to(x.device)]])
 
     def close(self, lanes: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return the vectors of the patches that end before `position`, (A, D), and their rotary table."""
         stepper, config = self.stepper, self.networks.config
         first = self.first[lanes]
-        patch = self.peak[lanes]
         step = self.member_cache.plan(lanes, position - first - 1)
+        patch = self.peak[step.rows]
         for layer, reader in enumerate(stepper.readers):
             patch = reader.read(patch, self.member_cache, layer, step)
         width = config.row_width
@@ -231,4 +236,4 @@ class Lanes:
             first // width, first % width, (position - 1) % width, self.index[lanes], stepper.head_dim,
             encoding=config.position_encoding,
         )  # fmt: skip
-        return patch, complex_table(table)
+        return patch, complex_table(table).to(self.device)

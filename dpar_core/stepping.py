@@ -120,7 +120,8 @@ class GPTStepper:
         self.blocks = [BlockStepper(block, dtype) for block in model.layers]
         self.head = Head(model, dtype)
         self.tokens = model.tok_embeddings.weight.detach().float()
-        self.classes = None if model.config.num_classes is None else model.cls_embedding.embedding_table.weight.detach()
+        conditional = model.config.num_classes is not None
+        self.classes = model.cls_embedding.embedding_table.weight.detach().float() if conditional else None
         self.table = complex_table(model.rotary)
 
     def new_cache(self, rows: int, dtype: torch.dtype) -> KVCache:
@@ -135,9 +136,9 @@ class GPTStepper:
         return cache_bytes(layers=len(self.blocks), rows=rows, width=self.config.width, limit=len(self.table), dtype=dtype)
 
     def __call__(self, x: Tensor, cache: KVCache, rows: Tensor, positions: Tensor) -> Tensor:
-        """Run input vectors x (A, D) of `rows` at `positions` and return logits (A, V)."""
+        """Run input vectors x (A, D) of `rows` at `positions` (A,), both on the host, and return logits (A, V)."""
         step = cache.plan(rows, positions)
-        table = self.table[positions]
+        table = self.table[step.positions]
         for layer, block in enumerate(self.blocks):
             x = block(x, table, cache, layer, step)
         return self.head(x)
