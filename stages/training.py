@@ -197,17 +197,19 @@ def run_job(job: Job, inputs: dict[str, str], tracker: Tracker, *, section: str,
     root = ray_train.run_folder(job.training.storage, work, name)
     store, steps = _store(job, root), job.training.steps
     tracker.log_params({"model/parameters": job.config.num_parameters, "train/run": name})
-    if steps not in store.steps():
-        with tracker.progress(steps, f"train {job.kind}", unit="step") as bar:
+    checkpoint = store.newest()
+    if checkpoint is None or checkpoint.step != steps:
+        done = 0 if checkpoint is None else checkpoint.step
+        with tracker.progress(steps, f"train {job.kind}", done=done, unit="step") as bar:
             ray_train.fit(
                 partial(train_job, job, root),
                 root=root,
                 work=work,
                 scale=ray_train.Scale.of(job.training, device=device),
                 section=section,
-                on_event=_Reporter(tracker, bar),
+                on_event=_Reporter(tracker, bar, done),
             )
-    checkpoint = store.newest()
+        checkpoint = store.newest()
     if checkpoint is None or checkpoint.step != steps:
         raise RuntimeError(f"the run in {root} did not reach step {steps}: run the same command again, it goes on")
     return Result(job, checkpoint, store, Progress(**checkpoint.state["progress"]), images)
@@ -216,8 +218,8 @@ def run_job(job: Job, inputs: dict[str, str], tracker: Tracker, *, section: str,
 class _Reporter:
     """Passes a run's events on to the tracker."""
 
-    def __init__(self, tracker: Tracker, bar) -> None:
-        self.tracker, self.bar, self.step = tracker, bar, 0
+    def __init__(self, tracker: Tracker, bar, done: int) -> None:
+        self.tracker, self.bar, self.step = tracker, bar, done
 
     def __call__(self, event: dict[str, Any]) -> None:
         step, metrics = event["step"], event.get("metrics", {})

@@ -123,6 +123,35 @@ def test_without_an_equal_time_step_the_final_model_stands_in(data, tmp_path, mo
     assert (out / "equal_time.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.ray_train, "fit", in_process)
+    run_stage("llamagen", data, tmp_path / "whole", tmp_path / "work")
+    (last,) = (tmp_path / "work").glob("run-*/step-00000012")
+    os.truncate(last / "model.safetensors", 100)
+    opened, bar = [], []
+
+    def reported(function, *, on_event, **same):
+        on_event({"event": "begin", "step": 10})
+        on_event({"event": "checkpoint", "step": 12})
+        return in_process(function, on_event=on_event, **same)
+
+    class Tracker(NullTracker):
+        def _progress(self, total, description, done, unit):
+            opened.append((done, total))
+            return self
+
+        def advance(self, amount=1, **values):
+            bar.append(amount)
+
+    monkeypatch.setattr(training.ray_train, "fit", reported)
+    run_stage("llamagen", data, tmp_path / "again", tmp_path / "work", Tracker())
+    assert (opened, bar) == ([(10, 12)], [2])
+    for file in ("model.safetensors", "curve.csv"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    monkeypatch.setattr(training.ray_train, "fit", lambda *_, **__: pytest.fail("a whole run was trained again"))
+    run_stage("llamagen", data, tmp_path / "third", tmp_path / "work")
+
+
 @pytest.mark.parametrize("kind", ["entropy_model", "dpar", "llamagen"])
 def test_two_ranks_see_together_what_one_would(data, kind):
     one = JobData(job(data, kind), Ranks())
