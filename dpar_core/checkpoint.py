@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dpar_core.files import atomic_folder, atomic_path, read_weights_header, sav
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _FORMAT = 1
+_DAMAGE = (FileNotFoundError, ValueError, KeyError, safetensors.SafetensorError)  # what a part of a checkpoint raises
 
 
 class CheckpointError(RuntimeError):
@@ -106,12 +107,12 @@ class CheckpointStore:
         """Return the newest whole checkpoint, None when there is none.
 
         Partial and damaged ones are passed over with a warning. Raises ValueError when it is whole but belongs to
-        another architecture.
+        another architecture, OSError when the place cannot be read: what is there may be whole.
         """
         for step in reversed(self.steps()):
             try:
                 checkpoint = self.read(step)
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            except _DAMAGE as error:
                 self.warn(f"checkpoint {self.where(step)} is damaged and passed over: {error}")
                 continue
             stored = Architecture(**checkpoint.state["architecture"])
@@ -125,7 +126,7 @@ class CheckpointStore:
         return None
 
     def read(self, step: int) -> Checkpoint:
-        """Fetch the checkpoint of a step and check it file by file. Raises ValueError or OSError for a damaged one."""
+        """Fetch the checkpoint of a step and check it file by file. Raises one of _DAMAGE for a damaged one, OSError."""
         folder = self._place.fetch(_folder_name(step))
         state = json.loads((folder / _STATE).read_text())
         if state["format"] != _FORMAT or state["step"] != step:
@@ -148,7 +149,7 @@ class CheckpointStore:
         """Write a checkpoint, then drop those that are no longer kept, and return its address.
 
         model, optimizer: full (unsharded) tensors by name. state: JSON data. score: for keep_best, lower is better.
-        Raises CheckpointError when it cannot be written; earlier checkpoints are untouched then.
+        Raises CheckpointError when it cannot be written (earlier checkpoints are untouched then) or others not dropped.
         """
         name = _folder_name(step)
         try:
@@ -163,7 +164,14 @@ class CheckpointStore:
                 write_json(folder / _STATE, {**state, **whole, "architecture": architecture})
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(self._failure("checkpoint", step, error)) from error
-        self._drop_old(step)
+        try:
+            self._drop_old(step)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} is written, but older ones could not be removed from "
+                f"{self._place.address('')} ({_reason(error)}): allow that there and run the same command again, it goes "
+                f"on from step {step}"
+            ) from error
         return self.where(step)
 
     def save_snapshot(self, step: int, model: Mapping[str, Tensor]) -> str:
@@ -185,12 +193,18 @@ class CheckpointStore:
     def _write_model(self, path: Path, step: int, model: Mapping[str, Tensor]) -> None:
         save_weights(path, model, kind=self.architecture.kind, config=self.architecture.config, meta={"step": step})
 
+    def last_good(self) -> str:
+        """Return words for where a run that stops now would go on."""
+        try:
+            good = self.steps()
+        except OSError as error:
+            return f"no checkpoint could be listed ({_reason(error)})"
+        return f"the last good checkpoint is {self.where(good[-1])}" if good else "there is no checkpoint yet"
+
     def _failure(self, what: str, step: int, error: Exception) -> str:
-        good = self.steps()
-        last = f"the last good one is {self.where(good[-1])}" if good else "there is no earlier one"
         return (
-            f"the {what} of step {step} could not be written to {self._place.address('')} ({_reason(error)}); {last}: "
-            "make room there and run the same command again, it goes on from that"
+            f"the {what} of step {step} could not be written to {self._place.address('')} ({_reason(error)}); "
+            f"{self.last_good()}: make room there and run the same command again, it goes on from that"
         )
 
     def _drop_old(self, newest: int) -> None:
@@ -207,7 +221,7 @@ class CheckpointStore:
     def _score(self, step: int) -> float | None:
         try:
             return json.loads(self._place.read_text(f"{_folder_name(step)}/{_STATE}"))["score"]
-        except (OSError, ValueError, KeyError):
+        except _DAMAGE:
             return None
 
 
@@ -254,6 +268,8 @@ class _Folder:
 
     @contextmanager
     def create(self, name: str):
+        for left in [*self.root.glob(".step-*.tmp"), *self.root.glob(".snapshot-*.tmp")]:
+            shutil.rmtree(left)  # of a writer that was killed; there is one writer a run
         with atomic_folder(self.root / name) as folder:
             yield folder
 
@@ -268,6 +284,8 @@ class _Folder:
     def remove(self, name: str) -> None:
         # Renamed first: what is half deleted never looks like a checkpoint.
         doomed = self.root / f".{name}.old"
+        if doomed.exists():
+            shutil.rmtree(doomed)
         (self.root / name).rename(doomed)
         shutil.rmtree(doomed)
 
@@ -287,20 +305,27 @@ class _Remote:
         from pyarrow import fs
 
         found = self.files.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
-        return [Path(info.path).name for info in found if info.type == fs.FileType.Directory]
+        names = [Path(info.path).name for info in found if info.type == fs.FileType.Directory]
+        states = self.files.get_file_info([f"{self.root}/{name}/{_STATE}" for name in names])
+        return [name for name, state in zip(names, states) if state.type == fs.FileType.File]
 
     @contextmanager
     def create(self, name: str):
         with tempfile.TemporaryDirectory(dir=self.cache.name) as temporary:
             folder = Path(temporary)
             yield folder
-            self.remove(name)
-            self.files.create_dir(f"{self.root}/{name}", recursive=True)
-            # state.json last: without it the folder is no checkpoint.
-            for file in sorted(folder.iterdir(), key=lambda path: path.name == _STATE):
-                target_path = f"{self.root}/{name}/{file.name}"
-                with open(file, "rb") as source, self.files.open_output_stream(target_path) as target:
-                    shutil.copyfileobj(source, target, 1 << 24)
+            self.remove(name)  # there is one only if it was found damaged
+            try:
+                self.files.create_dir(f"{self.root}/{name}", recursive=True)
+                # state.json last: without it the folder is no checkpoint.
+                for file in sorted(folder.iterdir(), key=lambda path: path.name == _STATE):
+                    target_path = f"{self.root}/{name}/{file.name}"
+                    with open(file, "rb") as source, self.files.open_output_stream(target_path) as target:
+                        shutil.copyfileobj(source, target, 1 << 24)
+            except BaseException:
+                with suppress(Exception):  # the first error is the one to tell; what stays is no checkpoint
+                    self.remove(name)
+                raise
 
     def fetch(self, name: str) -> Path:
         from pyarrow import fs

@@ -226,12 +226,10 @@ class _Run:
         found = self.guard.read()
         if found is None:
             return
-        good = self.store.steps()
-        last = f"the last good checkpoint is {self.store.where(good[-1])}" if good else "there is no checkpoint yet"
         raise TrainingStopped(
             f"training stopped at step {found.step + 1}, before its update: the loss is {found.loss:.4g} nats a token "
-            f"(limit {self.settings.largest_loss:.4g}), the gradient norm {found.norm:.4g}; {last}: lower lr, lengthen "
-            "warmup_steps or set precision: fp32, and run again"
+            f"(limit {self.settings.largest_loss:.4g}), the gradient norm {found.norm:.4g}; "
+            f"{self.store.last_good()}: lower lr, lengthen warmup_steps or set precision: fp32, and run again"
         )
 
     def _log_line(self) -> dict[str, float]:

@@ -9,9 +9,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import fsspec
 import pytest
 import safetensors.torch
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dpar_core.checkpoint import Architecture, CheckpointError, CheckpointStore
 
@@ -30,10 +32,50 @@ def save(where: CheckpointStore, step: int, score: float | None = None) -> str:
     return where.save(step, model={"w": weight}, optimizer={"exp_avg/w": weight + 1}, state={"history": [step]}, score=score)
 
 
-@pytest.fixture(params=["folder", "address"])
+class Store(MemoryFileSystem):
+    """An object store in memory that answers with an error where `refuses(what, path)` says so."""
+
+    protocol = "refusing"
+    store, pseudo_dirs = {}, [""]
+    refuses = staticmethod(lambda what, path: False)
+
+    def _ask(self, what, path):
+        if self.refuses(what, str(path)):
+            raise OSError(5, f"the store refuses to {what}")
+
+    def _open(self, path, mode="rb", **options):
+        self._ask("read" if "r" in mode else "write", path)
+        return super()._open(path, mode, **options)
+
+    def rm(self, path, recursive=False, maxdepth=None):
+        self._ask("remove", path)
+        return super().rm(path, recursive, maxdepth)
+
+    def find(self, path, **options):
+        self._ask("list", path)
+        return super().find(path, **options)
+
+
+fsspec.register_implementation("refusing", Store, clobber=True)
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch) -> str:
+    """An address of such a store; set `Store.refuses` by monkeypatch."""
+    return f"refusing://{tmp_path}/run"
+
+
+def refuse(monkeypatch, *refused: tuple[str, str]) -> None:
+    monkeypatch.setattr(
+        Store, "refuses", staticmethod(lambda what, path: any(what == w and part in path for w, part in refused))
+    )
+
+
+@pytest.fixture(params=["folder", "pyarrow", "fsspec"])
 def root(request, tmp_path) -> str:
-    """Both kinds of place: a folder, and an address that pyarrow resolves."""
-    return str(tmp_path / "run") if request.param == "folder" else f"file://{tmp_path}/run"
+    """All kinds of place: a folder, an address that pyarrow resolves, one that fsspec does."""
+    scheme = {"folder": "", "pyarrow": "file://", "fsspec": "refusing://"}[request.param]
+    return f"{scheme}{tmp_path}/run"
 
 
 def test_the_newest_checkpoint_comes_back_as_it_was_saved(root):
@@ -84,12 +126,88 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(tmp_path, damage):
     assert len(place.warned) == 1 and "step-00000002 is damaged and passed over" in place.warned[0]
 
 
-def test_an_upload_that_broke_off_is_passed_over(tmp_path):
+def test_an_upload_that_broke_off_is_no_checkpoint(tmp_path):
     place = store(f"file://{tmp_path}")
     save(place, 1)
     save(place, 2)
     (tmp_path / "step-00000002" / "state.json").unlink()
-    assert place.newest().step == 1
+    assert place.steps() == [1]
+    assert place.newest().step == 1 and place.warned == []
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("cleans", [True, False])
+def test_an_upload_that_fails_leaves_the_last_good_one_and_says_so(remote, monkeypatch, file, cleans):
+    place = store(remote)
+    save(place, 1)
+    refuse(monkeypatch, ("write", f"step-00000002/{file}"), *([] if cleans else [("remove", "step-00000002")]))
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written .*refuses to write.*last good .*step-00000001:"):
+        save(place, 2)
+    assert place.steps() == [1]
+    assert Store().exists(f"{place._place.root}/step-00000002") == (not cleans)
+    refuse(monkeypatch)
+    save(place, 2)
+    assert place.newest().step == 2 and place.warned == []
+
+
+def test_a_place_that_cannot_be_listed_hides_no_failure(remote, monkeypatch):
+    place = store(remote)
+    refuse(monkeypatch, ("write", "step-"), ("list", "run"))
+    with pytest.raises(
+        CheckpointError, match=r"refuses to write.*no checkpoint could be listed \(the store refuses to list"
+    ):
+        save(place, 1)
+
+
+def test_a_place_that_cannot_be_read_is_no_damage(remote, monkeypatch):
+    place = store(remote)
+    save(place, 1)
+    save(place, 2)
+    refuse(monkeypatch, ("read", "step-00000002/optimizer"))
+    with pytest.raises(OSError, match="refuses to read"):
+        place.newest()
+    assert place.warned == []
+
+
+def test_a_folder_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
+    place = store(tmp_path)
+    save(place, 1)
+
+    def refuses(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dpar_core.checkpoint.sha256_file", refuses)
+    with pytest.raises(PermissionError):
+        place.newest()
+
+
+def test_old_ones_that_cannot_be_removed_are_told(remote, monkeypatch):
+    place = store(remote, keep_last=1)
+    save(place, 1)
+    refuse(monkeypatch, ("remove", "step-00000001"))
+    with pytest.raises(CheckpointError, match=r"step 2 is written, but older ones could not be removed .*refuses to remove"):
+        save(place, 2)
+    assert place.newest().step == 2
+
+
+def test_a_score_that_cannot_be_read_costs_no_good_checkpoint(remote, monkeypatch):
+    place = store(remote, keep_last=1, keep_best=1)
+    save(place, 1, 1.0)
+    save(place, 2, 2.0)
+    refuse(monkeypatch, ("read", "step-00000001/state.json"))
+    with pytest.raises(CheckpointError, match="refuses to read"):
+        save(place, 3, 3.0)
+    assert 1 in place.steps()
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    place = store(tmp_path, keep_last=1)
+    save(place, 1)
+    for left in (".step-00000001.old", ".step-00000002.abcd.tmp"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "model.safetensors").write_bytes(b"half")
+    save(place, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_a_kill_while_writing_leaves_the_last_good_one(tmp_path):
