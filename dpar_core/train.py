@@ -229,8 +229,11 @@ class _Run:
         raise TrainingStopped(
             f"training stopped at step {found.step + 1}, before its update: the loss is {found.loss:.4g} nats a token "
             f"(limit {self.settings.largest_loss:.4g}), the gradient norm {found.norm:.4g}; "
-            f"{self.store.last_good()}: lower lr, lengthen warmup_steps or set precision: fp32, and run again"
+            f"{self._way_out()}"
         )
+
+    def _way_out(self) -> str:
+        return f"{self.store.last_good()}: lower lr, lengthen warmup_steps or set precision: fp32, and run again"
 
     def _log_line(self) -> dict[str, float]:
         """Read what the device has summed up; it is the host's first wait since the last line."""
@@ -263,6 +266,11 @@ class _Run:
         progress, seconds = self.progress, self.clock.seconds
         with self.clock.paused():
             loss = self._validation_loss()
+        if not loss <= self.settings.largest_loss:  # NaN as well; all ranks have the same sum
+            raise TrainingStopped(
+                f"training stopped after step {progress.step}: the validation loss is {loss:.4g} nats a token (limit "
+                f"{self.settings.largest_loss:.4g}); {self._way_out()}"
+            )
         before = progress.timings[-1] if progress.timings else [0, 0.0, 0.0]
         images = (progress.step - before[0]) * self.settings.batch_size
         progress.timings.append([progress.step, seconds, images / (seconds - before[1])])

@@ -135,6 +135,23 @@ def test_a_bad_loss_stops_before_it_spoils_the_weights(tmp_path, bad):
     assert store.newest().step == 5
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 10.0])
+def test_a_bad_validation_loss_stops_before_it_is_kept(tmp_path, bad):
+    class Spoiled(TwinObjective):
+        calls = 0
+
+        def loss(self, model, batch):
+            self.calls += not torch.is_grad_enabled()
+            factor = bad if self.calls == 2 and not torch.is_grad_enabled() else 1.0
+            return super().loss(model, batch) * factor
+
+    settings, store, hooks = tiny_settings(checkpoint_every=4), tiny_store(tmp_path, "gpt"), Recorder()
+    with pytest.raises(TrainingStopped, match=r"stopped after step 8: the validation loss is .*good.*step-00000004: lower"):
+        train(tiny_model("gpt"), Spoiled(), TinyData(settings), settings, store, hooks=hooks)
+    assert store.steps() == [4] and 8 not in hooks.lines
+    assert [row[0] for row in store.newest().state["progress"]["curve"]] == [4]
+
+
 def test_the_update_is_skipped_on_the_device_once_a_loss_was_bad():
     """What protects the weights on a GPU, where the host learns of a bad loss only at the next log line."""
     from dpar_core.meters import Guard
