@@ -6,7 +6,6 @@ A block does not know how its positions are laid out: the `attend` object it is 
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -78,22 +77,13 @@ class PackedCausal:
 
     def __init__(self, offsets: Tensor, *, rows: int, longest: int) -> None:
         self.offsets, self.rows, self.longest = offsets, rows, longest
+        self.bounds = offsets.to(torch.int32)  # where each image's positions begin and end, as the ragged kernel reads it
+        image = torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff(), output_size=rows)
+        within = torch.arange(rows, device=offsets.device) - offsets[:-1][image]
+        self.slots_N = image * longest + within  # the row of each packed position among the padded ones
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.ragged(q, k, v) if has_ragged_attention(q) else self.padded(q, k, v)
-
-    @cached_property
-    def bounds(self) -> Tensor:
-        """Where each image's positions begin and end, as the ragged kernel reads it: (B + 1,) int32."""
-        return self.offsets.to(torch.int32)
-
-    @cached_property
-    def slots_N(self) -> Tensor:
-        """The row of each packed position among the padded ones: (N,) int64."""
-        image = torch.arange(len(self.offsets) - 1, device=self.offsets.device)
-        image = image.repeat_interleave(self.offsets.diff(), output_size=self.rows)
-        within = torch.arange(self.rows, device=image.device) - self.offsets[:-1][image]
-        return image * self.longest + within
 
     def ragged(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Let every image attend to its own rows in one kernel, without padding."""
@@ -114,7 +104,9 @@ class PackedCausal:
 
 def has_ragged_attention(q: Tensor) -> bool:
     """Whether torch's kernel for lists of different lengths takes this tensor: FlashAttention's conditions."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) < (8, 0):
+        return False
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 class Attention(nn.Module):
