@@ -20,7 +20,7 @@ class PatchLayout:
     patch_ids: (B, T) int64, packed number of the patch that holds each token. offsets: (B + 1,) int64, first packed
     patch of each image. index, lengths, rows, first_cols, last_cols: (P,) int64: number in its image, tokens, row of
     the first token, columns of the first and of the last token. starts: (P,) int64, first token in its image.
-    most_patches, longest: largest M_b, largest length.
+    most_patches, longest: largest M_b, largest length. complete_tokens: tokens of all patches but the last of each image.
     """
 
     patch_ids: Tensor
@@ -33,6 +33,7 @@ class PatchLayout:
     last_cols: Tensor
     most_patches: int
     longest: int
+    complete_tokens: int
 
     @staticmethod
     def from_lengths(lengths: Sequence[np.ndarray], *, row_width: int) -> PatchLayout:
@@ -63,7 +64,8 @@ class PatchLayout:
             "last_cols": (starts + packed - 1) % row_width,
         }
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        return PatchLayout(**tensors, most_patches=int(counts.max()), longest=int(packed.max()))
+        complete = int(starts[offsets[1:] - 1].sum())
+        return PatchLayout(**tensors, most_patches=int(counts.max()), longest=int(packed.max()), complete_tokens=complete)
 
     @property
     def images(self) -> int:

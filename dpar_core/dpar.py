@@ -284,7 +284,8 @@ class _Segments:
     def __init__(self, layout: PatchLayout, tokens: int) -> None:
         ids = layout.patch_ids[:, :tokens]
         image = torch.arange(layout.images, device=ids.device)[:, None]
-        self.used = torch.nonzero((ids < layout.offsets[1:, None] - 1).flatten()).flatten()
+        complete = (ids < layout.offsets[1:, None] - 1).flatten()
+        self.used = torch.nonzero_static(complete, size=layout.complete_tokens).flatten()
         self.patch = (ids - image).flatten()[self.used]  # one patch of every earlier image is left out
         self.patches = layout.patches - layout.images
 
