@@ -6,6 +6,7 @@ N tokens an image, M patches, D width, F feed-forward width, V codebook entries.
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
 
 BACKWARD = 2  # a backward pass costs two forward passes
@@ -70,10 +71,12 @@ def training_flops(forward: float) -> float:
     return (1 + BACKWARD) * forward
 
 
-# Dense bf16 FLOP/s as the makers publish them, by a part of the device name.
+# Dense bf16 FLOP/s as the makers publish them, by words of the device name; of two that fit, the first counts.
 PUBLISHED_PEAKS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -86,4 +89,5 @@ PUBLISHED_PEAKS = {
 
 def published_peak(device_name: str) -> float | None:
     """Return a GPU's published dense bf16 FLOP/s, None when it is not listed."""
-    return next((peak for name, peak in PUBLISHED_PEAKS.items() if name.lower() in device_name.lower()), None)
+    fits = (peak for name, peak in PUBLISHED_PEAKS.items() if re.search(rf"\b{name}\b", device_name, re.IGNORECASE))
+    return next(fits, None)

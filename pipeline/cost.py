@@ -167,6 +167,7 @@ def _disk_bytes(tokens: int, patches: float, images: int, views: int) -> dict[st
 _ROWS = [
     ("parameters", "parameters", ",.0f"),
     ("forward, GFLOPs an image", "forward_gflops", ",.2f"),
+    ("  and the entropy model, as to generate", "generation_gflops_with_entropy_model", ",.2f"),
     ("forward and backward, GFLOPs an image", "training_gflops_an_image", ",.2f"),
     ("generation with cfg, GFLOPs an image", "generation_cfg_gflops", ",.2f"),
     ("  and the entropy model, once", "generation_cfg_gflops_with_entropy_model", ",.2f"),

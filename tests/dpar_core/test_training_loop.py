@@ -296,5 +296,13 @@ def test_the_formula_counts_what_the_tiny_models_multiply():
 
 
 def test_known_gpus_have_a_published_peak():
-    assert flops.published_peak("NVIDIA H200") == 989e12 and flops.published_peak("NVIDIA H100 PCIe") == 756e12
-    assert flops.published_peak("some cpu") is None
+    names = {
+        "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "h100": 989,
+        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA A10": 125,
+    }  # fmt: skip
+    assert {name: flops.published_peak(name) for name in names} == {name: peak * 1e12 for name, peak in names.items()}
+
+
+@pytest.mark.parametrize("name", ["some cpu", "NVIDIA A10G", "NVIDIA L40", "NVIDIA GH200 480GB"])
+def test_a_gpu_whose_name_only_contains_a_known_one_has_none(name):
+    assert flops.published_peak(name) is None

@@ -167,3 +167,8 @@ def test_the_command_prints_a_table_or_json(monkeypatch):
     assert table.exit_code == 0 and "DPAR saves" in table.output and "GPU-hours" in table.output
     told = json.loads(CliRunner().invoke(app, ["params/demo.yaml", "--json"]).output)
     assert f"{told['models']['dpar']['parameters']:,}" in table.output
+    whole = told["models"]["dpar"]["forward_gflops"] + told["models"]["entropy_model"]["forward_gflops"]
+    row = next(
+        line for line in table.output.splitlines() if line.strip().startswith("and the entropy model, as to generate")
+    )
+    assert float(row.split()[-1].replace(",", "")) == pytest.approx(whole, abs=0.005)
