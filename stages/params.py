@@ -392,6 +392,12 @@ def _training_contradictions(name: str, training: Training) -> Iterator[str]:
         )
     if training.warmup_steps > training.steps:
         yield f"`{name}.warmup_steps` {training.warmup_steps} lies beyond `{name}.steps` {training.steps}"
+    every, validated = training.checkpoint_every, training.validate_every
+    if training.keep_best and every < training.steps and every % validated:
+        yield (
+            f"`{name}.keep_best` {training.keep_best} keeps checkpoints by their validation loss, but `checkpoint_every` "
+            f"{every} is not a multiple of `validate_every` {validated}, so some have none: make it one, or set keep_best: 0"
+        )
 
 
 def _patching_contradictions(patching: Patching) -> Iterator[str]:

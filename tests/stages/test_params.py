@@ -1,5 +1,6 @@
 """params.yaml: what is refused, and that everything is said at once."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def test_the_shipped_params_are_valid():
         ("entropy_model.size", "B", "size B has 768"),
         ("train.batch_size", 33, None),
         ("train.workers", 5, "does not divide into 5 workers"),
+        ("train.checkpoint_every", 75, "75 is not a multiple of `validate_every` 50, so some have none"),
         ("train.equal_time_step", 10**6, "lies beyond `train.steps`"),
         ("patching.threshold", 1.0, "both are set, expected exactly one"),
         ("patching.target_mean_length", 4.5, "no threshold can reach it"),
@@ -64,6 +66,15 @@ def test_a_wrong_value_gets_a_sentence_that_names_it(demo, name, value, words):
     with pytest.raises(P.ParamsError) as caught:
         P.parse_params(raw)
     assert any(words in sentence for sentence in caught.value.sentences), caught.value.sentences
+
+
+def test_checkpoints_need_a_validation_loss_only_where_the_best_are_kept(demo):
+    for name in ("entropy_model.train", "train"):
+        for changes in ({"keep_best": 0, "checkpoint_every": 75}, {"checkpoint_every": 100}, {"checkpoint_every": 10**6}):
+            raw = copy.deepcopy(demo)
+            for key, value in changes.items():
+                set_value(raw, f"{name}.{key}", value)
+            P.parse_params(raw)
 
 
 def test_faults_of_all_kinds_are_said_at_once(demo):
