@@ -1,6 +1,11 @@
 """How fast DPAR draws images against its LlamaGen twin, both with exact caches, gate included, VQ decoding excluded.
 
-    python benchmarks/generate.py [--parts ratio,batch1,parts,cached,schedules] [--sizes B,XL/3] [--repeats 3]
+    python benchmarks/generate.py [--parts cached,ratio,parts,schedules] [--sizes B,XL/3] [--gates B,XS,decoder]
+        [--batches 32,1] [--repeats 3]
+
+cached: against the whole network on the whole prefix. ratio: DPAR and twin, every size, gate and batch. parts: where the
+time of one image goes. schedules: when the patch transformer steps. On a GPU: `--device cuda --precision bf16 --parts ratio
+--sizes L,XL --batches 1,64,256`.
 
 Random weights (models of one shape cost the same whatever they know), 256 tokens of 16,384 codes, guidance 2. Boundaries
 follow a table of random entropies cut at a mean length of 1.81, so that all gates see the same mix of lengths; the gate
@@ -16,6 +21,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -44,10 +50,19 @@ from dpar_core.patching import (
 CODES, ROW, CLASSES, MEAN, MAX = 16384, 16, 1000, 1.81, 4
 TOKENS = ROW * ROW
 # width, heads, encoder + patch transformer + decoder layers
-SIZES = {"384": (384, 6, (1, 5, 2)), "B": (768, 12, (1, 8, 3)), "XL/3": (1280, 20, (1, 9, 2))}
+SIZES = {
+    "384": (384, 6, (1, 5, 2)), "B": (768, 12, (1, 8, 3)), "XL/3": (1280, 20, (1, 9, 2)),
+    "L": (1024, 16, (1, 19, 4)), "XL": (1280, 20, (1, 30, 5)),
+}  # fmt: skip
 GATES = {"B": (768, 12, 12), "S": (384, 6, 6), "XS": (256, 4, 3)}
 RECOMMENDED = "XS"
 clock = time.perf_counter
+begun = time.monotonic()
+
+
+def say(words: str) -> None:
+    """Print a line of progress beside the results."""
+    print(f"[{time.monotonic() - begun:5.0f} s] {words}", file=sys.stderr, flush=True)
 
 
 def random_model(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -135,15 +150,19 @@ def ratios(cases: list[Case], repeats: int, dtype: torch.dtype, device: torch.de
         models = {name: None if name == "decoder" else make_gate(name).to(device) for name in gates}
         runs = {name: DPARGenerator(dpar, models[name], settings(script, name), dtype=dtype) for name in gates}
         baseline = GPTGenerator(twin, SampleSettings(cfg_scale=2.0), dtype=dtype)
+        caches = max(run.cache_bytes(batch) for run in [baseline, *runs.values()])
+        say(f"{size}, batch {batch}: caches of up to {caches / 2**30:.2f} GiB; warm-up")
         seconds, drawn = defaultdict(list), {}
         warm = min(batch, 2)
         for run in [baseline, *runs.values()]:  # warm-up: kernels are made, pages touched
             run.generate(labels[:warm], seeds[:warm])
-        for _ in range(repeats):
+        for repeat in range(repeats):
             seconds["twin"].append(timed(baseline.generate, labels, seeds)[0])
+            say(f"{size}, batch {batch}, repeat {repeat + 1} of {repeats}: twin {seconds['twin'][-1]:.1f} s")
             for name, run in runs.items():
                 taken, drawn[name] = timed(run.generate, labels, seeds)
                 seconds[name].append(taken)
+                say(f"{size}, batch {batch}, repeat {repeat + 1} of {repeats}: gate {name} {taken:.1f} s")
         for name in gates:
             mine, other = (statistics.median(seconds[key]) for key in (name, "twin"))
             allowed = flop_ratio(dpar, twin, models[name], drawn[name])
@@ -189,6 +208,7 @@ def cached_speed(repeats: int, *, batch: int = 4) -> dict:
     labels = torch.arange(batch)
     run = DPARGenerator(dpar, gate, settings(script, "S"))
     run.generate(labels[:1], [0])
+    say("cached and uncached, width 384")
     fast = statistics.median(timed(run.generate, labels, list(range(batch)))[0] for _ in range(repeats))
     slow = timed(uncached, dpar, gate, labels, script, TOKENS)[0]
     row = {"cached_images_per_s": batch / fast, "uncached_images_per_s": batch / slow, "speedup": slow / fast}
@@ -197,13 +217,15 @@ def cached_speed(repeats: int, *, batch: int = 4) -> dict:
 
 
 class Stopwatch:
-    """Exclusive seconds of each part of a run, by wrapping the functions that do it."""
+    """Exclusive seconds of each part of a run, by wrapping the functions that do it; the gate is one whole."""
 
     PARTS = (
         ("decoder", lanes_module.Lanes, "decode"), ("encoder", lanes_module.Lanes, "encode"),
-        ("patch transformer", lanes_module.Lanes, "patch_launch"), ("scheduling", lanes_module.Lanes, "settle"),
-        ("output layer", stepping.Head, "__call__"), ("sampling", guidance.Drawer, "__call__"),
-        ("gate", stepping.GPTStepper, "__call__"),
+        ("patch transformer", lanes_module.Lanes, "patch_launch"), ("sampling", guidance.Drawer, "__call__"),
+        ("output layer", stepping.Head, "__call__"),
+        ("gate", stepping.GPTStepper, "__call__"), ("gate", lanes_module.Lanes, "probe"),
+        *(("scheduling", lanes_module.Lanes, name) for name in ("settle", "refill", "ready", "waiting")),
+        ("scheduling", kv_cache.KVCache, "plan"),
     )  # fmt: skip
     KINDS = (
         ("matrices", stepping.Matrix, "__call__"), ("attention", kv_cache.KVCache, "attend"),
@@ -211,8 +233,9 @@ class Stopwatch:
         ("step plans", kv_cache.KVCache, "plan"),
     )  # fmt: skip
 
-    def __init__(self, parts) -> None:
-        self.parts, self.seconds, self.inner, self.originals = parts, defaultdict(float), [], []
+    def __init__(self, parts, *, whole: str = "") -> None:
+        self.parts, self.whole, self.seconds = parts, whole, defaultdict(float)
+        self.inner, self.names, self.originals = [], [], []
 
     def __enter__(self) -> Stopwatch:
         for name, owner, method in self.parts:
@@ -226,9 +249,13 @@ class Stopwatch:
 
     def _wrapped(self, name: str, function: Callable) -> Callable:
         def wrapped(*args, **kwargs):
+            if self.whole in self.names:
+                return function(*args, **kwargs)
             started = clock()
             self.inner.append(0.0)
+            self.names.append(name)
             result = function(*args, **kwargs)
+            self.names.pop()
             whole = clock() - started
             self.seconds[name] += whole - self.inner.pop()
             if self.inner:
@@ -238,19 +265,19 @@ class Stopwatch:
         return wrapped
 
 
-def parts(size: str, gate: str, batch: int) -> list[dict]:
+def parts(size: str, gate: str, batch: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
     """Where the seconds of one image go, by part and by kind of work."""
-    dpar, twin = make(size)
+    dpar, twin = (model.to(device) for model in make(size))
     script = Script(batch)
     script.install()
     labels, seeds = torch.arange(batch), list(range(batch))
-    model = None if gate == "decoder" else make_gate(gate)
-    run = DPARGenerator(dpar, model, settings(script, gate))
+    model = None if gate == "decoder" else make_gate(gate).to(device)
+    run = DPARGenerator(dpar, model, settings(script, gate), dtype=dtype)
     rows = []
-    for name, generator in (("dpar", run), ("twin", GPTGenerator(twin, SampleSettings(cfg_scale=2.0)))):
+    for name, generator in (("dpar", run), ("twin", GPTGenerator(twin, SampleSettings(cfg_scale=2.0), dtype=dtype))):
         generator.generate(labels[:1], seeds[:1])
         for by, watched in (("part", Stopwatch.PARTS), ("kind", Stopwatch.KINDS)):
-            with Stopwatch(watched) as watch:
+            with Stopwatch(watched, whole="gate" if name == "dpar" else "") as watch:
                 total, _ = timed(generator.generate, labels, seeds)
             shares = {k: v / total for k, v in sorted(watch.seconds.items(), key=lambda item: -item[1])}
             if name == "twin" and "gate" in shares:
@@ -272,23 +299,29 @@ def parts(size: str, gate: str, batch: int) -> list[dict]:
     return rows
 
 
-def schedules(size: str, gate: str, batch: int, images: int, repeats: int) -> list[dict]:
-    """Compaction at every token, lanes that run ahead, and lanes that are refilled when done."""
-    dpar, _ = make(size)
+def schedules(
+    size: str, gate: str, batch: int, images: int, repeats: int, dtype: torch.dtype, device: torch.device
+) -> list[dict]:
+    """Compaction at every token, lanes that run ahead, and lanes that are refilled when done.
+
+    With compaction at every token all lanes of a batch end together, so there is nothing to refill.
+    """
+    dpar = make(size)[0].to(device)
     script = Script(images)
     script.install()
-    model = make_gate(gate)
+    model = make_gate(gate).to(device)
     labels, seeds = torch.arange(images) % CLASSES, list(range(images))
     plans = {
         "a: patch transformer after every token launch": (1, False),
         "b: after every second token launch": (2, False),
         "b: only when every lane waits": (10**6, False),
         "c: after every second token launch, done lanes refilled": (2, True),
+        "c: only when every lane waits, done lanes refilled": (10**6, True),
     }
     rows, seconds = [], defaultdict(list)
     for _ in range(repeats):
         for name, (patience, refill) in plans.items():
-            run = DPARGenerator(dpar, model, settings(script, gate), patience=patience)
+            run = DPARGenerator(dpar, model, settings(script, gate), dtype=dtype, patience=patience)
 
             def work(run=run, refill=refill):
                 if refill:
@@ -297,6 +330,7 @@ def schedules(size: str, gate: str, batch: int, images: int, repeats: int) -> li
                     run.generate(labels[first : first + batch], seeds[first : first + batch])
 
             seconds[name].append(timed(work)[0])
+            say(f"{size}, batch {batch}, {name}: {seconds[name][-1]:.1f} s")
     for name, taken in seconds.items():
         rows.append({"schedule": name, "size": size, "batch": batch, "images_per_s": images / statistics.median(taken)})
         print(
@@ -308,10 +342,11 @@ def schedules(size: str, gate: str, batch: int, images: int, repeats: int) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="cached,ratio,batch1,parts,schedules")
-    parser.add_argument("--sizes", default="B,XL/3")
-    parser.add_argument("--gates", default="B,S,XS,decoder")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--parts", default="cached,ratio,parts,schedules")
+    parser.add_argument("--sizes", default="B,XL/3", help="384, B, XL/3, L or XL")
+    parser.add_argument("--gates", default="B,XS,decoder", help="B, S, XS or decoder")
+    parser.add_argument("--batches", default="32,1", help="parts takes the first")
+    parser.add_argument("--schedule", default="8,24", help="lanes and images of schedules")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
@@ -339,18 +374,24 @@ def main() -> None:
     )
     result: dict = {"precision": options.precision, "clock": options.clock, "threads": torch.get_num_threads()}
     sizes, gates = options.sizes.split(","), options.gates.split(",")
+    batches = [int(batch) for batch in options.batches.split(",")]
+    known = {"--parts": ["cached", "ratio", "parts", "schedules"], "--sizes": SIZES, "--gates": [*GATES, "decoder"]}
+    for name, values in zip(known, (wanted, sizes, gates)):
+        if not set(values) <= set(known[name]):
+            parser.error(f"{name} knows {', '.join(known[name])}; got {','.join(values)}")
     if "cached" in wanted:
         result["cached"] = cached_speed(options.repeats)
-    cases = [Case(size, gate, options.batch) for size in sizes for gate in gates] if "ratio" in wanted else []
-    cases += [Case(size, gate, 1) for size in sizes for gate in gates] if "batch1" in wanted else []
-    if cases:
+    if "ratio" in wanted:
+        cases = [Case(size, gate, batch) for batch in batches for size in sizes for gate in gates]
         result["cases"] = ratios(cases, options.repeats, dtype, device)
         best = [r for r in result["cases"] if (r["size"], r["gate"]) == (sizes[0], RECOMMENDED)] or result["cases"]
         result.update({k: v for k, v in best[0].items() if not k.endswith("spread")})
     if "parts" in wanted:
-        result["parts"] = [row for size in sizes for row in parts(size, RECOMMENDED, options.batch)]
+        result["parts"] = [row for size in sizes for row in parts(size, RECOMMENDED, batches[0], dtype, device)]
     if "schedules" in wanted:
-        result["schedules"] = schedules(sizes[0], RECOMMENDED, 8, 24, options.repeats)
+        result["schedules"] = schedules(
+            sizes[0], RECOMMENDED, *map(int, options.schedule.split(",")), options.repeats, dtype, device
+        )
     line = "RESULT " + json.dumps(result)
     if options.out:
         with open(options.out, "a") as stream:
