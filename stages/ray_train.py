@@ -242,6 +242,9 @@ class RayHooks:
         self._report({"event": "begin", "step": step})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        # Of lines between two reports the newest is sent, and every validation loss: however short a step, few wait.
+        if "train/loss" in metrics and self.waiting and "validation/loss" not in self.waiting[-1]["metrics"]:
+            self.waiting.pop()
         self.waiting.append({"event": "log", "step": step, "metrics": metrics})
         if self.ranks.agree(time.monotonic() - self.reported > _REPORT_SECONDS):
             self._report()

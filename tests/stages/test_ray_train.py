@@ -136,6 +136,27 @@ def test_a_worker_has_the_threads_of_its_share(worker):
     assert worker(threads) == {"threads": 1}
 
 
+def test_of_lines_between_two_reports_the_newest_is_sent_and_every_validation(monkeypatch, tmp_path):
+    from ray import train
+
+    sent = []
+    monkeypatch.setattr(train, "report", lambda metrics, checkpoint, **_: sent.append(metrics["events"]))
+    monkeypatch.setattr(ray_train, "_REPORT_SECONDS", 1e9)
+    hooks = ray_train.RayHooks(Ranks(), str(tmp_path))
+    hooks.begin(0)
+    for step in range(1, 1001):
+        metrics = {"train/loss": 1.0} if step % 2 == 0 else {}
+        metrics |= {"validation/loss": 2.0} if step in (300, 501) else {}
+        if metrics:
+            hooks.log(step, metrics)
+    waiting = len(hooks.waiting)
+    hooks.begin(1000)
+    assert [event["step"] for event in sent[-1]] == [300, 500, 501, 1000, 1000] and waiting == 4
+    hooks.log(1002, {"train/loss": 1.0})
+    hooks.begin(1002)
+    assert [event["step"] for event in sent[-1]] == [1002, 1002]
+
+
 STAGE = """
 import sys
 sys.path.insert(0, {tests!r})
