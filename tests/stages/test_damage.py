@@ -1,16 +1,22 @@
 """A folder with a thousand images of every kind of damage: none stops the run, all are listed, the good ones are there."""
 
+import ctypes
 import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_data import Project, make_project, photo, put_images, tiny_params
+from tiny_data import make_project, photo, put_images
 
+from dpar_core.files import digest_of
+from dpar_core.manifest import read_manifest
 from dpar_core.shards import TokenShards
 
 COUNT = 1000
@@ -22,12 +28,31 @@ def encoded(number: int, kind: str, mode: str = "RGB", **options) -> bytes:
     return stream.getvalue()
 
 
-def bomb(side: int) -> bytes:
+def png(width: int, height: int, bits: int, colour: int, content: bytes) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+
+
+def bomb(side: int) -> bytes:
+    return png(side, side, 8, 0, bytes(99))
+
+
+def deep(number: int) -> np.ndarray:
+    return photo(number).astype(">u2") * 257  # 16 bits a channel
+
+
+def deep_png(number: int) -> bytes:
+    pixels = deep(number)
+    return png(pixels.shape[1], pixels.shape[0], 16, 2, b"".join(b"\0" + row.tobytes() for row in pixels))
+
+
+def deep_grey(number: int, kind: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(deep(number)[:, :, 0].astype(np.uint16)).save(stream, kind)
+    return stream.getvalue()
 
 
 def cut(content: bytes, share: float) -> bytes:
@@ -36,7 +61,8 @@ def cut(content: bytes, share: float) -> bytes:
 
 TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # orientation 6
 
-# What each kind writes: file name, content (None: see `put_damage`), and whether it can be read.
+# What each kind writes: file name, content (None: see `put_damage`), and whether it can be read (None: it is no image,
+# by a name without a known ending and by its first bytes, and is left out of the manifest).
 KINDS = {
     "zero bytes": lambda n: ("x.jpg", b"", False),
     "one byte": lambda n: ("x.png", b"\x89", False),
@@ -52,6 +78,11 @@ KINDS = {
     "a dangling link": lambda n: ("x.jpg", None, False),
     "a pipe": lambda n: ("x.png", None, False),
     "png named jpg": lambda n: ("x.jpg", encoded(n, "PNG"), True),
+    "jpeg named png": lambda n: ("x.png", encoded(n, "JPEG"), True),
+    "jpeg named txt": lambda n: ("x.txt", encoded(n, "JPEG"), True),
+    "webp named txt": lambda n: ("x.txt", encoded(n, "WEBP"), True),
+    "text named txt": lambda n: ("x.txt", b"a note about the images", None),
+    "cut jpeg named txt": lambda n: ("x.txt", cut(encoded(n, "JPEG"), 0.5), False),
     "jpeg without an ending": lambda n: ("x", encoded(n, "JPEG"), True),
     "jpeg in capitals": lambda n: ("x.JPEG", encoded(n, "JPEG"), True),
     "cmyk": lambda n: ("x.jpg", encoded(n, "JPEG", "CMYK"), True),
@@ -60,16 +91,21 @@ KINDS = {
     "palette": lambda n: ("x.gif", encoded(n, "GIF", "P"), True),
     "bilevel": lambda n: ("x.png", encoded(n, "PNG", "1"), True),
     "float": lambda n: ("x.tiff", encoded(n, "TIFF", "F"), True),
+    "16-bit grey png": lambda n: ("x.png", deep_grey(n, "PNG"), True),
+    "16-bit grey tiff": lambda n: ("x.tif", deep_grey(n, "TIFF"), True),
+    "16-bit grey pgm": lambda n: ("x.pgm", b"P5\n14 11\n65535\n" + deep(n)[:, :, 0].tobytes(), True),
+    "16-bit colour png": lambda n: ("x.png", deep_png(n), True),
+    "cut 16-bit colour png": lambda n: ("x.png", cut(deep_png(n), 0.6), False),
     "progressive": lambda n: ("x.jpg", encoded(n, "JPEG", progressive=True), True),
     "rotated": lambda n: ("x.jpg", encoded(n, "JPEG", exif=TURNED), True),
     "broken exif": lambda n: ("x.jpg", encoded(n, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), True),
+    "unreadable": lambda n: ("x.png", encoded(n, "PNG"), False),
+    "unreadable txt": lambda n: ("x.txt", encoded(n, "JPEG"), None),
 }  # fmt: skip
-if os.geteuid():  # root reads whatever the mode says
-    KINDS["unreadable"] = lambda n: ("x.png", encoded(n, "PNG"), False)
 
 
-def put_damage(folder, count: int) -> dict[str, bool]:
-    """Write images of all kinds in turn; return whether each, by its path below the folder, can be read."""
+def put_damage(folder: Path, count: int) -> dict[str, bool | None]:
+    """Write images of all kinds in turn; return whether each, by its path below the folder, can be read (None: no image)."""
     readable = {}
     for number in range(count):
         kind = list(KINDS)[number % len(KINDS)]
@@ -83,28 +119,45 @@ def put_damage(folder, count: int) -> dict[str, bool]:
             path.symlink_to("nowhere.jpg")
         else:
             path.write_bytes(content)
-        if kind == "unreadable":
+        if kind.startswith("unreadable"):
             path.chmod(0)
         readable[name] = good
     return readable
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
+def heed_modes() -> None:
+    """Let the program started next be refused what a file's mode refuses, as root too: two capabilities go."""
+    if os.geteuid() == 0:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None, use_errno=True).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+RUN = """
+import pathlib, sys
+from tiny_data import Project, tiny_params
+root = pathlib.Path(sys.argv[1])
+changes = {"tokenize_images": {"shard_images": 100, "batch_size": 64}, "data": {"max_bad_share": 0.7}}
+Project(root, tiny_params(root / "images", **changes)).data().tokenize()
+"""
+
+
 def test_a_thousand_damaged_images_are_all_listed_and_the_good_ones_all_there(tmp_path):
     images = put_images(tmp_path / "images", train=2, validation=2)
     readable = put_damage(images / "train", COUNT)
     readable |= {"a/000.png": True, "b/001.png": True}
-    changes = {"tokenize_images": {"shard_images": 100, "batch_size": 64}, "data": {"max_bad_share": 0.7}}
-    project = Project(tmp_path, tiny_params(images, **changes)).data().tokenize()
-    listed = {bad["source"].removeprefix("train:"): bad["reason"] for bad in json.loads(
-        (tmp_path / "tokens" / "bad_images.json").read_text()
-    )}  # fmt: skip
-    assert listed.keys() == {name for name, good in readable.items() if not good}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    words = [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path)]
+    done = subprocess.run(words, env=environment, preexec_fn=heed_modes, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bad = json.loads((tmp_path / "tokens" / "bad_images.json").read_text())
+    listed = {one["source"].removeprefix("train:"): one["reason"] for one in bad}
+    assert listed.keys() == {name for name, good in readable.items() if good is False}
     assert all(reason and "\n" not in reason for reason in listed.values())
-    shards = TokenShards(tmp_path / "tokens", "train")
-    assert len(shards) == sum(readable.values())
-    assert project.bytes("tokens").keys() >= {"tokens/bad_images.json", "tokens/index.arrow", "tokens/summary.json"}
+    left_out = read_manifest(tmp_path / "manifest.parquet").notes["left_out"]
+    assert set(left_out) == {f"train:{name}" for name, good in readable.items() if good is None}
+    keys = TokenShards(tmp_path / "tokens", "train").keys().to_pylist()
+    assert sorted(keys) == sorted(f"train-{digest_of(name)}" for name, good in readable.items() if good)
+    assert {file.name for file in (tmp_path / "tokens").iterdir()} >= {"index.arrow", "summary.json"}
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
