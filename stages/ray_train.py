@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import threading
 import time
 import traceback
@@ -34,6 +35,8 @@ _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _REPORT_SECONDS = 1.0  # log lines go to the driver together, at most this often
 _LOST_WORKERS = 10  # times a run may lose a worker or a node and go on from its last checkpoint
 _START_TRIES = 5  # times Ray waits a minute for room on a cluster that other work fills
+_NO_MEMORY = re.compile(r"low on memory|OutOfMemory|CUDA out of memory")
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")  # the line of a traceback that tells
 
 Event = dict[str, Any]
 
@@ -282,9 +285,25 @@ class _Fit(threading.Thread):
     def outcome(self) -> Event:
         if self._error is None:
             return self._returned
-        failures = getattr(self._error, "worker_failures", None) or {0: self._error}
-        cause = str(next(iter(failures.values()))).strip().splitlines()
-        raise RuntimeError(f"Ray Train gave up: {cause[-1] if cause else type(self._error).__name__}") from self._error
+        raise RuntimeError(f"Ray Train gave up: {_cause(self._error)}") from self._error
+
+
+def _cause(error: BaseException) -> str:
+    """Say in one sentence what ended a run, from what Ray says in pages."""
+    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+    texts = [str(failure) for failure in failures.values()]
+    short = next((text for text in texts if _NO_MEMORY.search(text)), None)
+    if short is not None:
+        where = "a GPU" if "CUDA out of memory" in short else "a machine"
+        return (
+            f"{where} ran out of memory, and with it a worker ended: raise `accumulate`, lower `workers` or free memory "
+            "there, and run the same command again, it goes on from its last checkpoint (a smaller `batch_size` helps as "
+            "well, but starts the run afresh)"
+        )
+    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
+    raised = [line for line in lines if _RAISED.match(line)]
+    dead = [line for line in lines if "is dead because" in line]
+    return [*lines[:1], *dead[:1], *raised[-1:]][-1] if lines else type(error).__name__
 
 
 class _Tail:

@@ -136,6 +136,72 @@ def test_a_worker_has_the_threads_of_its_share(worker):
     assert worker(threads) == {"threads": 1}
 
 
+LOW_ON_MEMORY = """A worker health check failed.
+Worker info: Worker(actor=Actor(RayTrainWorker, 0a1b), world_rank=1)
+2 worker(s) were killed due to the node running low on memory. Memory on the node was 15.3GB / 16GB (0.957).
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/. To adjust the kill threshold, set
+the environment variable `RAY_memory_usage_threshold`. If the idle workers have a non-trivial memory footprint, consider
+setting the environment variable `RAY_idle_worker_killing_memory_threshold_bytes` to a lower value.
+"""
+CUDA = """Traceback (most recent call last):
+  File "dpar_core/train.py", line 180, in _step
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
+"""
+RAISED = """Traceback (most recent call last):
+  File "dpar_core/layers.py", line 12, in forward
+IndexError: index 17 is out of range
+
+The above is shown as Ray has it. Set the environment variable RAY_TRACEBACKS to 0 to hide it.
+"""
+KILLED = """A worker health check failed.
+Worker info: Worker(actor=Actor(RayTrainWorker, 0a1b), world_rank=1)
+The actor died unexpectedly before finishing this task.
+\tclass_name: RayTrainWorker
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR
+Set the environment variable RAY_anything to see more.
+"""
+HANGS = """A worker health check has been hanging for 30.00 seconds. Marking the worker as dead.
+Set the RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S environment variable to increase the timeout.
+"""
+FEWER = "raise `accumulate`, lower `workers` or free memory there, and run the same command again"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (LOW_ON_MEMORY, f"a machine ran out of memory, and with it a worker ended: {FEWER}"),
+        (CUDA, f"a GPU ran out of memory, and with it a worker ended: {FEWER}"),
+        (RAISED, "IndexError: index 17 is out of range"),
+        (KILLED, "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"),
+        (HANGS, "A worker health check has been hanging for 30.00 seconds. Marking the worker as dead."),
+    ],
+)
+def test_what_ended_a_run_is_told_in_one_sentence(text, told):
+    from ray.train import ControllerError, WorkerGroupError
+
+    class Trainer:
+        def __init__(self, error):
+            self.error = error
+
+        def fit(self):
+            raise self.error
+
+    for error in (WorkerGroupError(text, {0: RuntimeError(text)}), ControllerError(RuntimeError(text))):
+        fit = ray_train._Fit(Trainer(error))
+        fit.join()
+        with pytest.raises(RuntimeError) as caught:
+            fit.outcome()
+        assert str(caught.value).startswith(f"Ray Train gave up: {told}") and "\n" not in str(caught.value)
+        assert "RAY_" not in str(caught.value)
+
+
+def test_memory_that_ran_out_on_any_worker_is_told():
+    from ray.train import WorkerGroupError
+
+    failures = {0: RuntimeError("RuntimeError: Connection closed by peer"), 1: RuntimeError(LOW_ON_MEMORY)}
+    assert "a machine ran out of memory" in ray_train._cause(WorkerGroupError("", failures))
+
+
 def test_of_lines_between_two_reports_the_newest_is_sent_and_every_validation(monkeypatch, tmp_path):
     from ray import train
 
