@@ -1,10 +1,11 @@
-"""How long a one-worker training run takes to its first step: the whole stage, from a cold process.
+"""How long `dpar-cli stage entropy_model` takes to its first training step, from a cold process, as a user starts it.
 
     python benchmarks/ray_start.py [--repeats 3]
 
-Starts `stages.entropy_model` on a tiny data set as `dpar-cli stage` does, with Ray started by it, and reads the clock
-when the driver begins, when Ray Train's worker is about to take its first step, and when that step is done. Other load
-on the machine lengthens all of it: the load average is printed beside.
+Starts that command in a project of its own with tiny shards, a tiny model and one step: Python, the command line, an empty
+MLflow store, Ray, Ray Train's worker, the step. Reads the clock when the driver opens the file of events (Ray is up), when
+Ray Train brings the news that the worker is about to take its first step and that the step is done (up to half a second
+late), and when the command has ended. Other load on the machine lengthens all of it: the load average is printed beside.
 """
 
 from __future__ import annotations
@@ -21,64 +22,63 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = """
-import json, sys, time
-sys.path.insert(0, {tests!r})
-started = {started}
-from pathlib import Path
-from tiny_shards import tiny_params
-from stages import cluster, entropy_model, ray_train, training
-from stages.params import select
-from stages.tracker import NullTracker
-times = {{"imports": time.time() - started}}
-whole = cluster.connected
-from contextlib import contextmanager
-@contextmanager
-def connected():
-    with whole() as nodes:
-        times["Ray is up"] = time.time() - started
-        yield nodes
-cluster.connected = connected
-deliver = training._Reporter.__call__
-def call(self, event):
-    names = {{"begin": "worker is ready", "log": "first step is done"}}
-    times.setdefault(names.get(event["event"], event["event"]), time.time() - started)
-    deliver(self, event)
-training._Reporter.__call__ = call
-params = tiny_params(steps=1, validate_every=1, log_every=1, checkpoint_every=1, equal_time_step=None)
-out = Path({out!r})
-outputs = entropy_model.Outputs(*(out / name for name in ("model.safetensors", "metrics.json", "curve.csv", "t.json")))
-inputs = entropy_model.Inputs(Path({tokens!r}))
-entropy_model.run(select(params, entropy_model.Params), inputs, outputs, NullTracker(), device="cpu", work=out / "work")
-times["stage is over"] = time.time() - started
-print("TIMES", json.dumps(times))
-"""
+COMMAND = ["stage", "entropy_model"]
+NEWS = {"begin": "worker is ready", "log": "first step is done"}
+
+
+def make_project(folder: Path) -> None:
+    """Write what the stage reads: params.yaml, a dvc.yaml to stand in for the workflow, token shards."""
+    from ruamel.yaml import YAML
+    from tiny_shards import tiny_params, write_tokens
+
+    params = tiny_params(steps=1, validate_every=1, log_every=1, checkpoint_every=1, equal_time_step=None)
+    raw = params.model_dump(mode="json")
+    raw["compute"]["device"] = "cpu"
+    write_tokens(folder / "artifacts" / "tokens")
+    with open(folder / "params.yaml", "w") as stream:
+        YAML().dump(raw, stream)
+    (folder / "dvc.yaml").write_text("stages: {}\n")
+
+
+def watch(folder: Path) -> dict[str, float]:
+    """Run the command in a project and return the seconds after which each thing had happened."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [str(Path(sys.executable).parent / "dpar-cli"), *COMMAND]
+    times: dict[str, float] = {}
+    with open(folder / "said", "w+") as said:
+        started = time.monotonic()
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            for events in folder.glob("work/entropy_model/*/events.jsonl"):
+                times.setdefault("Ray is up", time.monotonic() - started)
+                for line in events.read_text().splitlines(keepends=True):
+                    if line.endswith("\n") and (name := NEWS.get(json.loads(line)["event"])):
+                        times.setdefault(name, time.monotonic() - started)
+            time.sleep(0.02)
+        times["command is over"] = time.monotonic() - started
+        said.seek(0)
+        if process.returncode or not set(NEWS.values()) <= set(times):
+            raise RuntimeError(f"`dpar-cli {' '.join(COMMAND)}` ended with {process.returncode}: {said.read()}")
+    return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
-    tests = str(ROOT / "tests" / "stages")
-    sys.path.insert(0, tests)
+    sys.path.insert(0, str(ROOT / "tests" / "stages"))
     import ray
-    from tiny_shards import write_tokens
 
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     runs = []
     with tempfile.TemporaryDirectory() as temporary:
-        tokens = write_tokens(Path(temporary) / "tokens")
         for number in range(repeats):
+            make_project(folder := Path(temporary) / str(number))
             load = os.getloadavg()[0]
-            script = RUN.format(tests=tests, started=time.time(), out=f"{temporary}/out{number}", tokens=str(tokens))
-            told = subprocess.run(
-                [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout
-            times = json.loads(next(line for line in told.splitlines() if line.startswith("TIMES"))[6:])
-            runs.append({**times, "load average before": load})
+            runs.append({**watch(folder), "load average before": load})
     cpus = len(os.sched_getaffinity(0))
     print(f"python benchmarks/ray_start.py --repeats {repeats}: Ray {ray.__version__}, Python {platform.python_version()}, "
-          f"{cpus} CPUs; seconds from the start of the process, cold, no warm-up")  # fmt: skip
+          f"{cpus} CPUs; seconds from the start of the command, cold, no warm-up")  # fmt: skip
     print(f"{'':24}" + "".join(f"{f'run {number}':>10}" for number in range(repeats)) + f"{'median':>10}")
     for name in runs[0]:
         values = [run[name] for run in runs]
