@@ -34,7 +34,7 @@ EVENTS = "events.jsonl"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _REPORT_SECONDS = 1.0  # log lines go to the driver together, at most this often
 _LOST_WORKERS = 10  # times a run may lose a worker or a node and go on from its last checkpoint
-_START_TRIES = 5  # times Ray waits a minute for room on a cluster that other work fills
+_START_TRIES = 24 * 60  # times Ray waits a minute for room: until a lost machine is replaced, or other work ends
 _NO_MEMORY = re.compile(r"low on memory|OutOfMemory|CUDA out of memory")
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")  # the line of a traceback that tells
 

@@ -35,8 +35,9 @@ from stages.tracker import Tracker
 
 Kind = Literal["entropy_model", "dpar", "llamagen"]
 
-# Where a run takes place and what it keeps on the way: when these change, a run goes on, and ends with the same result
-# (bit by bit on the same number of workers). equal_time_step is the twin's alone, as its snapshot.
+# Where a run takes place and what it keeps on the way: when these change, a run goes on. What it keeps, log_every and
+# activation_checkpointing leave the result as it is, bit by bit on CPUs; workers and accumulate change the draws of
+# dropout and rounding; strategy, compile and the device change rounding. equal_time_step is the twin's alone.
 _PLACEMENT = {
     "workers", "cpus_per_worker", "gpus_per_worker", "accumulate", "strategy", "compile", "activation_checkpointing",
     "storage", "keep_last", "keep_best", "checkpoint_every", "log_every",

@@ -8,7 +8,7 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --requeue                  # a preempted job starts again and goes on from its last checkpoint
-#SBATCH --output=work/slurm-%j.log
+#SBATCH --output=slurm-%j.log
 set -euo pipefail
 
 stage=${1:-train_dpar}
@@ -20,18 +20,19 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')
 export RAY_ADDRESS="$address:$((20000 + SLURM_JOB_ID % 20000))"
 
-# Slurm ends both steps with the job; nothing else of yours on these nodes is touched.
-srun --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" \
+# srun takes no --cpus-per-task from sbatch. Slurm ends both steps with the job; nothing else of yours on these nodes is touched.
+srun --overlap --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodelist="${nodes[0]}" \
     ray start --head --block --node-ip-address="$address" --port="${RAY_ADDRESS##*:}" \
     --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$SLURM_GPUS_ON_NODE" &
 until ray status > /dev/null 2>&1; do sleep 2; done
 if ((${#nodes[@]} > 1)); then
     rest=$(IFS=,; echo "${nodes[*]:1}")
-    srun --overlap --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) --nodelist="$rest" \
+    srun --overlap --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) \
+        --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodelist="$rest" \
         ray start --block --address="$RAY_ADDRESS" --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$SLURM_GPUS_ON_NODE" &
 fi
 until [ "$(python -c 'import ray; ray.init(log_to_driver=False, logging_level="error"); print(sum(n["Alive"] for n in ray.nodes()))')" = "${#nodes[@]}" ]; do
     sleep 2
 done
 
-srun --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" dpar-cli run "$stage"
+srun --overlap --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodelist="${nodes[0]}" dpar-cli run "$stage"

@@ -49,3 +49,11 @@ def test_the_files_start_a_stage_that_exists(name):
 
 def test_the_slurm_script_is_bash():
     subprocess.run(["bash", "-n", str(FOLDER / "slurm.sh")], check=True)
+
+
+def test_the_slurm_steps_ask_for_their_cpus_and_the_log_needs_no_folder():
+    lines = (FOLDER / "slurm.sh").read_text().replace("\\\n", " ").splitlines()
+    steps = [line for line in lines if "srun " in line and not line.startswith("#") and " hostname " not in line]
+    assert len(steps) == 3 and all('--cpus-per-task="$SLURM_CPUS_PER_TASK"' in line for line in steps)
+    (log,) = [line.split("=", 1)[1] for line in lines if line.startswith("#SBATCH --output=")]
+    assert "/" not in log  # sbatch makes no folder, and without one the job ends without a word
