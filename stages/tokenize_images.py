@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from stages.tracker import Tracker
 
 BAD_IMAGES = "bad_images.json"
 MOST_MOVED = 0.05  # share of tokens that bf16 may change
+_MEASURED_SHARDS = 8  # shards, evenly spaced, of which a batch each tells that share
 _AHEAD = 3  # batches that are decoded before the network asks for them
 _MIXING = 7  # seed of the order of images in shards: fixed, as it decides nothing but the layout of files
 
@@ -84,11 +87,11 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
     build = functools.partial(ShardTokenizer, inputs, params, work.absolute(), device, Path.cwd())
     plan = plan_shards(manifest, settings.shard_images)
-    done = [shard for shard in plan if is_done(shard, manifest, work)]
+    done = [shard for shard in plan if is_done(shard, manifest, work, params.data)]
     names = {shard.name for shard in done}
     counts: dict[str, float] = {}
     if settings.precision == "bf16":
-        counts["tokens/bf16_moved_share"] = build(1).moved_by_bf16(plan[0])
+        counts["tokens/bf16_moved_share"] = build(1).moved_by_bf16(plan)
     bad = [one for shard in done for one in read_contents(shard, work)[1]]
     _check_share(bad, total, params.data.max_bad_share)
     ready = sum(len(shard.indices) for shard in done)
@@ -154,15 +157,15 @@ def read_contents(shard: Shard, work: Path) -> tuple[ShardContents, list[Bad]] |
     return ShardContents(**record["contents"]), [Bad(**bad) for bad in record["bad"]]
 
 
-def is_done(shard: Shard, manifest: Manifest, work: Path) -> bool:
-    """Tell whether a shard is finished and whole. One whose bad images can be read by now is made again."""
+def is_done(shard: Shard, manifest: Manifest, work: Path, data: P.Data) -> bool:
+    """Tell whether a shard is finished and whole. One whose bad images can be used by now is made again."""
     found = read_contents(shard, work)
     if found is None or not is_whole(work / shard.name, found[0].sha256):
         return False
     opener = ImageOpener(manifest)
     for bad in found[1]:
         try:
-            opener(manifest.find(bad.key))
+            views(opener(manifest.find(bad.key)), data.image_size, data.views)
         except BadImage:
             continue
         return False
@@ -204,23 +207,30 @@ class ShardTokenizer:
         stack = torch.zeros(full, *images.shape[1:], dtype=torch.uint8, pin_memory=self.device == "cuda")
         stack[: len(images)] = torch.from_numpy(images)
         bf16 = self.settings.precision == "bf16" if bf16 is None else bf16
-        with torch.inference_mode():
+        with torch.inference_mode(), _whole_float32():
             pixels = to_float(stack.to(self.device, non_blocking=True))
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bf16):
                 latents = self.model.latents(pixels)
             return self.model.quantize.lookup(latents.float()).flatten(1)[: len(images)]
 
-    def moved_by_bf16(self, shard: Shard) -> float:
-        """Return the share of tokens that bf16 changes on the first batch. Raises ValueError when it is too large."""
-        batch = next(self._batches(self.rows.take(shard.indices), []), None)
-        if batch is None:
-            return 0.0  # nothing readable here: the share of bad images will tell
-        images = np.concatenate([images for _, images in batch])
-        share = float((self.encode(images, bf16=True) != self.encode(images, bf16=False)).float().mean())
+    def moved_by_bf16(self, plan: Sequence[Shard]) -> float:
+        """Return the share of tokens that bf16 changes, on a batch from each of some shards, evenly spaced.
+
+        Raises ValueError when it is too large.
+        """
+        count = min(_MEASURED_SHARDS, len(plan))
+        moved = seen = 0
+        for shard in (plan[number * len(plan) // count] for number in range(count)):
+            # Twice a batch is looked at, so that bad images leave enough; with none at all their share will tell.
+            for batch in itertools.islice(self._batches(self.rows.take(shard.indices[: 2 * self.per_batch]), []), 1):
+                images = np.concatenate([images for _, images in batch])
+                moved += int((self.encode(images, bf16=True) != self.encode(images, bf16=False)).sum())
+                seen += len(images)
+        share = moved / max(seen * (self.size // self.model.config.downsample) ** 2, 1)
         if share > MOST_MOVED:
             raise ValueError(
-                f"tokenize_images.precision bf16 changes {share:.1%} of the tokens of {len(images)} views, more than "
-                f"{MOST_MOVED:.0%}: set it to fp32"
+                f"tokenize_images.precision bf16 changes {share:.1%} of the tokens of {seen} views from {count} shards, "
+                f"more than {MOST_MOVED:.0%}: set it to fp32"
             )
         return share
 
@@ -265,6 +275,18 @@ class ShardTokenizer:
 
     def _views(self, row: Row) -> np.ndarray:
         return views(self.opener(row), self.size, self.views)
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Keep float32 products whole: no TF32, which cuDNN takes for convolutions unless it is told not to."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _check_share(bad: Sequence[Bad], total: int, allowed: float) -> None:

@@ -9,8 +9,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_data import CODES, SIZE, VQ_CONFIG, Project, make_project, save_entropy_model, save_tokenizer, tiny_params
+from PIL import Image
+from tiny_data import (
+    CODES,
+    SIZE,
+    VQ_CONFIG,
+    Project,
+    make_project,
+    photo,
+    save_entropy_model,
+    save_tokenizer,
+    tiny_params,
+)
 
+import dpar_core.images
 from dpar_core.files import load_weights
 from dpar_core.gpt import entropies_of
 from dpar_core.images import views
@@ -330,13 +342,76 @@ def test_maps_far_away_are_read_as_those_here(project, tmp_path):
 def test_bf16_states_the_share_of_tokens_it_moves_or_is_refused(project, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize_images, "MOST_MOVED", 1.0)
     other = copy_of(project, tmp_path / "other", tokenize_images={"precision": "bf16"}).tokenize()
-    share = json.loads((other.root / "tokens.json").read_text())["tokens/bf16_moved_share"]
-    both = [TokenShards(root / "tokens", "train") for root in (project.root, other.root)]
-    moved = np.mean([both[0].all_views(i) != both[1].all_views(i) for i in range(len(both[0]))])
-    assert share > 0 and moved > 0
+    stated = json.loads((other.root / "tokens.json").read_text())["tokens/bf16_moved_share"]
+    moved = []  # a batch holds 3 images of 2 views: those at the head of each shard are measured
+    for split in ("train", "validation"):
+        both = [TokenShards(root / "tokens", split) for root in (project.root, other.root)]
+        for _, part in both[0].shards():
+            moved += [both[0].all_views(i) != both[1].all_views(i) for i in range(part.start, part.start + 3)]
+    assert len(moved) == 12 and stated == np.mean(moved) > 0
     monkeypatch.setattr(tokenize_images, "MOST_MOVED", 0.0)
-    with pytest.raises(ValueError, match=r"bf16 changes .* of the tokens of 6 views, more than 0%: set it to fp32"):
+    with pytest.raises(ValueError, match=r"of the tokens of 24 views from 4 shards, more than 0%: set it to fp32"):
         other.tokenize()
+
+
+def test_bf16_is_measured_on_evenly_spaced_shards_and_looks_past_bad_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_images, "_MEASURED_SHARDS", 2)
+    project = make_project(tmp_path / "p", tokenize_images={"batch_size": 4, "precision": "bf16"})
+    manifest = read_manifest(project.root / "manifest.parquet")
+    plan = tokenize_images.plan_shards(manifest, 5)
+    assert [len(shard.indices) for shard in plan] == [5, 5, 4, 5]
+    sources = [row.source for row in manifest.rows.take(plan[2].indices)]
+    for source in sources[:2]:
+        (project.root / "images" / source.replace(":", "/")).write_bytes(b"")
+    batches = []
+    real = tokenize_images.ShardTokenizer.encode
+    spy = lambda self, images, **given: (batches.append(images), real(self, images, **given))[1]  # noqa: E731
+    monkeypatch.setattr(tokenize_images.ShardTokenizer, "encode", spy)
+    monkeypatch.setattr(tokenize_images, "MOST_MOVED", -1.0)
+    with pytest.raises(ValueError, match=r"of the tokens of 8 views from 2 shards"):
+        project.tokenize()
+    opener = ImageOpener(manifest)
+    for found, number, first in ((batches[0], 0, 0), (batches[2], 2, 2)):
+        rows = list(manifest.rows.take(plan[number].indices))[first : first + 2]
+        assert np.array_equal(found, np.concatenate([views(opener(row), SIZE, "adm_center_flip") for row in rows]))
+    assert len(batches) == 4 and all(np.array_equal(batches[i], batches[i + 1]) for i in (0, 2))
+
+
+def test_float32_is_whole_while_encoding_and_as_before_afterwards(project, monkeypatch):
+    seen = []
+    real = VQ.latents
+    state = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())  # noqa: E731
+    monkeypatch.setattr(VQ, "latents", lambda self, pixels: (seen.append(state()), real(self, pixels))[1])
+    inputs = tokenize_images.Inputs(project.root / "manifest.parquet", project.root / "tokenizer.safetensors")
+    params = tokenize_images.Params(project.params.data, project.params.tokenize_images)
+    make = tokenize_images.ShardTokenizer(inputs, params, project.work, "cpu", project.root, 2)
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        make.encode(np.zeros((6, SIZE, SIZE, 3), np.uint8))
+        assert seen == [(False, "highest")] and state() == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_images_too_narrow_for_views_count_as_handled_until_they_are_mended(tmp_path, monkeypatch):
+    monkeypatch.setattr(dpar_core.images, "MOST_PIXELS", 1000)
+    project = make_project(tmp_path / "p")
+    narrow = project.root / "images" / "train" / "a" / "000.png"
+    sound = narrow.read_bytes()
+    Image.fromarray(photo(0, 40, 1)).save(narrow)
+    project.tokenize()
+    (bad,) = json.loads((project.root / "tokens" / "bad_images.json").read_text())
+    assert bad["source"] == "train:a/000.png" and "1 x 40 pixels are too narrow for a square of 8" in bad["reason"]
+    made = []
+    real = tokenize_images.ShardTokenizer.__call__
+    spy = lambda self, shard: (made.append(shard.name), real(self, shard))  # noqa: E731
+    monkeypatch.setattr(tokenize_images.ShardTokenizer, "__call__", spy)
+    project.tokenize()
+    assert made == []
+    narrow.write_bytes(sound)
+    project.tokenize()
+    assert len(made) == 1 and json.loads((project.root / "tokens" / "bad_images.json").read_text()) == []
 
 
 @pytest.mark.parametrize("rule", ["token", "static", "entropy"])
