@@ -60,7 +60,7 @@ def inspect_image(key: str, *, artifacts: Path, data: P.Data) -> Inspection:
         found.image = ImageOpener(manifest)(row)
         found.views = views(found.image, data.image_size, data.views)
     except ValueError as error:
-        found.missing.append(f"the image cannot be read: {error}")
+        found.missing.append(f"the image cannot be used: {error}")
     try:
         shards = TokenShards(artifacts / "tokens", row.split)
         index = shards.find(row.key)
@@ -113,7 +113,8 @@ def describe(found: Inspection) -> str:
     if row.box:
         lines.append(f"box       {row.box[0]}, {row.box[1]} to {row.box[2]}, {row.box[3]}")
     if found.image is not None:
-        lines.append(f"pixels    {found.image.shape[1]} x {found.image.shape[0]}, {len(found.views)} views")
+        count = "no views" if found.views is None else f"{len(found.views)} views"
+        lines.append(f"pixels    {found.image.shape[1]} x {found.image.shape[0]}, {count}")
     if found.tokens is not None:
         lines.append(f"shard     {found.shard}")
         lines.append(f"tokens    {found.tokens.shape[1]} a view, {len(np.unique(found.tokens))} different codes")
@@ -128,28 +129,38 @@ def describe(found: Inspection) -> str:
 
 
 def draw(found: Inspection) -> Image.Image:
-    """Draw the image, and a row for each view: its pixels, what its tokens decode to, tokens, entropies, patches.
+    """Draw the image beside what is known of it, and a row for each view.
 
-    Raises ValueError when nothing of it can be shown.
+    A row shows pixels, decoded tokens, tokens, entropies and patches, as far as they are there. Raises
+    ValueError when nothing of the image can be shown.
     """
-    shown = found.views if found.views is not None else found.decoded
-    if shown is None:
+    shown = next((pixels for pixels in (found.views, found.decoded) if pixels is not None), ())
+    if found.image is None and not len(shown):
         raise ValueError(f"nothing to show of {found.row.key}: {'; '.join(found.missing)}")
     names = [name for name, there in (
         ("view", found.views), ("decoded tokens", found.decoded), ("tokens", found.tokens), ("entropies", found.entropies),
         ("patches", found.lengths),
     ) if there is not None]  # fmt: skip
     side = _SIDE if found.row_width is None else found.row_width * max(_SIDE // found.row_width, 1)
-    gap, head = 10, 0
-    if found.image is not None:
-        head = round(_SIDE * min(found.image.shape[0] / found.image.shape[1], 2)) + 2 * gap
-    canvas = Image.new("RGB", (gap + len(names) * (side + gap), 60 + head + len(shown) * (side + gap)), PAPER)
+    gap, lines = 10, [line for line in describe(found).split("\n") if line]
+    height = 0 if found.image is None else max(round(_SIDE * min(found.image.shape[0] / found.image.shape[1], 2)), 1)
+    head = max(height, 20 * len(lines)) + gap
+    width = max(len(names), 4) * (side + gap) + gap
+    canvas = Image.new("RGB", (width, 60 + head + len(shown) * (side + gap)), PAPER)
     pen = ImageDraw.Draw(canvas)
     pen.text((gap, gap), f"{found.row.key}: {found.row.class_name}, {found.row.source}", INK, font(14))
     if found.image is not None:
-        canvas.paste(Image.fromarray(found.image).resize((_SIDE, head - 2 * gap), Image.Resampling.BICUBIC), (gap, 36))
+        canvas.paste(Image.fromarray(found.image).resize((_SIDE, height), Image.Resampling.BICUBIC), (gap, 36))
+    for number, line in enumerate(lines):
+        word, _, rest = line.partition(" ") if line not in found.missing else ("", "", line)
+        pen.text((_SIDE + 3 * gap, 36 + 20 * number), word, FAINT, font(13))
+        pen.text((_SIDE + 3 * gap + (80 if word else 0), 36 + 20 * number), rest.strip(), INK, font(13))
     for column, name in enumerate(names):
-        pen.text((gap + column * (side + gap), 40 + head), name, FAINT, font(13))
+        words = name
+        if name == "entropies":
+            low, high = np.nanmin(found.entropies[:, 1:]), np.nanmax(found.entropies[:, 1:])
+            words = f"entropies, {low:.2f} (dark) to {high:.2f} nats"
+        pen.text((gap + column * (side + gap), 40 + head), words, FAINT, font(13))
     for number in range(len(shown)):
         for column, name in enumerate(names):
             canvas.paste(_panel(found, name, number, side), (gap + column * (side + gap), 60 + head + number * (side + gap)))

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_data import Project, make_project, tiny_params
+from PIL import Image
+from tiny_data import Project, make_project, photo, tiny_params
 
+import dpar_core.images
 from dpar_core.patch_maps import EntropyMaps, PatchMaps
 from dpar_core.patching import PatchRule, patch_starts_numpy
 from dpar_core.shards import TokenShards
@@ -180,6 +182,27 @@ def test_inspect_shows_what_there_is_before_later_stages_ran(project, artifacts)
     shutil.rmtree(artifacts / "tokens")
     found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
     assert found.tokens is None and draw(found).width > 200
+
+
+def test_inspect_shows_an_image_that_no_views_can_be_cut_from(project, artifacts, monkeypatch):
+    monkeypatch.setattr(dpar_core.images, "MOST_PIXELS", 100)  # 11 x 14 pixels become 8 x 10, then 800 x 8
+    path = project.root / "images" / "train" / "b" / "001.png"
+    sound = path.read_bytes()
+    try:
+        Image.fromarray(photo(1, 1, 100)).save(path)
+        found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
+        assert found.image.shape == (1, 100, 3) and found.views is None and found.tokens is not None
+        assert "the image cannot be used: 100 x 1 pixels are too narrow for a square of 8" in describe(found)
+        assert "100 x 1, no views" in describe(found) and draw(found).height > 2 * 200
+        shutil.rmtree(artifacts / "tokens")
+        found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
+        assert found.decoded is None and draw(found).height < 2 * 200
+        path.write_bytes(b"")
+        found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
+        with pytest.raises(ValueError, match=r"nothing to show of train-\S+: the image cannot be used: the file is empty"):
+            draw(found)
+    finally:
+        path.write_bytes(sound)
 
 
 def test_statistics_are_those_of_the_rule_on_all_maps(artifacts):
