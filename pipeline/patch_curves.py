@@ -19,7 +19,7 @@ def draw_curves(stats: PatchStats, path: Path) -> None:
     for number, max_length in enumerate(dict.fromkeys(cell.max_length for cell in stats.cells)):
         cells = sorted((cell for cell in stats.cells if cell.max_length == max_length), key=lambda cell: cell.threshold)
         over = [cell.threshold for cell in cells]
-        name = "no maximum" if max_length is None else f"at most {max_length} tokens"
+        name = "no maximum" if max_length is None else f"at most {max_length} token{'s' if max_length > 1 else ''}"
         axes.plot(over, [cell.patches for cell in cells], marker="o", markersize=4, color=f"C{number}", label=name)
         axes.fill_between(over, [c.low for c in cells], [c.high for c in cells], color=f"C{number}", alpha=0.12, linewidth=0)
     axes.set_xlabel("threshold, nats")
