@@ -134,7 +134,7 @@ def data_check(
         print(problem)
     print(f"{report.files} files, {report.bytes:,} bytes read, {len(report.problems)} problems")
     if report.problems:
-        if not repair and any(problem.expected for problem in report.problems):
+        if not repair and any(problem.repairable for problem in report.problems):
             print("`dpar-cli data check --repair` makes missing and damaged files again")
         raise SystemExit(1)
 

@@ -1,5 +1,7 @@
 """data check finds every damage and --repair makes just that again; inspect and patch statistics show what is there."""
 
+import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from PIL import Image
 from tiny_data import Project, make_project, photo, tiny_params
 
 import dpar_core.images
+from dpar_core.files import sha256_file
 from dpar_core.patch_maps import EntropyMaps, PatchMaps
 from dpar_core.patching import PatchRule, patch_starts_numpy
 from dpar_core.shards import TokenShards
@@ -146,6 +149,73 @@ def test_what_does_not_belong_together_is_told(project, artifacts, tmp_path):
 def test_a_damaged_summary_or_manifest_names_the_stage_to_run(artifacts, name):
     (artifacts / name).write_bytes(b"{}")
     assert any(one.file == name and "run `dvc repro" in one.what for one in check_data(artifacts).problems)
+
+
+@pytest.mark.parametrize("stage", ["tokens", "entropies", "patch_maps"])
+@pytest.mark.parametrize("gone", ["folder", "summary"])
+def test_an_absent_folder_or_summary_is_missing_and_names_the_stage_to_run(artifacts, stage, gone):
+    (artifacts / stage / "summary.json").unlink() if gone == "summary" else shutil.rmtree(artifacts / stage)
+    (problem,) = check_data(artifacts).problems
+    run = "tokenize_images" if stage == "tokens" else stage
+    assert problem.file == f"{stage}/summary.json" and problem.what.startswith("is missing: ")
+    assert f"run `dvc repro {run}`" in problem.what and not problem.repairable
+
+
+def test_a_file_that_cannot_be_read_is_damaged_and_the_check_goes_on(project, artifacts, monkeypatch):
+    unreadable = artifacts / "entropies" / "train-000002.parquet"
+    (artifacts / "patch_maps" / "rule.json").unlink()
+
+    def failing(path):
+        if path in (unreadable, artifacts / "tokenizer" / "tokenizer.safetensors"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return sha256_file(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(check_module, "sha256_file", failing)
+        assert [str(problem) for problem in check_data(artifacts).problems] == [
+            "entropies/train-000002.parquet is damaged: Input/output error",
+            "patch_maps/rule.json is missing",
+            "tokenizer/tokenizer.safetensors is damaged: Input/output error",
+        ]
+    unreadable.unlink()
+    unreadable.mkdir()
+    (told,) = [str(problem) for problem in check_data(artifacts).problems if problem.folder == "entropies"]
+    assert told == "entropies/train-000002.parquet is damaged: Is a directory"
+    with pytest.raises(ValueError, match=r"train-000002.parquet is a folder, expected a file: remove it, then repair"):
+        repair(project, artifacts)
+    unreadable.rmdir()
+    mended, report = repair(project, artifacts)
+    assert sorted(mended) == ["entropies/train-000002.parquet", "patch_maps/rule.json"] and report.problems == ()
+
+
+def test_the_list_of_bad_images_is_checked_and_repaired_to_the_same_bytes(tmp_path):
+    project = make_project(tmp_path / "project")
+    images = project.root / "images" / "train"
+    for name, content in (("a/000.png", b""), ("b/001.png", b"<html>gone</html>"), ("a/004.png", b"x" * 99)):
+        (images / name).write_bytes(content)
+    project.tokenize().entropies().patch_maps()
+    artifacts = as_artifacts(project, tmp_path / "artifacts")
+    assert check_data(artifacts).problems == ()
+    path, before = artifacts / "tokens" / "bad_images.json", contents(artifacts)
+    assert len(json.loads(path.read_text())) == 3
+    one = json.dumps([{"key": "k", "source": "s", "reason": "r"}]).encode()
+    for content, told in (
+        (None, "is missing"), (b"\x80{", "is damaged: expected a list"), (b"{}", "is damaged: expected a list"),
+        (b"[1]", "is damaged: expected a list"), (one, "is damaged: it lists 1 images, the shards lack 3"),
+    ):  # fmt: skip
+        path.unlink() if content is None else path.write_bytes(content)
+        (problem,) = check_data(artifacts).problems
+        assert problem.file == "tokens/bad_images.json" and problem.what.startswith(told)
+        assert repair(project, artifacts) == (["tokens/bad_images.json"], check_data(artifacts))
+        assert contents(artifacts) == before
+    (artifacts / "tokens" / "index.arrow").unlink()
+    path.unlink()
+    assert set(repair(project, artifacts)[0]) == {"tokens/index.arrow", "tokens/bad_images.json"}
+    assert contents(artifacts) == before
+    path.unlink()
+    (images / "a" / "000.png").write_bytes((images / "a" / "002.png").read_bytes())
+    with pytest.raises(ValueError, match=r"image train:a/000.png can be used now, but has no tokens: run `dvc repro -f"):
+        repair(project, artifacts)
 
 
 def test_inspect_collects_everything_of_an_image(project, artifacts):
