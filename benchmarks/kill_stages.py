@@ -1,10 +1,11 @@
 """Stages killed with -9 at random moments and started again end with the same bytes as undisturbed ones.
 
-    python benchmarks/kill_stages.py [--stages tokenize_images,patch_maps] [--kills 3] [--seed 0]
+    python benchmarks/kill_stages.py [--stages tokenize_images,patch_maps] [--kills 10] [--seed 0]
 
 Run it in a project folder after `dpar-cli run` (the smoke preset is quick): what is there was made undisturbed. For each
 stage a copy of the project loses the stage's outputs and half-done work, the stage is started and killed --kills times,
-started once more, and its outputs are compared byte by byte. Seconds (timings.json) are left
+started once more, and its outputs are compared byte by byte. A start that ends before its moment is no kill: all begins
+anew and another moment is drawn. Kills that left files of half-done work are counted. Seconds (timings.json) are left
 out, as they differ between any two runs.
 """
 
@@ -39,8 +40,8 @@ def start(stage: str, root: Path) -> subprocess.Popen:
     )
 
 
-def kill(process: subprocess.Popen) -> None:
-    """Kill a process and all its children with -9."""
+def kill(process: subprocess.Popen) -> str:
+    """Kill a process and all its children with -9; return what it said."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -49,7 +50,36 @@ def kill(process: subprocess.Popen) -> None:
     for child in family:
         if child.is_running():
             child.kill()
-    process.communicate()
+    return process.communicate()[0]
+
+
+def kill_at_random(
+    stage: str, place: Path, outputs: list[str], *, kills: int, seconds: float, rng: random.Random
+) -> tuple[list[float], int]:
+    """Start a stage and kill it, `kills` times; return the seconds each lived, and how many left half-done work.
+
+    seconds: what an undisturbed run takes. Raises SystemExit when the stage fails, or ends too early again and again.
+    """
+    lived: list[float] = []
+    half_done = early = 0
+    while len(lived) < kills:
+        moment = rng.uniform(0.15, 1.0) * seconds
+        process = start(stage, place)
+        try:
+            said, _ = process.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            said = kill(process)
+        if process.returncode == -signal.SIGKILL:
+            lived.append(moment)
+            half_done += any(path.is_file() for path in (place / "work" / stage).rglob("*"))
+            continue
+        if process.returncode:
+            raise SystemExit(f"{stage} fails after {len(lived)} kills:\n{said}")
+        early += 1
+        if early > 10 * kills:
+            raise SystemExit(f"{stage} ended before its moment {early} times, killed {len(lived)} times: give it more work")
+        remove(place, outputs, stage)  # it had gone on so far that it finished
+    return lived, half_done
 
 
 def files(root: Path, outputs: list[str]) -> dict[str, bytes]:
@@ -81,7 +111,7 @@ def restore(home: Path, place: Path, outputs: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stages", default=",".join(STAGES))
-    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, home = random.Random(options.seed), Path.cwd()
@@ -90,6 +120,8 @@ def main() -> None:
         source = home / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
     equal: dict[str, bool] = {}
+    killed: dict[str, int] = {}
+    half_done: dict[str, int] = {}
     try:
         for stage in options.stages.split(","):
             outputs = list(STAGES[stage].outputs.values())
@@ -103,19 +135,12 @@ def main() -> None:
             seconds = time.perf_counter() - began
             same = files(place, outputs) == before
             remove(place, outputs, stage)
-            moments = sorted(rng.uniform(0.15, 1.0) * seconds for _ in range(options.kills))
-            rng.shuffle(moments)
-            for moment in moments:
-                process = start(stage, place)
-                try:
-                    process.communicate(timeout=moment)
-                    remove(place, outputs, stage)  # it went on so far that it finished: begin anew
-                except subprocess.TimeoutExpired:
-                    kill(process)
+            moments, half_done[stage] = kill_at_random(stage, place, outputs, kills=options.kills, seconds=seconds, rng=rng)
+            killed[stage] = len(moments)
             last = start(stage, place)
             said, _ = last.communicate()
             if last.returncode:
-                raise SystemExit(f"{stage} fails after {options.kills} kills:\n{said}")
+                raise SystemExit(f"{stage} fails after {len(moments)} kills:\n{said}")
             found = files(place, outputs)
             differing = [name for name in before.keys() | found.keys() if before.get(name) != found.get(name)]
             left = [str(path) for path in (place / "artifacts").rglob(".*") if path.is_file()]
@@ -126,12 +151,17 @@ def main() -> None:
                 if equal[stage]
                 else f"DIFFERS: {sorted(differing)[:4]} {left[:2]} {'' if same else 'undisturbed too'}"
             )
-            print(f"{stage:16} {seconds:6.1f} s undisturbed, killed after {shown} s: {verdict}", flush=True)
+            print(
+                f"{stage:16} {seconds:6.1f} s undisturbed, {len(moments)} kills ({half_done[stage]} left work half done) "
+                f"after {shown} s: {verdict}",
+                flush=True,
+            )
             remove(place, outputs, stage)
             restore(home, place, outputs)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    print("RESULT " + json.dumps({"kills": options.kills, "stages": equal, "all_equal": all(equal.values())}))
+    result = {"kills": killed, "half_done": half_done, "stages": equal, "identical": all(equal.values())}
+    print("RESULT " + json.dumps(result))
     raise SystemExit(0 if all(equal.values()) else 1)
 
 
