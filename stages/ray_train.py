@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed
@@ -98,11 +98,12 @@ def fit(
         events.write_text("")
         trainer = _trainer(function, root, events, scale)
         thread = _Fit(trainer)
-        tail = _Tail(events)
-        while thread.is_alive():
-            thread.join(0.1)
+        with open(events, "rb") as stream:
+            tail = _Tail(stream)
+            while thread.is_alive():
+                thread.join(0.5)
+                tail.deliver(on_event)
             tail.deliver(on_event)
-        tail.deliver(on_event)
     returned = thread.outcome()
     if "error" in returned:
         failure = TrainingFailed(returned["error"])
@@ -309,15 +310,15 @@ def _cause(error: BaseException) -> str:
 class _Tail:
     """Reads the lines that are new in a growing file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.position = path, 0
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._begun = stream, b""
 
     def deliver(self, on_event: Callable[[Event], None]) -> None:
-        with open(self.path) as stream:
-            stream.seek(self.position)
-            while (line := stream.readline()).endswith("\n"):
-                self.position += len(line)
-                on_event(json.loads(line))
+        while line := self._stream.readline():
+            self._begun += line
+            if self._begun.endswith(b"\n"):
+                event, self._begun = json.loads(self._begun), b""
+                on_event(event)
 
 
 @contextmanager

@@ -66,12 +66,13 @@ def test_a_run_in_progress_is_not_started_twice(tmp_path):
 def test_only_whole_lines_are_delivered(tmp_path):
     path, seen = tmp_path / "events", []
     path.write_text('{"step": 1}\n{"st')
-    tail = _Tail(path)
-    tail.deliver(lambda event: seen.append(event["step"]))
-    with open(path, "a") as stream:
-        stream.write('ep": 2}\n')
-    tail.deliver(lambda event: seen.append(event["step"]))
-    assert seen == [1, 2]
+    with open(path, "rb") as reader, open(path, "a") as writer:
+        tail = _Tail(reader)
+        for more, expected in (("", [1]), ("ep", [1]), ('": 2}\n', [1, 2]), ('{"step": 3}\n{"step": 4}\n', [1, 2, 3, 4])):
+            writer.write(more)
+            writer.flush()
+            tail.deliver(lambda event: seen.append(event["step"]))
+            assert seen == expected
 
 
 class FakeContext:
