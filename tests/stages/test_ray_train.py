@@ -252,6 +252,7 @@ def undisturbed_rank(rank: int, data: Path, root: Path) -> None:
 def test_a_run_survives_a_killed_node(tmp_path):
     """Two nodes of one CPU with a worker each; one is killed in the middle, and as on a cloud another one comes.
 
+    It comes after ten tries to start the workers (a minute each in earnest): the run waits for it.
     The end is bit by bit that of two ranks which nothing disturbed.
     """
     cluster._quiet()
@@ -265,7 +266,7 @@ def test_a_run_survives_a_killed_node(tmp_path):
     script = STAGE.format(
         tests=str(Path(__file__).parent), data=str(tmp_path), out=str(tmp_path / "out"), work=str(tmp_path / "work")
     )
-    environment = {**os.environ, "RAY_ADDRESS": nodes.address}
+    environment = {**os.environ, "RAY_ADDRESS": nodes.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1"}
     try:
         with open(tmp_path / "told", "w") as told:
             run = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=told, stderr=told)
@@ -273,6 +274,7 @@ def test_a_run_survives_a_killed_node(tmp_path):
             time.sleep(0.05)
         assert run.poll() is None, (tmp_path / "told").read_text()
         nodes.remove_node(lost, allow_graceful=False)
+        time.sleep(10)
         nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
         assert run.wait(300) == 0, (tmp_path / "told").read_text()
     finally:
