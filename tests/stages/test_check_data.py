@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_data import Project, make_project, photo, tiny_params
+from tiny_data import Project, as_artifacts, make_project, photo, tiny_params
 
 import dpar_core.images
 from dpar_core.files import sha256_file
@@ -21,19 +21,6 @@ from stages.check_data import check_data, repair_data
 from stages.inspect_data import describe, draw, inspect_image
 from stages.patch_stats import parse_max_lengths, parse_range, patch_stats
 from stages.tracker import NullTracker
-
-
-def as_artifacts(project: Project, root: Path) -> Path:
-    """Lay a project out as the workflow does."""
-    for source, target in (
-        ("manifest.parquet", "data/manifest.parquet"), ("tokenizer.safetensors", "tokenizer/tokenizer.safetensors"),
-        ("entropy_model.safetensors", "entropy_model/model.safetensors"),
-    ):  # fmt: skip
-        (root / target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(project.root / source, root / target)
-    for name in ("tokens", "entropies", "patch_maps"):
-        shutil.copytree(project.root / name, root / name)
-    return root
 
 
 @pytest.fixture(scope="module")

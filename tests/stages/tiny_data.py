@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -130,3 +131,16 @@ class Project:
 def make_project(root: Path, **changes: dict) -> Project:
     """Return a project with images, manifest and tokenizer made."""
     return Project(root, tiny_params(put_images(root / "images"), **changes)).data()
+
+
+def as_artifacts(project: Project, root: Path) -> Path:
+    """Lay a project out as the workflow does."""
+    for source, target in (
+        ("manifest.parquet", "data/manifest.parquet"), ("tokenizer.safetensors", "tokenizer/tokenizer.safetensors"),
+        ("entropy_model.safetensors", "entropy_model/model.safetensors"),
+    ):  # fmt: skip
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(project.root / source, root / target)
+    for name in ("tokens", "entropies", "patch_maps"):
+        shutil.copytree(project.root / name, root / name)
+    return root
