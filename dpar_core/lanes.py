@@ -109,16 +109,15 @@ class Lanes:
         """Draw a token in each of these lanes but those that now wait for a patch; return how many were drawn."""
         position = self.position[lanes]
         half = self.drawer.half(lanes, position)
+        logits = self.decode(torch.cat([lanes, half + self.lanes]))
         if self.networks.asks_decoder:
-            cond = self.decode(lanes)
-            staying = self.probe(lanes, position, cond)
-            lanes, position, cond = lanes[staying], position[staying], cond[staying.to(self.device)]
+            # Both halves in one launch: few rows a launch cost more than the unconditional ones that are then not used.
+            staying = self.probe(lanes, position, logits[: len(lanes)])
+            also = torch.nonzero(torch.isin(half, lanes[staying])).flatten()
+            logits = logits[torch.cat([staying, len(lanes) + also]).to(self.device)]
+            lanes, position = lanes[staying], position[staying]
             if not len(lanes):
                 return 0
-            half = self.drawer.half(lanes, position)
-            logits = torch.cat([cond, self.decode(half + self.lanes)]) if len(half) else cond
-        else:
-            logits = self.decode(torch.cat([lanes, half + self.lanes]))
         drawn = len(lanes)
         tokens = self.drawer(self.image[lanes], position, logits)
         self.position[lanes] = position + 1
