@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
@@ -39,14 +40,34 @@ def starts_name(split: str) -> str:
     return f"{split}.starts.npy"
 
 
+def _expected(shards: TokenShards, part: slice) -> tuple[pa.Array, pa.Array]:
+    """Return the key and the view of every map of the samples `part` of a shard, in order."""
+    count = shards.meta.num_views
+    keys = shards.keys().slice(part.start, part.stop - part.start).combine_chunks()
+    index = pa.array(np.repeat(np.arange(len(keys)), count))
+    return keys.take(index), pa.array(np.tile(np.arange(count, dtype=np.uint8), len(keys)))
+
+
+def _check_order(table: pa.Table, keys: pa.Array, views: pa.Array, path: str, shard_name: str) -> None:
+    """Raise ValueError, naming the first difference, unless the maps of a table are those of these keys and views."""
+    mend = "run `dpar-cli data check --repair`, or `dvc repro -f entropies`"
+    if len(table) != len(keys):
+        raise ValueError(f"{path} holds {len(table)} maps, {shard_name} has {len(keys)}: {mend}")
+    found_keys, found_views = (table[name].combine_chunks() for name in ("key", "view"))
+    other = pc.or_(pc.not_equal(found_keys, keys), pc.not_equal(found_views, views))
+    row = pc.index(pc.fill_null(other, True), True).as_py()
+    if row >= 0:
+        raise ValueError(
+            f"{path}: map {row} is of view {found_views[row]} of {found_keys[row]}, the index of {shard_name} has view "
+            f"{views[row]} of {keys[row]} there: {mend}"
+        )
+
+
 def _write(
     path: Path, shards: TokenShards, part: slice, name: str, values: pa.Array, *, made_by: dict, **encoding: Any
 ) -> None:
-    views = shards.meta.num_views
-    keys = shards.keys().slice(part.start, part.stop - part.start).combine_chunks()
-    index = pa.array(np.repeat(np.arange(len(keys)), views))
-    view = pa.array(np.tile(np.arange(views, dtype=np.uint8), len(keys)))
-    table = pa.table({"key": keys.take(index), "view": view, name: values})
+    keys, views = _expected(shards, part)
+    table = pa.table({"key": keys, "view": views, name: values})
     metadata = {"dpar": json.dumps({"tokens": shards.digest, **made_by}, sort_keys=True)}
     with atomic_path(path) as temporary:
         pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", **encoding)
@@ -129,10 +150,11 @@ class EntropyMaps:
     def shard(self, shard_name: str) -> np.ndarray:
         """Return the entropies of a shard: (samples * views, T) float32, in the order of the shard.
 
-        Raises FileNotFoundError or ValueError when they are missing, or were made by another entropy model.
+        Raises FileNotFoundError or ValueError when they are missing, were made by another entropy model, or stand in
+        another order than the samples.
         """
         name = parquet_name(shard_name)
-        table = _read_parquet(self._place, name, self.summary, columns=["entropies"], stage="entropies")
+        table = _read_parquet(self._place, name, self.summary, columns=["key", "view", "entropies"], stage="entropies")
         made_by = json.loads((table.schema.metadata or {}).get(b"dpar", b"{}"))
         if made_by != self.summary["made_by"]:
             found, expected = made_by.get("entropy_model"), self.entropy_model
@@ -140,6 +162,9 @@ class EntropyMaps:
                 f"entropies {name} were made with entropy model {found} on tokens {made_by.get('tokens')}, this run has "
                 f"{expected} on {self.shards.digest}: run `dvc repro -f entropies`"
             )
+        part = next(part for found, part in self.shards.shards() if found == shard_name)
+        keys, views = _expected(self.shards, part)
+        _check_order(table, keys, views, f"{self._place}/{name}", shard_name)
         flat = table["entropies"].combine_chunks().flatten().to_numpy()
         return flat.reshape(-1, self.shards.meta.tokens)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -10,17 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tiny_data import (
-    CODES,
-    SIZE,
-    VQ_CONFIG,
-    Project,
-    make_project,
-    photo,
-    save_entropy_model,
-    save_tokenizer,
-    tiny_params,
-)
+from tiny_data import CODES, SIZE, VQ_CONFIG, Project, make_project, photo, save_entropy_model, save_tokenizer, tiny_params
 
 import dpar_core.images
 from dpar_core.files import load_weights
@@ -309,6 +300,21 @@ def test_maps_of_another_entropy_model_are_refused(project, tmp_path):
         EntropyMaps(mixed, shards).all()
 
 
+def test_entropies_in_another_order_than_the_index_are_refused(project, tmp_path):
+    shards = TokenShards(project.root / "tokens", "train")
+    name, part = shards.shards()[1]
+    path = shutil.copytree(project.root / "entropies", tmp_path / "maps") / name.replace(".tar", ".parquet")
+    table, keys = pq.read_table(path), shards.keys().to_pylist()[part]
+    for order, told in (
+        ([0, 1, 4, 3, 2, 5, 6, 7, 8, 9], f"map 2 is of view 0 of {keys[2]}, the index of {name} has view 0 of {keys[1]}"),
+        ([0, 1, 2, 3, 4, 5, 7, 6, 8, 9], f"map 6 is of view 1 of {keys[3]}, the index of {name} has view 0 of {keys[3]}"),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8], f"holds 9 maps, {name} has 10"),
+    ):
+        pq.write_table(table.take(order), path)
+        with pytest.raises(ValueError, match=re.escape(told) + r".*: run `dpar-cli data check --repair`, or `dvc repro -f"):
+            EntropyMaps(tmp_path / "maps", shards).shard(name)
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_damaged_maps_are_refused_in_one_sentence(project, tmp_path, damage):
     folder = tmp_path / "maps"
@@ -360,9 +366,8 @@ def test_bf16_is_measured_on_evenly_spaced_shards_and_looks_past_bad_images(tmp_
     manifest = read_manifest(project.root / "manifest.parquet")
     plan = tokenize_images.plan_shards(manifest, 5)
     assert [len(shard.indices) for shard in plan] == [5, 5, 4, 5]
-    sources = [row.source for row in manifest.rows.take(plan[2].indices)]
-    for source in sources[:2]:
-        (project.root / "images" / source.replace(":", "/")).write_bytes(b"")
+    for row in list(manifest.rows.take(plan[2].indices))[:2]:
+        (project.root / "images" / row.source.replace(":", "/")).write_bytes(b"")
     batches = []
     real = tokenize_images.ShardTokenizer.encode
     spy = lambda self, images, **given: (batches.append(images), real(self, images, **given))[1]  # noqa: E731
