@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from dpar_core.files import load_weights, sha256_file
 
-# The StyleGAN team's TorchScript export of the Inception network that FID is defined on. Its digest could not be checked
-# here, as the file is not part of this project: a file that differs is used, but named by its own digest in every score.
+# The StyleGAN team's TorchScript export of the Inception network that FID is defined on, and the SHA-256 that k-diffusion's
+# evaluation code pins for this address. The file is not part of this project, so neither could be tried here.
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 SFID_CHANNELS = 7
 
 
@@ -121,7 +122,7 @@ def inception_network(path: Path, device: str) -> FeatureNetwork:
     seven channels of the branch `conv` of its block layers.mixed_6 (17 x 17), which the script does not hand out: its
     layers are walked one by one, and the walk is used only if it ends in the pooled features that the script itself
     gives; else there is no sFID.
-    What could not be checked without the real file: its digest, and that these names hold.
+    What could not be checked without the real file: that these names hold.
     """
     model = load_script(path, device)
     weight = dict(model.named_parameters()).get("output.weight", dict(model.named_buffers()).get("output.weight"))
@@ -196,10 +197,14 @@ def dinov2_network(path: Path, device: str) -> FeatureNetwork:
 
 
 def feature_network(name: str, path: Path, device: str, *, sha256: str | None = None) -> FeatureNetwork:
-    """Return the network of a name. sha256: digest that its file must have. Raises ValueError for another name or file."""
+    """Return the network of a name. Raises ValueError for another name or file.
+
+    sha256: digest that its file must have; None: that of the published file for inception, any for the others.
+    """
     makers = {"demo": demo_network, "inception": inception_network, "dinov2": dinov2_network}
     if name not in makers:
         raise ValueError(f"features must be one of {', '.join(makers)}; got {name!r}")
-    if sha256 is not None and Path(path).exists() and (found := sha256_file(path)) != sha256.lower():
-        raise ValueError(f"{path} has SHA-256 {found}, expected {sha256.lower()}: fetch it again")
+    expected = sha256 or (INCEPTION_SHA256 if name == "inception" else None)
+    if expected is not None and Path(path).exists() and (found := sha256_file(path)) != expected.lower():
+        raise ValueError(f"{path} has SHA-256 {found}, expected {expected.lower()}: fetch it again")
     return makers[name](Path(path), device)

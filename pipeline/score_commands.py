@@ -15,7 +15,7 @@ FeaturesName = Annotated[
     str, typer.Option("--features", help="demo | inception | dinov2: the network images are compared by.")
 ]
 FeaturesFile = Annotated[Path | None, typer.Option(help="Its file; for demo the classifier under artifacts/.")]
-Sha256 = Annotated[str | None, typer.Option(help="SHA-256 the features' file must have.")]
+Sha256 = Annotated[str | None, typer.Option(help="SHA-256 the features' file must have; else inception's published one.")]
 Neighbours = Annotated[int, typer.Option(min=1, help="k of precision and recall.")]
 Bootstrap = Annotated[int, typer.Option(min=0, help="Resamples for 95 % intervals; 0: none.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of bootstrap and KID subsets.")]
@@ -52,6 +52,7 @@ def score(
     --images 50000 --out mine.json`. To go on: `dpar-cli compare mine.json theirs.json`.
     """
     from dpar_core.files import write_json
+    from stages.params import load_params
     from stages.score_files import score_images, settings_for, spread
     from stages.tracker import PrintTracker
 
@@ -59,14 +60,15 @@ def score(
         raise ValueError(
             f"--out takes the scores of one set, and {len(samples)} are given: score them one by one, or leave it out"
         )
-    params, network = _network(features, features_file, sha256)
+    params = load_params(Path("params.yaml")) if Path("params.yaml").exists() else None  # anywhere outside a project
+    network = _network(features, features_file, sha256, params)
     tracker = PrintTracker()
-    counts = [_count(path) for path in samples]
+    shapes = [_shape(path) for path in samples]
     settings = settings_for(
-        features, reference, images=images or min(counts), neighbours=neighbours, bootstrap=bootstrap,
-        classifier=params.score.demo_classifier, allow_singular=allow_singular,
+        features, reference, images=images or min(shape[0] for shape in shapes), neighbours=neighbours, bootstrap=bootstrap,
+        allow_singular=allow_singular,
     )  # fmt: skip
-    against = _reference(reference, params, network, tracker, samples=samples[0])
+    against = _reference(reference, params, network, tracker, image_size=shapes[0][1])
     found = [score_images(path, against, network, settings, tracker, seed=seed) for path in samples]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,19 +113,19 @@ def fetch(
     url: Annotated[str | None, typer.Option(help="Address to read; else the publisher's.")] = None,
     sha256: Sha256 = None,
 ) -> None:
-    """Download a feature network, saying from where and to where; its digest is printed, and checked when given.
+    """Download a feature network, saying from where and to where; its SHA-256 is checked and printed.
 
     The file appears when it is whole. To go on: set score.features and score.features_file in params.yaml, or give them
     to `dpar-cli score`.
     """
-    from dpar_core.features import INCEPTION_URL
+    from dpar_core.features import INCEPTION_SHA256, INCEPTION_URL
     from pipeline.download import download
 
     if what != "inception":
         raise ValueError(f"there is no address for {what!r}: expected inception (DINOv2: export it to TorchScript yourself)")
     address = url or INCEPTION_URL
     print(f"from {address}\nto   {to.resolve()}")
-    digest = download(address, to, sha256=sha256)
+    digest = download(address, to, sha256=sha256 or INCEPTION_SHA256)
     print(f"SHA-256 {digest}")
 
 
@@ -154,9 +156,10 @@ def calibrate(
     Reads the weights you have and the sample section of params.yaml (batch size, precision, workers); writes samples and
     scores under --out. Stopped, it goes on. Exit 1 when a score is outside its tolerance.
     """
-    from dpar_core.files import write_json
+    from dpar_core.files import digest_of, write_json
     from pipeline.stage_runner import device_of
     from stages import calibrate as calibration
+    from stages.params import load_params
     from stages.sample import draw_samples
     from stages.score_files import score_images, settings_for
     from stages.tracker import PrintTracker
@@ -164,23 +167,23 @@ def calibrate(
     if size not in calibration.HEADS and heads is None:
         raise ValueError(f"--size is {size!r}, expected one of {', '.join(calibration.HEADS)}, or give --heads and --expect")
     expected = _expected(size, grid, expect)
-    params, network = _network(features, features_file, sha256)
+    params = load_params(Path("params.yaml"))
+    network = _network(features, features_file, sha256, params)
     tracker, work = PrintTracker(), Path("work", "calibrate")
     files = calibration.import_checkpoint(gpt, vq, heads=heads or calibration.HEADS[size], grid=grid, folder=work)
     section = params.sample.model_copy(update={
         "images": images, "plan": "balanced", "seed": 0, "cfg_scale": cfg, "cfg_schedule": "constant", "temperature": 1.0,
         "top_k": 0, "top_p": 1.0, "resize": 256 if grid == 24 else None,
     })  # fmt: skip
-    if not (out / "samples" / "samples.npz").exists():
-        draw_samples(
-            section, files, out / "samples", tracker, device=device_of(params.compute), work=work / "batches", prefix=""
-        )
+    made_by = [files.model.parent.name, heads or calibration.HEADS[size], grid, section.model_dump(exclude={"workers"})]
+    drawn = out / f"samples-{digest_of(made_by)[:8]}"  # another checkpoint or scale never meets these pictures
+    if not (drawn / "samples.npz").exists():
+        draw_samples(section, files, drawn, tracker, device=device_of(params.compute), work=work / drawn.name, prefix="")
     settings = settings_for(
-        features, reference, images=images, neighbours=3, bootstrap=0, classifier=params.score.demo_classifier,
-        allow_singular=allow_singular,
+        features, reference, images=images, neighbours=3, bootstrap=0, allow_singular=allow_singular,
     )  # fmt: skip
-    against = _reference(reference, params, network, tracker, samples=out / "samples")
-    found = score_images(out / "samples", against, network, settings, tracker, seed=params.seed)
+    against = _reference(reference, params, network, tracker, image_size=_shape(drawn)[1])
+    found = score_images(drawn, against, network, settings, tracker, seed=params.seed)
     write_json(out / "scores.json", found)
     checks = calibration.checks(found, expected, tolerance=tolerance)
     print(_verdicts(checks))
@@ -208,52 +211,58 @@ def _expected(size: str, grid: int, given: list[str] | None) -> dict[str, float]
     return {"eval/fid": row.fid, "eval/is": row.inception_score, "eval/precision": row.precision, "eval/recall": row.recall}
 
 
-def _network(features: str, file: Path | None, sha256: str | None) -> tuple[Any, FeatureNetwork]:
+def _network(features: str, file: Path | None, sha256: str | None, params: Any) -> FeatureNetwork:
     from dpar_core.features import feature_network
     from pipeline.stage_runner import CLASSIFIER, device_of, set_threads
-    from stages.params import load_params
+    from stages.params import Compute
 
-    params = load_params(Path("params.yaml"))
-    set_threads(params.compute)
+    compute = params.compute if params else Compute(device="auto", threads=0)
+    set_threads(compute)
     if file is None:
         if features == "demo":
             file = Path(CLASSIFIER)
-        elif params.score.features == features:
+        elif params and params.score.features == features:
             file = Path(params.score.features_file)
         else:
             raise ValueError(
                 f"--features {features} needs --features-file (`dpar-cli fetch inception` downloads Inception's)"
             )
-    return params, feature_network(features, file, device_of(params.compute), sha256=sha256)
+    return feature_network(features, file, device_of(compute), sha256=sha256)
 
 
-def _count(samples: Path) -> int:
-    """Return how many images a set has, without reading them all where the file says so."""
+def _shape(samples: Path) -> tuple[int, int]:
+    """Return how many images a set has and their height, without reading them all where the file says so."""
     import zipfile
 
     import numpy as np
+    from PIL import Image
 
     from stages.score import png_files, read_images
 
     file = samples / "samples.npz" if (samples / "samples.npz").exists() else samples
     if file.is_dir():
-        return len(png_files(file))
+        found = png_files(file)
+        try:
+            with Image.open(found[0]) as picture:
+                return len(found), picture.height
+        except OSError:
+            return read_images(file).shape[:2]  # says what is wrong with it
     try:
         with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            return int(read(stream)[0][0])
+            return read(stream)[0][:2]
     except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile):
-        return len(read_images(file))  # says what is wrong with it
+        return read_images(file).shape[:2]  # says what is wrong with it
 
 
-def _reference(name: str, params: Any, network: FeatureNetwork, tracker: Any, *, samples: Path) -> Any:
+def _reference(name: str, params: Any, network: FeatureNetwork, tracker: Any, *, image_size: int) -> Any:
     from pipeline.stage_runner import MANIFEST
     from stages.params import select
     from stages.score import Params, make_reference, reference_of
 
     if name in ("train", "validation"):
-        if not Path(MANIFEST).exists():
+        if params is None or not Path(MANIFEST).exists():
             raise FileNotFoundError(
                 f"reference {name} is a split of {MANIFEST}, which is missing: run `dvc repro data` first"
             )
@@ -261,7 +270,7 @@ def _reference(name: str, params: Any, network: FeatureNetwork, tracker: Any, *,
         chosen = Params(chosen.seed, chosen.data, chosen.score.model_copy(update={"reference": name}))
         WORK.mkdir(parents=True, exist_ok=True)
         return make_reference(chosen, Path(MANIFEST), network, tracker, work=WORK)
-    return reference_of(Path(name), network, tracker, cache=WORK, image_size=params.data.image_size)
+    return reference_of(Path(name), network, tracker, cache=WORK, image_size=image_size)
 
 
 def _table(names: Sequence[str], found: Sequence[Mapping[str, Any]], *, spreads: Mapping[str, Any] | None = None) -> str:

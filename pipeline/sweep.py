@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,7 +162,7 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
     from pipeline import sweep_output
     from pipeline.stage_runner import PATCH_MAPS, TOKENS
     from pipeline.sweep_tracking import open_sweep
-    from stages.sweep import alone, check_points, sweep
+    from stages.sweep import check_points, sweep
     from stages.sweep_models import retrain as train_models
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -204,6 +207,20 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
     print(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
     if not apply:
         print("take it over    the same command with --apply, then dvc repro")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep a second sweep of the same name out. Raises ValueError in a sentence."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"sweep {folder.name} is running already: wait for it, or give this one another --name"
+            ) from None
+        yield
 
 
 def _listed(values: Any) -> str:

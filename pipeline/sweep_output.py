@@ -17,7 +17,7 @@ from stages.sweep import Outcome
 
 COLUMNS = (
     "final", "threshold", "max_patch_length", "cfg_scale", "images", "first_seed", "patch/patches_per_image",
-    "patch/mean_length", "perf/images_per_s", "seconds", "key",
+    "patch/mean_length", "perf/images_per_s", "seconds", "protocol_id", "key",
 )  # fmt: skip
 DVC_FILE = """# Made by `dpar-cli sweep`: lets `dvc metrics show` and `dvc plots show` find what the sweep measured.
 metrics:
@@ -67,10 +67,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def rows_of(facts: Facts) -> list[dict[str, Any]]:
-    """Return one flat row a trial, searches before finals."""
+def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one flat row a trial."""
     rows = []
-    for result in (*facts.outcome.search, *facts.outcome.finals):
+    for result in results:
         row = {name: result[name] for name in COLUMNS}
         row |= {name: value for name, value in result.items() if name.startswith("eval/")}
         for name, (low, high) in result["intervals"].items():
@@ -81,7 +81,6 @@ def rows_of(facts: Facts) -> list[dict[str, Any]]:
 
 def write(facts: Facts, folder: Path) -> Written:
     """Write everything into the sweep's folder."""
-    rows = rows_of(facts)
     folder.mkdir(parents=True, exist_ok=True)
     metrics = winner_metrics(facts)
     write_json(folder / "metrics.json", metrics)
@@ -90,8 +89,10 @@ def write(facts: Facts, folder: Path) -> Written:
         "winner": facts.outcome.winner(facts.distance), "failed": facts.outcome.failed,
     })  # fmt: skip
     tracked = [folder / "sweep.json"]
-    if rows:
-        _write_tables(rows, folder)
+    if facts.outcome.search:
+        _write_tables(rows_of(facts.outcome.search), folder / "results")
+        if facts.outcome.finals:  # of other numbers of images, hence in a table of their own
+            tracked += [_write_tables(rows_of(facts.outcome.finals), folder / "finals")]
         draw_heatmap(facts, folder / "heatmap.png")
         draw_pareto(facts, folder / "pareto.png")
         atomic_write(folder / "dvc.yaml", DVC_FILE.format(distance=facts.distance))
@@ -119,7 +120,8 @@ def winner_metrics(facts: Facts) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
+def _write_tables(rows: list[dict[str, Any]], target: Path) -> Path:
+    """Write rows to target.parquet and target.csv; return the former."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -127,13 +129,14 @@ def _write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
     columns = {name: [row.get(name) for row in rows] for name in names}
     types = {"threshold": pa.float64(), "max_patch_length": pa.int64()}
     arrays = {name: pa.array(values, type=types.get(name)) for name, values in columns.items()}
-    with atomic_path(folder / "results.parquet") as temporary:
+    with atomic_path(target.with_suffix(".parquet")) as temporary:
         pq.write_table(pa.table(arrays), temporary)
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    atomic_write(folder / "results.csv", text.getvalue())
+    atomic_write(target.with_suffix(".csv"), text.getvalue())
+    return target.with_suffix(".parquet")
 
 
 def _figure(width: float, height: float, columns: int = 1):
@@ -247,7 +250,8 @@ def table(facts: Facts) -> str:
             f"{one['perf/images_per_s']:.3g}",
         )  # fmt: skip
     console = Console(width=max(90, Console().width), record=True, file=io.StringIO())
-    console.print(shown)
+    if results:
+        console.print(shown)
     lines = [console.export_text().rstrip()]
     if chance := within_chance(facts):
         lines.append(f"within chance of the best: {', '.join(label(one) for one in chance)}")

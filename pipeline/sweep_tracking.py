@@ -43,7 +43,7 @@ class SweepRuns:
         values = {name: value for name, value in result.items() if "/" in name and isinstance(value, int | float)}
         for name, (low, high) in result["intervals"].items():
             values |= {f"{name}_low": low, f"{name}_high": high}
-        settings = ("threshold", "cfg_scale", "max_patch_length", "images", "first_seed", "final")
+        settings = ("threshold", "cfg_scale", "max_patch_length", "images", "first_seed", "final", "protocol_id")
         params = [Param(name, str(result[name])) for name in settings]
         now = int(os.path.getmtime(picture) * 1000)
         self.client.log_batch(run, metrics=[Metric(n, float(v), now, 0) for n, v in values.items()], params=params)

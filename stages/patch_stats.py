@@ -15,6 +15,7 @@ from dpar_core.patch_maps import EntropyMaps
 from dpar_core.patching import PatchRule, patch_starts_numpy
 from dpar_core.shards import TokenShards
 
+MOST_STEPS = 10_000  # numbers of a range
 SAMPLED_MAPS = 20_000  # maps that are looked at: the mean length is then known to about 0.1 %
 
 
@@ -92,10 +93,13 @@ def parse_range(text: str) -> list[float]:
             return [float(part) for part in text.split(",")]
         first, last, step = (float(part) for part in text.split(":"))
         count = round((last - first) / step)
-        if step <= 0 or count < 0 or abs(first + count * step - last) > 1e-6 * max(abs(last), 1):
+        if step <= 0 or not 0 <= count < MOST_STEPS or abs(first + count * step - last) > 1e-6 * max(abs(last), 1):
             raise ValueError
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{text!r} is no range: expected FIRST:LAST:STEP, ending at LAST, or numbers with commas") from None
+    except (ValueError, OverflowError, ZeroDivisionError):
+        raise ValueError(
+            f"{text!r} is no range: expected FIRST:LAST:STEP, ending at LAST, of at most {MOST_STEPS:,} numbers, or numbers "
+            "with commas"
+        ) from None
     return [round(first + place * step, 10) for place in range(count + 1)]
 
 

@@ -118,8 +118,10 @@ def _score_all(
                 f"{samples} holds {len(images)} images, the protocol asks for {settings.images}: raise sample.images or "
                 "lower score.images"
             )
+        images = images[: settings.images]
+        refuse_constant(images, samples)
         with tracker.progress(settings.images, f"score {samples.name}", unit="images") as progress:
-            features = network(images[: settings.images], done=progress.advance)
+            features = network(images, done=progress.advance)
         made_by = json.loads((samples / "samples.json").read_text())
         protocol = protocol_of(network, reference, settings, images=settings.images, image_size=images.shape[1])
         scores, intervals = compare(features, reference, settings, seed=params.seed)
@@ -127,6 +129,12 @@ def _score_all(
         write_json(metrics, scores)
         suffix = f"/{samples.name}" if len(work_list) > 1 else ""
         tracker.log_metrics({f"{name}{suffix}": value for name, value in scores.items()})
+
+
+def refuse_constant(images: np.ndarray, where: Path) -> None:
+    """Refuse images that are all the same. Raises ScoreError."""
+    if (images == images[:1]).all():
+        raise ScoreError(f"{where}: all {len(images)} images are the same, no distance can be computed from them")
 
 
 def protocol_of(
@@ -166,14 +174,7 @@ def compare(features: Features, reference: Reference, settings: P.Score, *, seed
             "both must come from one network"
         )
     distance = DISTANCE_NAMES[settings.features]
-    pool_images = {"samples": len(features.pool), "reference": reference.pool.count}
-    for side, count in pool_images.items():
-        if _singular(count, features.pool.shape[1]) and not settings.allow_singular:
-            raise ScoreError(
-                f"the {side} are {count} images, and the covariance of {features.pool.shape[1]} features has full rank only "
-                f"with more images than that: take more, or set score.allow_singular (--allow-singular) for a number that "
-                "may be compared with others of as few images only"
-            )
+    check_rank(len(features.pool), reference, settings)
 
     def frechet(chosen: np.ndarray) -> dict[str, float]:
         moments = FeatureMoments.of(features.pool[chosen])
@@ -198,6 +199,18 @@ def compare(features: Features, reference: Reference, settings: P.Score, *, seed
         scores[f"eval/kid{_suffix(settings)}"] = kernel_distance(reference.features, features.pool, seed=seed)
     intervals = bootstrap(frechet, len(features.pool), resamples=settings.bootstrap, seed=seed) if settings.bootstrap else {}
     return scores, intervals
+
+
+def check_rank(images: int, reference: Reference, settings: P.Score) -> None:
+    """Refuse so few images of either side that a covariance has not full rank. Raises ScoreError."""
+    dimensions = len(reference.pool.mean)
+    for side, count in {"samples": images, "reference": reference.pool.count}.items():
+        if _singular(count, dimensions) and not settings.allow_singular:
+            raise ScoreError(
+                f"the {side} are {count} images, and the covariance of {dimensions} features has full rank only "
+                f"with more images than that: take more, or set score.allow_singular (--allow-singular) for a number that "
+                "may be compared with others of as few images only"
+            )
 
 
 def _suffix(settings: P.Score) -> str:
@@ -286,27 +299,25 @@ def reference_of(
 def _from_images(
     name: str, digest: str, images: Callable[[], np.ndarray], network: FeatureNetwork, tracker: Tracker, *, cache: Path
 ) -> Reference:
-    found = _cached_features(digest, images, network, tracker, cache=cache)
-    moments = None if found.spatial is None else FeatureMoments.of(found.spatial)
-    return Reference(name, digest, len(found.pool), FeatureMoments.of(found.pool), moments, found.pool)
-
-
-def _cached_features(
-    digest: str, images: Callable[[], np.ndarray], network: FeatureNetwork, tracker: Tracker, *, cache: Path
-) -> Features:
-    """Return the features of a reference's images, computed once for each reference and network."""
-    file = cache / f"reference-{digest}-{network.digest}.npz"
-    if file.exists():
-        with np.load(file, allow_pickle=False) as content:
-            return Features(content["pool"], None, content["spatial"] if "spatial" in content.files else None)
-    pictures = images()
-    with tracker.progress(len(pictures), "reference features", unit="images") as progress:
-        found = network(pictures, done=progress.advance)
-    arrays = {"pool": found.pool, **({"spatial": found.spatial} if found.spatial is not None else {})}
-    cache.mkdir(parents=True, exist_ok=True)
-    with atomic_path(file) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, **arrays)
-    return found
+    """Return a reference of images; its features and statistics are computed once for each reference and network."""
+    file = cache / f"statistics-{digest}-{network.digest}.npz"
+    if not file.exists():
+        pictures = images()
+        with tracker.progress(len(pictures), "reference features", unit="images") as progress:
+            found = network(pictures, done=progress.advance)
+        pool = FeatureMoments.of(found.pool)
+        arrays = {"pool": found.pool, "mu": pool.mean, "sigma": pool.covariance}
+        if found.spatial is not None:
+            spatial = FeatureMoments.of(found.spatial)
+            arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary, open(temporary, "wb") as stream:
+            np.savez(stream, **arrays)
+    with _open_npz(file) as content:
+        features = content["pool"]
+        spatial = FeatureMoments(len(features), content["mu_s"], content["sigma_s"]) if "mu_s" in content.files else None
+        pool = FeatureMoments(len(features), content["mu"], content["sigma"])
+    return Reference(name, digest, len(features), pool, spatial, features)
 
 
 def _published_statistics(
@@ -324,7 +335,7 @@ def _published_statistics(
 
     features = None
     if "arr_0" in content.files:
-        features = _cached_features(digest, lambda: read_images(path), network, tracker, cache=cache).pool
+        features = _from_images(path.name, digest, lambda: read_images(path), network, tracker, cache=cache).features
     count = 0 if features is None else len(features)
     return Reference(path.name, digest, count, moments("mu", "sigma"), moments("mu_s", "sigma_s"), features)
 

@@ -28,14 +28,13 @@ class Spread:
 
 
 def settings_for(
-    features: str, reference: str, *, images: int, neighbours: int, bootstrap: int, classifier: P.DemoClassifier,
-    allow_singular: bool = False,
-) -> P.Score:  # fmt: skip
+    features: str, reference: str, *, images: int, neighbours: int, bootstrap: int, allow_singular: bool = False
+) -> P.Score:
     """Return the score section that stands for these options."""
     return P.Score(
         features=features, features_file=None, reference=reference, images=images, neighbours=neighbours,
         splits=-(-images // SPLIT), bootstrap=bootstrap, allow_singular=allow_singular,
-        demo_classifier=classifier,
+        demo_classifier=P.DemoClassifier(steps=1, batch_size=1, lr=1.0),  # of training it, which nothing here does
     )  # fmt: skip
 
 
@@ -58,8 +57,7 @@ def score_images(
             "fewer with --images (another protocol)"
         )
     images = images[: settings.images]
-    if (images == images[:1]).all():
-        raise ScoreError(f"{samples}: all {len(images)} images are the same, no distance can be computed from them")
+    score.refuse_constant(images, samples)
     with tracker.progress(len(images), f"score {samples.name}", unit="images") as progress:
         features = network(images, done=progress.advance)
     protocol = score.protocol_of(network, reference, settings, images=len(images), image_size=images.shape[1])

@@ -6,7 +6,6 @@ written whole or not at all: whoever runs the sweep again, after a kill or with 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -35,6 +34,7 @@ from stages.tracker import Tracker
 
 # Seeds of trials lie far above those of params.yaml: what `dvc repro` scores at the end was not used to choose.
 SEARCH_SEEDS, FINAL_SEEDS = 10_000_000, 20_000_000
+RESULT_FORMAT = 2  # of a trial's file; results of another are drawn anew
 DIGITS = 4  # decimals of settings that a search makes up
 Search = Literal["grid", "random", "optuna"]
 
@@ -107,7 +107,7 @@ class Subject:
         reads = [artifact_digest(self.manifest), artifact_digest(self.features)]
         section = self.section(trial).model_dump(exclude={"batch_size", "workers"})
         scored = [self.score.seed, self.score.data.model_dump(), self.score.score.model_dump(exclude={"images"})]
-        return digest_of([content, reads, section, scored, trial.final])[:12]
+        return digest_of([RESULT_FORMAT, content, reads, section, scored, trial.final])[:12]
 
     @property
     def distance(self) -> str:
@@ -143,9 +143,9 @@ def check_points(points: Sequence[Point], files: Files) -> None:
         )
     if asked and (files.rule is None or not read_rule(files.rule).reads_entropies):
         raise ValueError("this model's patches do not follow a threshold: sweep the guidance with `dpar-cli sweep cfg`")
-    low = sorted({p.cfg_scale for p in points if p.cfg_scale < 1})
-    if low:
-        raise ValueError(f"cfg scales {', '.join(f'{c:g}' for c in low)} are below 1, which is no guidance at all")
+    wrong = sorted({p.cfg_scale for p in points if not 1 <= p.cfg_scale < math.inf})
+    if wrong:
+        raise ValueError(f"cfg scales {', '.join(f'{c:g}' for c in wrong)}: expected numbers from 1, which is no guidance")
 
 
 def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> dict[str, Any]:
@@ -171,14 +171,16 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> dict[
     starts = np.unpackbits(starts, axis=1, count=sampler.config.tokens).astype(bool)
     network = _network(subject)
     reference = score.make_reference(subject.score, subject.manifest, network, _Silent, work=work)
-    scores, intervals = score.compare(network(images), reference, subject.score.score, seed=subject.score.seed)
+    settings = subject.score.score
+    scores, intervals = score.compare(network(images), reference, settings, seed=subject.score.seed)
+    protocol = score.protocol_of(network, reference, settings, images=len(images), image_size=images.shape[1])
     result = {
         "key": key, **asdict(trial.point), "images": trial.images, "first_seed": trial.first_seed, "final": trial.final,
         "max_patch_length": sampler.rule and sampler.settings.rule.max_patch_length,
         **scores, "intervals": {name: list(ends) for name, ends in intervals.items()},
         **sample.patch_metrics(sampler, starts), "tokens": sampler.config.tokens,
         "perf/images_per_s": len(images) / draw_seconds,
-        "samples": sample.protocol(sampler, section), "reference_digest": reference.digest,
+        "samples": sample.protocol(sampler, section), "protocol": protocol, "protocol_id": score.protocol_id(protocol),
     }  # fmt: skip
     save_png(sample.grid_picture(job, sampler, labels), folder / f"{key}.png")
     write_json(folder / f"{key}.json", {**result, "seconds": time.perf_counter() - started})
@@ -220,20 +222,6 @@ def _network(subject: Subject) -> FeatureNetwork:
     return _Networks.network
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep a second sweep of the same name out. Raises ValueError in a sentence."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"sweep {folder.name} is running already: wait for it, or give this one another --name"
-            ) from None
-        yield
-
-
 def sweep(
     subject: Subject, plan: Plan, folder: Path, work: Path, tracker: Tracker, *,
     finished: Callable[[dict[str, Any]], None],
@@ -247,7 +235,9 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     # The reference's features are found once, here; trials read them from the work folder.
-    score.make_reference(subject.score, subject.manifest, _network(subject), tracker, work=work)
+    reference = score.make_reference(subject.score, subject.manifest, _network(subject), tracker, work=work)
+    for images in (plan.images, *([plan.final_images] if plan.final_images else [])):
+        score.check_rank(images, reference, subject.score.score)
     runner = _Runner(subject, plan, folder, work, tracker, finished)
     outcome = Outcome()
     with runner:

@@ -61,6 +61,17 @@ def test_scores_are_printed_written_and_compared(place):
     assert "NOT COMPARABLE" in forced.output + (forced.stderr or "")
 
 
+def test_scores_need_no_project(place, tmp_path_factory, monkeypatch):
+    inside = run("score", "a.npz", "--reference", "r.npz", "--bootstrap", 0, "--allow-singular")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    outside = run(
+        "score", place / "a.npz", "--reference", place / "r.npz", "--bootstrap", 0, "--allow-singular",
+        "--features-file", place / "artifacts" / "features" / "demo_classifier.safetensors",
+    )  # fmt: skip
+    assert outside.exit_code == 0, outside.exception
+    assert outside.output[outside.output.index("score  ") :] == inside.output[inside.output.index("score  ") :]
+
+
 def test_several_sets_are_seeds_and_get_a_spread(place):
     said = run("score", "a.npz", "b.npz", "--reference", "r.npz", "--bootstrap", 0, "--allow-singular")
     assert said.exit_code == 0, said.exception
@@ -104,6 +115,8 @@ def test_a_download_says_where_from_and_where_to_and_checks_its_digest(place, se
     assert said.exit_code == 0, said.exception
     assert url in said.output and str(place / "w" / "net.pt") in said.output.replace("\n", "") and digest in said.output
     assert hashlib.sha256(Path("w/net.pt").read_bytes()).hexdigest() == digest
+    unasked = run("fetch", "--to", "w/published.pt", "--url", url)
+    assert "expected f58cb9b6" in str(unasked.exception)
     with pytest.raises(ValueError, match="it is another file"):
         download(url, Path("w/other.pt"), sha256="11" * 32)
     with pytest.raises(ConnectionError, match="does not answer"):
@@ -127,11 +140,15 @@ def test_a_published_checkpoint_is_drawn_and_scored_against_what_is_expected(pla
     assert off.exit_code == 1
     assert "DIFFERS" in off.output
     found = json.loads(Path("calibration/scores.json").read_text())
-    drawn = Path("calibration/samples/samples.npz").stat().st_mtime_ns
+    (samples,) = Path("calibration").glob("samples-*/samples.npz")
+    drawn = samples.stat().st_mtime_ns
     agrees = run(*arguments, "--expect", f"fd_demo={found['eval/fd_demo']}")
     assert agrees.exit_code == 0, agrees.exception
     assert "agrees" in agrees.output
-    assert Path("calibration/samples/samples.npz").stat().st_mtime_ns == drawn  # not drawn again
+    assert samples.stat().st_mtime_ns == drawn  # not drawn again
+    other = run(*[1.0 if word == 1.5 else word for word in arguments], "--expect", "fd_demo=1")
+    assert other.exit_code == 1
+    assert json.loads(Path("calibration/scores.json").read_text())["samples"]["cfg_scale"] == 1.0  # drawn anew
     pair = run(
         *[GOLDEN / "llamagen_gpt_c2i.safetensors" if word == "gpt.pt" else word for word in arguments], "--expect", "x=1"
     )

@@ -28,7 +28,8 @@ def result(threshold, scale, distance, patches, speed, *, final=False, folder=No
         "key": key, "threshold": threshold, "cfg_scale": scale, "max_patch_length": 4, "images": 20, "first_seed": 7,
         "final": final, "eval/fd_demo": distance, "intervals": {"eval/fd_demo": [distance - 0.1, distance + 0.1]},
         "patch/patches_per_image": patches, "patch/mean_length": 64 / patches, "perf/images_per_s": speed, "seconds": 1.5,
-        "tokens": 64, "samples": {"made_by": {"model": "abc"}}, "reference_digest": "ref",
+        "tokens": 64, "samples": {"made_by": {"model": "abc"}}, "protocol": {"reference_digest": "ref"},
+        "protocol_id": "f1f1f1f1" if final else "a2a2a2a2",
     }  # fmt: skip
 
 
@@ -60,10 +61,13 @@ def test_files_tell_the_winner_of_the_second_round(facts, tmp_path):
     assert written.metrics["sweep/fd_demo"] == 1.05  # not 0.9, the smallest of the search
     assert written.metrics["sweep/threshold"] == 4.2
     table = pq.read_table(tmp_path / "results.parquet").to_pylist()
-    assert [row["threshold"] for row in table] == [3.8, 3.8, 4.2, 4.2, 3.8, 4.2]
+    assert [row["threshold"] for row in table] == [3.8, 3.8, 4.2, 4.2]
+    assert {row["protocol_id"] for row in table} == {"a2a2a2a2"}  # finals are of another number of images
+    finals = pq.read_table(tmp_path / "finals.parquet").to_pylist()
+    assert [(row["threshold"], row["protocol_id"]) for row in finals] == [(3.8, "f1f1f1f1"), (4.2, "f1f1f1f1")]
     assert table[0]["eval/fd_demo_low"] == pytest.approx(1.3)
     with open(tmp_path / "results.csv") as stream:
-        assert len(list(csv.DictReader(stream))) == 6
+        assert len(list(csv.DictReader(stream))) == 4
     for name in ("heatmap.png", "pareto.png"):
         assert Image.open(tmp_path / name).size[0] > 400
     page = (tmp_path / "index.html").read_text()
@@ -123,6 +127,14 @@ def test_trials_hang_under_one_run_and_are_written_once(facts, tmp_path, monkeyp
     assert trial.data.metrics["eval/fd_demo_high"] == pytest.approx(1.1)
     assert trial.data.params["threshold"] == "4.2"
     assert [a.path for a in client.list_artifacts(trial.info.run_id)] == [picture.name]
+
+
+def test_a_second_sweep_of_the_same_name_is_refused(tmp_path):
+    with sweep.alone(tmp_path / "x"):
+        with pytest.raises(ValueError, match="sweep x is running already"), sweep.alone(tmp_path / "x"):
+            pass
+        with sweep.alone(tmp_path / "y"):
+            pass
 
 
 @pytest.mark.parametrize(

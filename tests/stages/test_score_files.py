@@ -21,7 +21,7 @@ SMOKE = P.load_params(ROOT / "params" / "smoke.yaml")
 
 
 def settings(images, **changes):
-    given = {"neighbours": 3, "bootstrap": 20, "classifier": SMOKE.score.demo_classifier, "allow_singular": True, **changes}
+    given = {"neighbours": 3, "bootstrap": 20, "allow_singular": True, **changes}
     return score_files.settings_for("demo", "x", images=images, **given)
 
 

@@ -159,7 +159,9 @@ def test_a_random_search_follows_from_its_plan():
     ("points", "words"),
     [
         ([Point(2.0, 1.0), Point(9.0, 1.0)], r"thresholds 9 make no sense for 16 codes: expected 0 to ln 16 = 2\.773"),
-        ([Point(2.0, 0.5)], "cfg scales 0.5 are below 1"),
+        ([Point(2.0, 0.5)], "cfg scales 0.5: expected numbers from 1"),
+        ([Point(2.0, float("nan"))], "cfg scales nan: expected numbers from 1"),
+        ([Point(2.0, float("inf"))], "cfg scales inf: expected numbers from 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_the_first_trial(subject, points, words):
@@ -167,18 +169,18 @@ def test_settings_that_make_no_sense_are_refused_before_the_first_trial(subject,
         sweep.check_points(points, subject.models[None])
 
 
+def test_too_few_images_for_a_distance_are_refused_before_the_first_trial(subject, tmp_path):
+    strict = subject.score.score.model_copy(update={"allow_singular": False})
+    strictly = replace(subject, score=replace(subject.score, score=strict))
+    with pytest.raises(ValueError, match="the samples are 12 images, and the covariance of 64 features"):
+        run(strictly, plan(), tmp_path)
+    assert not (tmp_path / "work" / "tune").exists()
+
+
 def test_more_trials_at_once_than_the_machine_holds_are_refused(subject, tmp_path):
     with pytest.raises(ValueError, match="`--concurrency` asks for 4096 workers"):
         run(subject, plan(concurrency=4096), tmp_path)
     assert not list((tmp_path / "trials").glob("*.json"))
-
-
-def test_a_second_sweep_of_the_same_name_is_refused(tmp_path):
-    with sweep.alone(tmp_path / "x"):
-        with pytest.raises(ValueError, match="sweep x is running already"), sweep.alone(tmp_path / "x"):
-            pass
-        with sweep.alone(tmp_path / "y"):
-            pass
 
 
 def test_a_result_file_is_whole_json(subject, tmp_path):
