@@ -64,6 +64,9 @@ def score(
     network = _network(features, features_file, sha256, params)
     tracker = PrintTracker()
     shapes = [_shape(path) for path in samples]
+    for path, (count, _) in zip(samples, shapes):
+        if count < 2:
+            raise ValueError(f"{path} holds {count} images: a distance needs at least two")
     settings = settings_for(
         features, reference, images=images or min(shape[0] for shape in shapes), neighbours=neighbours, bootstrap=bootstrap,
         allow_singular=allow_singular,
@@ -251,7 +254,8 @@ def _shape(samples: Path) -> tuple[int, int]:
         with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            return read(stream)[0][:2]
+            count, height = read(stream)[0][:2]
+            return count, height
     except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile):
         return read_images(file).shape[:2]  # says what is wrong with it
 

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ class Reference:
     pool: FeatureMoments
     spatial: FeatureMoments | None
     features: np.ndarray | None
+    image_size: int | None = None  # pixels; None: statistics do not say
 
 
 def run_dpar(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
@@ -119,7 +120,7 @@ def _score_all(
                 "lower score.images"
             )
         images = images[: settings.images]
-        refuse_constant(images, samples)
+        check_images(images, reference, samples)
         with tracker.progress(settings.images, f"score {samples.name}", unit="images") as progress:
             features = network(images, done=progress.advance)
         made_by = json.loads((samples / "samples.json").read_text())
@@ -131,8 +132,13 @@ def _score_all(
         tracker.log_metrics({f"{name}{suffix}": value for name, value in scores.items()})
 
 
-def refuse_constant(images: np.ndarray, where: Path) -> None:
-    """Refuse images that are all the same. Raises ScoreError."""
+def check_images(images: np.ndarray, reference: Reference, where: Path) -> None:
+    """Refuse images that are all the same, or of another size than the reference's. Raises ScoreError."""
+    if reference.image_size not in (None, images.shape[1]):
+        raise ScoreError(
+            f"{where} holds images of {images.shape[1]} pixels, the reference {reference.name} of {reference.image_size}: "
+            "resize one side, or take another reference"
+        )
     if (images == images[:1]).all():
         raise ScoreError(f"{where}: all {len(images)} images are the same, no distance can be computed from them")
 
@@ -239,13 +245,15 @@ def _open_npz(path: Path) -> Iterator[Any]:
     except ScoreError:
         raise
     except ValueError:
+        if not zipfile.is_zipfile(path):
+            raise ScoreError(f"{path} is no npz: expected one with arr_0, images (n, height, width, 3) uint8") from None
         raise ScoreError(f"{path} holds pickled objects, which are never read: store arr_0 as plain uint8") from None
 
 
 def read_samples(path: Path) -> np.ndarray:
     """Read arr_0 of an npz: (n, size, size, 3) uint8. Raises ScoreError in one sentence for anything else."""
     if not path.exists():
-        raise FileNotFoundError(f"no samples at {path}: run the sample stage")
+        raise FileNotFoundError(f"no samples at {path}: expected an npz or a folder of PNGs, as stage sample writes")
     with _open_npz(path) as content:
         if "arr_0" not in content.files:
             raise ScoreError(f"{path} has no arr_0: expected images (n, height, width, 3) uint8 under that name")
@@ -306,7 +314,7 @@ def _from_images(
         with tracker.progress(len(pictures), "reference features", unit="images") as progress:
             found = network(pictures, done=progress.advance)
         pool = FeatureMoments.of(found.pool)
-        arrays = {"pool": found.pool, "mu": pool.mean, "sigma": pool.covariance}
+        arrays = {"pool": found.pool, "mu": pool.mean, "sigma": pool.covariance, "size": pictures.shape[1]}
         if found.spatial is not None:
             spatial = FeatureMoments.of(found.spatial)
             arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
@@ -316,8 +324,8 @@ def _from_images(
     with _open_npz(file) as content:
         features = content["pool"]
         spatial = FeatureMoments(len(features), content["mu_s"], content["sigma_s"]) if "mu_s" in content.files else None
-        pool = FeatureMoments(len(features), content["mu"], content["sigma"])
-    return Reference(name, digest, len(features), pool, spatial, features)
+        pool, size = FeatureMoments(len(features), content["mu"], content["sigma"]), int(content["size"])
+    return Reference(name, digest, len(features), pool, spatial, features, size)
 
 
 def _published_statistics(
@@ -326,6 +334,8 @@ def _published_statistics(
     def moments(mean: str, covariance: str) -> FeatureMoments | None:
         if mean not in content.files:
             return None
+        if covariance not in content.files:
+            raise ScoreError(f"{path} has {mean} without {covariance}: expected both, as ADM publishes statistics")
         mu, sigma = content[mean], content[covariance]
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise ScoreError(
@@ -333,11 +343,11 @@ def _published_statistics(
             )
         return FeatureMoments(0, mu, sigma)
 
-    features = None
-    if "arr_0" in content.files:
-        features = _from_images(path.name, digest, lambda: read_images(path), network, tracker, cache=cache).features
-    count = 0 if features is None else len(features)
-    return Reference(path.name, digest, count, moments("mu", "sigma"), moments("mu_s", "sigma_s"), features)
+    pool, spatial = moments("mu", "sigma"), moments("mu_s", "sigma_s")
+    if "arr_0" not in content.files:
+        return Reference(path.name, digest, 0, pool, spatial, None, None)
+    found = _from_images(path.name, digest, lambda: read_images(path), network, tracker, cache=cache)
+    return replace(found, pool=pool, spatial=spatial)
 
 
 def _split_images(manifest, split: str, size: int) -> np.ndarray:

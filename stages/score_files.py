@@ -57,7 +57,7 @@ def score_images(
             "fewer with --images (another protocol)"
         )
     images = images[: settings.images]
-    score.refuse_constant(images, samples)
+    score.check_images(images, reference, samples)
     with tracker.progress(len(images), f"score {samples.name}", unit="images") as progress:
         features = network(images, done=progress.advance)
     protocol = score.protocol_of(network, reference, settings, images=len(images), image_size=images.shape[1])

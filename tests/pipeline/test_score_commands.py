@@ -82,6 +82,11 @@ def test_several_sets_are_seeds_and_get_a_spread(place):
     ("arguments", "words"),
     [
         (["a.npz", "--reference", "nowhere.npz"], "does not exist"),
+        (["large.npz", "--reference", "r.npz"], "large.npz holds images of 48 pixels, the reference r.npz of 32"),
+        (["objects.npz", "--reference", "r.npz"], "holds pickled objects"),
+        (["junk.npz", "--reference", "r.npz"], "junk.npz is no npz"),
+        (["none.npz", "--reference", "r.npz"], "none.npz holds 0 images: a distance needs at least two"),
+        (["a.npz", "--reference", "half.npz"], "half.npz has mu_s without sigma_s"),
         (["a.npz", "--reference", "train"], "run `dvc repro data` first"),
         (["a.npz", "--reference", "r.npz", "--images", "21"], "holds 20 images, the protocol asks for 21"),
         (["a.npz", "--reference", "r.npz", "--features", "inception"], "needs --features-file"),
@@ -90,6 +95,11 @@ def test_several_sets_are_seeds_and_get_a_spread(place):
     ],
 )
 def test_what_cannot_be_scored_gets_a_sentence(place, arguments, words):
+    np.savez("large.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 48, 48, 3), dtype=np.uint8))
+    np.savez("objects.npz", arr_0=np.array([{}, 1], dtype=object))
+    np.savez("none.npz", arr_0=np.zeros((0, 32, 32, 3), np.uint8))
+    np.savez("half.npz", mu=np.zeros(64), sigma=np.eye(64), mu_s=np.zeros(448))
+    Path("junk.npz").write_bytes(b"junk")
     said = run("score", *arguments)
     assert said.exit_code != 0
     assert words in str(said.exception)
