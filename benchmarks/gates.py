@@ -107,10 +107,12 @@ def measure(gate: Gate, subject: Subject, images: int, folder: Path) -> dict[str
     found = run_trial(subject, trial, folder, folder / "work")
     name = subject.distance
     row = {
-        "gate": gate.name, "parameters": gate.parameters, "validation_loss": gate.loss, "threshold": gate.threshold,
-        "agreement": gate.agreement, "mean_length": found["patches/mean_length"], "distance": found[name],
+        "gate": gate.name, "parameters": gate.parameters, "threshold": gate.threshold,
+        "agreement": gate.agreement, "mean_length": found["patch/mean_length"], "distance": found[name],
         "interval": found["intervals"][name], "images_per_s": found["perf/images_per_s"],
     }  # fmt: skip
+    if gate.model:
+        row["validation_loss"] = gate.loss
     low, high = row["interval"]
     score = f"{name} {row['distance']:.3f} ({low:.2f} to {high:.2f}), {row['images_per_s']:.1f} images/s"
     shape = f"{gate.parameters / 1e6:6.2f} M, loss {gate.loss:.3f}, threshold {gate.threshold:.3f}"

@@ -83,7 +83,8 @@ def main() -> int:
             for number, (name, job) in enumerate(jobs.items()):
                 folder, started = place / f"{model}-{number}", time.perf_counter()
                 run(root, model, folder, options.images, **job)
-                content = b"".join((folder / model / file).read_bytes() for file in FILES)
+                sets = [model] if model == "dpar" else [model, "early"]
+                content = b"".join((folder / name / file).read_bytes() for name in sets for file in FILES)
                 digests[name] = hashlib.sha256(content).hexdigest()[:16]
                 seconds = time.perf_counter() - started
                 print(f"{model:9} {name:36} {digests[name]}  {seconds:.1f} s", flush=True)
