@@ -139,10 +139,11 @@ def test_a_published_checkpoint_is_drawn_and_scored_against_what_is_expected(pla
     gpt = GPT(GPTConfig(64, 4, 32, 2, 2, ffn_multiple=32, num_classes=5))
     torch.nn.init.normal_(gpt.output.weight, std=0.2)
     torch.save({"model": gpt.state_dict()}, "gpt.pt")
+    np.savez("small.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
     arguments = [
         "calibrate", "--gpt", "gpt.pt", "--vq", GOLDEN / "llamagen_vq.safetensors", "--size",
-        "tiny", "--heads", 2, "--grid", 4, "--cfg", 1.5, "--reference", "r.npz", "--features", "demo", "--images", 12,
-        "--allow-singular",
+        "tiny", "--heads", 2, "--grid", 4, "--cfg", 1.5, "--reference", "small.npz", "--features", "demo",
+        "--images", 12, "--allow-singular",
     ]  # fmt: skip
     off = run(*arguments, "--expect", "fd_demo=1e9")
     if off.exit_code == 1 and off.exception and not isinstance(off.exception, SystemExit):
