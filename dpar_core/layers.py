@@ -6,12 +6,12 @@ A block does not know how its positions are laid out: the `attend` object it is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from dpar_core.rope import Rotary, rotate
 
@@ -81,6 +81,7 @@ class PackedCausal:
         image = torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff(), output_size=rows)
         within = torch.arange(rows, device=offsets.device) - offsets[:-1][image]
         self.slots_N = image * longest + within  # the row of each packed position among the padded ones
+        self.kernel = _ragged_kernel() if offsets.is_cuda else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.ragged(q, k, v) if has_ragged_attention(q) else self.padded(q, k, v)
@@ -88,7 +89,7 @@ class PackedCausal:
     def ragged(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Let every image attend to its own rows in one kernel, without padding."""
         causal_window = (-1, 0)
-        return varlen_attn(
+        return self.kernel(
             q, k, v.contiguous(), self.bounds, self.bounds, self.longest, self.longest, window_size=causal_window
         )
 
@@ -100,6 +101,13 @@ class PackedCausal:
         q, k, v = laid.view(images, self.longest, *packed.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
         out = causal_attention(q, k, v)  # (B, H, longest, hd)
         return F.pad(out.transpose(1, 2).flatten(0, 1)[self.slots_N], (0, 0, 0, 0, 0, spare))
+
+
+def _ragged_kernel() -> Callable[..., Tensor]:
+    # Imported here, as it brings torch's compiler along: a second of every start, for a kernel that only CUDA has.
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 def has_ragged_attention(q: Tensor) -> bool:

@@ -7,6 +7,7 @@ strategy. Every function marked "collective" must be called by all ranks togethe
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,8 +17,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -81,6 +80,9 @@ def spread(model: nn.Module, strategy: Strategy, ranks: Ranks, *, bf16: bool) ->
     gather their weights in bf16, gradients are summed in float32.
     """
     if strategy == "fsdp":
+        # Imported where it is used, as below: with sympy and all it is 0.4 s of the start of every process.
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         policy = MixedPrecisionPolicy()
         if bf16 and ranks.device.type == "cuda":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -99,7 +101,7 @@ def spread(model: nn.Module, strategy: Strategy, ranks: Ranks, *, bf16: bool) ->
 
 def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager:
     """Return a context for one micro-batch: gradients travel between ranks only in the last one (`on`)."""
-    if isinstance(module, FSDPModule):
+    if _is_sharded(module):
         module.set_requires_gradient_sync(on)
     elif isinstance(module, DistributedDataParallel) and not on:
         return module.no_sync()
@@ -108,8 +110,19 @@ def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager:
 
 def let_go(module: nn.Module) -> None:
     """Give up what a forward pass without a backward pass has gathered of sharded weights."""
-    if isinstance(module, FSDPModule):
+    if _is_sharded(module):
         module.reshard()
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    # What FSDP2 wraps became an FSDPModule: without that import there is none.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _is_part(tensor: Tensor) -> bool:
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 
 
 def full_model(model: nn.Module) -> dict[str, Tensor]:
@@ -130,7 +143,7 @@ def _gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     first = not dist.is_initialized() or dist.get_rank() == 0
     whole = {}
     for name, tensor in tensors.items():
-        full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        full = tensor.detach().full_tensor() if _is_part(tensor) else tensor.detach()
         if first:
             whole[name] = full.to("cpu")
     return whole
@@ -160,6 +173,8 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
     value = value.to(device=parameter.device, dtype=parameter.dtype)
-    if isinstance(parameter, DTensor):
+    if _is_part(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value.clone()
