@@ -35,10 +35,11 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A feature network with the names its scores carry. name: "demo", "inception", "dinov2"; digest: of its weights."""
+    """A feature network and what its scores carry. name: "demo", "inception", "dinov2"; digest: of the weights in file."""
 
     name: str
     digest: str
+    file: Path
     compute: Callable[[Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
     device: str
 
@@ -97,7 +98,7 @@ def demo_network(path: Path, device: str) -> FeatureNetwork:
         pool, spatial = model.features(images)
         return pool, model.output(pool).softmax(dim=1), spatial
 
-    return FeatureNetwork("demo", weights.digest, compute, device)
+    return FeatureNetwork("demo", weights.digest, path, compute, device)
 
 
 def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
@@ -139,7 +140,7 @@ def inception_network(path: Path, device: str) -> FeatureNetwork:
             pool, spatial = walks[0](images)
         return pool, (pool @ weight.T).softmax(dim=1), spatial
 
-    return FeatureNetwork("inception", sha256_file(path)[:16], compute, device)
+    return FeatureNetwork("inception", sha256_file(path)[:16], path, compute, device)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def dinov2_network(path: Path, device: str) -> FeatureNetwork:
         resized = F.interpolate(images, size=(224, 224), mode="bicubic", antialias=True, align_corners=False)
         return model((resized.clamp(0, 255) / 255 - mean) / deviation), None, None
 
-    return FeatureNetwork("dinov2", sha256_file(path)[:16], compute, device)
+    return FeatureNetwork("dinov2", sha256_file(path)[:16], path, compute, device)
 
 
 def feature_network(name: str, path: Path, device: str, *, sha256: str | None = None) -> FeatureNetwork:
@@ -201,10 +202,15 @@ def feature_network(name: str, path: Path, device: str, *, sha256: str | None = 
 
     sha256: digest that its file must have; None: that of the published file for inception, any for the others.
     """
-    makers = {"demo": demo_network, "inception": inception_network, "dinov2": dinov2_network}
-    if name not in makers:
-        raise ValueError(f"features must be one of {', '.join(makers)}; got {name!r}")
     expected = sha256 or (INCEPTION_SHA256 if name == "inception" else None)
     if expected is not None and Path(path).exists() and (found := sha256_file(path)) != expected.lower():
         raise ValueError(f"{path} has SHA-256 {found}, expected {expected.lower()}: fetch it again")
-    return makers[name](Path(path), device)
+    return open_network(name, Path(path), device)
+
+
+def open_network(name: str, path: Path, device: str) -> FeatureNetwork:
+    """Return the network of a name from its file, whatever the file's digest. Raises ValueError for another name or file."""
+    makers = {"demo": demo_network, "inception": inception_network, "dinov2": dinov2_network}
+    if name not in makers:
+        raise ValueError(f"features must be one of {', '.join(makers)}; got {name!r}")
+    return makers[name](path, device)

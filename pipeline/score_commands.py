@@ -42,6 +42,9 @@ def score(
     bootstrap: Bootstrap = 200,
     seed: Seed = 0,
     allow_singular: AllowSingular = False,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Ray workers that compute features; 0: this process. The numbers are the same.")
+    ] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to (one set of samples).")] = None,
 ) -> None:
     """Score anyone's images: Frechet distance, sFID, IS, KID, precision and recall, with intervals and a protocol.
@@ -69,9 +72,9 @@ def score(
             raise ValueError(f"{path} holds {count} images: a distance needs at least two")
     settings = settings_for(
         features, reference, images=images or min(shape[0] for shape in shapes), neighbours=neighbours, bootstrap=bootstrap,
-        allow_singular=allow_singular,
+        allow_singular=allow_singular, workers=workers,
     )  # fmt: skip
-    against = _reference(reference, params, network, tracker, image_size=shapes[0][1])
+    against = _reference(reference, params, network, tracker, image_size=shapes[0][1], workers=workers)
     found = [score_images(path, against, network, settings, tracker, seed=seed) for path in samples]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +263,9 @@ def _shape(samples: Path) -> tuple[int, int]:
         return read_images(file).shape[:2]  # says what is wrong with it
 
 
-def _reference(name: str, params: Any, network: FeatureNetwork, tracker: Any, *, image_size: int) -> Any:
+def _reference(
+    name: str, params: Any, network: FeatureNetwork, tracker: Any, *, image_size: int, workers: int = 0
+) -> Any:
     from pipeline.stage_runner import MANIFEST
     from stages.params import select
     from stages.score import Params, make_reference, reference_of
@@ -271,10 +276,10 @@ def _reference(name: str, params: Any, network: FeatureNetwork, tracker: Any, *,
                 f"reference {name} is a split of {MANIFEST}, which is missing: run `dvc repro data` first"
             )
         chosen = select(params, Params)
-        chosen = Params(chosen.seed, chosen.data, chosen.score.model_copy(update={"reference": name}))
+        chosen = Params(chosen.seed, chosen.data, chosen.score.model_copy(update={"reference": name, "workers": workers}))
         WORK.mkdir(parents=True, exist_ok=True)
         return make_reference(chosen, Path(MANIFEST), network, tracker, work=WORK)
-    return reference_of(Path(name), network, tracker, cache=WORK, image_size=image_size)
+    return reference_of(Path(name), network, tracker, cache=WORK, image_size=image_size, workers=workers)
 
 
 def _table(names: Sequence[str], found: Sequence[Mapping[str, Any]], *, spreads: Mapping[str, Any] | None = None) -> str:

@@ -208,6 +208,7 @@ class Score(Section):
     splits: Count
     bootstrap: OrZero
     allow_singular: bool
+    workers: OrZero
     demo_classifier: DemoClassifier
 
 

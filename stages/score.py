@@ -8,13 +8,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dpar_core.features import FeatureNetwork, Features, feature_network
+from dpar_core.features import FeatureNetwork, feature_network
 from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
 from dpar_core.images import BadImage, center_crop
 from dpar_core.manifest import Manifest, read_manifest
@@ -30,6 +31,7 @@ from dpar_core.metrics import (
 from stages import params as P
 from stages.data import ImageOpener
 from stages.files import artifact_digest
+from stages.measure import Measured, measure
 from stages.tracker import Tracker
 
 # What scores are called: names of the field only where the field's own network was used.
@@ -122,10 +124,10 @@ def _score_all(
         images = images[: settings.images]
         check_images(images, reference, samples)
         with tracker.progress(settings.images, f"score {samples.name}", unit="images") as progress:
-            features = network(images, done=progress.advance)
+            measured = measure(network, images, workers=settings.workers, done=progress.advance)
         made_by = json.loads((samples / "samples.json").read_text())
         protocol = protocol_of(network, reference, settings, images=settings.images, image_size=images.shape[1])
-        scores, intervals = compare(features, reference, settings, seed=params.seed)
+        scores, intervals = compare(measured, reference, settings, seed=params.seed)
         write_json(target, score_file(scores, intervals, protocol, made_by))
         write_json(metrics, scores)
         suffix = f"/{samples.name}" if len(work_list) > 1 else ""
@@ -167,13 +169,14 @@ def score_file(scores: dict, intervals: dict, protocol: dict[str, Any], made_by:
     }  # fmt: skip
 
 
-def compare(features: Features, reference: Reference, settings: P.Score, *, seed: int) -> tuple[dict, dict]:
+def compare(measured: Measured, reference: Reference, settings: P.Score, *, seed: int) -> tuple[dict, dict]:
     """Return scores by name, and bootstrap intervals of those that a resample of the images can move.
 
     Where fewer images than features make a covariance singular and `allow_singular` is false, the pooled distance is an
     error, and the spatial one is not among the scores. Raises ScoreError, also when features and reference are of
     different networks.
     """
+    features = measured.features
     if features.pool.shape[1] != len(reference.pool.mean):
         raise ScoreError(
             f"the reference has {len(reference.pool.mean)} features an image, these images {features.pool.shape[1]}: "
@@ -182,14 +185,14 @@ def compare(features: Features, reference: Reference, settings: P.Score, *, seed
     distance = DISTANCE_NAMES[settings.features]
     check_rank(len(features.pool), reference, settings)
 
-    def frechet(chosen: np.ndarray) -> dict[str, float]:
-        moments = FeatureMoments.of(features.pool[chosen])
+    def frechet(chosen: np.ndarray | slice, pool: FeatureMoments | None = None) -> dict[str, float]:
+        moments = pool or FeatureMoments.of(features.pool[chosen])
         values = {f"eval/{distance}": _distance(moments, reference.pool)}
         if features.probabilities is not None:
             values[f"eval/is{_suffix(settings)}"] = inception_score(features.probabilities[chosen], splits=settings.splits)
         return values
 
-    scores = frechet(np.arange(len(features.pool)))
+    scores = frechet(slice(None), measured.pool)
     if (
         features.spatial is not None
         and reference.spatial is not None
@@ -198,7 +201,7 @@ def compare(features: Features, reference: Reference, settings: P.Score, *, seed
             or not any(_singular(n, features.spatial.shape[1]) for n in (len(features.spatial), reference.spatial.count))
         )
     ):
-        scores[f"eval/s{distance}"] = _distance(FeatureMoments.of(features.spatial), reference.spatial)
+        scores[f"eval/s{distance}"] = _distance(measured.spatial, reference.spatial)
     if reference.features is not None:
         both = precision_recall(reference.features, features.pool, k=settings.neighbours)
         scores |= {"eval/precision": both.precision, "eval/recall": both.recall}
@@ -267,18 +270,23 @@ def make_reference(params: Params, manifest: Path, network: FeatureNetwork, trac
     """Return the reference of params.yaml: a split of the manifest, an npz of images or statistics, or a folder."""
     name = params.score.reference
     if name not in ("train", "validation"):
-        return reference_of(Path(name), network, tracker, cache=work)
+        return reference_of(Path(name), network, tracker, cache=work, workers=params.score.workers)
     rows = read_manifest(manifest)
-    return _reference_of_split(rows, name, params.data.image_size, network, tracker, cache=work)
+    size, workers = params.data.image_size, params.score.workers
+    return _reference_of_split(rows, name, size, network, tracker, cache=work, workers=workers)
 
 
-def _reference_of_split(rows: Manifest, split: str, size: int, network, tracker: Tracker, *, cache: Path) -> Reference:
+def _reference_of_split(
+    rows: Manifest, split: str, size: int, network: FeatureNetwork, tracker: Tracker, *, cache: Path, workers: int
+) -> Reference:
     digest = digest_of([rows.digest, split, size])
-    return _from_images(split, digest, lambda: _split_images(rows, split, size), network, tracker, cache=cache)
+    pictures = partial(_split_images, rows, split, size)
+    return _from_images(split, digest, pictures, network, tracker, cache=cache, workers=workers)
 
 
 def reference_of(
-    path: Path, network: FeatureNetwork, tracker: Tracker, *, cache: Path, image_size: int | None = None
+    path: Path, network: FeatureNetwork, tracker: Tracker, *, cache: Path, image_size: int | None = None,
+    workers: int = 0,
 ) -> Reference:
     """Return a reference from a file or folder.
 
@@ -292,31 +300,31 @@ def reference_of(
         )
     if path.is_dir():
         digest = digest_of([[file.name, sha256_file(file)] for file in png_files(path)])
-        return _from_images(path.name, digest, lambda: read_images(path), network, tracker, cache=cache)
+        return _from_images(path.name, digest, partial(read_images, path), network, tracker, cache=cache, workers=workers)
     if path.suffix == ".parquet":
         if image_size is None:
             raise ScoreError(f"{path} is a manifest, whose images need a size: give the samples first")
-        return _reference_of_split(read_manifest(path), "train", image_size, network, tracker, cache=cache)
+        return _reference_of_split(read_manifest(path), "train", image_size, network, tracker, cache=cache, workers=workers)
     digest = sha256_file(path)[:16]
     with _open_npz(path) as content:
         if {"mu", "sigma"} <= set(content.files):
-            return _published_statistics(path, digest, content, network, tracker, cache=cache)
-    return _from_images(path.name, digest, lambda: read_images(path), network, tracker, cache=cache)
+            return _published_statistics(path, digest, content, network, tracker, cache=cache, workers=workers)
+    return _from_images(path.name, digest, partial(read_images, path), network, tracker, cache=cache, workers=workers)
 
 
 def _from_images(
-    name: str, digest: str, images: Callable[[], np.ndarray], network: FeatureNetwork, tracker: Tracker, *, cache: Path
+    name: str, digest: str, images: Callable[[], np.ndarray], network: FeatureNetwork, tracker: Tracker, *, cache: Path,
+    workers: int,
 ) -> Reference:
     """Return a reference of images; its features and statistics are computed once for each reference and network."""
     file = cache / f"statistics-{digest}-{network.digest}.npz"
     if not file.exists():
         pictures = images()
         with tracker.progress(len(pictures), "reference features", unit="images") as progress:
-            found = network(pictures, done=progress.advance)
-        pool = FeatureMoments.of(found.pool)
-        arrays = {"pool": found.pool, "mu": pool.mean, "sigma": pool.covariance, "size": pictures.shape[1]}
-        if found.spatial is not None:
-            spatial = FeatureMoments.of(found.spatial)
+            found = measure(network, pictures, workers=workers, done=progress.advance)
+        pool, spatial = found.pool, found.spatial
+        arrays = {"pool": found.features.pool, "mu": pool.mean, "sigma": pool.covariance, "size": pictures.shape[1]}
+        if spatial is not None:
             arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as temporary, open(temporary, "wb") as stream:
@@ -329,7 +337,7 @@ def _from_images(
 
 
 def _published_statistics(
-    path: Path, digest: str, content: Any, network: FeatureNetwork, tracker: Tracker, *, cache: Path
+    path: Path, digest: str, content: Any, network: FeatureNetwork, tracker: Tracker, *, cache: Path, workers: int
 ) -> Reference:
     def moments(mean: str, covariance: str) -> FeatureMoments | None:
         if mean not in content.files:
@@ -346,7 +354,7 @@ def _published_statistics(
     pool, spatial = moments("mu", "sigma"), moments("mu_s", "sigma_s")
     if "arr_0" not in content.files:
         return Reference(path.name, digest, 0, pool, spatial, None, None)
-    found = _from_images(path.name, digest, lambda: read_images(path), network, tracker, cache=cache)
+    found = _from_images(path.name, digest, partial(read_images, path), network, tracker, cache=cache, workers=workers)
     return replace(found, pool=pool, spatial=spatial)
 
 

@@ -14,6 +14,7 @@ from dpar_core.features import FeatureNetwork
 from dpar_core.metrics import ScoreError
 from stages import params as P
 from stages import score
+from stages.measure import measure
 from stages.tracker import Tracker
 
 SPLIT = 5000  # images a part of the inception score, as the ADM evaluator has it
@@ -28,12 +29,13 @@ class Spread:
 
 
 def settings_for(
-    features: str, reference: str, *, images: int, neighbours: int, bootstrap: int, allow_singular: bool = False
+    features: str, reference: str, *, images: int, neighbours: int, bootstrap: int, allow_singular: bool = False,
+    workers: int = 0,
 ) -> P.Score:
     """Return the score section that stands for these options."""
     return P.Score(
         features=features, features_file=None, reference=reference, images=images, neighbours=neighbours,
-        splits=-(-images // SPLIT), bootstrap=bootstrap, allow_singular=allow_singular,
+        splits=-(-images // SPLIT), bootstrap=bootstrap, allow_singular=allow_singular, workers=workers,
         demo_classifier=P.DemoClassifier(steps=1, batch_size=1, lr=1.0),  # of training it, which nothing here does
     )  # fmt: skip
 
@@ -59,9 +61,9 @@ def score_images(
     images = images[: settings.images]
     score.check_images(images, reference, samples)
     with tracker.progress(len(images), f"score {samples.name}", unit="images") as progress:
-        features = network(images, done=progress.advance)
+        measured = measure(network, images, workers=settings.workers, done=progress.advance)
     protocol = score.protocol_of(network, reference, settings, images=len(images), image_size=images.shape[1])
-    scores, intervals = score.compare(features, reference, settings, seed=seed)
+    scores, intervals = score.compare(measured, reference, settings, seed=seed)
     return score.score_file(scores, intervals, protocol, made_by)
 
 

@@ -29,6 +29,7 @@ from dpar_core.pictures import save_png
 from stages import cluster, sample, score
 from stages import params as P
 from stages.files import artifact_digest
+from stages.measure import measure
 from stages.sampler import Files
 from stages.tracker import Tracker
 
@@ -106,7 +107,7 @@ class Subject:
         content = [path and artifact_digest(path) for path in vars(self.files(trial.point)).values()]
         reads = [artifact_digest(self.manifest), artifact_digest(self.features)]
         section = self.section(trial).model_dump(exclude={"batch_size", "workers"})
-        scored = [self.score.seed, self.score.data.model_dump(), self.score.score.model_dump(exclude={"images"})]
+        scored = [self.score.seed, self.score.data.model_dump(), self.score.score.model_dump(exclude={"images", "workers"})]
         return digest_of([RESULT_FORMAT, content, reads, section, scored, trial.final])[:12]
 
     @property
@@ -172,7 +173,7 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> dict[
     network = _network(subject)
     reference = score.make_reference(subject.score, subject.manifest, network, _Silent, work=work)
     settings = subject.score.score
-    scores, intervals = score.compare(network(images), reference, settings, seed=subject.score.seed)
+    scores, intervals = score.compare(measure(network, images), reference, settings, seed=subject.score.seed)
     protocol = score.protocol_of(network, reference, settings, images=len(images), image_size=images.shape[1])
     result = {
         "key": key, **asdict(trial.point), "images": trial.images, "first_seed": trial.first_seed, "final": trial.final,

@@ -15,6 +15,7 @@ from dpar_core.metrics import FeatureMoments, ScoreError, frechet_distance
 from stages import params as P
 from stages import score, score_files
 from stages.data import builtin_manifest
+from stages.measure import Measured, measure
 from stages.tracker import NullTracker
 
 SMOKE = P.load_params(ROOT / "params" / "smoke.yaml")
@@ -71,7 +72,7 @@ def test_features_of_a_reference_are_computed_once(tmp_path, network):
     def never(*_):
         raise AssertionError("computed again")
 
-    silent = FeatureNetwork(network.name, network.digest, never, "cpu")
+    silent = FeatureNetwork(network.name, network.digest, network.file, never, "cpu")
     again = score.reference_of(path, silent, NullTracker(), cache=tmp_path / "cache")
     np.testing.assert_array_equal(first.features, again.features)
 
@@ -93,7 +94,7 @@ def test_a_planted_distance_lies_within_its_interval():
     held = 0
     for _ in range(10):
         features = Features((shift + scale * rng.normal(size=(count, dimensions))).astype(np.float32), None, None)
-        _, intervals = score.compare(features, against, settings(count, bootstrap=100), seed=1)
+        _, intervals = score.compare(Measured.of(features), against, settings(count, bootstrap=100), seed=1)
         low, high = intervals["eval/fd_demo"]
         held += low <= truth <= high
     assert held >= 8  # 95 % intervals, ten of them
@@ -117,12 +118,12 @@ def test_too_few_images_for_a_covariance_are_refused_unless_asked_for(network):
     few, enough, many = (network(pictures(1, count)) for count in (64, 65, 449))
     for features, against, side in ((few, 65, "samples are 64"), (enough, 64, "reference are 64")):
         with pytest.raises(ScoreError, match=f"{side} images, and the covariance of 64 features has full rank only"):
-            score.compare(features, reference(against), settings(64, allow_singular=False, bootstrap=0), seed=0)
-        allowed, _ = score.compare(features, reference(against), settings(64, bootstrap=0), seed=0)
+            score.compare(Measured.of(features), reference(against), settings(64, allow_singular=False, bootstrap=0), seed=0)
+        allowed, _ = score.compare(Measured.of(features), reference(against), settings(64, bootstrap=0), seed=0)
         assert {"eval/fd_demo", "eval/sfd_demo"} <= allowed.keys()
-    found, _ = score.compare(enough, reference(449), settings(65, allow_singular=False, bootstrap=0), seed=0)
+    found, _ = score.compare(Measured.of(enough), reference(449), settings(65, allow_singular=False, bootstrap=0), seed=0)
     assert "eval/fd_demo" in found and "eval/sfd_demo" not in found  # 448 spatial features
-    found, _ = score.compare(many, reference(449), settings(449, allow_singular=False, bootstrap=0), seed=0)
+    found, _ = score.compare(Measured.of(many), reference(449), settings(449, allow_singular=False, bootstrap=0), seed=0)
     assert "eval/sfd_demo" in found
 
 
@@ -185,14 +186,14 @@ def test_features_that_are_not_numbers_are_refused(network):
     features = Features(np.full((30, 64), np.nan, np.float32), None, None)
     moments = FeatureMoments.of(np.random.default_rng(0).normal(size=(50, 64)))
     with pytest.raises(ScoreError, match="30 of 30 features are not finite"):
-        score.compare(features, score.Reference("x", "d", 50, moments, None, None), settings(30), seed=0)
+        score.compare(Measured.of(features), score.Reference("x", "d", 50, moments, None, None), settings(30), seed=0)
 
 
 def test_statistics_of_another_network_are_refused(tmp_path, network):
     path = npz(tmp_path / "s.npz", mu=np.zeros(10), sigma=np.eye(10))
     against = score.reference_of(path, network, NullTracker(), cache=tmp_path)
     with pytest.raises(ScoreError, match="the reference has 10 features an image, these images 64"):
-        score.compare(network(pictures(0)), against, settings(24), seed=0)
+        score.compare(measure(network, pictures(0)), against, settings(24), seed=0)
     with pytest.raises(ScoreError, match="do not fit"):
         path = npz(tmp_path / "t.npz", mu=np.zeros(10), sigma=np.eye(9))
         score.reference_of(path, network, NullTracker(), cache=tmp_path)

@@ -14,6 +14,7 @@ from dpar_core.manifest import write_manifest
 from stages import params as P
 from stages import score, sweep
 from stages.data import builtin_manifest
+from stages.measure import measure
 from stages.sweep import Plan, Point, Subject, Trial
 from stages.tracker import NullTracker
 
@@ -122,7 +123,8 @@ def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_pat
         counts.append(len(drawn.patch_lengths[0]))
     network = sweep._network(subject)
     reference = score.make_reference(subject.score, subject.manifest, network, NullTracker(), work=tmp_path)
-    scores, _ = score.compare(network(np.concatenate(images)), reference, subject.score.score, seed=subject.score.seed)
+    measured = measure(network, np.concatenate(images))
+    scores, _ = score.compare(measured, reference, subject.score.score, seed=subject.score.seed)
     assert result["eval/fd_demo"] == pytest.approx(scores["eval/fd_demo"], rel=1e-9)
     assert result["patch/patches_per_image"] == pytest.approx(np.mean(counts))
 
