@@ -30,7 +30,7 @@ from dpar_core.allocator import keep_freed_blocks
 from dpar_core.batch import PatchLayout
 from dpar_core.dpar import DPAR, DPARConfig, spare_rows
 from dpar_core.gpt import GPT, GPTConfig, next_token_loss
-from dpar_core.layers import has_ragged_attention
+from dpar_core.layers import PackedCausal, has_ragged_attention
 from dpar_core.meters import peak_flops
 from dpar_core.optim import OptimSettings, adamw, clip_gradients
 from dpar_core.parallel import compile_blocks
@@ -163,17 +163,19 @@ def make_rounds(batch: int, rounds: int, device: torch.device) -> list[Round]:
 def padding_waste(dpar: DPARConfig, rounds: list[Round], *, bf16: bool) -> float:
     """Return the FLOPs spent on rows that hold no patch, as a share of all that the forward passes need.
 
-    That is attention of the patch transformer on (B, most) rows instead of the images' own, where the device cannot
-    attend to a ragged list, and the spare rows.
+    That is the spare rows, and attention of the patch transformer on (B, most) rows instead of the images' own, where
+    the device cannot attend to a ragged list and images are too small to attend one after the other.
     """
     device = rounds[0].tokens.device
-    head = torch.empty(1, 1, dpar.width // dpar.heads, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    head = torch.empty(1, dpar.heads, dpar.width // dpar.heads, device=device, dtype=dtype)
     needed = padded = 0.0
     for one in rounds:
         counts = np.array([len(lengths) for lengths in one.lengths])
         needed += sum(flops.dpar_forward_flops(dpar, count) for count in counts)
         padded += spare_rows(one.layout.patches, device) * dpar.patch_layers * flops.block_flops(dpar.width, dpar.hidden)
-        if not has_ragged_attention(head):
+        packed = PackedCausal(one.layout.offsets, rows=one.layout.patches, longest=one.layout.most_patches)
+        if not has_ragged_attention(head) and not packed.pays_alone(head):
             squares = len(counts) * counts.max() ** 2 - (counts**2).sum()
             padded += 4 * dpar.width * dpar.patch_layers * squares
     return float(padded / needed)

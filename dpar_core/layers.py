@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dpar_core.rope import Rotary, rotate
 
 NORM_EPS = 1e-5
+ALONE = 4_000_000  # squared positions times width from which on a CPU an image attends alone, see `PackedCausal`
 SHORT = 192  # positions up to which the plain way is taken on a CPU, see `causal_attention`
 
 
@@ -71,8 +72,9 @@ class PackedCausal:
 
     offsets: (B + 1,) int64, where each image's positions begin; rows: N; longest: the largest count (both given, as
     reading them from the device would wait for it). Where the device has attention over lists of different lengths (CUDA
-    in half precision), no row is padded or spare. Elsewhere attention alone sees padded rows (right padding is harmless
-    under a causal mask); all other layers run on the N packed ones.
+    in half precision), no row is padded or spare. On a CPU large images attend one after the other, without padding.
+    Elsewhere, and for small images, where calls would cost more than padding, attention alone sees padded rows (right
+    padding is harmless under a causal mask). All other layers run on the N packed rows.
     """
 
     def __init__(self, offsets: Tensor, *, rows: int, longest: int) -> None:
@@ -82,9 +84,23 @@ class PackedCausal:
         within = torch.arange(rows, device=offsets.device) - offsets[:-1][image]
         self.slots_N = image * longest + within  # the row of each packed position among the padded ones
         self.kernel = _ragged_kernel() if offsets.is_cuda else None
+        self.counts = [] if offsets.is_cuda else offsets.diff().tolist()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.ragged(q, k, v) if has_ragged_attention(q) else self.padded(q, k, v)
+        if has_ragged_attention(q):
+            return self.ragged(q, k, v)
+        return self.alone(q, k, v) if self.pays_alone(q) else self.padded(q, k, v)
+
+    def pays_alone(self, q: Tensor) -> bool:
+        """Whether images are so large that padding would cost more than a call for each; compiled code stays one graph."""
+        large = self.longest**2 * q.shape[-1] * q.shape[-2] >= ALONE
+        return large and q.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def alone(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Let one image after the other attend to its own rows."""
+        parts = zip(*(x[: self.rows].split(self.counts) for x in (q, k, v)))
+        out = torch.cat([causal(*(x[None] for x in part))[0] for part in parts])
+        return F.pad(out, (0, 0, 0, 0, 0, len(q) - self.rows))
 
     def ragged(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Let every image attend to its own rows in one kernel, without padding."""

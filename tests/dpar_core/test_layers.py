@@ -73,6 +73,22 @@ def test_ragged_attention_is_asked_for_what_padded_attention_gives():
         torch.testing.assert_close(ragged, padded, atol=1e-6, rtol=1e-6)
 
 
+def test_images_that_attend_alone_get_what_padded_attention_gives():
+    packed, tensors = ragged_problem()
+    for spare in (0, 3):  # rows past the packed ones hold nothing
+        given = [torch.cat([x, x.new_zeros(spare, 2, 8)]) for x in tensors]
+        for alone, padded in zip(with_gradients(packed.alone, given), with_gradients(packed.padded, given)):
+            torch.testing.assert_close(alone, padded, atol=1e-6, rtol=1e-6)
+
+
+def test_only_large_images_attend_alone():
+    small, _ = ragged_problem()
+    assert not small.pays_alone(torch.empty(16, 2, 8))
+    large = PackedCausal(torch.tensor([0, 100, 351]), rows=351, longest=251)  # two images at size B
+    assert large.pays_alone(torch.empty(351, 12, 64))
+    assert not large.pays_alone(torch.empty(351, 12, 64, device="meta"))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is CUDA's")
 def test_ragged_attention_on_a_gpu_gives_what_padded_attention_gives():
     packed, tensors = ragged_problem("cuda", torch.bfloat16)
