@@ -5,11 +5,13 @@ Shapes: n images, d feature dimensions, c classes. Means and covariances are flo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 CHUNK_BYTES = 256 << 20  # distance matrices are made in pieces of at most this size
 
@@ -29,15 +31,15 @@ class FeatureMoments:
     @staticmethod
     def of(features: np.ndarray) -> FeatureMoments:
         """Compute the moments of features (n, d). Raises ScoreError for fewer than two, or values that are not finite."""
-        features = np.asarray(features, dtype=np.float64)
+        features = np.array(features, dtype=np.float64)  # a copy, centred in place below
         if features.ndim != 2 or len(features) < 2:
             raise ScoreError(f"moments need at least two features of one dimension each, got an array {features.shape}")
         if not np.isfinite(features).all():
             bad = int((~np.isfinite(features)).any(axis=1).sum())
             raise ScoreError(f"{bad} of {len(features)} features are not finite: check the images and the feature network")
         mean = features.mean(axis=0)
-        centred = features - mean
-        return FeatureMoments(len(features), mean, centred.T @ centred / (len(features) - 1))
+        features -= mean
+        return FeatureMoments(len(features), mean, features.T @ features / (len(features) - 1))
 
     def merge(self, other: FeatureMoments) -> FeatureMoments:
         """Return the moments of both sets together (Chan, Golub and LeVeque's update)."""
@@ -91,30 +93,24 @@ def inception_score(probabilities: np.ndarray, *, splits: int | None = None, spl
     return float(np.mean(scores))
 
 
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n, d), (m, d) float32 -> (n, m) float32, not below zero."""
-    squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None]
-    return np.maximum(squares - 2 * (a @ b.T), 0)
-
-
-def _rows_at_a_time(columns: int) -> int:
-    return max(CHUNK_BYTES // (4 * max(columns, 1)), 1)
+def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield squared distances (rows of a, m) float32, not below zero, a piece of rows at a time: a (n, d), b (m, d)."""
+    squares_a, squares_b = ((x * x).sum(1) for x in (a, b))
+    step = max(CHUNK_BYTES // (4 * max(len(b), 1)), 1)
+    for first in range(0, len(a), step):
+        rows = slice(first, min(first + step, len(a)))
+        product = a[rows] @ b.T
+        yield rows, product.mul_(-2).add_(squares_b).add_(squares_a[rows, None]).clamp_min_(0)
 
 
 def nearest_radii(features: np.ndarray, k: int) -> np.ndarray:
     """Return each feature's squared distance to its k-th nearest other feature: (n, d) float32 -> (n,) float32."""
     if len(features) <= k:
         raise ScoreError(f"the {k}-th nearest neighbour needs more than {k} features, got {len(features)}")
-    step = _rows_at_a_time(len(features))
-    parts = [features[first : first + step] for first in range(0, len(features), step)]
-    # The feature itself is among its neighbours at distance 0, hence place k and not k - 1.
-    return np.concatenate([np.partition(_squared_distances(part, features), k, axis=1)[:, k] for part in parts])
-
-
-def _share_inside(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    step = _rows_at_a_time(len(centres))
-    parts = [points[first : first + step] for first in range(0, len(points), step)]
-    return np.concatenate([(_squared_distances(part, centres) <= radii).any(axis=1) for part in parts])
+    x = torch.from_numpy(np.ascontiguousarray(features, np.float32))
+    # The feature itself is among its neighbours at distance 0, hence the largest of k + 1.
+    return np.concatenate([near.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(1).numpy()
+                           for _, near in _squared_distances(x, x)])  # fmt: skip
 
 
 class PrecisionRecall(NamedTuple):
@@ -133,24 +129,27 @@ def precision_recall(reference: np.ndarray, generated: np.ndarray, *, k: int = 3
     reference, generated = (np.ascontiguousarray(x, np.float32) for x in (reference, generated))
     if not np.isfinite(reference).all() or not np.isfinite(generated).all():
         raise ScoreError("features are not finite: check the images and the feature network")
-    inside = _share_inside(generated, reference, nearest_radii(reference, k))
-    found = _share_inside(reference, generated, nearest_radii(generated, k))
-    return PrecisionRecall(float(inside.mean()), float(found.mean()))
+    radii = torch.from_numpy(nearest_radii(reference, k))
+    own_radii = torch.from_numpy(nearest_radii(generated, k))
+    inside, found = torch.zeros(len(generated), dtype=torch.bool), torch.zeros(len(reference), dtype=torch.bool)
+    for rows, across in _squared_distances(torch.from_numpy(generated), torch.from_numpy(reference)):
+        inside[rows] = (across <= radii).any(dim=1)
+        found |= (across <= own_radii[rows, None]).any(dim=0)
+    return PrecisionRecall(float(inside.double().mean()), float(found.double().mean()))
 
 
 def kernel_distance(
     reference: np.ndarray, generated: np.ndarray, *, subsets: int = 50, size: int = 1000, seed: int = 0
 ) -> float:
     """Return KID: the unbiased squared MMD with kernel (x y / d + 1)^3, averaged over random subsets of `size`."""
-    reference, generated = np.asarray(reference, np.float64), np.asarray(generated, np.float64)
     size = min(size, len(reference), len(generated))
     if size < 2:
         raise ScoreError(f"KID needs at least two images of each side, got {len(reference)} and {len(generated)}")
     rng = np.random.default_rng(seed)
     total = 0.0
     for _ in range(subsets):
-        x = reference[rng.choice(len(reference), size, replace=False)]
-        y = generated[rng.choice(len(generated), size, replace=False)]
+        x = reference[rng.choice(len(reference), size, replace=False)].astype(np.float64)
+        y = generated[rng.choice(len(generated), size, replace=False)].astype(np.float64)
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
         total += within - 2 * xy.mean()
