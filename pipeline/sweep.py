@@ -196,6 +196,8 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
         for path in written.tracked:
             runs.tracker.log_artifact(path)
         runs.tracker.log_metrics(written.metrics)
+        if winner := outcome.winner(subject.distance):
+            runs.log_winner(sweep_output.label(winner), command)
     print(sweep_output.table(facts))
     if not outcome.search:
         raise RuntimeError(f"all {len(outcome.failed)} trials failed, the last with: {outcome.failed[-1]['error']}")

@@ -59,6 +59,10 @@ class SweepRuns:
         self.client.log_batch(run, params=[Param(name, str(failed[name])) for name in ("threshold", "cfg_scale")])
         self.client.set_terminated(run, "FAILED")
 
+    def log_winner(self, winner: str, command: str) -> None:
+        """Say on the sweep's own page what won, and the command that does it again."""
+        self.client.set_tag(self.run, "mlflow.note.content", f"**Winner:** {winner}\n\nDo it again:\n\n    {command}\n")
+
     @contextmanager
     def stage(self, name: str, params: Any) -> Iterator[tracking.MlflowTracker]:
         """Open a run below the sweep's for a stage that the sweep runs, as a training."""

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import sys
 import threading
 import time
 import traceback
@@ -34,6 +35,7 @@ EVENTS = "events.jsonl"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _REPORT_SECONDS = 1.0  # log lines go to the driver together, at most this often
 _LOST_WORKERS = 10  # times a run may lose a worker or a node and go on from its last checkpoint
+_PATIENCE = 60.0  # seconds until a run that has not begun says so
 _START_TRIES = 24 * 60  # times Ray waits a minute for room: until a lost machine is replaced, or other work ends
 _NO_MEMORY = re.compile(r"low on memory|OutOfMemory|CUDA out of memory")
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")  # the line of a traceback that tells
@@ -99,10 +101,10 @@ def fit(
         trainer = _trainer(function, root, events, scale)
         thread = _Fit(trainer)
         with open(events, "rb") as stream:
-            tail = _Tail(stream)
+            tail, silence = _Tail(stream), _Silence(scale)
             while thread.is_alive():
                 thread.join(0.5)
-                tail.deliver(on_event)
+                silence.hear(tail.deliver(on_event))
             tail.deliver(on_event)
     returned = thread.outcome()
     if "error" in returned:
@@ -197,6 +199,8 @@ def _worker(function: Callable[..., Event], root: str, scale: Scale) -> Event:
         _Marker(root).write(error=str(error))
         raise  # so that Ray ends the ranks that wait for this one
     except Exception as error:
+        if ranks.world == 1 and isinstance(error, torch.OutOfMemoryError):
+            return {"error": _ran_out("a GPU")}
         if ranks.world == 1:
             return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         raise  # perhaps because another rank died
@@ -295,16 +299,19 @@ def _cause(error: BaseException) -> str:
     texts = [str(failure) for failure in failures.values()]
     short = next((text for text in texts if _NO_MEMORY.search(text)), None)
     if short is not None:
-        where = "a GPU" if "CUDA out of memory" in short else "a machine"
-        return (
-            f"{where} ran out of memory, and with it a worker ended: raise `accumulate`, lower `workers` or free memory "
-            "there, and run the same command again, it goes on from its last checkpoint (a smaller `batch_size` helps as "
-            "well, but starts the run afresh)"
-        )
+        return _ran_out("a GPU" if "CUDA out of memory" in short else "a machine")
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
     raised = [line for line in lines if _RAISED.match(line)]
     dead = [line for line in lines if "is dead because" in line]
     return [*lines[:1], *dead[:1], *raised[-1:]][-1] if lines else type(error).__name__
+
+
+def _ran_out(where: str) -> str:
+    return (
+        f"{where} ran out of memory, and with it a worker ended: raise `accumulate`, lower `workers` or free memory "
+        "there, and run the same command again, it goes on from its last checkpoint (a smaller `batch_size` helps as "
+        "well, but starts the run afresh)"
+    )
 
 
 class _Tail:
@@ -313,12 +320,36 @@ class _Tail:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._begun = stream, b""
 
-    def deliver(self, on_event: Callable[[Event], None]) -> None:
+    def deliver(self, on_event: Callable[[Event], None]) -> int:
+        """Pass new events on; return how many."""
+        count = 0
         while line := self._stream.readline():
             self._begun += line
             if self._begun.endswith(b"\n"):
                 event, self._begun = json.loads(self._begun), b""
                 on_event(event)
+                count += 1
+        return count
+
+
+class _Silence:
+    """Says once, on standard error, that Ray has not started the workers yet: room may come, and nobody need guess."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale, self.until = scale, time.monotonic() + _PATIENCE
+
+    def hear(self, events: int) -> None:
+        """Take note of how many events came."""
+        if events:
+            self.until = float("inf")
+        elif time.monotonic() > self.until:
+            self.until = float("inf")
+            size = f"{self.scale.cpus} CPUs" + (f" and {self.scale.gpus} GPUs" if self.scale.gpus else "")
+            print(
+                f"no worker has begun after {_PATIENCE:g} s: Ray waits for room for {self.scale.workers} of {size} each, or "
+                "they are still starting; it goes on by itself, Ctrl-C stops it (`ray status` shows what is in use)",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
 
 @contextmanager

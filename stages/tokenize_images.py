@@ -6,10 +6,10 @@ import functools
 import itertools
 import json
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ BAD_IMAGES = "bad_images.json"
 MOST_MOVED = 0.05  # share of tokens that bf16 may change
 _MEASURED_SHARDS = 8  # shards, evenly spaced, of which a batch each tells that share
 _AHEAD = 3  # batches that are decoded before the network asks for them
+_MOST_STREAMS = 4  # batches a CPU encodes at once: each holds its activations, some 1.5 GB for 8 views of 256 pixels
 _MIXING = 7  # seed of the order of images in shards: fixed, as it decides nothing but the layout of files
 
 
@@ -173,7 +174,11 @@ def is_done(shard: Shard, manifest: Manifest, work: Path, data: P.Data) -> bool:
 
 
 class ShardTokenizer:
-    """Makes shards: images are decoded in threads while the network works on the batch before."""
+    """Makes shards: images are decoded in threads while the network works on the batches before.
+
+    On CPUs several batches are encoded at once, each by few threads: convolutions as small as a tokenizer's use many
+    threads badly. A GPU takes one batch after the other.
+    """
 
     def __init__(self, inputs: Inputs, params: Params, work: Path, device: str, base: Path, threads: int) -> None:
         """base: the folder that relative paths start from, as an actor may run in another one."""
@@ -189,6 +194,11 @@ class ShardTokenizer:
             )
         self.per_batch = max(self.settings.batch_size // VIEW_COUNTS[self.views], 1)  # images
         self.pool = ThreadPoolExecutor(max(threads, 2), thread_name_prefix="decode")
+        self.streams = max(min(threads, _MOST_STREAMS), 1) if device == "cpu" else 1
+        each = max(threads // self.streams, 1)
+        self.encoders = ThreadPoolExecutor(
+            self.streams, thread_name_prefix="encode", initializer=torch.set_num_threads, initargs=(each,)
+        )
 
     def __call__(self, shard: Shard) -> None:
         """Make one shard in the work folder."""
@@ -207,7 +217,7 @@ class ShardTokenizer:
         stack = torch.zeros(full, *images.shape[1:], dtype=torch.uint8, pin_memory=self.device == "cuda")
         stack[: len(images)] = torch.from_numpy(images)
         bf16 = self.settings.precision == "bf16" if bf16 is None else bf16
-        with torch.inference_mode(), _whole_float32():
+        with torch.inference_mode(), _whole_float32:
             pixels = to_float(stack.to(self.device, non_blocking=True))
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bf16):
                 latents = self.model.latents(pixels)
@@ -236,17 +246,20 @@ class ShardTokenizer:
 
     def _samples(self, rows: Rows, bad: list[Bad]) -> Iterator[Sample]:
         """Yield the samples of readable rows in order; put the others into `bad`."""
-        waiting: tuple[list[tuple[Row, np.ndarray]], Tensor] | None = None
+        waiting: deque[tuple[list[tuple[Row, np.ndarray]], Future]] = deque()
         for batch in self._batches(rows, bad):
-            tokens = self.encode(np.concatenate([images for _, images in batch]))
-            # The last batch's tokens are fetched when this one's work has been handed to the device.
-            if waiting is not None:
-                yield from self._samples_of(*waiting)
-            waiting = batch, tokens
-        if waiting is not None:
-            yield from self._samples_of(*waiting)
+            waiting.append((batch, self.encoders.submit(self._encode_batch, batch)))
+            # A batch's tokens are fetched when every stream has its next one.
+            if len(waiting) > 2 * self.streams:
+                yield from self._samples_of(*waiting.popleft())
+        while waiting:
+            yield from self._samples_of(*waiting.popleft())
 
-    def _samples_of(self, batch: Sequence[tuple[Row, np.ndarray]], tokens: Tensor) -> Iterator[Sample]:
+    def _encode_batch(self, batch: Sequence[tuple[Row, np.ndarray]]) -> Tensor:
+        return self.encode(np.concatenate([images for _, images in batch]))
+
+    def _samples_of(self, batch: Sequence[tuple[Row, np.ndarray]], coming: Future) -> Iterator[Sample]:
+        tokens = coming.result()
         codes = tokens.cpu().numpy().astype(np.uint16).reshape(len(batch), -1, tokens.shape[1])
         for (row, _), of_image in zip(batch, codes):
             info = {"source": row.source, "box": list(row.box) if row.box else None, "class": row.class_name}
@@ -277,16 +290,32 @@ class ShardTokenizer:
         return views(self.opener(row), self.size, self.views)
 
 
-@contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Keep float32 products whole: no TF32, which cuDNN takes for convolutions unless it is told not to."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+class _WholeFloat32:
+    """Keeps float32 products whole while anyone is inside: no TF32, which cuDNN takes for convolutions by default.
+
+    The settings are the process's, so of threads that come and go the first sets them and the last puts them back.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+                torch.set_float32_matmul_precision("highest")
+                torch.backends.cudnn.allow_tf32 = False
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch.set_float32_matmul_precision(self.before[0])
+                torch.backends.cudnn.allow_tf32 = self.before[1]
+
+
+_whole_float32 = _WholeFloat32()
 
 
 def _check_share(bad: Sequence[Bad], total: int, allowed: float) -> None:

@@ -117,11 +117,14 @@ def test_trials_hang_under_one_run_and_are_written_once(facts, tmp_path, monkeyp
         with sweep_tracking.open_sweep("t", {"images": 20}, root=tmp_path) as runs:
             for one in facts.outcome.search:
                 runs.log_trial(one, picture)
+            runs.log_winner("4.2 nats, cfg 2", "dpar-cli sweep threshold --thresholds 4.2")
     client, experiment = tracking.connect(tmp_path)
     found = client.search_runs([experiment])
     parent = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     assert len(parent) == 1
     assert len(found) == 5
+    note = parent[0].data.tags["mlflow.note.content"]
+    assert "4.2 nats, cfg 2" in note and "dpar-cli sweep threshold --thresholds 4.2" in note
     trial = next(run for run in found if run.info.run_name == "4.2 nats, cfg 2")
     assert trial.data.metrics["eval/fd_demo"] == 1.0
     assert trial.data.metrics["eval/fd_demo_high"] == pytest.approx(1.1)
