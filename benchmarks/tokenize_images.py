@@ -49,7 +49,7 @@ class Shape:
 
 SHAPES = {
     "demo": Shape(
-        VQConfig(512, 8, 32, (1, 2, 2), 64, 1, norm_groups=8), 32, (90, 120), 64, 500, 1000
+        VQConfig(512, 8, 32, (1, 2, 2), 64, 1, norm_groups=8), 32, (90, 120), 64, 500, 4000
     ),  # as params/demo.yaml
     "vq16": Shape(VQConfig(16384, 8, 128, (1, 1, 2, 2, 4), 256, 2), 256, (375, 500), 8, 5000, 32),
 }
