@@ -73,8 +73,8 @@ class PackedCausal:
     offsets: (B + 1,) int64, where each image's positions begin; rows: N; longest: the largest count (both given, as
     reading them from the device would wait for it). Where the device has attention over lists of different lengths (CUDA
     in half precision), no row is padded or spare. On a CPU large images attend one after the other, without padding.
-    Elsewhere, and for small images, where calls would cost more than padding, attention alone sees padded rows (right
-    padding is harmless under a causal mask). All other layers run on the N packed rows.
+    Elsewhere, and for small images, whose calls cost more than padding in bfloat16 (docs/log.md), attention alone sees
+    padded rows (right padding is harmless under a causal mask). All other layers run on the N packed rows.
     """
 
     def __init__(self, offsets: Tensor, *, rows: int, longest: int) -> None:
@@ -92,7 +92,7 @@ class PackedCausal:
         return self.alone(q, k, v) if self.pays_alone(q) else self.padded(q, k, v)
 
     def pays_alone(self, q: Tensor) -> bool:
-        """Whether images are so large that padding would cost more than a call for each; compiled code stays one graph."""
+        """Whether images are large enough for a call each, see ALONE; compiled code stays one graph."""
         large = self.longest**2 * q.shape[-1] * q.shape[-2] >= ALONE
         return large and q.device.type == "cpu" and not torch.compiler.is_compiling()
 

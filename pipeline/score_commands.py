@@ -43,7 +43,7 @@ def score(
     seed: Seed = 0,
     allow_singular: AllowSingular = False,
     workers: Annotated[
-        int, typer.Option(min=0, help="Ray workers that compute features; 0: this process. The numbers are the same.")
+        int, typer.Option(min=0, help="Ray workers that compute features; 0: this process.")
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to (one set of samples).")] = None,
 ) -> None:

@@ -1,7 +1,8 @@
-"""Features of images, and their moments, in this process or spread over Ray workers; both ways give the same bits.
+"""Features of images, and their moments, in this process or spread over Ray workers.
 
 Images are cut into pieces of a fixed size, whoever computes them. Means and covariances are those of the pieces, merged in
-the order of the images, so the number of workers changes nothing but the time.
+the order of the images. So the number of workers changes nothing but the time, as far as the network's own rounding does
+not depend on a worker's threads (the demo's classifier: bit by bit the same).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from dpar_core.features import FeatureNetwork, Features, open_network
-from dpar_core.metrics import FeatureMoments
+from dpar_core.metrics import FeatureMoments, ScoreError
 from stages import cluster
 
 PIECE = 512  # images; a multiple of the network's batch, so that batches are the same wherever pieces end
@@ -42,9 +43,11 @@ def measure(
     """Return features and moments of images (n, h, w, 3) uint8, n > 1.
 
     workers: Ray tasks at once, each with its share of the CPUs or a GPU of its own; 0: in this process. done: told how
-    many more images are finished. Raises ScoreError for features that are not finite, ValueError when the cluster has no
-    room for the workers.
+    many more images are finished. Raises ScoreError for fewer than two images or features that are not finite, ValueError
+    when the cluster has no room for the workers.
     """
+    if len(images) < 2:
+        raise ScoreError(f"moments need at least two images, got {len(images)}")
     pieces = list(_pieces(len(images)))
     if workers == 0 or len(pieces) == 1:
         return _merged([Measured.of(network(images[piece], done=done)) for piece in pieces])

@@ -4,20 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
-from dpar_core.features import DemoClassifier, demo_network
-from dpar_core.files import save_weights
 from dpar_core.metrics import FeatureMoments, ScoreError
 from stages.measure import PIECE, _opened, measure
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("features") / "c.safetensors"
-    save_weights(path, DemoClassifier(9).state_dict(), kind="demo_classifier", config={"num_classes": 9}, meta={})
-    return demo_network(path, "cpu")
 
 
 def pictures(count):
@@ -52,9 +41,10 @@ def test_merged_moments_are_those_of_all_images(network, count):
         np.testing.assert_allclose(moments.covariance, once.covariance, rtol=1e-9, atol=1e-12)
 
 
-def test_one_image_has_no_moments(network):
-    with pytest.raises(ScoreError, match="at least two"):
-        measure(network, pictures(1))
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_images_have_no_moments(network, count):
+    with pytest.raises(ScoreError, match=f"at least two images, got {count}"):
+        measure(network, pictures(count))
 
 
 def test_more_workers_than_the_cluster_has_are_refused(network):

@@ -4,12 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny_data import ROOT
 
-from dpar_core.features import DemoClassifier, FeatureNetwork, Features, demo_network
-from dpar_core.files import save_weights
+from dpar_core.features import FeatureNetwork, Features
 from dpar_core.manifest import write_manifest
 from dpar_core.metrics import FeatureMoments, ScoreError, frechet_distance
 from stages import params as P
@@ -24,14 +22,6 @@ SMOKE = P.load_params(ROOT / "params" / "smoke.yaml")
 def settings(images, **changes):
     given = {"neighbours": 3, "bootstrap": 20, "allow_singular": True, **changes}
     return score_files.settings_for("demo", "x", images=images, **given)
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("features") / "c.safetensors"
-    save_weights(path, DemoClassifier(9).state_dict(), kind="demo_classifier", config={"num_classes": 9}, meta={})
-    return demo_network(path, "cpu")
 
 
 def pictures(seed, count=24, size=32):
