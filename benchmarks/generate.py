@@ -223,7 +223,7 @@ class Stopwatch:
         ("decoder", lanes_module.Lanes, "decode"), ("encoder", lanes_module.Lanes, "encode"),
         ("patch transformer", lanes_module.Lanes, "patch_launch"), ("sampling", guidance.Drawer, "__call__"),
         ("output layer", stepping.Head, "__call__"),
-        ("gate", stepping.GPTStepper, "__call__"), ("gate", lanes_module.Lanes, "probe"),
+        ("gate", stepping.GPTStepper, "__call__"), ("gate", lanes_module.Lanes, "probe_launch"),
         *(("scheduling", lanes_module.Lanes, name) for name in ("settle", "refill", "ready", "waiting")),
         ("scheduling", kv_cache.KVCache, "plan"),
     )  # fmt: skip

@@ -231,6 +231,8 @@ class DPARGenerator:
         since_patch = self.patience
         while True:
             state.refill()
+            if self.asks_decoder:
+                state.probe_launch(state.ready())
             ready, waiting = state.ready(), state.waiting()
             if len(waiting) and (since_patch >= self.patience or not len(ready)):
                 state.patch_launch(waiting)

@@ -1,7 +1,8 @@
 """The images of a batch while DPAR draws them, each at a position of its own.
 
-A lane is the place of one image in the caches. Its life is a sequence of two kinds of launch, each for any set of
-lanes: a token launch draws a token and takes it up, a patch launch closes a patch and steps the patch transformer.
+A lane is the place of one image in the caches. Its life is a sequence of launches, each for any set of lanes: a token
+launch draws a token and takes it up, a patch launch closes a patch and steps the patch transformer; where the decoder's
+entropy cuts patches, a probe launch asks it.
 
 Who is where is kept on the host, vectors and caches on the device: a device is waited for once a token, when the gate's
 entropies come back.
@@ -23,6 +24,8 @@ from dpar_core.guidance import Drawer
 from dpar_core.patching import BoundaryState, PatchRule
 from dpar_core.rope import patch_rotary
 from dpar_core.stepping import DPARStepper, GPTStepper, complex_table, normalized
+
+HALVES_TOGETHER = 3  # lanes of a probe; of more, some begin a patch nearly always, and a second launch comes anyway
 
 
 class Networks(Protocol):
@@ -74,6 +77,8 @@ class Lanes:
         self.state = stepper.start.expand(lanes, -1).clone()  # decoder input of the next token: start, x'_0, ...
         self.peak = torch.full((lanes, config.width), float("-inf"), device=device)  # maximum of x' in the open patch
         self.copied = torch.zeros(rows, config.decoder_layers, config.width, device=device)
+        self.has = torch.zeros(rows, dtype=torch.bool)  # rows whose logits of the next token a probe has left in `kept`
+        self.kept: Tensor | None = None
         longest = longest_patch(networks.rule, config.tokens)
         self.encoder_cache = stepper.new_cache(config.encoder_layers, lanes, config.tokens, dtype)
         self.member_cache = stepper.new_cache(config.encoder_layers, lanes, longest, dtype)
@@ -105,23 +110,35 @@ class Lanes:
         """Lanes whose next token needs a step of the patch transformer first: (A,) int64."""
         return torch.nonzero(self.waits).flatten()
 
+    def probe_launch(self, lanes: Tensor) -> None:
+        """Ask the decoder's entropy where it is not known yet to which patch the next token belongs.
+
+        The logits are those of the conditional half, unguided, as if the token stayed in the open patch: its own patch
+        cannot be stepped before the boundary is known. Where it stays they are kept for the draw; where it begins a patch
+        they are void. The unconditional half follows in the token launch, with the rows that begin one; of few lanes it
+        comes along, so that they need no second launch when none begins.
+        """
+        lanes = lanes[~self.decided[lanes]]
+        if not len(lanes):
+            return
+        position = self.position[lanes]
+        both = len(lanes) <= HALVES_TOGETHER
+        rows = torch.cat([lanes, self.drawer.half(lanes, position) + self.lanes]) if both else lanes
+        logits = self.decode(rows)
+        if self.kept is None:
+            self.kept = torch.empty(len(self.has), logits.shape[1], device=self.device)
+        self.kept[rows.to(self.device)], self.has[rows] = logits, True
+        self.settle(lanes, position, next_token_entropies(logits[: len(lanes)]).cpu(), final=True)
+        begin = lanes[self.waits[lanes]]
+        self.has[torch.cat([begin, begin + self.lanes]) if self.networks.guided else begin] = False
+
     def token_launch(self, lanes: Tensor) -> int:
-        """Draw a token in each of these lanes but those that now wait for a patch; return how many were drawn."""
+        """Draw a token in each of these lanes; return how many were drawn."""
         position = self.position[lanes]
         half = self.drawer.half(lanes, position)
-        logits = self.decode(torch.cat([lanes, half + self.lanes]))
-        if self.networks.asks_decoder:
-            # Both halves in one launch: few rows a launch cost more than the unconditional ones that are then not used.
-            staying = self.probe(lanes, position, logits[: len(lanes)])
-            also = torch.nonzero(torch.isin(half, lanes[staying])).flatten()
-            logits = logits[torch.cat([staying, len(lanes) + also]).to(self.device)]
-            lanes, position = lanes[staying], position[staying]
-            if not len(lanes):
-                return 0
-        drawn = len(lanes)
-        tokens = self.drawer(self.image[lanes], position, logits)
+        tokens = self.drawer(self.image[lanes], position, self.logits(torch.cat([lanes, half + self.lanes])))
         self.position[lanes] = position + 1
-        last = self.networks.config.tokens - 1
+        drawn, last = len(lanes), self.networks.config.tokens - 1
         if bool((position == last).any()):
             going = torch.nonzero(position < last).flatten()
             lanes, position, tokens = lanes[going], position[going], tokens[going.to(self.device)]
@@ -130,8 +147,18 @@ class Lanes:
             self.decide(lanes, position + 1, tokens)
         return drawn
 
+    def logits(self, rows: Tensor) -> Tensor:
+        """Return the logits of the next token of these rows (A,), those that a probe has kept among them: (A, V)."""
+        missing = rows[~self.has[rows]]
+        if len(missing) == len(rows):
+            return self.decode(rows)
+        if len(missing):
+            self.kept[missing.to(self.device)] = self.decode(missing)
+        self.has[rows] = False
+        return self.kept[rows.to(self.device)]
+
     def decode(self, rows: Tensor) -> Tensor:
-        """Return the logits of the next token of these rows, given the state of the open patch: (A,) -> (A, V)."""
+        """Run the decoder for the next token of these rows, given the state of the open patch: (A,) -> (A, V)."""
         stepper = self.stepper
         step = self.decoder_cache.plan(rows, self.position[rows % self.lanes])
         table = stepper.table[step.positions]
@@ -139,20 +166,6 @@ class Lanes:
         for layer, block in enumerate(stepper.decoder):
             x = block(x + copied[:, layer], table, self.decoder_cache, layer, step)
         return stepper.head(x)
-
-    def probe(self, lanes: Tensor, position: Tensor, cond: Tensor) -> Tensor:
-        """Ask the decoder's entropy where it is not known yet to which patch a token belongs.
-
-        The logits (A, V) are those of the conditional half, unguided, as if the token belonged to the open patch: its
-        own patch cannot be stepped before the boundary is known. Returns the indices of the lanes that stay in it.
-        """
-        asked = torch.nonzero(~self.decided[lanes]).flatten()
-        stays = torch.ones_like(lanes, dtype=torch.bool)
-        if len(asked):
-            entropies = next_token_entropies(cond[asked.to(self.device)]).cpu()
-            self.settle(lanes[asked], position[asked], entropies, final=True)
-            stays[asked] = ~self.waits[lanes[asked]]
-        return torch.nonzero(stays).flatten()
 
     def encode(self, lanes: Tensor, position: Tensor, tokens: Tensor) -> None:
         """Take up the drawn tokens: x' of each, and its share in the open patch."""

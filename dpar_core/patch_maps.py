@@ -248,11 +248,6 @@ class PatchMaps:
             raise ValueError(f"{self._place} has no maps of the {shards.split} images: run `dvc repro -f patch_maps`")
         self.rule = read_rule(self._place.path(RULE, summary["files"][RULE]))
         self._path = self._place.path(name, summary["files"][name])
-        if not self._path.exists() or sha256_file(self._path) != summary["files"][name]:
-            found = "is missing" if not self._path.exists() else "is damaged"
-            raise ValueError(
-                f"{self._place}/{name} {found}: run `dpar-cli data check --repair`, or `dvc repro -f patch_maps`"
-            )
         header = np.load(self._path, mmap_mode="r", allow_pickle=False)
         expected = (len(shards), shards.meta.num_views, -(-shards.meta.tokens // 8))
         if header.shape != expected or header.dtype != np.uint8 or not header.flags.c_contiguous:

@@ -1,15 +1,18 @@
 """Folders of files that are here, or somewhere fsspec reaches (s3://bucket/tokens) with copies kept here.
 
-Copies are named by the digest of their content, so they are never out of date and any number of readers share them.
+Every file is read whole and held against its digest once a machine, when somebody first asks for it. Copies are named by
+the digest of their content, so they are never out of date and any number of readers share them; of a local file a note is
+kept that it was found sound, which holds as long as the file is the same one, of the same size and time of change.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
-from dpar_core.files import atomic_path
+from dpar_core.files import atomic_path, sha256_file
 
 CACHE_VARIABLE = "DPAR_CACHE"
 _CHUNK = 8 << 20
@@ -23,8 +26,9 @@ def is_remote(address: Path | str) -> bool:
 class Folder:
     """A folder whose files are read through paths on this machine.
 
-    address: a path, or an address with a scheme. cache: where copies of remote files are kept (default: the environment
-    variable DPAR_CACHE, or ~/.cache/dpar); it grows to the size of what is read, and may be emptied at any time.
+    address: a path, or an address with a scheme. cache: where copies of remote files are kept, and notes of what was found
+    sound (default: the environment variable DPAR_CACHE, or ~/.cache/dpar); it grows to the size of what is read from
+    elsewhere, and may be emptied at any time.
     """
 
     def __init__(self, address: Path | str, *, cache: Path | None = None) -> None:
@@ -33,6 +37,7 @@ class Folder:
         if cache is None:
             cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dpar")
         self.cache = cache
+        self._sound: set[str] = set()  # notes already seen or written by this process
 
     def __str__(self) -> str:
         return str(self.address)
@@ -51,15 +56,38 @@ class Folder:
     def path(self, name: str, sha256: str) -> Path:
         """Return a path on this machine to a file with this content, fetched where it is remote.
 
-        Raises FileNotFoundError, or OSError when what was fetched is not what its digest says. A local file is not read
-        here: `dpar-cli data check` does that.
+        Raises FileNotFoundError, OSError when what was fetched is not what its digest says, ValueError when a local file
+        is not.
         """
         if not self.remote:
+            self._check(name, sha256)
             return self.address / name
         copy = self.cache / sha256[:2] / f"{sha256}{Path(name).suffix}"
         if not copy.exists():
             self._fetch(name, sha256, copy)
         return copy
+
+    def _check(self, name: str, sha256: str) -> None:
+        """Hold a local file against its digest, unless a note says that this was done."""
+        path = self.address / name
+        mend = "run `dpar-cli data check --repair`"
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} is missing: {mend}") from None
+        same = f"{path.absolute()} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {sha256}"
+        name_of_note = hashlib.sha256(same.encode()).hexdigest()
+        if name_of_note in self._sound:
+            return
+        note = self.cache / "sound" / name_of_note[:2] / name_of_note
+        if not note.exists():
+            digest = sha256_file(path)
+            if digest != sha256:
+                raise ValueError(f"{path} is damaged (digest {digest[:16]}, expected {sha256[:16]}): {mend}")
+            with contextlib.suppress(OSError):  # without a place for notes every process looks for itself
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.touch()
+        self._sound.add(name_of_note)
 
     def _fetch(self, name: str, sha256: str, copy: Path) -> None:
         filesystem, root = self._filesystem()

@@ -325,12 +325,13 @@ class TokenShards:
         return self.tokens(np.full(len(views), index), views)
 
     def _path(self, number: int) -> Path:
-        """Return the path of a shard, its size compared with the index once."""
-        path = self._place.path(self.shard_names[number], self.shard_digests[number])
-        size = path.stat().st_size
-        if size != self._bytes[number]:
-            raise self._other_length(number, "shorter" if size < self._bytes[number] else "longer")
-        return path
+        """Return the path of a shard, held against its size and digest when it is first read."""
+        name = self.shard_names[number]
+        if not self._place.remote:  # another length is seen without reading all of it
+            size = (self.folder / name).stat().st_size
+            if size != self._bytes[number]:
+                raise self._other_length(number, "shorter" if size < self._bytes[number] else "longer")
+        return self._place.path(name, self.shard_digests[number])
 
     def _other_length(self, number: int, how: str) -> OSError:
         return OSError(

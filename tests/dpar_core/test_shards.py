@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpar_core import remote
 from dpar_core.remote import Folder
 from dpar_core.shards import (
     INDEX,
@@ -178,6 +178,9 @@ def test_an_incomplete_folder_is_refused_in_one_sentence(tmp_path):
     shard = whole["train-000000.tar"]
     assert "shard train-000000.tar is shorter than its index says" in damage("train-000000.tar", shard[:-512])
     assert "shard train-000000.tar is longer than its index says" in damage("train-000000.tar", shard + b"x")
+    changed = bytearray(shard)
+    changed[2000] ^= 1
+    assert "train-000000.tar is damaged (digest " in damage("train-000000.tar", bytes(changed))
     assert "index.arrow is missing" in damage(INDEX, None)
     assert "index.arrow is damaged" in damage(INDEX, whole[INDEX][:100])
     assert "index.arrow is damaged" in damage(INDEX, b"")
@@ -185,10 +188,31 @@ def test_an_incomplete_folder_is_refused_in_one_sentence(tmp_path):
     changed = json.loads(whole[SUMMARY])
     changed["meta"]["tokenizer"] = "another"
     assert "summary.json is damaged" in damage(SUMMARY, json.dumps(changed).encode())
-    short = io.BytesIO()
-    with pa.ipc.new_file(short, pa.ipc.open_file(whole[INDEX]).schema) as writer:
-        writer.write_table(pa.ipc.open_file(whole[INDEX]).read_all().slice(0, 3))
-    assert "has 3 samples, its summary says 12" in damage(INDEX, short.getvalue())
+    changed = json.loads(whole[SUMMARY])
+    changed["samples"] = 3
+    assert "has 12 samples, its summary says 3" in damage(SUMMARY, json.dumps(changed).encode())
+
+
+def test_a_file_is_held_against_its_digest_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    write_folder(tmp_path / "tokens")
+    read = []
+    digest = remote.sha256_file
+    monkeypatch.setattr(remote, "sha256_file", lambda path: read.append(path.name) or digest(path))
+
+    def look(cache: Path = tmp_path / "cache") -> list[str]:
+        read.clear()
+        shards = TokenShards(tmp_path / "tokens", "train", cache=cache)
+        for copy in (shards, pickle.loads(pickle.dumps(shards))):
+            copy.tokens(np.arange(9), np.zeros(9, int))
+        return list(read)
+
+    everything = [INDEX, "train-000000.tar", "train-000001.tar"]
+    assert look() == everything
+    assert look() == []
+    os.utime(tmp_path / "tokens" / "train-000001.tar", ns=(1, 1))
+    assert look() == ["train-000001.tar"]
+    (tmp_path / "a file").touch()
+    assert sorted(look(tmp_path / "a file")) == sorted(everything * 2)  # no place for notes: every process looks for itself
 
 
 def tar_of(files: list[tuple[str, bytes]]) -> bytes:
