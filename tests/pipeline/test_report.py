@@ -19,7 +19,7 @@ from report_artifacts import edit_json, tiny_params, write_artifacts, write_curv
 from dpar_core.batch import PatchLayout
 from dpar_core.dpar import DPAR, DPARConfig
 from dpar_core.files import load_weights
-from dpar_core.patch_maps import PatchMaps
+from dpar_core.patch_maps import PatchMaps, write_summary
 from dpar_core.sample_files import read_samples
 from dpar_core.shards import TokenShards
 from pipeline import report
@@ -173,6 +173,8 @@ def test_published_and_own_numbers_never_share_a_column(page):
 def test_a_static_rule_and_a_decoder_gate_are_told_as_what_they_are(inputs, params, tmp_path):
     rule = {"mode": "static", "row_width": 4, "threshold": None, "max_patch_length": None, "static_length": 2}
     edit_json(inputs.patch_maps / "rule.json", rule=rule)
+    summary = json.loads((inputs.patch_maps / "summary.json").read_text())
+    write_summary(inputs.patch_maps, summary["files"], made_by=summary["made_by"], facts=summary.get("facts"))
     edit_json(inputs.samples / "dpar" / "samples.json", gate="decoder", cfg_scale=1.0)
     text = Page(render(inputs, tmp_path / "r", params)).text
     assert "patches are cut by rule (static)" in text and "threshold" not in text.split("What it costs")[0]
