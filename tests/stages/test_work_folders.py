@@ -1,0 +1,86 @@
+"""What an interrupted stage goes on with: only what the same params and inputs made."""
+
+import contextlib
+import shutil
+
+import pytest
+from ruamel.yaml import YAML
+from tiny_data import make_project, save_tokenizer
+
+import pipeline.stage_runner
+from dpar_core.shards import TokenShards
+from pipeline.stage_runner import run_stage
+from stages.tokenize_images import ShardTokenizer
+from stages.tracker import NullTracker
+
+SHARDS = ["train-000000.tar", "train-000001.tar", "train-000002.tar", "validation-000000.tar"]
+
+
+class Tokenizing:
+    """A project whose tokenizing was interrupted after two of its four shards."""
+
+    def __init__(self, root, monkeypatch) -> None:
+        self.root, self.made, self.left = root, [], 2
+        project = make_project(root)
+        self.params = project.params.model_dump(mode="json")
+        for name, target in (("manifest.parquet", "data"), ("tokenizer.safetensors", "tokenizer")):
+            (root / "artifacts" / target).mkdir(parents=True)
+            shutil.copy(root / name, root / "artifacts" / target / name)
+        real = ShardTokenizer.__call__
+
+        def call(tokenizer, shard):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            real(tokenizer, shard)
+            self.made.append(shard.name)
+
+        monkeypatch.setattr(ShardTokenizer, "__call__", call)
+        monkeypatch.setattr(pipeline.stage_runner, "open_tracker", lambda *_, **__: contextlib.nullcontext(NullTracker()))
+        with pytest.raises(KeyboardInterrupt):
+            self.run()
+        assert self.made == SHARDS[:2]
+        self.left = -1
+
+    def run(self) -> list[str]:
+        """Run the stage; return the shards made."""
+        self.made.clear()
+        YAML().dump(self.params, self.root / "params.yaml")
+        run_stage("tokenize_images", root=self.root, params_file=self.root / "params.yaml")
+        return self.made
+
+
+@pytest.fixture
+def tokenizing(tmp_path, monkeypatch):
+    return Tokenizing(tmp_path, monkeypatch)
+
+
+def test_the_same_params_and_inputs_go_on(tokenizing):
+    assert tokenizing.run() == SHARDS[2:]
+
+
+def test_params_that_the_stage_does_not_read_may_change_on_the_way(tokenizing):
+    tokenizing.params["seed"] += 1
+    assert tokenizing.run() == SHARDS[2:]
+
+
+def test_changed_params_make_all_anew(tokenizing):
+    tokenizing.params["data"]["views"] = "ten_crop_1.1"
+    assert tokenizing.run() == SHARDS
+    assert TokenShards(tokenizing.root / "artifacts" / "tokens", "train").meta.num_views == 10
+
+
+def test_another_tokenizer_makes_all_anew(tokenizing):
+    file = save_tokenizer(tokenizing.root / "artifacts" / "tokenizer" / "tokenizer.safetensors", seed=1)
+    assert tokenizing.run() == SHARDS
+    first = TokenShards(tokenizing.root / "artifacts" / "tokens", "train").tokens([0], [0])
+    save_tokenizer(file, seed=0)
+    assert tokenizing.run() == SHARDS
+    assert (TokenShards(tokenizing.root / "artifacts" / "tokens", "train").tokens([0], [0]) != first).any()
+
+
+def test_other_images_make_all_anew(tokenizing):
+    other = make_project(tokenizing.root / "other")
+    (tokenizing.root / "other" / "images" / "train" / "a" / "000.png").unlink()
+    shutil.copy(other.data().root / "manifest.parquet", tokenizing.root / "artifacts" / "data" / "manifest.parquet")
+    assert tokenizing.run() == SHARDS
