@@ -172,7 +172,7 @@ class EntropyMaps:
         """Return all entropies of the split: (samples * views, T) float32."""
         return np.concatenate([self.shard(name) for name, _ in self.shards.shards()])
 
-    def sample(self, limit: int, *, shards: int = 64) -> EntropySample:
+    def sample(self, limit: int, *, shards: int = 16) -> EntropySample:
         """Return at most `limit` maps, evenly spaced in at most `shards` evenly spaced shards: always the same ones.
 
         Shards hold images in random order, so some of them stand for all.
