@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,9 +46,7 @@ class Node:
 def expected() -> list[Node] | None:
     """Return the nodes of the cluster that `connected` would start here, None when it would join another."""
     _quiet()
-    import ray
-
-    if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+    if os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
         return None
     import torch
 

@@ -1,5 +1,6 @@
 """The thin Ray Train (V2) adapter: runs a function on every rank, brings its log lines to the driver.
 
+One worker on this machine alone works in Ray Train's local mode (stages/ray_local.py), any other run in a cluster.
 Checkpoints belong to dpar_core.checkpoint, in Ray's folder of the run and reported to Ray as they are; so a run goes
 on by starting it again under its name, and Ray's own snapshot of them (not written atomically) is never needed.
 """
@@ -30,8 +31,9 @@ from dpar_core.parallel import Ranks
 from dpar_core.train import TrainingStopped
 from stages import cluster
 from stages.params import Training
+from stages.ray_local import Call, LocalFit
 
-EVENTS = "events.jsonl"
+EVENTS, RETURNED = "events.jsonl", "returned.pickle"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _REPORT_SECONDS = 1.0  # log lines go to the driver together, at most this often
 _LOST_WORKERS = 10  # times a run may lose a worker or a node and go on from its last checkpoint
@@ -93,26 +95,51 @@ def fit(
     work.mkdir(parents=True, exist_ok=True)
     events = work / EVENTS
     asked = {"workers": scale.workers, "cpus": scale.cpus, "gpus": scale.gpus, "section": section}
-    if (nodes := cluster.expected()) is not None:
-        cluster.require(nodes, **asked)
-    with _only_one(work / "lock"), cluster.connected() as nodes:
-        cluster.require(nodes, **asked)
+    if (own := cluster.expected()) is not None:
+        cluster.require(own, **asked)
+    with _only_one(work / "lock"):
         events.write_text("")
-        trainer = _trainer(function, root, events, scale)
-        thread = _Fit(trainer)
-        with open(events, "rb") as stream:
-            tail, silence = _Tail(stream), _Silence(scale)
-            while thread.is_alive():
-                thread.join(0.5)
-                silence.hear(tail.deliver(on_event))
-            tail.deliver(on_event)
-    returned = thread.outcome()
+        if own is not None and scale.workers == 1 and not scale.group:
+            returned = _fit_here(function, root, events, scale, on_event)
+        else:
+            with cluster.connected() as nodes:
+                cluster.require(nodes, **asked)
+                thread = _Fit(_trainer(function, root, events, scale))
+                _follow(thread, events, _Silence(scale), on_event)
+            returned = thread.outcome()
     if "error" in returned:
         failure = TrainingFailed(returned["error"])
         if "traceback" in returned:
             failure.add_note(returned["traceback"])
         raise failure
     return returned
+
+
+def _fit_here(
+    function: Callable[..., Event], root: str, events: Path, scale: Scale, on_event: Callable[[Event], None]
+) -> Event:
+    _prepare(root)
+    loop = partial(_worker, function, root, scale, events.absolute())
+    thread = LocalFit(Call(root.rsplit("/", 1)[1], loop, events.absolute().with_name(RETURNED)))
+    try:
+        _follow(thread, events, None, on_event)
+    finally:
+        thread.stop()
+    return thread.outcome()
+
+
+def _follow(
+    thread: threading.Thread, events: Path, silence: _Silence | None, on_event: Callable[[Event], None]
+) -> None:
+    """Pass events on until the thread ends."""
+    with open(events, "rb") as stream:
+        tail = _Tail(stream)
+        while thread.is_alive():
+            thread.join(0.5)
+            count = tail.deliver(on_event)
+            if silence is not None:
+                silence.hear(count)
+        tail.deliver(on_event)
 
 
 def _trainer(function: Callable[..., Event], root: str, events: Path, scale: Scale):
@@ -166,14 +193,21 @@ def _relay(events: Path):
 
     class Relay(UserCallback):
         def after_report(self, run_context, metrics, checkpoint) -> None:
-            with open(events, "a") as stream:
-                stream.writelines(json.dumps(event) + "\n" for event in metrics[0]["events"])
+            _append(events, metrics[0]["events"])
 
     return Relay()
 
 
-def _worker(function: Callable[..., Event], root: str, scale: Scale) -> Event:
-    """What runs on every rank. A reason that trying again cannot change is returned, anything else makes Ray retry."""
+def _append(path: Path, events: list[Event]) -> None:
+    with open(path, "a") as stream:
+        stream.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def _worker(function: Callable[..., Event], root: str, scale: Scale, events: Path | None = None) -> Event:
+    """What runs on every rank. A reason that trying again cannot change is returned, anything else makes Ray retry.
+
+    events: the file for reports in local mode, where Ray calls nobody back.
+    """
     from ray import train
 
     context = train.get_context()
@@ -188,7 +222,7 @@ def _worker(function: Callable[..., Event], root: str, scale: Scale) -> Event:
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
     try:
         stop = _first(_Marker(root).error(), ranks)
-        return {"error": stop} if stop else function(ranks=ranks, hooks=RayHooks(ranks, root))
+        return {"error": stop} if stop else function(ranks=ranks, hooks=RayHooks(ranks, root, events))
     except (CheckpointError, TrainingStopped) as error:  # all ranks stop with it
         return {"error": str(error)}
     except (ConnectionError, TimeoutError):
@@ -241,8 +275,8 @@ class _Marker:
 class RayHooks:
     """Hooks of dpar_core.train that report to Ray, every rank equally often."""
 
-    def __init__(self, ranks, root: str) -> None:
-        self.ranks, self.root = ranks, root
+    def __init__(self, ranks, root: str, events: Path | None = None) -> None:
+        self.ranks, self.root, self.file = ranks, root, events
         self.waiting: list[Event] = []
         self.reported = time.monotonic()
 
@@ -270,6 +304,8 @@ class RayHooks:
             checkpoint = Checkpoint(path, filesystem=files)
         events = self.waiting + ([event] if event else [])
         train.report({"events": events}, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        if self.file is not None:
+            _append(self.file, events)
         self.waiting, self.reported = [], time.monotonic()
 
 
