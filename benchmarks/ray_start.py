@@ -3,7 +3,7 @@
     python benchmarks/ray_start.py [--repeats 3]
 
 Starts that command in a project of its own with tiny shards, a tiny model and one step: Python, the command line, an empty
-MLflow store, Ray, Ray Train's worker, the step. Reads the clock when the driver opens the file of events (Ray is up), when
+MLflow store, Ray Train's worker, the step. Reads the clock when the driver opens the file of events (all else is ready), when
 Ray Train brings the news that the worker is about to take its first step and that the step is done (up to half a second
 late), and when the command has ended. Other load on the machine lengthens all of it: the load average is printed beside.
 """
@@ -51,7 +51,7 @@ def watch(folder: Path) -> dict[str, float]:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None:
             for events in folder.glob("work/entropy_model/*/events.jsonl"):
-                times.setdefault("Ray is up", time.monotonic() - started)
+                times.setdefault("Ray Train is called", time.monotonic() - started)
                 for line in events.read_text().splitlines(keepends=True):
                     if line.endswith("\n") and (name := NEWS.get(json.loads(line)["event"])):
                         times.setdefault(name, time.monotonic() - started)
