@@ -84,10 +84,10 @@ def main() -> None:
     """Do what standard input asks for, and leave when it closes: whoever asked is gone then."""
     call = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
-    logging.getLogger("ray").setLevel(logging.ERROR)
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # Ray sets it when it is imported
     trainer = DataParallelTrainer(
         call.function, scaling_config=ScalingConfig(num_workers=0), run_config=RunConfig(name=call.name)
     )
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def _leave_with_parent() -> None:
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)  # not through sys.stdin, whose lock Python asks for when it ends
     os._exit(1)
 
 

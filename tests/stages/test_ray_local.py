@@ -43,7 +43,7 @@ def reports(answer, *, ranks, hooks):
     }  # fmt: skip
 
 
-def test_reports_and_the_result_come_back_without_a_cluster(tmp_path):
+def test_reports_and_the_result_come_back_without_a_cluster(tmp_path, capfd):
     seen = []
     found = fit(partial(reports, 42), tmp_path, seen.append)
     assert [(event["event"], event["step"]) for event in seen] == [("begin", 0), ("log", 1), ("checkpoint", 2)]
@@ -51,6 +51,7 @@ def test_reports_and_the_result_come_back_without_a_cluster(tmp_path):
     assert found["answer"] == 42 and found["process"] != os.getpid()
     assert found["ranks"] == Ranks() and found["threads"] == 1 and not found["ray"]
     assert found["environment"] == allocator.ENVIRONMENT
+    assert capfd.readouterr() == ("", "")
 
 
 def fails(*, ranks, hooks):
