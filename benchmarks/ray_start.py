@@ -3,9 +3,10 @@
     python benchmarks/ray_start.py [--repeats 3]
 
 Starts that command in a project of its own with tiny shards, a tiny model and one step: Python, the command line, an empty
-MLflow store, Ray Train's worker, the step. Reads the clock when the driver opens the file of events (all else is ready), when
-Ray Train brings the news that the worker is about to take its first step and that the step is done (up to half a second
-late), and when the command has ended. Other load on the machine lengthens all of it: the load average is printed beside.
+MLflow store, Ray Train's worker, the step. Reads the clock when the driver opens the file of events (all else is there),
+when Ray Train brings the news that the worker is about to take its first step and that the step is done (up to half a
+second late), and when the command has ended. Other load on the machine lengthens all of it: the load average is printed
+beside.
 """
 
 from __future__ import annotations
