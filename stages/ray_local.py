@@ -7,6 +7,7 @@ none of them.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from dpar_core import allocator
+from dpar_core.files import write_json
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the process is asked for. function: importable by name; it gets no arguments. returned: file for its result."""
+    """What the process is asked for. function: importable by name, without arguments. returned: JSON file for its result."""
 
     name: str
     function: Callable[[], Any]
@@ -65,7 +67,7 @@ class LocalFit(threading.Thread):
     def outcome(self) -> Any:
         """Return what the function returned. Raises RuntimeError when the process died before that."""
         if self._call.returned.exists():
-            return pickle.loads(self._call.returned.read_bytes())
+            return json.loads(self._call.returned.read_text())
         status = self._process.returncode
         if status == -signal.SIGKILL:
             raise RuntimeError(
@@ -92,9 +94,7 @@ def main() -> None:
         call.function, scaling_config=ScalingConfig(num_workers=0), run_config=RunConfig(name=call.name)
     )
     value = trainer.fit().return_value
-    temporary = call.returned.with_name(call.returned.name + ".tmp")
-    temporary.write_bytes(pickle.dumps(value))
-    temporary.replace(call.returned)
+    write_json(call.returned, value)
 
 
 def _leave_with_parent() -> None:

@@ -33,7 +33,7 @@ from stages import cluster
 from stages.params import Training
 from stages.ray_local import Call, LocalFit
 
-EVENTS, RETURNED = "events.jsonl", "returned.pickle"
+EVENTS, RETURNED = "events.jsonl", "returned.json"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _REPORT_SECONDS = 1.0  # log lines go to the driver together, at most this often
 _LOST_WORKERS = 10  # times a run may lose a worker or a node and go on from its last checkpoint
@@ -85,7 +85,7 @@ def fit(
     section: str,
     on_event: Callable[[Event], None],
 ) -> Event:
-    """Run `function(ranks=, hooks=)` on every rank and return what rank 0 returned.
+    """Run `function(ranks=, hooks=)` on every rank and return what rank 0 returned, which has to be plain data.
 
     function: importable by name on the workers (a module-level function or a partial of one), reports by `hooks`.
     root: folder or address of the run, on storage that all nodes see. work: local folder of this stage. on_event: called

@@ -133,6 +133,14 @@ def make_project(root: Path, **changes: dict) -> Project:
     return Project(root, tiny_params(put_images(root / "images"), **changes)).data()
 
 
+def copy_of(project: Project, root: Path, **changes: dict) -> Project:
+    """A project with the same images, manifest and models, and nothing made yet."""
+    root.mkdir()
+    for name in ("manifest.parquet", "tokenizer.safetensors", "entropy_model.safetensors"):
+        shutil.copy(project.root / name, root / name)
+    return Project(root, tiny_params(project.root / "images", **changes))
+
+
 def as_artifacts(project: Project, root: Path) -> Path:
     """Lay a project out as the workflow does."""
     for source, target in (

@@ -1,0 +1,176 @@
+"""Tokenizing: every view of every good image, sizes of shards, bad images, precision."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import CODES, SIZE, VQ_CONFIG, Project, copy_of, make_project, photo
+
+import dpar_core.images
+from dpar_core.files import load_weights
+from dpar_core.images import views
+from dpar_core.manifest import read_manifest
+from dpar_core.shards import TokenShards
+from dpar_core.tokenizer import VQ, to_float
+from stages import tokenize_images
+from stages.data import ImageOpener
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    torch.set_num_threads(1)
+    return make_project(tmp_path_factory.mktemp("project")).tokenize().entropies().patch_maps()
+
+
+def test_every_image_has_the_tokens_of_all_its_views(project):
+    manifest = read_manifest(project.root / "manifest.parquet")
+    weights = load_weights(project.root / "tokenizer.safetensors", kind="vq")
+    model = VQ(VQ_CONFIG).eval()
+    model.load_state_dict(weights.state)
+    opener = ImageOpener(manifest)
+    seen = set()
+    for split in ("train", "validation"):
+        shards = TokenShards(project.root / "tokens", split)
+        assert (shards.meta.tokenizer, shards.meta.manifest) == (weights.digest, manifest.digest)
+        assert sorted(shards.keys().to_pylist()) == sorted(row.key for row in manifest.split(split))
+        for index in range(len(shards)):
+            row = manifest.find(shards.key(index))
+            images = torch.from_numpy(views(opener(row), SIZE, "adm_center_flip").copy())
+            with torch.inference_mode():
+                expected = model.encode(to_float(images)).flatten(1).numpy()
+            assert np.array_equal(shards.all_views(index), expected)
+            assert shards.labels[index] == row.label
+            seen |= set(expected.ravel().tolist())
+    assert len(seen) > CODES // 2  # the random tokenizer tells images apart
+
+
+def test_shards_are_of_the_stated_size_and_mix_the_classes(project):
+    shards = TokenShards(project.root / "tokens", "train")
+    parts = shards.shards()
+    assert [part.stop - part.start for _, part in parts] == [5, 5, 4]
+    assert shards.keys().to_pylist() != sorted(shards.keys().to_pylist())
+
+
+def test_tokens_metrics_state_sizes_against_the_least(project):
+    metrics = json.loads((project.root / "tokens.json").read_text())
+    assert metrics["tokens/images"] == 19 and metrics["tokens/bad_images"] == 0 and metrics["tokens/shards"] == 4
+    assert metrics["tokens/uint16_bytes_per_image"] == 2 * 16 * 2
+    assert metrics["tokens/least_bytes_per_image"] == math.ceil(2 * 16 * math.log2(CODES) / 8)
+    assert metrics["tokens/bytes_per_image"] > 64
+
+
+def test_bad_images_are_counted_and_listed_and_the_others_are_all_there(tmp_path):
+    project = make_project(tmp_path / "p")
+    images = tmp_path / "p" / "images" / "train"
+    (images / "a" / "000.png").write_bytes(b"")
+    (images / "b" / "001.png").write_bytes(b"<html>gone</html>")
+    project.tokenize()
+    listed = json.loads((tmp_path / "p" / "tokens" / "bad_images.json").read_text())
+    assert sorted((bad["source"], bad["reason"].split(" (")[0]) for bad in listed) == [
+        ("train:a/000.png", "the file is empty"), ("train:b/001.png", "not an image"),
+    ]  # fmt: skip
+    assert len(TokenShards(tmp_path / "p" / "tokens", "train")) == 12
+    assert json.loads((tmp_path / "p" / "tokens.json").read_text())["tokens/bad_images"] == 2
+
+
+def test_too_many_bad_images_fail_and_mended_ones_are_read_again(tmp_path):
+    project = make_project(tmp_path / "p", data={"max_bad_share": 0.1})
+    images = tmp_path / "p" / "images" / "train"
+    good = {path: path.read_bytes() for path in (images / "a").iterdir()}
+    for path in good:
+        path.write_bytes(good[path][:50])
+    with pytest.raises(ValueError, match=r"of 19 images cannot be read, more than data.max_bad_share 0.1 allows"):
+        project.tokenize()
+    for path, content in good.items():
+        path.write_bytes(content)
+    project.tokenize()
+    assert json.loads((tmp_path / "p" / "tokens.json").read_text())["tokens/bad_images"] == 0
+    clean = make_project(tmp_path / "q").tokenize()
+    assert project.bytes("tokens").keys() == clean.bytes("tokens").keys()
+
+
+def test_bad_neighbours_do_not_change_the_tokens_of_an_image(project, tmp_path):
+    other = make_project(tmp_path / "p")
+    (tmp_path / "p" / "images" / "train" / "a" / "004.png").write_bytes(b"")
+    other.tokenize()
+    mine, sound = (TokenShards(root / "tokens", "train") for root in (other.root, project.root))
+    assert len(mine) == len(sound) - 1
+    for index in range(len(mine)):
+        assert np.array_equal(mine.all_views(index), sound.all_views(sound.find(mine.key(index))))
+
+
+def test_bf16_states_the_share_of_tokens_it_moves_or_is_refused(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_images, "MOST_MOVED", 1.0)
+    other = copy_of(project, tmp_path / "other", tokenize_images={"precision": "bf16"}).tokenize()
+    stated = json.loads((other.root / "tokens.json").read_text())["tokens/bf16_moved_share"]
+    moved = []  # a batch holds 3 images of 2 views: those at the head of each shard are measured
+    for split in ("train", "validation"):
+        both = [TokenShards(root / "tokens", split) for root in (project.root, other.root)]
+        for _, part in both[0].shards():
+            moved += [both[0].all_views(i) != both[1].all_views(i) for i in range(part.start, part.start + 3)]
+    assert len(moved) == 12 and stated == np.mean(moved) > 0
+    monkeypatch.setattr(tokenize_images, "MOST_MOVED", 0.0)
+    with pytest.raises(ValueError, match=r"of the tokens of 24 views from 4 shards, more than 0%: set it to fp32"):
+        other.tokenize()
+
+
+def test_bf16_is_measured_on_evenly_spaced_shards_and_looks_past_bad_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_images, "_MEASURED_SHARDS", 2)
+    project = make_project(tmp_path / "p", tokenize_images={"batch_size": 4, "precision": "bf16"})
+    manifest = read_manifest(project.root / "manifest.parquet")
+    plan = tokenize_images.plan_shards(manifest, 5)
+    assert [len(shard.indices) for shard in plan] == [5, 5, 4, 5]
+    for row in list(manifest.rows.take(plan[2].indices))[:2]:
+        (project.root / "images" / row.source.replace(":", "/")).write_bytes(b"")
+    batches = []
+    real = tokenize_images.ShardTokenizer.encode
+    spy = lambda self, images, **given: (batches.append(images), real(self, images, **given))[1]  # noqa: E731
+    monkeypatch.setattr(tokenize_images.ShardTokenizer, "encode", spy)
+    monkeypatch.setattr(tokenize_images, "MOST_MOVED", -1.0)
+    with pytest.raises(ValueError, match=r"of the tokens of 8 views from 2 shards"):
+        project.tokenize()
+    opener = ImageOpener(manifest)
+    for found, number, first in ((batches[0], 0, 0), (batches[2], 2, 2)):
+        rows = list(manifest.rows.take(plan[number].indices))[first : first + 2]
+        assert np.array_equal(found, np.concatenate([views(opener(row), SIZE, "adm_center_flip") for row in rows]))
+    assert len(batches) == 4 and all(np.array_equal(batches[i], batches[i + 1]) for i in (0, 2))
+
+
+def test_float32_is_whole_while_encoding_and_as_before_afterwards(project, monkeypatch):
+    seen = []
+    real = VQ.latents
+    state = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())  # noqa: E731
+    monkeypatch.setattr(VQ, "latents", lambda self, pixels: (seen.append(state()), real(self, pixels))[1])
+    inputs = tokenize_images.Inputs(project.root / "manifest.parquet", project.root / "tokenizer.safetensors")
+    params = tokenize_images.Params(project.params.data, project.params.tokenize_images)
+    make = tokenize_images.ShardTokenizer(inputs, params, project.work, "cpu", project.root, 2)
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        make.encode(np.zeros((6, SIZE, SIZE, 3), np.uint8))
+        assert seen == [(False, "highest")] and state() == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_images_too_narrow_for_views_count_as_handled_until_they_are_mended(tmp_path, monkeypatch):
+    monkeypatch.setattr(dpar_core.images, "MOST_PIXELS", 1000)
+    project = make_project(tmp_path / "p")
+    narrow = project.root / "images" / "train" / "a" / "000.png"
+    sound = narrow.read_bytes()
+    Image.fromarray(photo(0, 40, 1)).save(narrow)
+    project.tokenize()
+    (bad,) = json.loads((project.root / "tokens" / "bad_images.json").read_text())
+    assert bad["source"] == "train:a/000.png" and "1 x 40 pixels are too narrow for a square of 8" in bad["reason"]
+    made = []
+    real = tokenize_images.ShardTokenizer.__call__
+    spy = lambda self, shard: (made.append(shard.name), real(self, shard))  # noqa: E731
+    monkeypatch.setattr(tokenize_images.ShardTokenizer, "__call__", spy)
+    project.tokenize()
+    assert made == []
+    narrow.write_bytes(sound)
+    project.tokenize()
+    assert len(made) == 1 and json.loads((project.root / "tokens" / "bad_images.json").read_text()) == []
