@@ -17,7 +17,7 @@ from typing import Any
 from dpar_core.files import digest_of
 from pipeline.tracking import open_tracker
 from stages.files import artifact_digest
-from stages.params import Compute, Params, load_params, select
+from stages.params import Compute, Params, load_params, section_of, select
 
 A = "artifacts"
 
@@ -212,7 +212,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
 
 def plain(params: Any) -> dict[str, Any]:
     """Return a stage's Params as plain data."""
-    values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    values = {section_of(field): getattr(params, field.name) for field in dataclasses.fields(params)}
     return {name: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for name, v in values.items()}
 
 
@@ -264,7 +264,7 @@ def _alone(folder: Path, name: str) -> Iterator[None]:
 
 def params_of(stage: LoadedStage) -> list[str]:
     """Return the sections of params.yaml that a stage depends on, as dvc.yaml lists them."""
-    return [field.name for field in dataclasses.fields(stage.params)]
+    return [section_of(field) for field in dataclasses.fields(stage.params)]
 
 
 def whole_params(params: Params) -> dict[str, Any]:

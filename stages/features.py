@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from stages.tracker import Tracker
 class Params:
     seed: int
     data: P.Data
-    score: P.Score
+    demo_classifier: P.DemoClassifier = field(metadata={"section": "score.demo_classifier"})
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     """Train the classifier (seconds, so an interrupted run starts it anew) and measure its accuracy."""
     manifest = read_manifest(inputs.manifest)
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
-    settings, size = params.score.demo_classifier, params.data.image_size
+    settings, size = params.demo_classifier, params.data.image_size
     opener = ImageOpener(manifest)
     torch.manual_seed(params.seed)
     model = DemoClassifier(len(manifest.classes)).to(device).train()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -238,8 +239,18 @@ StageParams = TypeVar("StageParams")
 
 
 def select(params: Params, stage_params: type[StageParams]) -> StageParams:
-    """Hand a stage the sections it declares: `stage_params` is a dataclass whose fields are named after them."""
-    return stage_params(**{field.name: getattr(params, field.name) for field in dataclass_fields(stage_params)})
+    """Hand a stage the sections it declares: `stage_params` is a dataclass whose fields are named after them.
+
+    A field with metadata {"section": "score.demo_classifier"} is a part of a section, so that the rest of it does not make
+    the stage run again.
+    """
+    chosen = {field.name: operator.attrgetter(section_of(field))(params) for field in dataclasses.fields(stage_params)}
+    return stage_params(**chosen)
+
+
+def section_of(field: dataclasses.Field) -> str:
+    """Return the dotted name, in params.yaml, of what a field of a stage's Params holds."""
+    return field.metadata.get("section", field.name)
 
 
 def load_params(path: Path) -> Params:
