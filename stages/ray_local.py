@@ -1,8 +1,7 @@
 """Ray Train's local mode in a process of its own: one worker on this machine, and no cluster beside it.
 
 A cluster's processes wake up some thousand times a second even when they have nothing to do; where training has all cores
-of a small machine that costs 6 % of a step (docs/log.md), and starting them half a minute of two cores. One worker needs
-none of them.
+of a small machine that costs 6 % of a step (docs/log.md), and starting them takes seconds. One worker needs none of them.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class LocalFit(threading.Thread):
         self._call = call
         call.returned.unlink(missing_ok=True)
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the other by closing its input.
+        # A session of its own: Ctrl-C reaches this process alone, which then ends the other.
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
