@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpar_core.gpt import GPT, entropies_of
-from dpar_core.patch_maps import read_rule
-from dpar_core.patching import patch_starts_numpy, starts_from_lengths, threshold_for_mean_length
-from dpar_core.shards import TokenShards
-from pipeline.sweep import subject_of
+from dpar_core.data.shards import TokenShards
+from dpar_core.models.gpt import GPT, entropies_of
+from dpar_core.patches.maps import read_rule
+from dpar_core.patches.rule import patch_starts_numpy, starts_from_lengths, threshold_for_mean_length
+from pipeline.commands.sweep import subject_of
 from stages import entropy_model
 from stages import params as P
 from stages.entropies import load_entropy_model
-from stages.sampler import Sampler
-from stages.sweep import Point, Subject, Trial, run_trial
+from stages.shared.sampler import Sampler
+from stages.tools.sweep import Point, Subject, Trial, run_trial
 from stages.tracker import PrintTracker
 
 STEPS = {"B": 150, "S": 250, "XS": 250}

@@ -9,7 +9,7 @@ time of one image goes. schedules: when the patch transformer steps. On a GPU: `
 
 Random weights (models of one shape cost the same whatever they know), 256 tokens of 16,384 codes, guidance 2. Boundaries
 follow a table of random entropies cut at a mean length of 1.81, so that all gates see the same mix of lengths; the gate
-itself is computed and paid for. DPAR and twin take turns, medians are shown. FLOPs are counted as in dpar_core/flops.py,
+itself is computed and paid for. DPAR and twin take turns, medians are shown. FLOPs are counted as in models/flops.py,
 with everything class-independent counted once and the rest twice. On a busy machine: `--threads 1 --clock cpu` counts the
 process's own CPU seconds instead of the wall's.
 """
@@ -31,15 +31,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import dpar_core.lanes as lanes_module
-from dpar_core import guidance, kv_cache, stepping
-from dpar_core.batch import PatchLayout
-from dpar_core.dpar import DPAR, DPARConfig
-from dpar_core.flops import block_flops, dpar_forward_flops, gpt_forward_flops
-from dpar_core.generate import DPARGenerator, Generated, GPTGenerator
-from dpar_core.gpt import GPT, GPTConfig, next_token_entropies
-from dpar_core.guidance import SampleSettings, draw, guide, uniforms
-from dpar_core.patching import (
+import dpar_core.generation.lanes as lanes_module
+from dpar_core.generation import guidance, kv_cache, stepping
+from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
+from dpar_core.generation.guidance import SampleSettings, draw, guide, uniforms
+from dpar_core.models.dpar import DPAR, DPARConfig
+from dpar_core.models.flops import block_flops, dpar_forward_flops, gpt_forward_flops
+from dpar_core.models.gpt import GPT, GPTConfig, next_token_entropies
+from dpar_core.patches.layout import PatchLayout
+from dpar_core.patches.rule import (
     BoundaryState,
     PatchRule,
     lengths_from_starts,

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.stage_runner import STAGES
+from pipeline.runner import STAGES
 
 COPIED = ("artifacts", "params", "params.yaml", "dvc.yaml")
 

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dpar_core.dpar import DPARConfig
-from dpar_core.flops import PUBLISHED_PEAKS, dpar_forward_flops, training_flops
-from dpar_core.patch_maps import starts_name, write_lengths, write_rule, write_summary
-from dpar_core.patching import PatchRule
-from dpar_core.shards import Sample, TokenMeta, TokenShards, write_index, write_shard
+from dpar_core.data.shards import Sample, TokenMeta, TokenShards, write_index, write_shard
+from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.flops import PUBLISHED_PEAKS, dpar_forward_flops, training_flops
+from dpar_core.patches.maps import starts_name, write_lengths, write_rule, write_summary
+from dpar_core.patches.rule import PatchRule
 
 CODES, GRID, CLASSES, SHARD = 16384, 16, 1000, 5000
 TOKENS = GRID * GRID
@@ -34,8 +34,8 @@ UTILISATION, MEAN_LENGTH = 0.4, 1.81  # share of the peak that good training cod
 READER = """
 import json, os, sys, time
 import numpy as np, psutil
-from dpar_core.patch_maps import PatchMaps
-from dpar_core.shards import TokenShards
+from dpar_core.patches.maps import PatchMaps
+from dpar_core.data.shards import TokenShards
 folder, maps, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 before = psutil.Process().memory_info().rss
 started = time.perf_counter()
@@ -111,7 +111,7 @@ def cat(files: list[Path]) -> float:
 
 
 def training_flops_of_image() -> float:
-    """Return the FLOPs that training DPAR-B takes for an image, by dpar_core/flops.py."""
+    """Return the FLOPs that training DPAR-B takes for an image, by dpar_core/models/flops.py."""
     return training_flops(dpar_forward_flops(DPARConfig(CODES, GRID, 768, 12, 1, 8, 3, CLASSES), TOKENS / MEAN_LENGTH))
 
 

@@ -18,7 +18,7 @@ import time
 import numpy as np
 import torch
 
-from dpar_core.patching import PatchRule, flat_lengths, patch_starts_numpy, threshold_for_mean_length
+from dpar_core.patches.rule import PatchRule, flat_lengths, patch_starts_numpy, threshold_for_mean_length
 
 MEAN, MAX = 1.81, 4
 SLICE, WALKED = 50_000, 2_000  # maps in memory at once, as many as some shards hold; maps walked in plain Python a repeat

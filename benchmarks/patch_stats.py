@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from loader import SHARD, TOKENS, make
 
-from dpar_core.patch_maps import parquet_name, write_entropies, write_summary
-from dpar_core.shards import TokenShards
-from stages.patch_stats import patch_stats
+from dpar_core.data.shards import TokenShards
+from dpar_core.patches.maps import parquet_name, write_entropies, write_summary
+from stages.tools.patch_stats import patch_stats
 
 SHARDS = 16
 THRESHOLDS, MAX_LENGTHS = (7.6, 7.7, 7.8, 7.9, 8.0, 8.1), (1, 2, 4, 8)

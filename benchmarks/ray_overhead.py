@@ -33,13 +33,14 @@ import psutil
 import ray
 import torch
 
-from dpar_core import allocator
-from dpar_core.gpt import GPTConfig
-from dpar_core.parallel import Ranks
-from dpar_core.shards import TokenShards
-from stages import cluster, ray_train
+from dpar_core.data.shards import TokenShards
+from dpar_core.models.gpt import GPTConfig
+from dpar_core.training import allocator
+from dpar_core.training.parallel import Ranks
 from stages.params import load_params
-from stages.training import Job, train_job
+from stages.shared.jobs import Job, train_job
+from stages.workers import cluster
+from stages.workers import fit as ray_train
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -153,7 +154,7 @@ class Meter:
                 continue
             if process.pid == self.without:
                 continue
-            if "RayTrainWorker" in name or "stages.ray_local" in name:
+            if "RayTrainWorker" in name or "stages.workers.local" in name:
                 worker += times.user + times.system
             else:
                 ray_seconds += times.user + times.system

@@ -30,7 +30,8 @@ NEWS = {"begin": "worker is ready", "log": "first step is done"}
 def make_project(folder: Path) -> None:
     """Write what the stage reads: params.yaml, a dvc.yaml to stand in for the workflow, token shards."""
     from ruamel.yaml import YAML
-    from tiny_shards import tiny_params, write_tokens
+
+    from tests.helpers.tiny_shards import tiny_params, write_tokens
 
     params = tiny_params(steps=1, validate_every=1, log_every=1, checkpoint_every=1, equal_time_step=None)
     raw = params.model_dump(mode="json")
@@ -68,7 +69,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
-    sys.path.insert(0, str(ROOT / "tests" / "stages"))
     import ray
 
     runs = []

@@ -20,7 +20,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from dpar_core.metrics import FeatureMoments, frechet_distance, inception_score, kernel_distance, precision_recall
+from dpar_core.evaluation.metrics import FeatureMoments, frechet_distance, inception_score, kernel_distance, precision_recall
 
 CLASSES = 1008
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from dpar_core.patch_maps import read_rule
+from dpar_core.patches.maps import read_rule
 
 
 def command(name: str, images: int) -> list[str]:

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dpar_core.data.images import VIEW_COUNTS, views
+from dpar_core.data.manifest import read_manifest
 from dpar_core.files import save_weights
-from dpar_core.images import VIEW_COUNTS, views
-from dpar_core.manifest import read_manifest
-from dpar_core.tokenizer import VQ, VQConfig, to_float
+from dpar_core.models.vq import VQ, VQConfig, to_float
 from stages import data, tokenize_images
 from stages import params as P
 from stages.tracker import NullTracker

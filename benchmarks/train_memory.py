@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpar_core.dpar import DPARConfig
+from dpar_core.data.shards import Sample, TokenMeta, TokenShards, write_index, write_shard
 from dpar_core.files import atomic_folder
-from dpar_core.parallel import Ranks
-from dpar_core.patch_maps import RULE, pack_starts, write_rule, write_summary
-from dpar_core.patching import PatchRule, patch_starts_numpy
-from dpar_core.shards import Sample, TokenMeta, TokenShards, write_index, write_shard
+from dpar_core.models.dpar import DPARConfig
+from dpar_core.patches.maps import RULE, pack_starts, write_rule, write_summary
+from dpar_core.patches.rule import PatchRule, patch_starts_numpy
+from dpar_core.training.parallel import Ranks
 from pipeline.cost import _activation_bytes
 from stages.params import load_params
-from stages.training import Job, train_job
+from stages.shared.jobs import Job, train_job
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID, CODES = 16, 1024

@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpar_core import flops
-from dpar_core.allocator import keep_freed_blocks
-from dpar_core.batch import PatchLayout
-from dpar_core.dpar import DPAR, DPARConfig, spare_rows
-from dpar_core.gpt import GPT, GPTConfig, next_token_loss
-from dpar_core.layers import PackedCausal, has_ragged_attention
-from dpar_core.meters import peak_flops
-from dpar_core.optim import OptimSettings, adamw, clip_gradients
-from dpar_core.parallel import compile_blocks
-from dpar_core.patching import PatchRule, lengths_from_starts, patch_starts_numpy, threshold_for_mean_length
+from dpar_core.models import flops
+from dpar_core.models.dpar import DPAR, DPARConfig, spare_rows
+from dpar_core.models.gpt import GPT, GPTConfig, next_token_loss
+from dpar_core.models.layers import PackedCausal, has_ragged_attention
+from dpar_core.patches.layout import PatchLayout
+from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts_numpy, threshold_for_mean_length
+from dpar_core.training.allocator import keep_freed_blocks
+from dpar_core.training.meters import peak_flops
+from dpar_core.training.optim import OptimSettings, adamw, clip_gradients
+from dpar_core.training.parallel import compile_blocks
 
 CODES, ROW, CLASSES, MEAN, MAX = 16384, 16, 1000, 1.81, 4
 TOKENS = ROW * ROW

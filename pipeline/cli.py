@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
+from pipeline.commands.data import data_app, patches_app
+from pipeline.commands.probe import probe
+from pipeline.commands.score import calibrate, compare, fetch, score
+from pipeline.commands.sweep import sweep_app
 from pipeline.cost import cost
-from pipeline.data_commands import data_app, patches_app
-from pipeline.probe import probe
-from pipeline.score_commands import calibrate, compare, fetch, score
-from pipeline.sweep import sweep_app
 
 app = typer.Typer(
     name="dpar-cli",
@@ -46,7 +46,7 @@ def stage(name: Annotated[str, typer.Argument(help="Stage of dvc.yaml, as data, 
     Reads params.yaml and the artifacts of earlier stages; writes the stage's outputs under artifacts/ (dvc.yaml lists
     them). Long work goes on where an interrupted run stopped. To go on: `dvc repro`, which runs what is out of date.
     """
-    from pipeline.stage_runner import run_stage
+    from pipeline.runner import run_stage
 
     run_stage(name, root=_root(), params_file=PARAMS)
 
@@ -104,7 +104,7 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from dpar_core.verify import verify_folder
+    from dpar_core.evaluation.golden import verify_folder
 
     table = Table("case", "largest difference", "tolerance", "verdict")
     cases = verify_folder(folder)
@@ -147,7 +147,7 @@ def sample(
     The upper half of a picture continued, in a model of 8 rows of tokens:
     `dpar-cli sample --classes astronaut --given photo.png --keep-rows 4`
     """
-    from pipeline.sample_commands import draw_samples
+    from pipeline.commands.sample import draw_samples
 
     print(draw_samples(
         classes, seed, out, model=model, count=count, cfg_scale=cfg_scale, borders=borders, given=given,
@@ -158,7 +158,7 @@ def sample(
 @params_app.command("show")
 def params_show(name: Annotated[str | None, typer.Argument(help="A preset; params.yaml when left out.")] = None) -> None:
     """Print a preset, or params.yaml, with every value and its unit."""
-    from pipeline.presets import preset_file
+    from pipeline.presets.use import preset_file
 
     print((preset_file(_root(), name) if name else PARAMS).read_text(), end="")
 
@@ -172,7 +172,7 @@ def params_use(
 
     A params.yaml that you have changed is kept as params.yaml.bak. To go on: `dpar-cli run`.
     """
-    from pipeline.presets import use_preset
+    from pipeline.presets.use import use_preset
 
     print(use_preset(_root(), name, force=force))
 
@@ -189,7 +189,7 @@ def params_check(params: ParamsFile = PARAMS) -> None:
 @params_app.command("list")
 def params_list() -> None:
     """List the presets."""
-    from pipeline.presets import preset_names
+    from pipeline.presets.use import preset_names
 
     print("\n".join(preset_names(_root())))
 

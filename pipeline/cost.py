@@ -30,7 +30,7 @@ class Prices:
 
     def hours(self, operations: float) -> float:
         """Return GPU-hours for a number of FLOPs. Raises ValueError for a GPU without a published peak."""
-        from dpar_core.flops import PUBLISHED_PEAKS, published_peak
+        from dpar_core.models.flops import PUBLISHED_PEAKS, published_peak
 
         peak = published_peak(self.gpu)
         if peak is None:
@@ -66,7 +66,7 @@ def costs(
     params: the whole of a params file. patches, images, classes: M, training images and classes where the defaults
     (published or measured M; ImageNet's, or the built-in photographs') do not fit.
     """
-    from dpar_core.flops import dpar_forward_flops, gpt_forward_flops, training_flops
+    from dpar_core.models.flops import dpar_forward_flops, gpt_forward_flops, training_flops
     from stages.entropy_model import entropy_config
     from stages.train import dpar_config, llamagen_config
 
@@ -210,7 +210,7 @@ def _params_file(preset: str | None) -> Path:
         return Path("params.yaml")
     if Path(preset).suffix == ".yaml":
         return Path(preset)
-    from pipeline.presets import preset_file
+    from pipeline.presets.use import preset_file
 
     return preset_file(Path.cwd(), preset)
 

@@ -98,7 +98,7 @@ def pass_identity() -> tuple[str, str]:
 @contextmanager
 def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterator[MlflowTracker]:
     """Open the run of a stage under the parent of its pass; it ends FINISHED, FAILED, or KILLED on Ctrl-C."""
-    from pipeline.stage_runner import plain, whole_params
+    from pipeline.runner import plain, whole_params
 
     client, experiment = connect(root)
     identity, name = pass_identity()

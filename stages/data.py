@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dpar_core import sources
+from dpar_core.data import sources
+from dpar_core.data.images import decode_image
+from dpar_core.data.manifest import SPLITS, Manifest, Row, write_manifest
+from dpar_core.data.synsets import IMAGENET_SYNSETS, check_imagenet_classes
+from dpar_core.data.tars import members
 from dpar_core.files import digest_of, write_json
-from dpar_core.images import decode_image
-from dpar_core.manifest import SPLITS, Manifest, Row, write_manifest
-from dpar_core.synsets import IMAGENET_SYNSETS, check_imagenet_classes
-from dpar_core.tars import members
 from stages import params as P
 from stages.tracker import Tracker
 

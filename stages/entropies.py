@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpar_core.data.manifest import SPLITS
+from dpar_core.data.shards import TokenShards
 from dpar_core.files import atomic_folder, load_weights, sha256_file, write_json
-from dpar_core.gpt import GPT, GPTConfig, entropies_of
-from dpar_core.manifest import SPLITS
-from dpar_core.patch_maps import parquet_name, write_entropies, write_summary
-from dpar_core.shards import TokenShards
+from dpar_core.models.gpt import GPT, GPTConfig, entropies_of
+from dpar_core.patches.maps import parquet_name, write_entropies, write_summary
 from stages import params as P
-from stages.shard_work import is_whole, make_shards, place, remove_leftovers
 from stages.tracker import Tracker
+from stages.workers.tasks import is_whole, make_shards, place, remove_leftovers
 
 
 @dataclass(frozen=True)

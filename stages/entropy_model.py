@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpar_core.gpt import GPTConfig
-from dpar_core.shards import TokenShards
+from dpar_core.data.shards import TokenShards
+from dpar_core.models.gpt import GPTConfig
 from stages import params as P
+from stages.shared.jobs import Job, publish, recipe, run_job
 from stages.tracker import Tracker
-from stages.training import Job, publish, recipe, run_job
 
 
 @dataclass(frozen=True)

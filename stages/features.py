@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dpar_core.data_order import DataOrder
-from dpar_core.features import DemoClassifier
+from dpar_core.data.manifest import read_manifest
+from dpar_core.evaluation.features import DemoClassifier
 from dpar_core.files import save_weights, write_json
-from dpar_core.manifest import read_manifest
+from dpar_core.training.order import DataOrder
 from stages import params as P
 from stages.data import ImageOpener
 from stages.tokenizer import Images

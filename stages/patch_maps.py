@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dpar_core.data.manifest import SPLITS
+from dpar_core.data.shards import TokenShards
 from dpar_core.files import atomic_folder, atomic_path, atomic_write, sha256_file, write_json
-from dpar_core.manifest import SPLITS
-from dpar_core.patch_maps import (
+from dpar_core.patches.maps import (
     RULE,
     EntropyMaps,
     join_starts,
@@ -26,12 +27,11 @@ from dpar_core.patch_maps import (
     write_rule,
     write_summary,
 )
-from dpar_core.patching import PatchRule, flat_lengths, patch_starts_numpy, threshold_for_mean_length
-from dpar_core.shards import TokenShards
+from dpar_core.patches.rule import PatchRule, flat_lengths, patch_starts_numpy, threshold_for_mean_length
 from stages import params as P
-from stages.cluster import local_cpus
-from stages.shard_work import is_whole, place, remove_leftovers
 from stages.tracker import Tracker
+from stages.workers.cluster import local_cpus
+from stages.workers.tasks import is_whole, place, remove_leftovers
 
 MEASURED_MAPS = 50_000  # a threshold is measured on so many maps: the mean length of all is then known to about 0.05 %
 

@@ -18,15 +18,15 @@ import psutil
 import torch
 from PIL import Image
 
+from dpar_core.evaluation.sample_files import write_arrays, write_samples
 from dpar_core.files import atomic_folder, atomic_path, digest_of, write_json
-from dpar_core.patching import lengths_from_starts, starts_from_lengths
+from dpar_core.patches.rule import lengths_from_starts, starts_from_lengths
 from dpar_core.pictures import labelled_grid, save_png
-from dpar_core.sample_files import write_arrays, write_samples
-from stages import cluster
 from stages import params as P
 from stages.files import artifact_digest
-from stages.sampler import Files, Sampler
+from stages.shared.sampler import Files, Sampler
 from stages.tracker import Progress, Tracker
+from stages.workers import cluster
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8
 CACHE_SHARE = 0.7  # of the free memory that caches may take

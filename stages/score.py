@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dpar_core.features import FeatureNetwork, feature_network
-from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
-from dpar_core.images import BadImage, center_crop
-from dpar_core.manifest import Manifest, read_manifest
-from dpar_core.metrics import (
+from dpar_core.data.images import BadImage, center_crop
+from dpar_core.data.manifest import Manifest, read_manifest
+from dpar_core.evaluation.features import FeatureNetwork, feature_network
+from dpar_core.evaluation.metrics import (
     FeatureMoments,
     ScoreError,
     bootstrap,
@@ -28,10 +27,11 @@ from dpar_core.metrics import (
     kernel_distance,
     precision_recall,
 )
+from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
 from stages import params as P
 from stages.data import ImageOpener
 from stages.files import artifact_digest
-from stages.measure import Measured, measure
+from stages.shared.scoring import Measured, measure
 from stages.tracker import Tracker
 
 # What scores are called: names of the field only where the field's own network was used.

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpar_core.data.images import VIEW_COUNTS, BadImage, views
+from dpar_core.data.manifest import SPLITS, Manifest, Row, Rows, read_manifest
+from dpar_core.data.shards import Sample, ShardContents, TokenMeta, write_index, write_shard
+from dpar_core.data.sources import block_of
 from dpar_core.files import atomic_folder, load_weights, write_json
-from dpar_core.images import VIEW_COUNTS, BadImage, views
-from dpar_core.manifest import SPLITS, Manifest, Row, Rows, read_manifest
-from dpar_core.shards import Sample, ShardContents, TokenMeta, write_index, write_shard
-from dpar_core.sources import block_of
-from dpar_core.tokenizer import VQ, VQConfig, to_float
+from dpar_core.models.vq import VQ, VQConfig, to_float
 from stages import params as P
 from stages.data import ImageOpener
-from stages.shard_work import is_whole, make_shards, place, remove_leftovers
 from stages.tracker import Tracker
+from stages.workers.tasks import is_whole, make_shards, place, remove_leftovers
 
 BAD_IMAGES = "bad_images.json"
 MOST_MOVED = 0.05  # share of tokens that bf16 may change

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpar_core.allocator import keep_freed_blocks
-from dpar_core.checkpoint import Architecture, CheckpointStore
-from dpar_core.data_order import DataOrder, fixed_subset
+from dpar_core.data.images import BadImage, center_crop
+from dpar_core.data.manifest import Row, read_manifest
 from dpar_core.files import atomic_path, save_weights, write_json
-from dpar_core.images import BadImage, center_crop
-from dpar_core.manifest import Row, read_manifest
-from dpar_core.optim import OptimSettings, adamw, learning_rate, set_learning_rate
+from dpar_core.models.published import read_vq
+from dpar_core.models.vq import VQ, Reconstruction, VQConfig, to_float, to_uint8
 from dpar_core.pictures import labelled_grid, save_png
-from dpar_core.published import read_vq
-from dpar_core.tokenizer import VQ, Reconstruction, VQConfig, to_float, to_uint8
+from dpar_core.training.allocator import keep_freed_blocks
+from dpar_core.training.checkpoint import Architecture, CheckpointStore
+from dpar_core.training.optim import OptimSettings, adamw, learning_rate, set_learning_rate
+from dpar_core.training.order import DataOrder, fixed_subset
 from stages import params as P
 from stages.data import ImageOpener
 from stages.tracker import Tracker

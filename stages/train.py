@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpar_core.dpar import DPARConfig
-from dpar_core.gpt import GPTConfig
-from dpar_core.patch_maps import PatchMaps
-from dpar_core.shards import TokenShards
+from dpar_core.data.shards import TokenShards
+from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.gpt import GPTConfig
+from dpar_core.patches.maps import PatchMaps
 from stages import params as P
+from stages.shared.jobs import Job, copy_whole, publish, publish_model, recipe, run_job
 from stages.tracker import Tracker
-from stages.training import Job, copy_whole, publish, publish_model, recipe, run_job
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """What all tests share."""
 
+import os
+
 import pytest
+
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Keep copies and notes of what was read out of the user's own cache; processes that tests start inherit it."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
         patch.setenv("DPAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers.paths import ROOT
+
 WORKFLOW = {"ray", "mlflow", "dvc", "typer", "pydantic"}
 FORBIDDEN = {
     "dpar_core": {"stages", "pipeline", *WORKFLOW},

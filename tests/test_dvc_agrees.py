@@ -1,17 +1,16 @@
 """dvc.yaml, the runner and each stage's own Params, Inputs and Outputs say the same."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.paper_presets import paper_presets
-from pipeline.presets import preset_names, use_preset
-from pipeline.stage_runner import STAGES, StageError, load_stage, params_of, run_stage
+from pipeline.presets.paper import paper_presets
+from pipeline.presets.use import preset_names, use_preset
+from pipeline.runner import STAGES, StageError, load_stage, params_of, run_stage
 from stages.params import ParamsError, load_params, select
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
@@ -83,7 +82,7 @@ def test_the_paper_presets_are_those_of_the_table():
     texts = paper_presets((ROOT / "params" / "demo.yaml").read_text())
     assert len([name for name in texts if name.startswith("imagenet")]) == 16
     for name, text in texts.items():
-        assert (ROOT / "params" / f"{name}.yaml").read_text() == text, f"{name}: run python -m pipeline.paper_presets"
+        assert (ROOT / "params" / f"{name}.yaml").read_text() == text, f"{name}: run python -m pipeline.presets.paper"
     assert set(preset_names(ROOT)) == {"demo", "smoke", *texts}
 
 

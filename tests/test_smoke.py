@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stage_runner import STAGES
+from pipeline.runner import STAGES
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("dvc.yaml", ".dvc/config", ".dvcignore", "params", "pipeline", "stages", "dpar_core")
 
 

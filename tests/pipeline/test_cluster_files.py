@@ -1,16 +1,15 @@
 """The files of docs/cluster: what can be checked without a cluster."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 import ray
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ruamel.yaml import YAML
 
-from pipeline.stage_runner import STAGES
+from pipeline.runner import STAGES
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "cluster"
 
 

@@ -1,18 +1,17 @@
 """What `dpar-cli cost` tells, against the tables of the paper."""
 
 import json
-from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 from typer import Typer
 from typer.testing import CliRunner
 
-from dpar_core.shards import Sample, TokenMeta, write_shard
+from dpar_core.data.shards import Sample, TokenMeta, write_shard
 from pipeline.cost import Prices, cost, costs
 from stages.params import load_params, parse_params
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 A100 = Prices("A100", 0.4, 2.0)
 # size: width, heads, layers of encoder, patch transformer, decoder; parameters of DPAR and of the twin
 SIZES = {

@@ -7,10 +7,9 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import tracking
-from pipeline.stage_runner import load_stage
+from pipeline.runner import load_stage
 from stages.params import load_params, select
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture

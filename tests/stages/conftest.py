@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpar_core.features import DemoClassifier, FeatureNetwork, demo_network
+from dpar_core.evaluation.features import DemoClassifier, FeatureNetwork, demo_network
 from dpar_core.files import save_weights
 
 

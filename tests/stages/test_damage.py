@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_data import make_project, photo, put_images
 
+from dpar_core.data.manifest import read_manifest
+from dpar_core.data.shards import TokenShards
 from dpar_core.files import digest_of
-from dpar_core.manifest import read_manifest
-from dpar_core.shards import TokenShards
+from tests.helpers.tiny_data import make_project, photo, put_images
 
 COUNT = 1000
 
@@ -134,7 +134,7 @@ def heed_modes() -> None:
 
 RUN = """
 import pathlib, sys
-from tiny_data import Project, tiny_params
+from tests.helpers.tiny_data import Project, tiny_params
 root = pathlib.Path(sys.argv[1])
 changes = {"tokenize_images": {"shard_images": 100, "batch_size": 64}, "data": {"max_bad_share": 0.7}}
 Project(root, tiny_params(root / "images", **changes)).data().tokenize()
@@ -145,9 +145,8 @@ def test_a_thousand_damaged_images_are_all_listed_and_the_good_ones_all_there(tm
     images = put_images(tmp_path / "images", train=2, validation=2)
     readable = put_damage(images / "train", COUNT)
     readable |= {"a/000.png": True, "b/001.png": True}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     words = [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path)]
-    done = subprocess.run(words, env=environment, preexec_fn=heed_modes, capture_output=True, text=True)
+    done = subprocess.run(words, preexec_fn=heed_modes, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     bad = json.loads((tmp_path / "tokens" / "bad_images.json").read_text())
     listed = {one["source"].removeprefix("train:"): one["reason"] for one in bad}

@@ -12,13 +12,12 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from dpar_core.manifest import read_manifest
-from dpar_core.synsets import IMAGENET_SYNSETS
+from dpar_core.data.manifest import read_manifest
+from dpar_core.data.synsets import IMAGENET_SYNSETS
 from stages import data
 from stages.params import parse_params
 from stages.tracker import NullTracker
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 def params(**changes: object) -> data.Params:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_data import make_project
 
-from dpar_core.manifest import read_manifest
+from dpar_core.data.manifest import read_manifest
 from stages import tokenize_images
+from tests.helpers.tiny_data import make_project
 
 
 def shard_bytes(project, work: Path, threads: int) -> list[bytes]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_data import Project, make_project, tiny_params
+
+from tests.helpers.tiny_data import Project, make_project, tiny_params
 
 KILLS = 10
 OUTPUTS = {

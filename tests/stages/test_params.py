@@ -2,15 +2,13 @@
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from stages import params as P
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
-from sample_artifacts import CLASSES, GRID, sample_section, write_artifacts
-
-from dpar_core.sample_files import read_samples
+from dpar_core.evaluation.sample_files import read_samples
 from stages import sample as stage
-from stages.sampler import Files, Sampler
+from stages.shared.sampler import Files, Sampler
 from stages.tracker import NullTracker
+from tests.helpers.sample_artifacts import CLASSES, GRID, sample_section, write_artifacts
 
 SAME = ["samples.npz", "samples.json", "tokens.npz", "grid.png", "metrics.json"]
 

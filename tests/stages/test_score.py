@@ -1,22 +1,20 @@
 """The score stage: what it reads, what it refuses, and that scores carry their protocol."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dpar_core.features import DemoClassifier, inception_network, load_script
+from dpar_core.data.manifest import write_manifest
+from dpar_core.evaluation.features import DemoClassifier, inception_network, load_script
+from dpar_core.evaluation.metrics import ScoreError
 from dpar_core.files import save_weights
-from dpar_core.manifest import write_manifest
-from dpar_core.metrics import ScoreError
 from stages import params as P
 from stages import score
 from stages.data import builtin_manifest
 from stages.tracker import NullTracker
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture

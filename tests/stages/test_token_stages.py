@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_data import CODES, Project, copy_of, make_project, save_entropy_model, save_tokenizer, tiny_params
 
-from dpar_core.gpt import entropies_of
-from dpar_core.patch_maps import EntropyMaps, PatchMaps, write_summary
-from dpar_core.patching import PatchRule, starts_from_lengths
-from dpar_core.shards import TokenShards
+from dpar_core.data.shards import TokenShards
+from dpar_core.models.gpt import entropies_of
+from dpar_core.patches.maps import EntropyMaps, PatchMaps, write_summary
+from dpar_core.patches.rule import PatchRule, starts_from_lengths
 from stages import entropies, patch_maps, tokenize_images
 from stages.tracker import NullTracker
+from tests.helpers.tiny_data import CODES, Project, copy_of, make_project, save_entropy_model, save_tokenizer, tiny_params
 
 ALL = ("tokens", "tokens.json", "entropies", "patch_maps", "patch_maps.json", "lengths.csv")
 

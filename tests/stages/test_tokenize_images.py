@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_data import CODES, SIZE, VQ_CONFIG, Project, copy_of, make_project, photo
 
-import dpar_core.images
+import dpar_core.data.images
+from dpar_core.data.images import views
+from dpar_core.data.manifest import read_manifest
+from dpar_core.data.shards import TokenShards
 from dpar_core.files import load_weights
-from dpar_core.images import views
-from dpar_core.manifest import read_manifest
-from dpar_core.shards import TokenShards
-from dpar_core.tokenizer import VQ, to_float
+from dpar_core.models.vq import VQ, to_float
 from stages import tokenize_images
 from stages.data import ImageOpener
+from tests.helpers.tiny_data import CODES, SIZE, VQ_CONFIG, Project, copy_of, make_project, photo
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_float32_is_whole_while_encoding_and_as_before_afterwards(project, monke
 
 
 def test_images_too_narrow_for_views_count_as_handled_until_they_are_mended(tmp_path, monkeypatch):
-    monkeypatch.setattr(dpar_core.images, "MOST_PIXELS", 1000)
+    monkeypatch.setattr(dpar_core.data.images, "MOST_PIXELS", 1000)
     project = make_project(tmp_path / "p")
     narrow = project.root / "images" / "train" / "a" / "000.png"
     sound = narrow.read_bytes()

@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dpar_core.data_order import DataOrder
+from dpar_core.data.images import BadImage
+from dpar_core.data.manifest import write_manifest
 from dpar_core.files import load_weights
-from dpar_core.images import BadImage
-from dpar_core.manifest import write_manifest
-from dpar_core.tokenizer import VQ, VQConfig, to_float
+from dpar_core.models.vq import VQ, VQConfig, to_float
+from dpar_core.training.order import DataOrder
 from stages import params as P
 from stages import tokenizer as stage
 from stages.data import make_manifest
 from stages.tracker import NullTracker
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIG = VQConfig(16, 4, 8, (1, 2), 8, 1, norm_groups=4)
 
 
@@ -128,10 +128,8 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path, manifest, quic
 
 
 KILLED = """
-import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_tokenizer_stage as t
+from tests.stages import test_tokenizer_stage as t
 t.torch.set_num_threads(1)
 t.stage.CHECKPOINT_EVERY = 20
 data = t.P.Data.model_validate_json({data!r})
@@ -142,7 +140,7 @@ t.run_stage(Path({folder!r}), (data, Path({manifest!r})), t.settings(steps=300))
 @pytest.mark.slow
 def test_a_killed_process_is_continued_to_the_same_bytes(tmp_path, manifest, monkeypatch):
     data, path = manifest
-    values = {"tests": str(Path(__file__).parent), "data": data.model_dump_json(), "manifest": str(path)}
+    values = {"data": data.model_dump_json(), "manifest": str(path)}
     code = KILLED.format(folder=str(tmp_path / "killed"), **values)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     checkpoints = tmp_path / "killed" / "work" / "checkpoints"

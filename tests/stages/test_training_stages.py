@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_shards import ENTROPY_MODEL, GRID, ROOT, tiny_params, write_maps, write_tokens
-
-from dpar_core.checkpoint import Architecture
-from dpar_core.dpar import DPARConfig
+from dpar_core.data.shards import TokenShards
 from dpar_core.files import load_weights
-from dpar_core.gpt import GPTConfig
-from dpar_core.parallel import Ranks
-from dpar_core.shards import TokenShards
-from stages import entropy_model, train, training
+from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.gpt import GPTConfig
+from dpar_core.training.checkpoint import Architecture
+from dpar_core.training.parallel import Ranks
+from stages import entropy_model, train
 from stages.params import select
+from stages.shared import jobs as training
+from stages.shared.jobs import Job, JobData, train_job
 from stages.tracker import NullTracker
-from stages.training import Job, JobData, train_job
+from tests.helpers.tiny_shards import ENTROPY_MODEL, GRID, ROOT, tiny_params, write_maps, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -229,10 +228,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(data, tmp_path):
 
 
 STAGE = """
-import sys
-sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_training_stages import run_stage
+from tests.stages.test_training_stages import run_stage
 from stages.tracker import PrintTracker
 run_stage({name!r}, Path({data!r}), Path({out!r}), Path({work!r}), PrintTracker(), steps=60, checkpoint_every=5,
           equal_time_step=33)
@@ -240,7 +237,7 @@ run_stage({name!r}, Path({data!r}), Path({out!r}), Path({work!r}), PrintTracker(
 
 
 def stage_process(name, data, out, work) -> subprocess.Popen:
-    script = STAGE.format(tests=str(Path(__file__).parent), name=name, data=str(data), out=str(out), work=str(work))
+    script = STAGE.format(name=name, data=str(data), out=str(out), work=str(work))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.Popen(
         [sys.executable, "-c", script],

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 from ruamel.yaml import YAML
-from tiny_data import make_project, save_tokenizer
 
-import pipeline.stage_runner
-from dpar_core.shards import TokenShards
-from pipeline.stage_runner import run_stage
+import pipeline.runner
+from dpar_core.data.shards import TokenShards
+from pipeline.runner import run_stage
 from stages.tokenize_images import ShardTokenizer
 from stages.tracker import NullTracker
+from tests.helpers.tiny_data import make_project, save_tokenizer
 
 SHARDS = ["train-000000.tar", "train-000001.tar", "train-000002.tar", "validation-000000.tar"]
 
@@ -36,7 +36,7 @@ class Tokenizing:
             self.made.append(shard.name)
 
         monkeypatch.setattr(ShardTokenizer, "__call__", call)
-        monkeypatch.setattr(pipeline.stage_runner, "open_tracker", lambda *_, **__: contextlib.nullcontext(NullTracker()))
+        monkeypatch.setattr(pipeline.runner, "open_tracker", lambda *_, **__: contextlib.nullcontext(NullTracker()))
         with pytest.raises(KeyboardInterrupt):
             self.run()
         assert self.made == SHARDS[:2]

@@ -1,0 +1,248 @@
+"""Generation with exact caches, for DPAR and its LlamaGen twin.
+
+Everything in DPAR is causal and boundaries are known before the token that they begin, so what was computed stays: the
+entropy model, the patch encoder and the patch decoder step once a token, the patch transformer once a patch. Encoder,
+patch vectors and entropy model do not see the class: under guidance they run once, not twice.
+
+An image depends on model, settings, label, seed and given tokens alone: every row is computed by kernels whose result
+does not depend on the other rows (see kv_cache.py, stepping.py), and draws from a generator of its own seed.
+
+Shapes: B images, T tokens an image, M_b patches of image b, A lanes that take part in a launch, D width, V codebook
+entries. A lane is the place of one image in the caches; with guidance lane b has a second row B + b, unconditional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpar_core.generation.guidance import Drawer, SampleSettings
+from dpar_core.generation.kv_cache import cache_bytes
+from dpar_core.generation.lanes import Lanes, longest_patch
+from dpar_core.generation.stepping import DPARStepper, GPTStepper
+from dpar_core.models.dpar import DPAR
+from dpar_core.models.gpt import GPT
+from dpar_core.patches.rule import lengths_from_starts
+
+Progress = Callable[[int], None]  # called with the number of tokens just settled, over all images
+
+
+@dataclass(frozen=True)
+class Generated:
+    """tokens: (B, T) int64. patch_lengths: for each image (M_b,) uint16 that sum to T (the twin: none). entropies:
+    (B, T) float32 nats by which the gate decided, nan where it was not asked, on the host. logits: (B, T, V) float32,
+    guided, where they were asked for."""
+
+    tokens: Tensor
+    patch_lengths: list[np.ndarray]
+    entropies: Tensor
+    logits: Tensor | None = None
+
+
+def generate_gpt(
+    model: GPT,
+    labels: Tensor,
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    *,
+    given: Tensor | None = None,
+    progress: Progress | None = None,
+    keep_logits: bool = False,
+) -> Generated:
+    """Draw images from the twin. See `GPTGenerator.generate`."""
+    generator = GPTGenerator(model, settings)
+    return generator.generate(labels, seeds, given=given, progress=progress, keep_logits=keep_logits)
+
+
+def generate_dpar(
+    model: DPAR,
+    entropy_model: GPT | None,
+    labels: Tensor,
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    *,
+    given: Tensor | None = None,
+    progress: Progress | None = None,
+    keep_logits: bool = False,
+) -> Generated:
+    """Draw images from a DPAR. See `DPARGenerator.generate`."""
+    generator = DPARGenerator(model, entropy_model, settings)
+    return generator.generate(labels, seeds, given=given, progress=progress, keep_logits=keep_logits)
+
+
+def _checked(
+    labels: Tensor, seeds: Sequence[int], given: Tensor | None, *, num_classes: int, tokens: int, codebook_size: int
+) -> Tensor | None:
+    """Check what a caller asks for, in sentences. Returns the given tokens."""
+    if labels.ndim != 1 or len(labels) != len(seeds):
+        raise ValueError(f"expected one label and one seed an image; got {tuple(labels.shape)} labels, {len(seeds)} seeds")
+    wrong = labels[(labels < 0) | (labels > num_classes)]
+    if len(wrong):
+        raise ValueError(f"class {int(wrong[0])} does not exist: the model knows classes 0 to {num_classes - 1}")
+    if given is None:
+        return None
+    if given.ndim != 2 or given.shape[0] != len(labels) or given.shape[1] > tokens:
+        raise ValueError(f"given tokens must be (B, n) with B = {len(labels)}, n <= {tokens}; got {tuple(given.shape)}")
+    if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < codebook_size:
+        raise ValueError(f"given tokens must lie in 0..{codebook_size - 1}: were they made by another tokenizer?")
+    return given
+
+
+class GPTGenerator:
+    """Draws images from the LlamaGen twin; weights are laid out once for many batches."""
+
+    def __init__(self, model: GPT, settings: SampleSettings, *, dtype: torch.dtype = torch.float32) -> None:
+        if model.config.num_classes is None:
+            raise ValueError("this GPT has no class token, it cannot draw images of a class: give the twin's weights")
+        self.config, self.settings, self.dtype = model.config, settings, dtype
+        self.stepper = GPTStepper(model, dtype)
+        self.guided = settings.guided(model.config.tokens)
+
+    def cache_bytes(self, images: int) -> int:
+        """Return the most bytes that the caches of a batch can take."""
+        rows = (2 if self.guided else 1) * images
+        return self.stepper.cache_bytes(rows, self.dtype)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        labels: Tensor,
+        seeds: Sequence[int],
+        *,
+        given: Tensor | None = None,
+        progress: Progress | None = None,
+        keep_logits: bool = False,
+    ) -> Generated:
+        """Draw an image of each label.
+
+        labels: (B,) int64 in [0, classes] (the last is "no class"). seeds: B integers. given: (B, n) int64, the first
+        n tokens of each image. Raises ValueError in a sentence.
+        """
+        config, stepper, images = self.config, self.stepper, len(labels)
+        device = stepper.tokens.device
+        given = _checked(
+            labels, seeds, given,
+            num_classes=config.num_classes, tokens=config.tokens, codebook_size=config.codebook_size,
+        )  # fmt: skip
+        drawer = Drawer(
+            self.settings, seeds, given,
+            tokens=config.tokens, codebook_size=config.codebook_size, device=device, keep_logits=keep_logits,
+        )  # fmt: skip
+        lanes = torch.arange(images)
+        cache = stepper.new_cache((2 if self.guided else 1) * images, self.dtype)
+        null = torch.full_like(labels, config.num_classes)
+        x = stepper.classes[torch.cat([labels, null[: len(drawer.half(lanes, lanes * 0))]]).to(device)]
+        for position in range(config.tokens):
+            positions = torch.full_like(lanes, position)
+            half = drawer.half(lanes, positions)
+            rows = torch.cat([lanes, half + images])
+            logits = stepper(x[: len(rows)], cache, rows, torch.full_like(rows, position))
+            tokens = drawer(lanes, positions, logits)
+            x = stepper.tokens[torch.cat([tokens, tokens[half.to(device)]])]
+            if progress:
+                progress(images)
+        return Generated(drawer.tokens, [], torch.full(drawer.tokens.shape, float("nan")), drawer.logits)
+
+
+class DPARGenerator:
+    """Draws images from a DPAR; weights are laid out once for many batches."""
+
+    def __init__(
+        self,
+        model: DPAR,
+        entropy_model: GPT | None,
+        settings: SampleSettings,
+        *,
+        dtype: torch.dtype = torch.float32,
+        patience: int = 1,
+    ) -> None:
+        """Lay out the weights.
+
+        dtype: of the model's matrices and caches; the entropy model stays in float32, as rounding moves boundaries.
+        patience: launches of the token networks after which the patch transformer steps for the lanes that wait for it
+        (1: after each); a schedule, it never changes an image. Raises ValueError for a rule that is missing or does not
+        fit, or an entropy model that does not.
+        """
+        config, rule = model.config, settings.rule
+        if rule is None or rule.row_width != config.row_width:
+            raise ValueError(f"expected a patch rule for rows of {config.row_width} tokens; got {rule and rule.row_width}")
+        largest = float(np.log(config.codebook_size))
+        if rule.reads_entropies and not 0 <= rule.threshold <= largest:
+            raise ValueError(
+                f"threshold {rule.threshold} nats makes no sense for {config.codebook_size} codes: expected 0 to "
+                f"ln {config.codebook_size} = {largest:.3f}, the largest entropy there is"
+            )
+        self.asks_model = rule.reads_entropies and settings.gate == "entropy_model"
+        self.asks_decoder = rule.reads_entropies and settings.gate == "decoder"
+        if self.asks_model:
+            if entropy_model is None:
+                raise ValueError("the gate entropy_model needs an entropy model: give one, or use gate decoder")
+            gate = entropy_model.config
+            if (gate.codebook_size, gate.row_width, gate.num_classes) != (config.codebook_size, config.row_width, None):
+                raise ValueError(
+                    f"the entropy model is made for {gate.codebook_size} codes, rows of {gate.row_width} and "
+                    f"{gate.num_classes or 'no'} classes; expected {config.codebook_size}, {config.row_width}, no"
+                )
+        self.config, self.settings, self.rule = config, settings, rule
+        self.dtype, self.patience = dtype, patience
+        self.stepper = DPARStepper(model, dtype)
+        self.gate = GPTStepper(entropy_model, torch.float32) if self.asks_model else None
+        self.guided = settings.guided(config.tokens)
+
+    def cache_bytes(self, images: int) -> int:
+        """Return the most bytes that the caches of a batch can take (every token a patch of its own)."""
+        config, rows = self.config, (2 if self.guided else 1) * images
+
+        def stack(layers: int, rows: int, limit: int) -> int:
+            return cache_bytes(layers=layers, rows=rows, width=config.width, limit=limit, dtype=self.dtype)
+
+        gate = self.gate.cache_bytes(images, torch.float32) if self.gate else 0
+        members = stack(config.encoder_layers, images, longest_patch(self.rule, config.tokens))
+        encoder = stack(config.encoder_layers, images, config.tokens)
+        return gate + members + encoder + stack(config.patch_layers + config.decoder_layers, rows, config.tokens)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        labels: Tensor,
+        seeds: Sequence[int],
+        *,
+        given: Tensor | None = None,
+        progress: Progress | None = None,
+        keep_logits: bool = False,
+        lanes: int | None = None,
+    ) -> Generated:
+        """Draw an image of each label. Arguments as `GPTGenerator.generate`; lanes: images drawn at a time (None: all),
+        a lane that is done takes the next image."""
+        config = self.config
+        given = _checked(
+            labels, seeds, given,
+            num_classes=config.num_classes, tokens=config.tokens, codebook_size=config.codebook_size,
+        )  # fmt: skip
+        drawer = Drawer(
+            self.settings, seeds, given, tokens=config.tokens, codebook_size=config.codebook_size,
+            device=self.stepper.tokens.device, keep_logits=keep_logits,
+        )  # fmt: skip
+        state = Lanes(self, labels, drawer, lanes=min(lanes or len(labels), len(labels)))
+        since_patch = self.patience
+        while True:
+            state.refill()
+            if self.asks_decoder:
+                state.probe_launch(state.ready())
+            ready, waiting = state.ready(), state.waiting()
+            if len(waiting) and (since_patch >= self.patience or not len(ready)):
+                state.patch_launch(waiting)
+                since_patch = 0
+            elif len(ready):
+                drawn = state.token_launch(ready)
+                since_patch += 1
+                if progress:
+                    progress(drawn)
+            else:
+                break
+        lengths = lengths_from_starts(state.starts.numpy())
+        return Generated(drawer.tokens, lengths, state.entropies, drawer.logits)

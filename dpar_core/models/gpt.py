@@ -1,0 +1,120 @@
+"""LlamaGen's GPT: DPAR's class-conditional twin, and without class token the entropy model.
+
+Shapes: B images, T tokens an image (G x G raster), n tokens given, V codebook entries, D width, H heads, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpar_core.models.layers import Block, LabelEmbedder, RMSNorm, ffn_width, initialize
+from dpar_core.models.rope import Rotary, token_rotary
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a GPT. num_classes None: no class token (the entropy model)."""
+
+    codebook_size: int
+    row_width: int
+    width: int
+    heads: int
+    layers: int
+    ffn_multiple: int = 256
+    num_classes: int | None = None
+    dropout: float = 0.0
+    class_dropout: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image, T."""
+        return self.row_width**2
+
+    @property
+    def hidden(self) -> int:
+        """Width of the FFN."""
+        return ffn_width(self.width, self.ffn_multiple)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, counted without building the network."""
+        block = 4 * self.width**2 + 3 * self.width * self.hidden + 2 * self.width
+        classes = 0 if self.num_classes is None else (self.num_classes + 1) * self.width
+        return self.layers * block + 2 * self.codebook_size * self.width + self.width + classes
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer over image tokens in raster order (LlamaGen, Sec. 3)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.num_classes is not None:
+            self.cls_embedding = LabelEmbedder(config.num_classes, config.width, class_dropout=config.class_dropout)
+        self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
+        self.layers = nn.ModuleList(
+            Block(config.width, config.heads, config.hidden, dropout=config.dropout) for _ in range(config.layers)
+        )
+        self.norm = RMSNorm(config.width)
+        self.output = nn.Linear(config.width, config.codebook_size, bias=False)
+        leading = 0 if config.num_classes is None else 1
+        table = token_rotary(config.row_width, config.width // config.heads, leading=leading)
+        self.register_buffer("rotary_cos", table.cos, persistent=False)
+        self.register_buffer("rotary_sin", table.sin, persistent=False)
+        initialize(self, output=self.output)
+
+    @property
+    def rotary(self) -> Rotary:
+        """The table of all positions: ((1 +) T, hd / 2)."""
+        return Rotary(self.rotary_cos, self.rotary_sin)
+
+    def embed(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the input of the first layer: (B, (1 +) n, D)."""
+        x = self.tok_embeddings(tokens)
+        if self.config.num_classes is None:
+            if labels is not None:
+                raise ValueError("this GPT has no class token (num_classes is None), but labels were given")
+            return x
+        if labels is None:
+            raise ValueError(f"this GPT is conditioned on {self.config.num_classes} classes, but no labels were given")
+        return torch.cat([self.cls_embedding(labels)[:, None], x], dim=1)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predict the next token at every position.
+
+        tokens: (B, n) int64, n <= T. labels: (B,) int64, or None without class token.
+        Returns logits (B, n + 1, V) where position i predicts token i, or without class token (B, n, V) where position
+        i predicts token i + 1. Raises ValueError when labels and class token do not go together.
+        """
+        x = F.dropout(self.embed(tokens, labels), self.config.dropout, self.training)
+        table = self.rotary.at(slice(x.shape[1]))
+        for layer in self.layers:
+            x = layer(x, table)
+        return self.output(self.norm(x))
+
+
+def next_token_entropies(logits: Tensor) -> Tensor:
+    """Return the entropy of softmax(logits) over the last dimension: (...,) float32 nats, from float32 logits."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@torch.inference_mode()
+def entropies_of(model: GPT, tokens: Tensor) -> Tensor:
+    """Return e_t = H(x_t | x_<t) of every token under an entropy model.
+
+    tokens: (B, T) int64. Returns (B, T) float32 nats; entry 0 is nan, as nothing predicts the first token.
+    """
+    entropies = next_token_entropies(model(tokens[:, :-1]))
+    return F.pad(entropies, (1, 0), value=float("nan"))
+
+
+def next_token_loss(model: GPT, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Return the mean cross-entropy in nats a token, over T tokens, or T - 1 without class token: () float32."""
+    logits = model(tokens[:, :-1], labels)
+    targets = tokens if labels is not None else tokens[:, 1:]
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

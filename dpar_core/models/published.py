@@ -1,0 +1,146 @@
+"""Published checkpoints in: LlamaGen's GPT and VQ weights, and DPAR weights under the authors' names.
+
+Our parameter names are theirs, so reading is a check of names and shapes, not a translation. Nothing here unpickles
+code: .pt files are read with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dpar_core.models.dpar import DPAR, DPARConfig
+from dpar_core.models.gpt import GPT, GPTConfig
+from dpar_core.models.vq import UNUSED_BUFFER, VQ, VQConfig, config_of
+
+HOLDERS = ("model", "module", "state_dict")
+
+
+def read_state(path: Path | str) -> dict[str, Tensor]:
+    """Read tensors by name from a .safetensors file or a PyTorch checkpoint, bare or under model, module or state_dict.
+
+    Raises FileNotFoundError, and ValueError in one sentence for a file that is neither, or that holds code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}: check the path")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(str(path))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it wants to run {found[1]}" if found else "it is no plain set of tensors"
+        raise ValueError(
+            f"{path} is refused: {what}, and a pickle may run any code when it is read; convert it to safetensors where "
+            "you trust it"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a whole PyTorch checkpoint ({reason}): fetch it again") from None
+    for holder in HOLDERS:
+        if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
+            content = content[holder]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no state dict: expected tensors by name, bare or under {', '.join(HOLDERS)}")
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in content.items() if name != "freqs_cis"}
+
+
+def check_state(state: Mapping[str, Tensor], model: nn.Module, *, what: str) -> None:
+    """Raise ValueError, listing all that is missing, strange or of another shape, unless `state` fits the model."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    both = expected.keys() & found.keys()
+    parts = [
+        ("missing", sorted(expected.keys() - found.keys())),
+        ("unknown", sorted(found.keys() - expected.keys())),
+        ("of another shape", [f"{n} {found[n]} for {expected[n]}" for n in sorted(both) if found[n] != expected[n]]),
+    ]
+    wrong = [f"{len(n)} {word} ({', '.join(n[:3])}{', ...' if len(n) > 3 else ''})" for word, n in parts if n]
+    if wrong:
+        raise ValueError(f"{what} does not fit the expected network: {'; '.join(wrong)}")
+
+
+def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return 1 + max((int(match[1]) for match in map(pattern.match, state) if match), default=-1)
+
+
+def _common(state: Mapping[str, Tensor], *, heads: int, row_width: int) -> dict:
+    try:
+        codebook_size, width = state["tok_embeddings.weight"].shape
+        hidden = state["layers.0.feed_forward.w1.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"these are not weights of a GPT or DPAR: {error} is missing") from None
+    rounded = {multiple for multiple in (256, 128, 64, 32) if multiple * -(-int(8 * width / 3) // multiple) == hidden}
+    if not rounded:
+        raise ValueError(f"FFN width {hidden} is not int(8 x {width} / 3) rounded up to 256, 128, 64 or 32")
+    shape = {"codebook_size": codebook_size, "row_width": row_width, "width": width, "heads": heads}
+    return {**shape, "ffn_multiple": max(rounded)}
+
+
+def read_gpt(path: Path | str, *, heads: int, row_width: int) -> tuple[dict[str, Tensor], GPTConfig]:
+    """Read a LlamaGen GPT; its shape is inferred but for the heads and the grid, which weights do not tell.
+
+    Without a class table it is an unconditional one (an entropy model). Raises ValueError when names or shapes differ.
+    """
+    state = read_state(path)
+    table = state.get("cls_embedding.embedding_table.weight")
+    classes = None if table is None else table.shape[0] - 1
+    common = _common(state, heads=heads, row_width=row_width)
+    config = GPTConfig(**common, layers=_layers(state, "layers."), num_classes=classes)
+    with torch.device("meta"):
+        check_state(state, GPT(config), what=str(path))
+    return state, config
+
+
+def read_dpar(
+    path: Path | str, *, heads: int, row_width: int, position_encoding: str = "4d"
+) -> tuple[dict[str, Tensor], DPARConfig]:
+    """Read DPAR weights; position_encoding is not told by weights either. Raises ValueError when names or shapes differ."""
+    state = read_state(path)
+    table = state.get("cls_embedding.embedding_table.weight")
+    if table is None or "decoder_start_embedding.weight" not in state:
+        raise ValueError(f"{path} holds no DPAR: class table or decoder_start_embedding is missing")
+    config = DPARConfig(
+        **_common(state, heads=heads, row_width=row_width),
+        encoder_layers=_layers(state, "local_encoder.layers."),
+        patch_layers=_layers(state, "layers."),
+        decoder_layers=_layers(state, "local_decoder.layers."),
+        num_classes=table.shape[0] - 1,
+        position_encoding=position_encoding,
+    )
+    with torch.device("meta"):
+        check_state(state, DPAR(config), what=str(path))
+    return state, config
+
+
+def read_vq(path: Path | str, *, expected: VQConfig | None = None) -> dict[str, Tensor]:
+    """Read LlamaGen VQ weights. Raises ValueError when they differ from `expected` or are no such network."""
+    state = read_state(path)
+    state.pop(UNUSED_BUFFER, None)
+    config = config_of(state)
+    if expected is not None:
+        names = ("codebook_size", "codebook_dim", "base_width", "channel_multipliers", "z_channels", "residual_blocks")
+        names += ("norm_groups",)  # not told by weights: LlamaGen's are 32, and others would load and decode rubbish
+        wrong = [
+            f"tokenizer.{name} is {getattr(expected, name)} but the weights have {getattr(config, name)}"
+            for name in names
+            if getattr(expected, name) != getattr(config, name)
+        ]
+        if wrong:
+            raise ValueError(f"{path} is another tokenizer than params.yaml describes: {'; '.join(wrong)}")
+    with torch.device("meta"):
+        check_state(state, VQ(config), what=str(path))
+    return state

@@ -1,0 +1,303 @@
+"""Entropies and patch lengths of every view, in Parquet beside the shards they belong to.
+
+entropies/: {shard}.parquet with key, view, entropies (fixed list of T float32 nats, entry 0 nan).
+patch_maps/: {shard}.parquet with key, view, lengths (list of uint16), rule.json, and for training at random
+{split}.starts.npy: the same boundaries as bits, (samples, views, ceil(T / 8)) uint8, read by offset.
+Both folders have a summary.json with the digests of what made them; readers refuse what does not belong together.
+
+Shapes: n maps asked for, T tokens of a view.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpar_core.data.remote import Folder
+from dpar_core.data.shards import OpenFiles, TokenShards
+from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
+from dpar_core.patches.rule import PatchRule, flat_lengths, lengths_from_starts
+
+SUMMARY, RULE = "summary.json", "rule.json"
+
+
+def parquet_name(shard_name: str) -> str:
+    """Return the name of the Parquet file beside a shard."""
+    return shard_name.removesuffix(".tar") + ".parquet"
+
+
+def starts_name(split: str) -> str:
+    """Return the name of the file that holds the boundaries of a split as bits."""
+    return f"{split}.starts.npy"
+
+
+def _expected(shards: TokenShards, part: slice) -> tuple[pa.Array, pa.Array]:
+    """Return the key and the view of every map of the samples `part` of a shard, in order."""
+    count = shards.meta.num_views
+    keys = shards.keys().slice(part.start, part.stop - part.start).combine_chunks()
+    index = pa.array(np.repeat(np.arange(len(keys)), count))
+    return keys.take(index), pa.array(np.tile(np.arange(count, dtype=np.uint8), len(keys)))
+
+
+def _check_order(table: pa.Table, keys: pa.Array, views: pa.Array, path: str, shard_name: str) -> None:
+    """Raise ValueError, naming the first difference, unless the maps of a table are those of these keys and views."""
+    mend = "run `dpar-cli data check --repair`, or `dvc repro -f entropies`"
+    if len(table) != len(keys):
+        raise ValueError(f"{path} holds {len(table)} maps, {shard_name} has {len(keys)}: {mend}")
+    found_keys, found_views = (table[name].combine_chunks() for name in ("key", "view"))
+    other = pc.or_(pc.not_equal(found_keys, keys), pc.not_equal(found_views, views))
+    row = pc.index(pc.fill_null(other, True), True).as_py()
+    if row >= 0:
+        raise ValueError(
+            f"{path}: map {row} is of view {found_views[row]} of {found_keys[row]}, the index of {shard_name} has view "
+            f"{views[row]} of {keys[row]} there: {mend}"
+        )
+
+
+def _write(
+    path: Path, shards: TokenShards, part: slice, name: str, values: pa.Array, *, made_by: dict, **encoding: Any
+) -> None:
+    keys, views = _expected(shards, part)
+    table = pa.table({"key": keys, "view": views, name: values})
+    metadata = {"dpar": json.dumps({"tokens": shards.digest, **made_by}, sort_keys=True)}
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", **encoding)
+
+
+def write_entropies(path: Path, shards: TokenShards, part: slice, entropies: np.ndarray, *, entropy_model: str) -> None:
+    """Write the entropies (samples * views, T) float32 of the samples `part` of a shard, whole or not at all."""
+    flat = pa.array(np.ascontiguousarray(entropies, dtype=np.float32).reshape(-1))
+    values = pa.FixedSizeListArray.from_arrays(flat, entropies.shape[1])
+    # The bytes of floats compress when those of equal place stand together; dictionaries of floats do not pay.
+    encoding = {"use_dictionary": ["key"], "use_byte_stream_split": ["entropies.list.element"]}
+    _write(path, shards, part, "entropies", values, made_by={"entropy_model": entropy_model}, **encoding)
+
+
+def write_lengths(path: Path, shards: TokenShards, part: slice, starts: np.ndarray, *, made_by: dict) -> None:
+    """Write the patch lengths of boundaries (samples * views, T) bool of the samples `part` of a shard."""
+    lengths, counts = flat_lengths(starts)
+    offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+    values = pa.ListArray.from_arrays(pa.array(offsets), pa.array(lengths))
+    _write(path, shards, part, "lengths", values, made_by=made_by)
+
+
+def write_summary(folder: Path, files: Iterable[str], *, made_by: dict, facts: dict | None = None) -> str:
+    """Record the digests of a folder's files and of what made them; return the digest of the whole.
+
+    facts: numbers about the content for readers, no part of its identity.
+    """
+    content = {"made_by": made_by, "files": {name: sha256_file(folder / name) for name in sorted(files)}}
+    digest = digest_of(content)
+    write_json(folder / SUMMARY, {**content, **({"facts": facts} if facts else {}), "digest": digest})
+    return digest
+
+
+def read_summary(folder: Path | Folder, *, stage: str) -> dict[str, Any]:
+    """Return summary.json of a folder. Raises FileNotFoundError or ValueError that names the stage to run."""
+    place = folder if isinstance(folder, Folder) else Folder(folder)
+    content = place.read(SUMMARY)
+    if content is None:
+        raise FileNotFoundError(f"nothing whole in {folder}: run `dvc repro {stage}`")
+    try:
+        summary = json.loads(content)
+        sound = digest_of({"made_by": summary["made_by"], "files": summary["files"]}) == summary["digest"]
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{folder}/{SUMMARY} is damaged, or of an older version: run `dvc repro -f {stage}`")
+    return summary
+
+
+def check_tokens(summary: dict, shards: TokenShards, folder: object, *, stage: str) -> None:
+    """Raise ValueError unless the folder was made from these very shards."""
+    found = summary["made_by"]["tokens"]
+    if found != shards.digest:
+        raise ValueError(
+            f"{folder} was made with token shards {found}, but {shards.folder} holds {shards.digest}: "
+            f"run `dvc repro {stage}`"
+        )
+
+
+@dataclass(frozen=True)
+class EntropySample:
+    """Some stored entropies. entropies: (n, T) float32; labels: (n,) int64, the class of each; whole: whether it is all."""
+
+    entropies: np.ndarray
+    labels: np.ndarray
+    whole: bool
+
+
+class EntropyMaps:
+    """The stored entropies of one split, shard by shard. Raises ValueError when they belong to other shards."""
+
+    def __init__(self, folder: Path | str, shards: TokenShards, *, cache: Path | None = None) -> None:
+        self._place = Folder(folder, cache=cache)
+        self.folder, self.shards = self._place.address, shards
+        self.summary = read_summary(self._place, stage="entropies")
+        check_tokens(self.summary, shards, self._place, stage="entropies")
+        self.entropy_model: str = self.summary["made_by"]["entropy_model"]
+        self.digest: str = self.summary["digest"]
+
+    def shard(self, shard_name: str) -> np.ndarray:
+        """Return the entropies of a shard: (samples * views, T) float32, in the order of the shard.
+
+        Raises FileNotFoundError or ValueError when they are missing, were made by another entropy model, or stand in
+        another order than the samples.
+        """
+        name = parquet_name(shard_name)
+        table = _read_parquet(self._place, name, self.summary, columns=["key", "view", "entropies"], stage="entropies")
+        made_by = json.loads((table.schema.metadata or {}).get(b"dpar", b"{}"))
+        if made_by != self.summary["made_by"]:
+            found, expected = made_by.get("entropy_model"), self.entropy_model
+            raise ValueError(
+                f"entropies {name} were made with entropy model {found} on tokens {made_by.get('tokens')}, this run has "
+                f"{expected} on {self.shards.digest}: run `dvc repro -f entropies`"
+            )
+        part = next(part for found, part in self.shards.shards() if found == shard_name)
+        keys, views = _expected(self.shards, part)
+        _check_order(table, keys, views, f"{self._place}/{name}", shard_name)
+        flat = table["entropies"].combine_chunks().flatten().to_numpy()
+        return flat.reshape(-1, self.shards.meta.tokens)
+
+    def all(self) -> np.ndarray:
+        """Return all entropies of the split: (samples * views, T) float32."""
+        return np.concatenate([self.shard(name) for name, _ in self.shards.shards()])
+
+    def sample(self, limit: int, *, shards: int = 16) -> EntropySample:
+        """Return at most `limit` maps, evenly spaced in at most `shards` evenly spaced shards: always the same ones.
+
+        Shards hold images in random order, so some of them stand for all.
+        """
+        parts = self.shards.shards()
+        chosen = [parts[number * len(parts) // min(shards, len(parts))] for number in range(min(shards, len(parts)))]
+        views = self.shards.meta.num_views
+        total = sum((part.stop - part.start) * views for _, part in chosen)
+        entropies, labels, before = [], [], 0
+        for name, part in chosen:
+            count = (part.stop - part.start) * views
+            rows = np.arange(before, before + count)
+            # Row i of all is taken when it is the first of the `limit` equal stretches it lies in.
+            keep = np.ones(count, bool) if total <= limit else rows * limit // total != (rows - 1) * limit // total
+            before += count
+            entropies.append(self.shard(name)[keep])
+            labels.append(np.repeat(self.shards.labels[part], views)[keep].astype(np.int64))
+        whole = len(chosen) == len(parts) and total <= limit
+        return EntropySample(np.concatenate(entropies), np.concatenate(labels), whole)
+
+
+def _read_parquet(place: Folder, name: str, summary: dict, *, columns: list[str], stage: str) -> pa.Table:
+    if name not in summary["files"]:
+        raise FileNotFoundError(f"{place} has no {name}: run `dvc repro -f {stage}`")
+    try:
+        return pq.read_table(place.path(name, summary["files"][name]), columns=columns, partitioning=None)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{place}/{name} is missing: run `dpar-cli data check --repair`, or `dvc repro -f {stage}`"
+        ) from None
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{place}/{name} is damaged ({str(error).splitlines()[0]}): run `dpar-cli data check --repair`"
+        ) from None
+
+
+def read_rule(path: Path) -> PatchRule:
+    """Return the rule that a patch_maps folder was made with, its threshold measured or given."""
+    if not path.exists():
+        raise FileNotFoundError(f"no patch rule at {path}: run `dvc repro patch_maps`")
+    return PatchRule(**json.loads(path.read_text())["rule"])
+
+
+def write_rule(path: Path, rule: PatchRule, *, made_by: dict, facts: dict | None = None) -> None:
+    """Write a rule, the digests of what it was made with, and what was found with it (facts)."""
+    write_json(path, {"rule": asdict(rule), "made_by": made_by, **(facts or {})})
+
+
+class PatchMaps:
+    """Random access to the patch lengths of one split; boundaries stay where they are, as bits.
+
+    Map i belongs to sample i of the shards: both digests are compared, so their order is the same. Raises
+    FileNotFoundError or ValueError, saying what to run, when the maps are missing, damaged, of other shards, or (where
+    `entropy_model` is given) of another entropy model.
+    """
+
+    def __init__(
+        self, folder: Path | str, shards: TokenShards, *, entropy_model: str | None = None, cache: Path | None = None
+    ) -> None:
+        self._place = Folder(folder, cache=cache)
+        self.folder, self.shards = self._place.address, shards
+        summary = read_summary(self._place, stage="patch_maps")
+        check_tokens(summary, shards, self._place, stage="patch_maps")
+        self.digest: str = summary["digest"]
+        self.entropy_model_digest: str = summary["made_by"]["entropy_model"]
+        if entropy_model is not None and entropy_model != self.entropy_model_digest:
+            raise ValueError(
+                f"patch maps in {self._place} were made with entropy model {self.entropy_model_digest}, this run has "
+                f"{entropy_model}: run `dvc repro patch_maps`"
+            )
+        name = starts_name(shards.split)
+        if not {RULE, name} <= summary["files"].keys():
+            raise ValueError(f"{self._place} has no maps of the {shards.split} images: run `dvc repro -f patch_maps`")
+        self.rule = read_rule(self._place.path(RULE, summary["files"][RULE]))
+        self._path = self._place.path(name, summary["files"][name])
+        header = np.load(self._path, mmap_mode="r", allow_pickle=False)
+        expected = (len(shards), shards.meta.num_views, -(-shards.meta.tokens // 8))
+        if header.shape != expected or header.dtype != np.uint8 or not header.flags.c_contiguous:
+            raise ValueError(
+                f"{self._place}/{name} holds maps of shape {header.shape}, expected {expected}: "
+                "run `dvc repro -f patch_maps`"
+            )
+        self._offset = header.offset
+        self._open = OpenFiles()
+
+    def starts(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Return which tokens begin a patch: (n, T) bool, for indices (n,) and views (n,). Raises IndexError, OSError."""
+        meta = self.shards.meta
+        indices, views = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
+        inside = (indices >= 0) & (indices < len(self.shards)) & (views >= 0) & (views < meta.num_views)
+        if not inside.all():
+            raise IndexError(f"maps of {len(self.shards)} samples with {meta.num_views} views: asked for one beyond")
+        size = -(-meta.tokens // 8)
+        bits = np.empty((len(indices), size), np.uint8)
+        content = memoryview(bits).cast("B") if len(bits) else memoryview(b"")
+        file = self._open.get(0, lambda: self._path)
+        for row, place in enumerate(((indices * meta.num_views + views) * size + self._offset).tolist()):
+            if os.preadv(file.descriptor, [content[row * size : (row + 1) * size]], place) != size:
+                raise OSError(f"{self._path} was cut off while it was read: run `dvc repro -f patch_maps`")
+        return np.unpackbits(bits, axis=1, count=meta.tokens).astype(bool)
+
+    def lengths(self, indices: np.ndarray, views: np.ndarray) -> list[np.ndarray]:
+        """Return the patch lengths of each map asked for: n arrays (M,) uint16 that sum to T."""
+        return lengths_from_starts(self.starts(indices, views))
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "shards": self.shards, "cache": self._place.cache}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["folder"], state["shards"], cache=state["cache"])
+
+
+def pack_starts(starts: np.ndarray, *, views: int) -> np.ndarray:
+    """Turn boundaries (samples * views, T) bool into bits (samples, views, ceil(T / 8)) uint8."""
+    return np.packbits(starts, axis=1).reshape(-1, views, -(-starts.shape[1] // 8))
+
+
+def join_starts(path: Path, parts: Iterable[Path], *, maps: tuple[int, int, int]) -> None:
+    """Write the bits of many shards, each (samples, views, bytes) uint8 in an npy file, as one file of shape `maps`."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        header = {"descr": "|u1", "fortran_order": False, "shape": maps}
+        np.lib.format.write_array_header_1_0(stream, header)
+        written = 0
+        for part in parts:
+            bits = np.load(part, allow_pickle=False)
+            written += len(bits)
+            stream.write(bits.tobytes())
+        assert written == maps[0], f"{written} samples written, {maps[0]} expected"

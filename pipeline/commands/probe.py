@@ -1,0 +1,97 @@
+"""`dpar-cli probe`: linear probe of the trained models' frozen features, as table, JSON and figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Top-1 and top-5 of the paper, ImageNet 256, frozen features
+PUBLISHED = {"DPAR-L": (37.82, 61.15), "LlamaGen-L": (32.62, 56.61)}
+
+
+def probe(
+    models: Annotated[str, typer.Option(help="Folders under artifacts/models, separated by commas.")] = "dpar,llamagen",
+    images: Annotated[int, typer.Option(help="Training images the probe is fitted on (0: all).")] = 5000,
+    held_out: Annotated[int, typer.Option(help="Validation images it is tested on (0: all).")] = 5000,
+    out: Annotated[Path, typer.Option(help="Folder for probe.json and probe.png.")] = Path("artifacts/probe"),
+) -> None:
+    """Fit a linear classifier on the frozen features of every block of the trained models.
+
+    Reads artifacts/models, artifacts/tokens and artifacts/patch_maps; the class token is the null class, so features do
+    not know the label. Prints top-1 and top-5 on validation images; writes probe.json and probe.png. Train first:
+    `dpar-cli run train_dpar train_llamagen`.
+    """
+    import torch
+
+    from dpar_core.files import write_json
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = probe_models([name.strip() for name in models.split(",")], images, held_out, device=device)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "probe.json", found)
+    draw(found, out / "probe.png")
+    print(table(found))
+    print(f"\n{out / 'probe.png'} shows every block")
+
+
+def probe_models(
+    names: list[str], images: int, held_out: int, *, device: str, artifacts: Path = Path("artifacts")
+) -> dict[str, Any]:
+    """Return for each model its blocks' shares of held-out images classified right, and what was used."""
+    from dpar_core.data.shards import TokenShards
+    from stages.tools.probe import features_of, load_model, probe
+    from stages.tracker import PrintTracker
+
+    train, validation = (TokenShards(artifacts / "tokens", split) for split in ("train", "validation"))
+    tracker, told = PrintTracker(), {}
+    for name in names:
+        model, weights = load_model(artifacts / "models" / name / "model.safetensors", train)
+        splits = [
+            features_of(model, shards, artifacts / "patch_maps", count, tracker, device=device)
+            for shards, count in ((train, images), (validation, held_out))
+        ]
+        blocks = [vars(one) for one in probe(model, *splits)]
+        best = max(blocks, key=lambda block: block["top1"])
+        told[name] = {"model": weights.digest, "step": weights.meta["step"], "best": best, "blocks": blocks}
+    used = {"train": len(splits[0].labels), "held_out": len(splits[1].labels), "classes": len(train.meta.classes)}
+    return {"models": told, "images": used, "tokens": train.digest}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Lay out the best block of each model."""
+    used = found["images"]
+    lines = [
+        f"fitted on {used['train']} images, tested on {used['held_out']} (the best block is chosen on them, too), "
+        f"{used['classes']} classes",
+        f"{'model':14}{'best block':>14}{'top-1 %':>10}{'top-5 %':>10}",
+    ]
+    for name, one in found["models"].items():
+        best = one["best"]
+        lines.append(f"{name:14}{best['block']:>14}{100 * best['top1']:>10.2f}{100 * best['top5']:>10.2f}")
+    published = ", ".join(f"{name} {top1} / {top5}" for name, (top1, top5) in PUBLISHED.items())
+    return "\n".join([*lines, f"published on ImageNet 256 (another data set than any of ours): {published}"])
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw top-1 accuracy over the depth of each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    for name, one in found["models"].items():
+        blocks = one["blocks"]
+        depth = [(number + 1) / len(blocks) for number in range(len(blocks))]
+        axes.plot(depth, [100 * block["top1"] for block in blocks], marker="o", label=name)
+    chance = 100 / found["images"]["classes"]
+    axes.axhline(chance, color="grey", linestyle=":", label="chance")
+    axes.set(xlabel="depth (share of blocks)", ylabel="top-1 on validation images, %")
+    axes.set_title("Linear probe of frozen features")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)

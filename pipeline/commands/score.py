@@ -1,0 +1,330 @@
+"""`dpar-cli score`, `compare`, `fetch` and `calibrate`: scores outside the workflow, and trust in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dpar_core.evaluation.features import FeatureNetwork
+
+FeaturesName = Annotated[
+    str, typer.Option("--features", help="demo | inception | dinov2: the network images are compared by.")
+]
+FeaturesFile = Annotated[Path | None, typer.Option(help="Its file; for demo the classifier under artifacts/.")]
+Sha256 = Annotated[str | None, typer.Option(help="SHA-256 the features' file must have; else inception's published one.")]
+Neighbours = Annotated[int, typer.Option(min=1, help="k of precision and recall.")]
+Bootstrap = Annotated[int, typer.Option(min=0, help="Resamples for 95 % intervals; 0: none.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of bootstrap and KID subsets.")]
+AllowSingular = Annotated[
+    bool, typer.Option("--allow-singular", help="Give a distance even where fewer images than features make it too large.")
+]
+WORK = Path("work", "references")
+
+
+def score(
+    samples: Annotated[
+        list[Path], typer.Argument(help="An npz with arr_0, or a folder of PNGs; several: seeds of one model.")
+    ],
+    reference: Annotated[
+        str, typer.Option(help="npz of images or ADM statistics, folder of PNGs, manifest.parquet, train or validation.")
+    ],
+    features: FeaturesName = "demo",
+    features_file: FeaturesFile = None,
+    sha256: Sha256 = None,
+    images: Annotated[
+        int | None, typer.Option(min=2, help="Images of each set; else all. Fewer there are is an error.")
+    ] = None,
+    neighbours: Neighbours = 3,
+    bootstrap: Bootstrap = 200,
+    seed: Seed = 0,
+    allow_singular: AllowSingular = False,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Ray workers that compute features; 0: this process.")
+    ] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to (one set of samples).")] = None,
+) -> None:
+    """Score anyone's images: Frechet distance, sFID, IS, KID, precision and recall, with intervals and a protocol.
+
+    Reads images and reference; writes nothing but --out and the reference's features, kept in work/references. With
+    `--features inception` the distance is FID; names of other networks say which. Example: `dpar-cli score samples.npz
+    --reference VIRTUAL_imagenet256_labeled.npz --features inception --features-file inception-2015-12-05.pt
+    --images 50000 --out mine.json`. To go on: `dpar-cli compare mine.json theirs.json`.
+    """
+    from dpar_core.files import write_json
+    from stages.params import load_params
+    from stages.tools.score_files import score_images, settings_for, spread
+    from stages.tracker import PrintTracker
+
+    if out is not None and len(samples) > 1:
+        raise ValueError(
+            f"--out takes the scores of one set, and {len(samples)} are given: score them one by one, or leave it out"
+        )
+    params = load_params(Path("params.yaml")) if Path("params.yaml").exists() else None  # anywhere outside a project
+    network = _network(features, features_file, sha256, params)
+    tracker = PrintTracker()
+    shapes = [_shape(path) for path in samples]
+    for path, (count, _) in zip(samples, shapes):
+        if count < 2:
+            raise ValueError(f"{path} holds {count} images: a distance needs at least two")
+    settings = settings_for(
+        features, reference, images=images or min(shape[0] for shape in shapes), neighbours=neighbours, bootstrap=bootstrap,
+        allow_singular=allow_singular, workers=workers,
+    )  # fmt: skip
+    against = _reference(reference, params, network, tracker, image_size=shapes[0][1], workers=workers)
+    found = [score_images(path, against, network, settings, tracker, seed=seed) for path in samples]
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, found[0])
+    if len(found) == 1:
+        print(_table([path.name for path in samples], found))
+    else:
+        print(_table([path.name for path in samples], found, spreads=spread(found)))
+    print(_protocol_lines(found[0]))
+    if out is not None:
+        print(out)
+
+
+def compare(
+    scores: Annotated[list[Path], typer.Argument(help="Score files, of `dpar-cli score --out` or artifacts/scores/.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Print scores of different protocols side by side all the same.")
+    ] = False,
+) -> None:
+    """Set score files beside each other; those of different protocols are refused, as their numbers do not compare.
+
+    Reads score files, writes nothing. Example: `dpar-cli compare artifacts/scores/dpar.json artifacts/scores/llamagen.json`.
+    """
+    import sys
+
+    from stages.tools.score_files import differences, read_scores, refuse_mixed
+
+    found = [read_scores(path) for path in scores]
+    names = [path.stem for path in scores]
+    if not force:
+        refuse_mixed(found, names)
+    elif mixed := differences(found):
+        print(f"NOT COMPARABLE, shown because of --force: {'; '.join(mixed)}", file=sys.stderr)
+    print(_table(names, found))
+    for name, one in zip(names, found):
+        print(f"{name}: protocol {one['protocol_id']}")
+
+
+def fetch(
+    what: Annotated[str, typer.Argument(help="inception: the network that FID is defined on.")] = "inception",
+    to: Annotated[Path, typer.Option(help="File to write.")] = Path("weights/inception-2015-12-05.pt"),
+    url: Annotated[str | None, typer.Option(help="Address to read; else the publisher's.")] = None,
+    sha256: Sha256 = None,
+) -> None:
+    """Download a feature network, saying from where and to where; its SHA-256 is checked and printed.
+
+    The file appears when it is whole. To go on: set score.features and score.features_file in params.yaml, or give them
+    to `dpar-cli score`.
+    """
+    from dpar_core.evaluation.features import INCEPTION_SHA256, INCEPTION_URL
+    from pipeline.download import download
+
+    if what != "inception":
+        raise ValueError(f"there is no address for {what!r}: expected inception (DINOv2: export it to TorchScript yourself)")
+    address = url or INCEPTION_URL
+    print(f"from {address}\nto   {to.resolve()}")
+    digest = download(address, to, sha256=sha256 or INCEPTION_SHA256)
+    print(f"SHA-256 {digest}")
+
+
+def calibrate(
+    gpt: Annotated[Path, typer.Option(help="Published class-conditional LlamaGen weights (.pt or .safetensors).")],
+    vq: Annotated[Path, typer.Option(help="Published VQ weights of its tokenizer.")],
+    size: Annotated[str, typer.Option(help="B | L | XL | XXL: which published row to expect, and the heads.")],
+    cfg: Annotated[float, typer.Option(min=1, help="Guidance scale the published figures were made with.")],
+    reference: Annotated[
+        str, typer.Option(help="As for `dpar-cli score`; published figures: VIRTUAL_imagenet256_labeled.npz.")
+    ],
+    features: FeaturesName = "inception",
+    features_file: FeaturesFile = None,
+    sha256: Sha256 = None,
+    grid: Annotated[int, typer.Option(min=1, help="Tokens of a side: 16 (256 pixels) or 24 (384).")] = 16,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the size does not say.")] = None,
+    images: Annotated[int, typer.Option(min=2, help="Images to draw; published figures are of 50,000.")] = 50_000,
+    expect: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE to expect instead, as fid=5.46; may be repeated.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Share of the published value that the score may be off.")] = 0.05,
+    allow_singular: AllowSingular = False,
+    out: Annotated[Path, typer.Option(help="Folder for samples and scores.")] = Path("calibration"),
+) -> None:
+    """Draw from a published LlamaGen checkpoint, score it, and say whether the published figures come out.
+
+    Do this before any number of your own is trusted: it tests tokens to pixels, sampling, features and reference at once.
+    Reads the weights you have and the sample section of params.yaml (batch size, precision, workers); writes samples and
+    scores under --out. Stopped, it goes on. Exit 1 when a score is outside its tolerance.
+    """
+    from dpar_core.files import digest_of, write_json
+    from pipeline.runner import device_of
+    from stages.params import load_params
+    from stages.sample import draw_samples
+    from stages.tools import calibrate as calibration
+    from stages.tools.score_files import score_images, settings_for
+    from stages.tracker import PrintTracker
+
+    if size not in calibration.HEADS and heads is None:
+        raise ValueError(f"--size is {size!r}, expected one of {', '.join(calibration.HEADS)}, or give --heads and --expect")
+    expected = _expected(size, grid, expect)
+    params = load_params(Path("params.yaml"))
+    network = _network(features, features_file, sha256, params)
+    tracker, work = PrintTracker(), Path("work", "calibrate")
+    files = calibration.import_checkpoint(gpt, vq, heads=heads or calibration.HEADS[size], grid=grid, folder=work)
+    section = params.sample.model_copy(update={
+        "images": images, "plan": "balanced", "seed": 0, "cfg_scale": cfg, "cfg_schedule": "constant", "temperature": 1.0,
+        "top_k": 0, "top_p": 1.0, "resize": 256 if grid == 24 else None,
+    })  # fmt: skip
+    made_by = [files.model.parent.name, heads or calibration.HEADS[size], grid, section.model_dump(exclude={"workers"})]
+    drawn = out / f"samples-{digest_of(made_by)[:8]}"  # another checkpoint or scale never meets these pictures
+    if not (drawn / "samples.npz").exists():
+        draw_samples(section, files, drawn, tracker, device=device_of(params.compute), work=work / drawn.name, prefix="")
+    settings = settings_for(
+        features, reference, images=images, neighbours=3, bootstrap=0, allow_singular=allow_singular,
+    )  # fmt: skip
+    against = _reference(reference, params, network, tracker, image_size=_shape(drawn)[1])
+    found = score_images(drawn, against, network, settings, tracker, seed=params.seed)
+    write_json(out / "scores.json", found)
+    checks = calibration.checks(found, expected, tolerance=tolerance)
+    print(_verdicts(checks))
+    print(_protocol_lines(found))
+    if not all(check.holds for check in checks):
+        raise SystemExit(1)
+
+
+def _expected(size: str, grid: int, given: list[str] | None) -> dict[str, float]:
+    from pipeline.presets.published import PUBLISHED
+
+    if given:
+        pairs = [word.partition("=") for word in given]
+        try:
+            return {f"eval/{name.strip()}": float(value) for name, _, value in pairs}
+        except ValueError:
+            raise ValueError(f"--expect {' '.join(given)}: expected NAME=VALUE, as fid=5.46") from None
+    pixels = {16: 256, 24: 384}.get(grid)
+    rows = [row for row in PUBLISHED if row.model == f"LlamaGen-{size}" and row.size == pixels]
+    if not rows:
+        raise ValueError(
+            f"no published figures of LlamaGen-{size} on a grid of {grid} are known here: give them with --expect"
+        )
+    row = rows[0]
+    return {"eval/fid": row.fid, "eval/is": row.inception_score, "eval/precision": row.precision, "eval/recall": row.recall}
+
+
+def _network(features: str, file: Path | None, sha256: str | None, params: Any) -> FeatureNetwork:
+    from dpar_core.evaluation.features import feature_network
+    from pipeline.runner import CLASSIFIER, device_of, set_threads
+    from stages.params import Compute
+
+    compute = params.compute if params else Compute(device="auto", threads=0)
+    set_threads(compute)
+    if file is None:
+        if features == "demo":
+            file = Path(CLASSIFIER)
+        elif params and params.score.features == features:
+            file = Path(params.score.features_file)
+        else:
+            raise ValueError(
+                f"--features {features} needs --features-file (`dpar-cli fetch inception` downloads Inception's)"
+            )
+    return feature_network(features, file, device_of(compute), sha256=sha256)
+
+
+def _shape(samples: Path) -> tuple[int, int]:
+    """Return how many images a set has and their height, without reading them all where the file says so."""
+    import zipfile
+
+    import numpy as np
+    from PIL import Image
+
+    from stages.score import png_files, read_images
+
+    file = samples / "samples.npz" if (samples / "samples.npz").exists() else samples
+    if file.is_dir():
+        found = png_files(file)
+        try:
+            with Image.open(found[0]) as picture:
+                return len(found), picture.height
+        except OSError:
+            return read_images(file).shape[:2]  # says what is wrong with it
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            count, height = read(stream)[0][:2]
+            return count, height
+    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile):
+        return read_images(file).shape[:2]  # says what is wrong with it
+
+
+def _reference(
+    name: str, params: Any, network: FeatureNetwork, tracker: Any, *, image_size: int, workers: int = 0
+) -> Any:
+    from pipeline.runner import MANIFEST
+    from stages.params import select
+    from stages.score import Params, make_reference, reference_of
+
+    if name in ("train", "validation"):
+        if params is None or not Path(MANIFEST).exists():
+            raise FileNotFoundError(
+                f"reference {name} is a split of {MANIFEST}, which is missing: run `dvc repro data` first"
+            )
+        chosen = select(params, Params)
+        chosen = Params(chosen.seed, chosen.data, chosen.score.model_copy(update={"reference": name, "workers": workers}))
+        WORK.mkdir(parents=True, exist_ok=True)
+        return make_reference(chosen, Path(MANIFEST), network, tracker, work=WORK)
+    return reference_of(Path(name), network, tracker, cache=WORK, image_size=image_size, workers=workers)
+
+
+def _table(names: Sequence[str], found: Sequence[Mapping[str, Any]], *, spreads: Mapping[str, Any] | None = None) -> str:
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.report.verdicts import score_name
+
+    table = Table("score", *names, *(["mean", "sd over sets"] if spreads else []))
+    for key in dict.fromkeys(key for one in found for key in one if key.startswith("eval/")):
+        cells = []
+        for one in found:
+            low, high = one["intervals"].get(key, (None, None))
+            cell = "" if key not in one else f"{one[key]:.4g}"
+            cells.append(cell if low is None else f"{cell}  ({low:.3g} to {high:.3g})")
+        if spreads:
+            cells += [f"{spreads[key].mean:.4g}", f"{spreads[key].deviation:.2g}"] if key in spreads else ["", ""]
+        table.add_row(score_name(key), *cells)
+    console = Console(width=max(90, Console().width), record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text().rstrip()
+
+
+def _protocol_lines(found: Mapping[str, Any]) -> str:
+    one = found["protocol"]
+    return (
+        f"protocol {found['protocol_id']}: {one['images']} images of {one['image_size']} pixels, features {one['features']} "
+        f"{one['features_digest']}, reference {one['reference']} {one['reference_digest']}; in brackets 95 % intervals"
+    )
+
+
+def _verdicts(checks: Sequence[Any]) -> str:
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.report.verdicts import score_name
+
+    table = Table("score", "expected", "got", "tolerance", "verdict")
+    for one in checks:
+        verdict = "agrees" if one.holds else "DIFFERS"
+        table.add_row(score_name(one.name), f"{one.expected:g}", f"{one.got:.4g}", f"{one.tolerance:.3g}", verdict)
+    console = Console(width=max(90, Console().width), record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text().rstrip()

@@ -1,0 +1,280 @@
+"""`dpar-cli sweep threshold` and `dpar-cli sweep cfg`: which sampling settings give the best images, and at what speed."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from stages.tools.sweep import Plan, Subject
+
+sweep_app = typer.Typer(
+    no_args_is_help=True,
+    help="Try sampling settings of the trained models with Ray Tune, score them, and take the best over into params.yaml.",
+)
+
+OFFSETS = (-0.4, -0.2, 0.0, 0.2, 0.4)  # nats around the training threshold, where nothing else is asked for
+Cfg = Annotated[str, typer.Option(help="Guidance scales: FIRST:LAST:STEP, or numbers with commas.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=1, help="Longest patch in tokens while sampling; else as in params.yaml.")
+]
+Images = Annotated[int, typer.Option(min=2, help="Images a trial of the search.")]
+FinalImages = Annotated[int | None, typer.Option(min=0, help="Images of a final; else sample.images. 0: no finals.")]
+Finalists = Annotated[int, typer.Option(min=1, help="Best trials of the search that are drawn again, with fresh seeds.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Trials at once. They share CPUs evenly; a GPU serves one.")]
+SearchName = Annotated[str, typer.Option("--search", help="grid, or within its corners: random | optuna.")]
+Trials = Annotated[int, typer.Option(min=1, help="Trials of a random or optuna search.")]
+Name = Annotated[str | None, typer.Option(help="Folder under sweeps/. The same name again goes on where it stopped.")]
+Apply = Annotated[bool, typer.Option("--apply", help="Write the winner into the sample section of params.yaml.")]
+
+
+@sweep_app.command("threshold")
+def sweep_threshold(
+    thresholds: Annotated[
+        str | None, typer.Option(help="Nats: FIRST:LAST:STEP, or numbers with commas; else around the training threshold.")
+    ] = None,
+    cfg: Cfg = "1.0:3.0:0.5",
+    max_length: MaxLength = None,
+    images: Images = 200,
+    final_images: FinalImages = None,
+    finalists: Finalists = 3,
+    concurrency: Concurrency = 1,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Cut patches and train a DPAR at every threshold too (hours at full size).")
+    ] = False,
+    search: SearchName = "grid",
+    trials: Trials = 20,
+    name: Name = None,
+    apply: Apply = False,
+) -> None:
+    """Sweep DPAR's sampling threshold and guidance scale, and say which pair is best.
+
+    Reads the models under artifacts/ (made by `dpar-cli run`) and params.yaml; without --retrain nothing is trained.
+    Writes sweeps/NAME/: index.html, results.parquet, pictures; and an MLflow run with one run a trial (`dpar-cli ui`).
+    Stopped or killed, the same command goes on. Example: `dpar-cli sweep threshold --thresholds 7.6:8.2:0.1
+    --cfg 1.0:3.0:0.25 --apply`, then `dvc repro` for the final scores.
+    """
+    from stages.tools.sweep import Point
+
+    _check_search(search, retrain=retrain)
+    subject, params = subject_of("dpar", max_length)
+    chosen = _training_thresholds(subject) if thresholds is None else _range(thresholds, "--thresholds")
+    points = tuple(Point(threshold, scale) for threshold in chosen for scale in _range(cfg, "--cfg"))
+    plan = _plan(points, params, images, final_images, finalists, concurrency, search, trials)
+    _run(name or "threshold", "dpar", subject, params, plan, retrain=retrain, apply=apply)
+
+
+@sweep_app.command("cfg")
+def sweep_cfg(
+    cfg: Cfg = "1.0:3.0:0.25",
+    model: Annotated[str, typer.Option(help="dpar or llamagen.")] = "dpar",
+    images: Images = 200,
+    final_images: FinalImages = None,
+    finalists: Finalists = 3,
+    concurrency: Concurrency = 1,
+    search: SearchName = "grid",
+    trials: Trials = 20,
+    name: Name = None,
+    apply: Apply = False,
+) -> None:
+    """Sweep the guidance scale alone, of DPAR at its threshold or of its LlamaGen twin.
+
+    Reads, writes and goes on as `dpar-cli sweep threshold` does; the folder is sweeps/cfg-MODEL/ unless named.
+    """
+    from stages.tools.sweep import Point
+
+    _check_search(search, retrain=False)
+    subject, params = subject_of(model, None)
+    points = tuple(Point(None, scale) for scale in _range(cfg, "--cfg"))
+    plan = _plan(points, params, images, final_images, finalists, concurrency, search, trials)
+    _run(name or f"cfg-{model}", model, subject, params, plan, retrain=False, apply=apply)
+
+
+def _range(text: str, option: str) -> list[float]:
+    from stages.tools.patch_stats import parse_range
+
+    try:
+        return list(dict.fromkeys(parse_range(text)))
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def _check_search(search: str, *, retrain: bool) -> None:
+    if search not in ("grid", "random", "optuna"):
+        raise ValueError(f"--search is {search!r}, expected grid, random or optuna")
+    if retrain and search != "grid":
+        raise ValueError(f"--retrain trains a model for each threshold of a grid: it does not go with --search {search}")
+
+
+def subject_of(model: str, max_length: int | None) -> tuple[Subject, Any]:
+    """Return what params.yaml and artifacts/ offer to sweep."""
+    from pipeline.commands.sample import MODELS
+    from pipeline.runner import CLASSIFIER, MANIFEST, device_of, set_threads
+    from stages import score
+    from stages.params import load_params, select
+    from stages.shared.sampler import Files
+    from stages.tools.sweep import Subject
+
+    root = Path.cwd()
+    if not (root / "dvc.yaml").exists():
+        raise FileNotFoundError(f"no dvc.yaml in {root}: go to the project's folder first")
+    if model not in MODELS:
+        raise ValueError(f"--model is {model!r}, expected dpar or llamagen")
+    params = load_params(root / "params.yaml")
+    set_threads(params.compute)
+    files = Files(*(path and root / path for path in vars(MODELS[model]).values()))
+    manifest, features = root / MANIFEST, root / CLASSIFIER
+    for path in (*vars(files).values(), manifest, features):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"a sweep reads {path}, which is missing: make it with `dpar-cli run` first")
+    section = params.sample
+    if max_length is not None:
+        section = section.model_copy(update={"max_patch_length": max_length})
+    device = device_of(params.compute)
+    return Subject({None: files}, section, select(params, score.Params), manifest, features, device), params
+
+
+def _training_thresholds(subject: Subject) -> list[float]:
+    from dpar_core.patches.maps import read_rule
+
+    rule = read_rule(subject.models[None].rule)
+    if not rule.reads_entropies:
+        raise ValueError(f"patches of mode {rule.mode} follow no threshold: sweep the guidance with `dpar-cli sweep cfg`")
+    return [round(rule.threshold + offset, 2) for offset in OFFSETS if rule.threshold + offset > 0]
+
+
+def _plan(points, params, images, final_images, finalists, concurrency, search, trials) -> Plan:
+    from stages.tools.sweep import Plan
+
+    full = params.sample.images if final_images is None else final_images
+    return Plan(points, images, full, finalists, concurrency, search, trials)
+
+
+def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, retrain: bool, apply: bool) -> None:
+    from dataclasses import replace
+
+    from pipeline.runner import PATCH_MAPS, TOKENS
+    from pipeline.sweep import output as sweep_output
+    from pipeline.sweep.tracking import open_sweep
+    from stages.tools.sweep import check_points, sweep
+    from stages.tools.sweep_models import retrain as train_models
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"--name is {name!r}, expected letters, digits, dots, dashes: it becomes a folder under sweeps/")
+    root = Path.cwd()
+    folder, work = root / "sweeps" / name, root / "work" / "sweeps" / name
+    check_points(plan.points, subject.models[None])
+    thresholds = list(dict.fromkeys(point.threshold for point in plan.points))
+    settings = {
+        "model": model, "thresholds": _listed(thresholds), "cfg": _listed(dict.fromkeys(p.cfg_scale for p in plan.points)),
+        "images": plan.images, "final_images": plan.final_images, "search": plan.search, "retrain": retrain,
+    }  # fmt: skip
+    with alone(work), open_sweep(name, settings, root=root) as runs:
+        if retrain:
+            models = train_models(
+                params, thresholds, subject.models[None], tokens=root / TOKENS,
+                entropies=root / Path(PATCH_MAPS).parent / "entropies", folder=folder / "models", work=work / "models",
+                device=subject.device, track=runs.stage,
+            )  # fmt: skip
+            subject = replace(subject, models=models)
+        trials = folder / "trials"
+        outcome = sweep(
+            subject, plan, trials, work, runs.tracker,
+            finished=lambda result: runs.log_trial(result, trials / f"{result['key']}.png"),
+        )  # fmt: skip
+        for failed in outcome.failed:
+            runs.log_failure(failed)
+        command = reproduce(name, subject, outcome.winner(subject.distance), plan, model=model, retrain=retrain)
+        facts = sweep_output.Facts(name, model, subject.distance, settings, outcome, command, subject.models[None])
+        written = sweep_output.write(facts, folder)
+        for path in written.tracked:
+            runs.tracker.log_artifact(path)
+        runs.tracker.log_metrics(written.metrics)
+        if winner := outcome.winner(subject.distance):
+            runs.log_winner(sweep_output.label(winner), command)
+    print(sweep_output.table(facts))
+    if not outcome.search:
+        raise RuntimeError(f"all {len(outcome.failed)} trials failed, the last with: {outcome.failed[-1]['error']}")
+    if apply:
+        winner = outcome.winner(subject.distance)
+        print(apply_winner(root / "params.yaml", winner, with_threshold=model == "dpar"))
+        if retrain:
+            print(f"the winner was trained at its threshold: set patching.threshold to {winner['threshold']:g} as well")
+    print(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
+    if not apply:
+        print("take it over    the same command with --apply, then dvc repro")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep a second sweep of the same name out. Raises ValueError in a sentence."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"sweep {folder.name} is running already: wait for it, or give this one another --name"
+            ) from None
+        yield
+
+
+def _listed(values: Any) -> str:
+    return ",".join("training" if value is None else f"{value:g}" for value in values)
+
+
+def reproduce(name: str, subject: Subject, winner: dict[str, Any] | None, plan: Plan, *, model: str, retrain: bool) -> str:
+    """Return the command that draws and scores the winner again."""
+    if winner is None:
+        return ""
+    kind = f"cfg --model {model}" if winner["threshold"] is None else f"threshold --thresholds {winner['threshold']!r}"
+    words = [f"dpar-cli sweep {kind} --cfg {winner['cfg_scale']!r}"]
+    if subject.sample.max_patch_length is not None and winner["threshold"] is not None:
+        words.append(f"--max-length {subject.sample.max_patch_length}")
+    words.append(f"--images {plan.images} --final-images {plan.final_images} --name {name}-winner")
+    return " ".join([*words, *(["--retrain"] if retrain else [])])
+
+
+def apply_winner(path: Path, winner: dict[str, Any], *, with_threshold: bool) -> str:
+    """Write a winner's settings into the sample section of a params file, its comments untouched; return a sentence.
+
+    Raises ParamsError when the file would not be valid; then it stays as it is.
+    """
+    from dpar_core.files import atomic_write
+    from stages.params import parse_params
+
+    values = {"cfg_scale": winner["cfg_scale"]}
+    if with_threshold and winner["threshold"] is not None:
+        values |= {"threshold": winner["threshold"], "max_patch_length": winner["max_patch_length"]}
+    text = set_values(path.read_text(), "sample", values)
+    from ruamel.yaml import YAML
+
+    parse_params(YAML(typ="safe").load(text), where=path.name)
+    atomic_write(path, text)
+    told = ", ".join(f"sample.{key} {'null' if value is None else value}" for key, value in values.items())
+    return f"{path.name} now has {told}: `dvc repro` draws and scores with it"
+
+
+def set_values(text: str, section: str, values: dict[str, Any]) -> str:
+    """Replace values of a section of a YAML file line by line, so that comments and order stay. Raises ValueError."""
+    lines, inside, left = text.split("\n"), False, dict(values)
+    for place, line in enumerate(lines):
+        if line and not line[0].isspace() and not line.startswith("#"):
+            inside = line.split(":")[0] == section
+        found = re.match(r"  (\w+):(\s*)([^#]*?)(\s+#.*)?$", line)
+        if inside and found and found[1] in left:
+            value = left.pop(found[1])
+            new = "null" if value is None else repr(value)
+            comment = found[4] or ""
+            if comment:  # keep the column of the comment where there is room
+                comment = " " * max(len(line) - len(comment.lstrip()) - len(f"  {found[1]}: {new}"), 1) + comment.lstrip()
+            lines[place] = f"  {found[1]}: {new}{comment}"
+    if left:
+        raise ValueError(f"no {', '.join(f'{section}.{name}' for name in left)} in the params file: write every value out")
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""`dpar-cli patches`: any image file with its entropy map and patches, by the trained models under artifacts/.
+
+Shapes: T = G x G tokens of an image in raster order, S the image side in pixels that the tokenizer sees.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dpar_core.data.images import BadImage, center_crop, decode_image
+from dpar_core.files import Weights, atomic_path, load_weights
+from dpar_core.models.gpt import GPT, GPTConfig, entropies_of
+from dpar_core.models.vq import VQ, VQConfig, to_float, to_uint8
+from dpar_core.patches.maps import read_rule
+from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts
+from dpar_core.pictures import patch_overview, save_png
+
+TOKENIZER, ENTROPY_MODEL, RULE = "tokenizer/tokenizer.safetensors", "entropy_model/model.safetensors", "patch_maps/rule.json"
+# file below artifacts/ -> stage of dvc.yaml that makes it
+MADE_BY = {TOKENIZER: "tokenizer", ENTROPY_MODEL: "entropy_model", RULE: "patch_maps"}
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """An image as DPAR sees it. decoded: (S, S, 3) uint8, what its tokens show; entropies: (T,) float32 nats, entry 0
+    nan; lengths: (M,) uint16, patch lengths that sum to T; rule: what cut them, row_width G."""
+
+    decoded: np.ndarray
+    entropies: np.ndarray
+    lengths: np.ndarray
+    rule: PatchRule
+
+
+class Patcher:
+    """Tokenizer, entropy model and patch rule that belong together, read from artifacts/.
+
+    Raises FileNotFoundError or ValueError in a sentence when a file is missing or was made with another.
+    """
+
+    def __init__(self, artifacts: Path) -> None:
+        for name, stage in MADE_BY.items():
+            if not (artifacts / name).exists():
+                raise FileNotFoundError(f"no trained {stage} at {artifacts / name}: run `dvc repro patch_maps` first")
+        tokenizer, gate = load_weights(artifacts / TOKENIZER, kind="vq"), load_weights(artifacts / ENTROPY_MODEL, kind="gpt")
+        if gate.meta.get("tokenizer") != tokenizer.digest:
+            raise ValueError(
+                f"{artifacts / ENTROPY_MODEL} was trained on tokens of tokenizer {gate.meta.get('tokenizer')}, but "
+                f"{artifacts / TOKENIZER} is {tokenizer.digest}: run `dvc repro entropy_model`"
+            )
+        made_with = json.loads((artifacts / RULE).read_text())["made_by"]["entropy_model"]
+        if made_with != gate.digest:
+            raise ValueError(
+                f"{artifacts / RULE} was made with entropy model {made_with}, but {artifacts / ENTROPY_MODEL} is "
+                f"{gate.digest}: run `dvc repro patch_maps`"
+            )
+        self.rule = read_rule(artifacts / RULE)
+        self.size: int = tokenizer.meta["image_size"]
+        self.vq = _loaded(VQ(VQConfig(**tokenizer.config)), tokenizer)
+        self.gate = _loaded(GPT(GPTConfig(**gate.config)), gate)
+
+    @torch.inference_mode()
+    def plan(self, image: np.ndarray) -> PatchPlan:
+        """Cut an image (height, width, 3) uint8 of any shape into patches, after the centre crop to S x S."""
+        crop = torch.from_numpy(center_crop(image, self.size).copy())[None]
+        codes = self.vq.encode(to_float(crop))
+        entropies = entropies_of(self.gate, codes.flatten(1))
+        lengths = lengths_from_starts(patch_starts(entropies, self.rule).numpy())[0]
+        return PatchPlan(to_uint8(self.vq.decode(codes))[0].numpy(), entropies[0].numpy(), lengths, self.rule)
+
+
+def _loaded(model: torch.nn.Module, weights: Weights) -> torch.nn.Module:
+    model.load_state_dict(weights.state)
+    return model.eval().requires_grad_(False)
+
+
+def draw_patches(image: Path, out: Path, *, artifacts: Path) -> str:
+    """Draw the patches of an image file into a PNG and return a line that says how many there are.
+
+    artifacts: folder with the trained models. Raises FileNotFoundError or ValueError in a sentence.
+    """
+    if not image.is_file():
+        raise FileNotFoundError(f"no image file at {image}")
+    try:
+        pixels = decode_image(image.read_bytes())
+        patcher = Patcher(artifacts)
+        plan = patcher.plan(pixels)
+    except BadImage as error:
+        raise ValueError(f"{image} cannot be read as an image: {error}") from None
+    picture = patch_overview(
+        middle_square(pixels), plan.entropies, plan.lengths, plan.rule.row_width, threshold=plan.rule.threshold,
+        decoded=plan.decoded, title=image.name,
+    )  # fmt: skip
+    with atomic_path(out) as temporary:
+        save_png(picture, temporary)
+    tokens, patches = len(plan.entropies), len(plan.lengths)
+    cut = f"threshold {plan.rule.threshold:.2f} nats" if plan.rule.reads_entropies else f"mode {plan.rule.mode}"
+    return f"{out}: {patches} patches for {tokens} tokens, {tokens / patches:.2f} tokens a patch ({cut})"
+
+
+def middle_square(image: np.ndarray) -> Image.Image:
+    """Cut the largest square from the middle, at the image's own resolution: what the centre crop shows, sharper."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    return Image.fromarray(image[top : top + side, left : left + side])

@@ -1,0 +1,317 @@
+"""Stage report: one offline page that sets DPAR beside its LlamaGen twin, with the pictures behind the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpar_core.data.manifest import Manifest, read_manifest
+from dpar_core.data.shards import TokenShards
+from dpar_core.files import atomic_folder, read_weights_header, write_json
+from dpar_core.patches.maps import EntropyMaps, PatchMaps
+from dpar_core.pictures import colour_bar, save_png
+from pipeline.presets.published import PUBLISHED
+from pipeline.report.charts import Dot, Series, bar_chart, graph, interval_plot, line_chart
+from pipeline.report.facts import (
+    MODELS,
+    Costs,
+    EqualTime,
+    Patches,
+    Training,
+    contests,
+    count_costs,
+    count_patches,
+    equal_time,
+    read_json,
+    read_training,
+)
+from pipeline.report.pictures import data_uri, examples, sample_grid
+from pipeline.report.verdicts import Contest, Estimate, score_columns, score_name, together
+from stages import params as P
+from stages.files import artifact_digest
+from stages.score import DISTANCE_NAMES
+from stages.tracker import Tracker
+
+MOST_CLASSES = 24  # bars of patches by class
+
+
+@dataclass(frozen=True)
+class Params:
+    """All sections but `compute`: the page shows them."""
+
+    seed: int
+    data: P.Data
+    tokenizer: P.Tokenizer
+    tokenize_images: P.TokenizeImages
+    entropy_model: P.EntropyModel
+    entropies: P.Entropies
+    patching: P.Patching
+    model: P.Model
+    train: P.Train
+    sample: P.Sample
+    score: P.Score
+    report: P.Report
+
+
+@dataclass(frozen=True)
+class Inputs:
+    manifest: Path
+    tokenizer: Path
+    tokens: Path
+    entropy_model: Path
+    entropies: Path
+    patch_maps: Path
+    histogram: Path
+    models: Path
+    samples: Path
+    scores: Path
+
+
+@dataclass(frozen=True)
+class Outputs:
+    report: Path
+
+
+def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
+    """Write index.html with everything inside it, the patch pictures beside it, and the verdicts as headline.json.
+
+    Raises ValueError or FileNotFoundError in a sentence when artifacts are missing or do not belong together.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    for file in sorted(inputs.scores.glob("*.json")):
+        tracker.log_input(f"scores {file.stem}", file, artifact_digest(file))
+    manifest = read_manifest(inputs.manifest)
+    train, held_out = (TokenShards(inputs.tokens, split) for split in ("train", "validation"))
+    maps = PatchMaps(inputs.patch_maps, held_out)
+    trainings = {name: read_training(inputs.models / name) for name in ("dpar", "llamagen")}
+    gate = read_training(inputs.entropy_model)
+    patches = count_patches(inputs.patch_maps, inputs.histogram, train)
+    costs = count_costs(trainings, gate.config, patches, inputs.samples)
+    times = equal_time(trainings, inputs.models)
+    labels = model_labels(inputs.models)
+    rounds = contests(inputs.models, inputs.scores, held_out, maps, times, device=device)
+    entropies = EntropyMaps(inputs.entropies, held_out)
+    shown = examples(
+        manifest, inputs.tokenizer / "tokenizer.safetensors", held_out, entropies, maps, count=params.report.examples
+    )
+    low = min(float(one.entropies[1:].min()) for one in shown)
+    high = max(float(one.entropies[1:].max()) for one in shown)
+    facts = {
+        "params": params,
+        "setting": setting(params, manifest, train),
+        "headline": together(*rounds),
+        "contests": [shown_contest(one) for one in rounds],
+        "patches": patches, "costs": costs, "times": times, "trainings": trainings, "gate": gate,
+        "rule": maps.rule, "scale": {"low": low, "high": high, "bar": data_uri(colour_bar(256, 1))},
+        "examples": [one.shown(low, high) for one in shown],
+        "hero": min(shown, key=lambda one: abs(len(one.lengths) - patches.mean)).shown(low, high),
+        "tokenizer": read_json(inputs.tokenizer / "metrics.json"),
+        "charts": draw_charts(trainings, patches, times, labels),
+        "grids": grids(inputs.samples, train.meta.classes, maps.rule.row_width, labels),
+        "published": PUBLISHED,
+        "tables": score_tables(inputs.scores, inputs.samples, trainings, labels),
+        "digests": digests(inputs, manifest, train, maps, labels),
+        "sections": flat_params(params),
+    }  # fmt: skip
+    environment = Environment(
+        loader=PackageLoader("pipeline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"number": number, "flop": flop, "plain": plain, "percent": lambda share: f"{100 * share:.0f} %"}
+    page = environment.get_template("report.html.j2").render(**facts)
+    with atomic_folder(outputs.report) as folder:
+        (folder / "index.html").write_text(page)
+        for place, one in enumerate(shown):
+            save_png(one.overview(maps.rule.threshold), folder / f"patches-{place:02d}.png")
+        write_json(folder / "headline.json", headline(rounds, patches, costs, times))
+    for place in range(min(len(shown), 3)):
+        tracker.log_picture(outputs.report / f"patches-{place:02d}.png")
+    tracker.log_artifact(outputs.report / "index.html")
+    tracker.log_metrics({"patch/share_of_tokens": patches.mean / patches.tokens, "cost/flops_saved": costs.saved("forward")})
+
+
+def number(value: float) -> str:
+    """Write a number with about three figures that count: 0.012, 0.640, 4.56, 12.3, 12,345; whole ones as they are."""
+    if value == round(value) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    decimals = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{decimals}f}"
+
+
+def flop(value: float) -> str:
+    """Write an amount of floating-point operations with its unit."""
+    power, unit = next((p, u) for p, u in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP")) if value >= p)
+    return f"{value / power:.3g} {unit}"
+
+
+def plain(value: Any) -> str:
+    """Write a value of params or of a protocol as JSON does, texts without quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def model_labels(models: Path) -> dict[str, str]:
+    """Return what the models are called on the page."""
+    step = read_weights_header(models / MODELS["llamagen_equal_time"])["meta"]["step"]
+    return {"dpar": "DPAR", "llamagen": "LlamaGen twin", "llamagen_equal_time": f"twin at step {step}"}
+
+
+def setting(params: Params, manifest: Manifest, shards: TokenShards) -> dict[str, Any]:
+    """Return what the comparison was made on."""
+    return {
+        "builtin": params.data.source == "builtin",
+        "images": {split: len(manifest.split(split)) for split in ("train", "validation")},
+        "classes": len(manifest.classes),
+        "size": shards.meta.image_size,
+        "grid": shards.meta.row_width,
+        "codebook": shards.meta.codebook_size,
+        "ln_codebook": math.log(shards.meta.codebook_size),
+        "distance": score_name(f"eval/{DISTANCE_NAMES[params.score.features]}"),
+    }
+
+
+def written(*estimates: Estimate) -> list[tuple[str, str]]:
+    """Write values and their intervals with as many decimals as tell all ends apart; no interval is an empty text."""
+    widths = [one.interval[1] - one.interval[0] for one in estimates if one.interval]
+    if len(widths) < len(estimates):
+        return [(number(one.value), "") for one in estimates]
+    narrow = min(widths)
+    decimals = min(max(1 - math.floor(math.log10(narrow)), 0), 4) if narrow > 0 else 3
+    told = [[f"{value:.{decimals}f}" for value in (one.value, *one.interval)] for one in estimates]
+    return [(value, f"{low} – {high}") for value, low, high in told]
+
+
+def shown_contest(contest: Contest) -> dict[str, Any]:
+    """Return a contest as the page shows it: each row with a plot of both intervals."""
+    rows = []
+    for row in contest.rows:
+        dots = [Dot("dpar", row.dpar.value, row.dpar.interval), Dot("llamagen", row.twin.value, row.twin.interval)]
+        plot = interval_plot(dots, title=f"{row.words}: DPAR above, twin below")
+        dpar, twin = written(row.dpar, row.twin)
+        rows.append({"row": row, "dpar": dpar, "twin": twin, "plot": plot})
+    return {"contest": contest, "rows": rows}
+
+
+def draw_charts(
+    trainings: Mapping[str, Training], patches: Patches, times: EqualTime, labels: Mapping[str, str]
+) -> dict[str, Any]:
+    """Draw the curves, the histogram and the DAG as SVG."""
+    by_step = [Series(labels[n], n, [(row[0], row[3]) for row in t.curve]) for n, t in trainings.items()]
+    by_time = [Series(labels[n], n, [(row[1], row[3]) for row in t.curve]) for n, t in trainings.items()]
+    lengths = [(str(length), share) for length, share in patches.shares[:16]]
+    if len(patches.shares) > 16:
+        lengths.append(("more", sum(share for _, share in patches.shares[16:])))
+    return {
+        "by_step": line_chart(by_step, x="optimizer steps", y="validation loss"),
+        "by_time": line_chart(by_time, x="seconds of training", y="validation loss", marks={"equal time": times.shared}),
+        "lengths": bar_chart(lengths, x="tokens in a patch", y="share of patches"),
+        "dag": dag(),
+        "by_class": _ranked(patches.by_class),
+    }
+
+
+def _ranked(by_class: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Return classes by their patches an image; of many, the ends of the list."""
+    ranked = sorted(by_class.items(), key=lambda item: (-item[1], item[0]))
+    half = MOST_CLASSES // 2
+    return ranked if len(ranked) <= MOST_CLASSES else ranked[:half] + ranked[-half:]
+
+
+def dag() -> str:
+    """Draw the stages with what each needs, from the table that runs them."""
+    from pipeline.runner import STAGES
+
+    makers = {path: name for name, stage in STAGES.items() for path in stage.outputs.values()}
+
+    def needs(name: str) -> list[str]:
+        read = STAGES[name].inputs.values()
+        return sorted({maker for path, maker in makers.items() for r in read if _touches(path, r)} - {name})
+
+    lanes = {name: 2.0 if name.endswith("llamagen") else 0.0 if name == "features" else 1.0 for name in STAGES}
+    return graph({name: needs(name) for name in STAGES}, lanes)
+
+
+def _touches(made: str, read: str) -> bool:
+    """Tell whether one path is the other or lies below it."""
+    return made == read or made.startswith(f"{read}/") or read.startswith(f"{made}/")
+
+
+def grids(samples: Path, class_names: tuple[str, ...], row_width: int, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the sample grids of all models with how they were drawn."""
+    found = []
+    for name in MODELS:
+        how = read_json(samples / name / "samples.json")
+        grid = sample_grid(samples / name, list(class_names), row_width=row_width, borders=name == "dpar")
+        found.append({"name": name, "label": labels[name], "grid": grid, "how": how})
+    return found
+
+
+def score_tables(
+    scores: Path, samples: Path, trainings: Mapping[str, Training], labels: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return our rows for the table of the paper: a table of its own for every protocol."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name in MODELS:
+        told = read_json(scores / f"{name}.json")
+        config = trainings["dpar" if name == "dpar" else "llamagen"].config
+        table = tables.setdefault(told["protocol_id"], {
+            "id": told["protocol_id"], "protocol": told["protocol"], "rows": [],
+            "columns": [(key, score_name(key)) for key in score_columns(told)],
+            "others": [],
+        })  # fmt: skip
+        compared = [key for key, _ in table["columns"]]
+        rest = [key for key in told if key.startswith("eval/") and key not in compared]
+        table["others"] += [(f"{score_name(key)}, {labels[name]}", number(told[key])) for key in rest]
+        drawn = read_json(samples / name / "metrics.json")
+        table["rows"].append({
+            "label": labels[name], "parameters": config.num_parameters, "scores": told,
+            "steps": drawn["patch/patches_per_image"] if name == "dpar" else config.tokens,
+        })  # fmt: skip
+    return list(tables.values())
+
+
+def digests(
+    inputs: Inputs, manifest: Manifest, shards: TokenShards, maps: PatchMaps, labels: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """Return the digest of everything that the page rests on."""
+    return [
+        ("manifest", manifest.digest), ("tokenizer", shards.meta.tokenizer), ("token shards", shards.digest),
+        ("entropy model", maps.entropy_model_digest), ("patch maps", maps.digest),
+        *((labels[name], artifact_digest(inputs.models / file)) for name, file in MODELS.items()),
+        *((f"samples, {labels[name]}", read_json(inputs.samples / name / "samples.json")["digest"]) for name in MODELS),
+    ]  # fmt: skip
+
+
+def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """Return every value of the params, section by section."""
+
+    def walk(prefix: str, value: Any) -> list[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            return [pair for key, inner in value.items() for pair in walk(f"{prefix}.{key}" if prefix else key, inner)]
+        return [(prefix, value)]
+
+    sections = []
+    for field in dataclasses.fields(params):
+        value = getattr(params, field.name)
+        sections.append((field.name, walk("", value.model_dump(mode="json")) if isinstance(value, P.Section)
+                         else walk(field.name, value)))  # fmt: skip
+    return sections
+
+
+def headline(rounds: tuple[Contest, Contest], patches: Patches, costs: Costs, times: EqualTime) -> dict[str, Any]:
+    """Return the verdicts and the figures at the top of the page, for machines."""
+    return {
+        "headline": together(*rounds),
+        "verdicts": [
+            {"when": one.when, "winner": one.winner, "title": one.title, "sentence": one.sentence,
+             "rows": [dataclasses.asdict(row) for row in one.rows]} for one in rounds
+        ],
+        "tokens": patches.tokens, "patches_per_image": patches.mean, "flops_saved": costs.saved("forward"),
+        "flop_ratio": costs.promised("forward"), "training_speed_ratio": costs.clocked("training_speed"),
+        "drawing_speed_ratio": costs.clocked("drawing_speed"), "equal_time": dataclasses.asdict(times),
+    }  # fmt: skip

@@ -1,0 +1,282 @@
+"""What the entropy model, DPAR and its LlamaGen twin have in common as stages: data, objective, run, outputs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpar_core.data.shards import TokenShards
+from dpar_core.files import atomic_path, atomic_write, digest_of, load_weights, save_weights, write_json
+from dpar_core.models import flops
+from dpar_core.models.dpar import DPAR, DPARConfig
+from dpar_core.models.gpt import GPT, GPTConfig, next_token_loss
+from dpar_core.patches.layout import PatchLayout
+from dpar_core.patches.maps import PatchMaps
+from dpar_core.training.checkpoint import Architecture, Checkpoint, CheckpointStore
+from dpar_core.training.loop import Hooks, Progress, TrainSettings, train
+from dpar_core.training.optim import OptimSettings
+from dpar_core.training.order import DataOrder, fixed_subset
+from dpar_core.training.parallel import Ranks
+from dpar_core.training.prefetch import Batch
+from stages.params import Training
+from stages.tracker import Tracker
+from stages.workers import fit as ray_train
+
+Kind = Literal["entropy_model", "dpar", "llamagen"]
+
+# Where a run takes place and what it keeps on the way: when these change, a run goes on. What it keeps, log_every and
+# activation_checkpointing leave the result as it is, bit by bit on CPUs; workers and accumulate change the draws of
+# dropout and rounding; strategy, compile and the device change rounding. equal_time_step is the twin's alone.
+_PLACEMENT = {
+    "workers", "cpus_per_worker", "gpus_per_worker", "accumulate", "strategy", "compile", "activation_checkpointing",
+    "storage", "keep_last", "keep_best", "checkpoint_every", "log_every",
+}  # fmt: skip
+_EXPLODED = 3.0  # times ln V, the loss of a model that knows nothing
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: plain data, so that it travels to the workers."""
+
+    kind: Kind
+    config: GPTConfig | DPARConfig
+    training: Training
+    seed: int
+    tokens: Path
+    patch_maps: Path | None = None
+    snapshot_steps: tuple[int, ...] = ()
+
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture("dpar" if self.kind == "dpar" else "gpt", asdict(self.config))
+
+    def settings(self) -> TrainSettings:
+        """Return the training loop's settings."""
+        training = self.training
+        names = ("lr", "lr_schedule", "warmup_steps", "weight_decay", "clip_norm")
+        optim = OptimSettings(betas=tuple(training.betas), **{name: getattr(training, name) for name in names})
+        same = ("steps", "batch_size", "accumulate", "precision", "compile", "activation_checkpointing", "strategy",
+                "validate_every", "checkpoint_every", "log_every")  # fmt: skip
+        return TrainSettings(
+            optim=optim,
+            seed=self.seed,
+            largest_loss=_EXPLODED * float(np.log(self.config.codebook_size)),
+            snapshot_steps=self.snapshot_steps,
+            **{name: getattr(training, name) for name in same},
+        )
+
+    def digest(self, inputs: dict[str, str]) -> str:
+        """Return the name of this run's result: what it is trained on, what it is, how; not where."""
+        training = recipe(self.training)
+        training.pop("equal_time_step", None)
+        what = {"kind": self.kind, "config": asdict(self.config), "training": training, "seed": self.seed}
+        return digest_of({**what, "snapshots": list(self.snapshot_steps), "inputs": inputs})
+
+
+def recipe(training: Training) -> dict[str, Any]:
+    """Return what of a training section decides the result."""
+    return {name: value for name, value in training.model_dump(mode="json").items() if name not in _PLACEMENT}
+
+
+class JobData:
+    """Batches of a job for one rank, read from token shards and joined with their patch lengths."""
+
+    def __init__(self, job: Job, ranks: Ranks) -> None:
+        self.job, self.ranks = job, ranks
+        self.train = _Split(job, "train")
+        self.held_out = _Split(job, "validation")
+        shards, training = self.train.shards, job.training
+        self.order = DataOrder(
+            images=len(shards), views=shards.meta.num_views, batch_size=training.batch_size, seed=job.seed
+        )
+
+    def micro_batch(self, step: int, micro: int) -> Batch:
+        """Return this rank's micro-batch of a step."""
+        micros = self.job.training.accumulate
+        part = self.order.part(step, rank=self.ranks.rank, ranks=self.ranks.world, micro=micro, micros=micros)
+        return self.train.batch(part.indices, part.views)
+
+    def validation(self) -> Iterator[tuple[Batch, float]]:
+        """Yield this rank's share of the fixed validation images (first views), each rank equally many batches."""
+        training, world = self.job.training, self.ranks.world
+        chosen = fixed_subset(len(self.held_out.shards), training.validation_images)
+        size = training.batch_size // (world * training.accumulate)
+        for first in range(0, len(chosen), size * world):
+            mine = chosen[first + self.ranks.rank * size : first + (self.ranks.rank + 1) * size]
+            shown = mine if len(mine) else chosen[:1]
+            yield self.held_out.batch(shown, np.zeros(len(shown), dtype=np.int64)), float(len(mine))
+
+
+class _Split:
+    """One split of a data set, as batches."""
+
+    def __init__(self, job: Job, split: str) -> None:
+        self.labelled = job.kind != "entropy_model"
+        self.shards = TokenShards(job.tokens, split)
+        self.maps = None if job.patch_maps is None else PatchMaps(job.patch_maps, self.shards)
+
+    def batch(self, indices: np.ndarray, views: np.ndarray) -> Batch:
+        tokens = torch.from_numpy(self.shards.tokens(indices, views).astype(np.int64))
+        labels = torch.from_numpy(self.shards.labels[indices].astype(np.int64)) if self.labelled else None
+        layout = None
+        if self.maps is not None:
+            layout = PatchLayout.from_lengths(self.maps.lengths(indices, views), row_width=self.shards.meta.row_width)
+        return Batch(tokens, labels, layout)
+
+
+@dataclass(frozen=True)
+class JobObjective:
+    """Cross-entropy in nats a token: over T tokens, or T - 1 for the entropy model."""
+
+    config: GPTConfig | DPARConfig
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if batch.layout is None:
+            return next_token_loss(model, batch.tokens, batch.labels)
+        logits = model(batch.tokens, batch.labels, batch.layout)
+        return F.cross_entropy(logits.float().flatten(0, 1), batch.tokens.flatten())
+
+    def forward_flops(self, patches_per_image: float) -> float:
+        if isinstance(self.config, DPARConfig):
+            return flops.dpar_forward_flops(self.config, patches_per_image)
+        return flops.gpt_forward_flops(self.config)
+
+
+def build(config: GPTConfig | DPARConfig, seed: int) -> nn.Module:
+    """Return the untrained model of a config; its initial weights are a function of the seed."""
+    torch.manual_seed(seed)
+    return DPAR(config) if isinstance(config, DPARConfig) else GPT(config)
+
+
+def train_job(job: Job, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[str, Any]:
+    """Train on one rank, inside a Ray worker."""
+    data = JobData(job, ranks)
+    progress = train(
+        build(job.config, job.seed), JobObjective(job.config), data, job.settings(), _store(job, root), hooks=hooks,
+        ranks=ranks,
+    )  # fmt: skip
+    return {"step": progress.step}
+
+
+def _store(job: Job, root: str) -> CheckpointStore:
+    return CheckpointStore(
+        root, job.architecture, keep_last=job.training.keep_last, keep_best=job.training.keep_best, warn=print
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. checkpoint: its last step; store: where snapshots are; images: in the training set."""
+
+    job: Job
+    checkpoint: Checkpoint
+    store: CheckpointStore
+    progress: Progress
+    images: int
+
+
+def run_job(job: Job, inputs: dict[str, str], tracker: Tracker, *, section: str, device: str, work: Path) -> Result:
+    """Train a job to its end through Ray Train, going on from where an earlier call was broken off.
+
+    inputs: digests of what is read. section: of params.yaml, for sentences. work: the stage's resumable folder, the same
+    as long as `recipe` and inputs are.
+    """
+    images = len(TokenShards(job.tokens, "train"))
+    TokenShards(job.tokens, "validation")
+    name = f"run-{job.digest(inputs)}"
+    root = ray_train.run_folder(job.training.storage, work, name)
+    store, steps = _store(job, root), job.training.steps
+    tracker.log_params({"model/parameters": job.config.num_parameters, "train/run": name})
+    checkpoint = store.newest()
+    if checkpoint is None or checkpoint.step != steps:
+        done = 0 if checkpoint is None else checkpoint.step
+        with tracker.progress(steps, f"train {job.kind}", done=done, unit="step") as bar:
+            ray_train.fit(
+                partial(train_job, job, root),
+                root=root,
+                work=work,
+                scale=ray_train.Scale.of(job.training, device=device),
+                section=section,
+                on_event=_Reporter(tracker, bar, done),
+            )
+        checkpoint = store.newest()
+    if checkpoint is None or checkpoint.step != steps:
+        raise RuntimeError(f"the run in {root} did not reach step {steps}: run the same command again, it goes on")
+    return Result(job, checkpoint, store, Progress(**checkpoint.state["progress"]), images)
+
+
+class _Reporter:
+    """Passes a run's events on to the tracker."""
+
+    def __init__(self, tracker: Tracker, bar, done: int) -> None:
+        self.tracker, self.bar, self.step = tracker, bar, done
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        step, metrics = event["step"], event.get("metrics", {})
+        if metrics:
+            self.tracker.log_metrics(metrics, step)
+        shown = {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}
+        if step > self.step:
+            self.bar.advance(step - self.step, **shown)
+            self.step = step
+
+
+def publish(result: Result, outputs: Any, meta: dict[str, Any], tracker: Tracker) -> None:
+    """Write the outputs that all three stages have: curve, timings, metrics and, last, the model.
+
+    outputs: has the paths model, metrics, curve, timings. meta: what the model was made from, goes into its file.
+    """
+    progress, job = result.progress, result.job
+    write_curve(outputs.curve, progress.curve)
+    timings = [dict(zip(("step", "seconds", "images_per_s"), row)) for row in progress.timings]
+    trained = progress.step * job.training.batch_size
+    speed = {"seconds": progress.seconds, "images_per_s": trained / progress.seconds}
+    write_json(outputs.timings, {**speed, "curve": timings})
+    best = min(progress.curve, key=lambda row: row[2])
+    metrics = {
+        "train/loss": progress.curve[-1][1],
+        "validation/loss": progress.curve[-1][2],
+        "validation/best_loss": best[2],
+        "validation/best_step": best[0],
+        "steps": progress.step,
+        "images": trained,
+        "epochs": trained / result.images,
+        "parameters": job.config.num_parameters,
+    }
+    write_json(outputs.metrics, metrics)
+    tracker.log_metrics({"perf/images_per_s": speed["images_per_s"], **metrics})
+    publish_model(result.checkpoint.model_file, outputs.model, job, {**meta, "step": progress.step})
+
+
+def publish_model(source: Path, target: Path, job: Job, meta: dict[str, Any]) -> None:
+    """Write weights of the run's store as the artifact that other stages read."""
+    architecture = job.architecture
+    weights = load_weights(source, kind=architecture.kind)
+    everything = {"seed": job.seed, **meta}
+    save_weights(target, weights.state, kind=architecture.kind, config=architecture.config, meta=everything)
+
+
+def write_curve(path: Path, rows: list[list[float]]) -> None:
+    """Write loss curves as CSV: step, train/loss (mean since the row before), validation/loss; nats a token."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", "train/loss", "validation/loss"])
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue())
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)

@@ -1,0 +1,176 @@
+"""Trained models ready to draw: reading and checking artifacts, tokens to pixels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpar_core.files import Weights, load_weights
+from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator, Progress
+from dpar_core.generation.guidance import SampleSettings
+from dpar_core.models.dpar import DPAR, DPARConfig
+from dpar_core.models.gpt import GPT, GPTConfig
+from dpar_core.models.vq import VQ, VQConfig, to_uint8
+from dpar_core.patches.maps import read_rule
+from dpar_core.patches.rule import PatchRule
+from stages import params as P
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DECODE_BATCH = 16  # images a decoder call on a GPU, always filled up
+
+
+@dataclass(frozen=True)
+class Files:
+    """Artifacts that a sampler is made of. entropy_model, rule: DPAR's only."""
+
+    model: Path
+    tokenizer: Path
+    entropy_model: Path | None = None
+    rule: Path | None = None
+
+
+def _config(cls: type, weights: Weights, path: Path) -> Any:
+    try:
+        return cls(**weights.config)
+    except TypeError as error:
+        raise ValueError(f"{path} has a config of another version ({error}): train it again") from None
+
+
+def _same_tokenizer(weights: Weights, path: Path, tokenizer: Weights, where: Path, *, stage: str) -> None:
+    made_with = weights.meta.get("tokenizer")
+    if made_with != tokenizer.digest:
+        raise ValueError(
+            f"{path} was trained on tokens of tokenizer {made_with}, but {where} is {tokenizer.digest}: "
+            f"run `dvc repro {stage}`"
+        )
+
+
+def settings_of(sample: P.Sample, rule: PatchRule | None) -> SampleSettings:
+    """Turn the params section into settings; `rule` is the training rule, which the section may override."""
+    if rule is not None:
+        threshold = rule.threshold if sample.threshold is None else sample.threshold
+        longest = rule.max_patch_length if sample.max_patch_length is None else sample.max_patch_length
+        rule = replace(rule, threshold=threshold, max_patch_length=longest)
+    return SampleSettings(
+        cfg_scale=sample.cfg_scale, cfg_schedule=sample.cfg_schedule, cfg_interval=tuple(sample.cfg_interval),
+        temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p, gate=sample.gate, rule=rule,
+    )  # fmt: skip
+
+
+class Sampler:
+    """A DPAR or its twin with its tokenizer, from artifacts to pixels.
+
+    Raises ValueError or FileNotFoundError in a sentence when files are missing or do not belong together.
+    """
+
+    def __init__(self, files: Files, sample: P.Sample, *, device: str) -> None:
+        self.files, self.device = files, torch.device(device)
+        self.is_dpar = files.rule is not None
+        kind = "dpar" if self.is_dpar else "gpt"
+        stage = "train_dpar" if self.is_dpar else "train_llamagen"
+        self.weights = load_weights(files.model, kind=kind)
+        tokenizer = load_weights(files.tokenizer, kind="vq")
+        _same_tokenizer(self.weights, files.model, tokenizer, files.tokenizer, stage=stage)
+        config = _config(VQConfig, tokenizer, files.tokenizer)
+        self.vq = VQ(replace(config, channel_multipliers=tuple(config.channel_multipliers)))
+        self.vq.load_state_dict(tokenizer.state)
+        self.vq.to(self.device).eval().requires_grad_(False)
+        self.precision = sample.precision
+        self.made_by = {"model": self.weights.digest, "tokenizer": tokenizer.digest}
+        self.rule = read_rule(files.rule) if self.is_dpar else None
+        self.settings = settings_of(sample, self.rule)
+        if self.is_dpar:
+            self.networks = self._dpar_and_gate(tokenizer)
+        else:
+            self.networks = (_built(GPT, _config(GPTConfig, self.weights, files.model), self.weights, self.device),)
+        self.generator = self._generator()
+        self.config = self.generator.config
+        if self.config.codebook_size != config.codebook_size:
+            raise ValueError(
+                f"{files.model} predicts {self.config.codebook_size} codes, {files.tokenizer} has "
+                f"{config.codebook_size}: run `dvc repro {stage}`"
+            )
+        self.image_size = self.config.row_width * config.downsample
+        names = self.weights.meta.get("classes") or []
+        self.class_names = [*names, *(f"class {i}" for i in range(len(names), self.config.num_classes))]
+
+    def _generator(self) -> DPARGenerator | GPTGenerator:
+        kind = DPARGenerator if self.is_dpar else GPTGenerator
+        return kind(*self.networks, self.settings, dtype=DTYPES[self.precision])
+
+    def with_settings(self, sample: P.Sample) -> Sampler:
+        """Return a sampler of the same networks, which stay where they are in memory, with other settings.
+
+        Raises ValueError when the gate is another: it decides which networks there are.
+        """
+        other = copy.copy(self)
+        other.precision, other.settings = sample.precision, settings_of(sample, self.rule)
+        if other.settings.gate != self.settings.gate:
+            raise ValueError(f"the networks were read for gate {self.settings.gate}, not {other.settings.gate}")
+        other.generator = other._generator()
+        return other
+
+    def _dpar_and_gate(self, tokenizer: Weights) -> tuple[DPAR, GPT | None]:
+        files, gate = self.files, None
+        if self.settings.gate == "entropy_model" and self.settings.rule.reads_entropies:
+            weights = load_weights(files.entropy_model, kind="gpt")
+            _same_tokenizer(weights, files.entropy_model, tokenizer, files.tokenizer, stage="entropy_model")
+            gate = _built(GPT, _config(GPTConfig, weights, files.entropy_model), weights, self.device)
+            self.made_by["entropy_model"] = weights.digest
+        return _built(DPAR, _config(DPARConfig, self.weights, files.model), self.weights, self.device), gate
+
+    def draw(
+        self, labels: Sequence[int], seeds: Sequence[int], *, given: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Generated:  # fmt: skip
+        """Draw tokens, see dpar_core.generation.generate."""
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        return self.generator.generate(labels, seeds, given=given, progress=progress)
+
+    def pixels(self, tokens: Tensor, *, resize: int | None = None) -> np.ndarray:
+        """Decode tokens (B, T) to images (B, S, S, 3) uint8; `resize`: bicubic without antialias, before clamping.
+
+        An image's bytes do not depend on its neighbours nor on the number of threads: on the CPU every image is decoded
+        alone on one core, several at a time.
+        """
+        codes = tokens.view(len(tokens), self.config.row_width, self.config.row_width)
+        if self.device.type == "cpu":
+            threads = torch.get_num_threads()
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                images = list(pool.map(lambda one: self._decode(one, resize), codes.split(1)))
+            torch.set_num_threads(threads)
+            return torch.cat(images).numpy()
+        filled = F.pad(codes, (0, 0, 0, 0, 0, -len(codes) % DECODE_BATCH))
+        images = [self._decode(part, resize).cpu() for part in filled.split(DECODE_BATCH)]
+        return torch.cat(images)[: len(codes)].numpy()
+
+    @torch.inference_mode()
+    def _decode(self, codes: Tensor, resize: int | None) -> Tensor:
+        images = self.vq.decode(codes.to(self.device))
+        if resize is not None and resize != images.shape[-1]:
+            images = F.interpolate(images, size=(resize, resize), mode="bicubic", antialias=False, align_corners=False)
+        return to_uint8(images)
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what an image depends on besides its label and seed, as JSON data."""
+        settings = asdict(self.settings)
+        settings["cfg_interval"] = list(settings["cfg_interval"])
+        if not self.is_dpar:
+            del settings["rule"], settings["gate"]
+        model = "dpar" if self.is_dpar else "llamagen"
+        return {"model": model, "made_by": self.made_by, "precision": self.precision, **settings}
+
+
+def _built(cls: type, config: Any, weights: Weights, device: torch.device) -> Any:
+    model = cls(config)
+    model.load_state_dict(weights.state)
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,80 @@
+"""Calibration: a published LlamaGen checkpoint drawn and scored here, its scores set beside the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpar_core.files import save_weights, sha256_file
+from dpar_core.models.published import read_gpt, read_state, read_vq
+from dpar_core.models.vq import config_of
+from stages.shared.sampler import Files
+
+# Attention heads by size, which weights do not tell.
+HEADS = {"B": 12, "L": 16, "XL": 20, "XXL": 24}
+RELATIVE, ABSOLUTE = ("eval/fid", "eval/is"), ("eval/precision", "eval/recall")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A score against its published value. tolerance: in the score's own unit."""
+
+    name: str
+    expected: float
+    got: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return abs(self.got - self.expected) <= self.tolerance
+
+
+def import_checkpoint(gpt: Path, vq: Path, *, heads: int, grid: int, folder: Path) -> Files:
+    """Write published weights as files that the sampler reads, once for each pair of them; return these.
+
+    gpt: class-conditional LlamaGen weights; vq: its tokenizer's. Raises ValueError when names or shapes do not fit.
+    """
+    state, config = read_gpt(gpt, heads=heads, row_width=grid)
+    if config.num_classes is None:
+        raise ValueError(f"{gpt} has no class table: calibration draws by class, give LlamaGen's class-conditional weights")
+    digests = {"gpt": sha256_file(gpt)[:16], "vq": sha256_file(vq)[:16]}
+    place = folder / f"{digests['gpt']}-{digests['vq']}"
+    place.mkdir(parents=True, exist_ok=True)
+    files = Files(place / "model.safetensors", place / "tokenizer.safetensors")
+    read_vq(vq)
+    tokens = read_state(vq)
+    shape = config_of(tokens)
+    if shape.codebook_size != config.codebook_size:
+        raise ValueError(f"{gpt} predicts {config.codebook_size} codes, {vq} has {shape.codebook_size}: they are not a pair")
+    tokens = {name: tensor for name, tensor in tokens.items() if name in _vq_names(shape)}
+    tokenizer = save_weights(files.tokenizer, tokens, kind="vq", config=asdict(shape), meta={"published": digests["vq"]})
+    meta = {"tokenizer": tokenizer, "classes": [], "published": digests["gpt"]}
+    save_weights(files.model, state, kind="gpt", config=asdict(replace(config, dropout=0.0)), meta=meta)
+    return files
+
+
+def _vq_names(config: Any) -> set[str]:
+    import torch
+
+    from dpar_core.models.vq import VQ
+
+    with torch.device("meta"):
+        return set(VQ(config).state_dict())
+
+
+def checks(scores: Mapping[str, Any], expected: Mapping[str, float], *, tolerance: float) -> list[Check]:
+    """Set scores beside published ones.
+
+    tolerance: share of the published value for distances and IS; precision and recall may differ by 0.01 times as many
+    twentieths (0.05 -> 0.01). Raises ValueError when nothing can be compared.
+    """
+    found = []
+    for name, value in expected.items():
+        if name in scores:
+            allowed = 0.2 * tolerance if name in ABSOLUTE else tolerance * value
+            found.append(Check(name, value, scores[name], allowed))
+    if not found:
+        raise ValueError(f"none of {', '.join(expected)} was measured: calibrate with the features those were published for")
+    return found

@@ -1,0 +1,184 @@
+"""One image of a data set through every step: the file, its views, tokens, entropies and patches.
+
+Shapes: S pixels of a view's side, T = G x G tokens of a view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from PIL import Image, ImageDraw
+
+from dpar_core.data.images import views
+from dpar_core.data.manifest import Manifest, Row, read_manifest
+from dpar_core.data.shards import TokenShards
+from dpar_core.models.vq import to_uint8
+from dpar_core.patches.maps import EntropyMaps, PatchMaps
+from dpar_core.pictures import FAINT, INK, PAPER, draw_borders, entropy_map, font
+from stages import params as P
+from stages.data import ImageOpener
+from stages.tokenize_images import load_tokenizer
+
+_SIDE = 208  # pixels of a panel
+
+
+@dataclass
+class Inspection:
+    """What is known of an image; what later stages have not made is None.
+
+    image: (h, w, 3) uint8; views: (n, S, S, 3) uint8; shard: where its tokens are; tokens: (n, T) uint16; decoded:
+    (n, S, S, 3) uint8; entropies: (n, T) float32 nats; lengths: patch lengths of each view; missing: sentences.
+    """
+
+    row: Row
+    row_width: int | None = None
+    image: np.ndarray | None = None
+    views: np.ndarray | None = None
+    shard: str | None = None
+    tokens: np.ndarray | None = None
+    decoded: np.ndarray | None = None
+    entropies: np.ndarray | None = None
+    lengths: list[np.ndarray] | None = None
+    threshold: float | None = None
+    missing: list[str] = field(default_factory=list)
+
+
+def inspect_image(key: str, *, artifacts: Path, data: P.Data) -> Inspection:
+    """Collect everything that the artifacts hold of one image.
+
+    key: a key of the manifest, or the end of an image's path. Raises ValueError when it is none or stands for several,
+    FileNotFoundError when there is no manifest.
+    """
+    manifest = read_manifest(artifacts / "data" / "manifest.parquet")
+    found = Inspection(find_row(manifest, key))
+    row = found.row
+    try:
+        found.image = ImageOpener(manifest)(row)
+        found.views = views(found.image, data.image_size, data.views)
+    except ValueError as error:
+        found.missing.append(f"the image cannot be used: {error}")
+    try:
+        shards = TokenShards(artifacts / "tokens", row.split)
+        index = shards.find(row.key)
+        if index is None:
+            raise ValueError("no tokens: the image was bad when tokens were made, or is new since")
+        found.row_width = shards.meta.row_width
+        found.shard = next(name for name, part in shards.shards() if part.start <= index < part.stop)
+        found.tokens = shards.all_views(index)
+        model, _ = load_tokenizer(artifacts / "tokenizer" / "tokenizer.safetensors", "cpu")
+        codes = torch.from_numpy(found.tokens.astype(np.int64)).reshape(-1, found.row_width, found.row_width)
+        with torch.inference_mode():
+            found.decoded = torch.cat([to_uint8(model.decode(one[None])) for one in codes]).numpy()
+        _add_patches(found, shards, index, artifacts)
+    except (ValueError, OSError) as error:
+        found.missing.append(str(error))
+    return found
+
+
+def find_row(manifest: Manifest, key: str) -> Row:
+    """Return the row of a key, or of the only image whose source ends with it. Raises ValueError."""
+    row = manifest.find(key)
+    if row is not None:
+        return row
+    places = pc.indices_nonzero(pc.ends_with(manifest.rows.table["source"], key)).to_pylist() if key else []
+    if len(places) == 1:
+        return manifest.rows[places[0]]
+    if not places:
+        first = manifest.rows[0].key
+        raise ValueError(f"no image {key!r} in the manifest: expected a key, as {first}, or the end of a path")
+    shown = ", ".join(manifest.rows[place].key for place in places[:5])
+    raise ValueError(f"{len(places)} images end with {key!r}: give a key, as one of {shown}")
+
+
+def _add_patches(found: Inspection, shards: TokenShards, index: int, artifacts: Path) -> None:
+    entropies = EntropyMaps(artifacts / "entropies", shards)
+    part = next(part for name, part in shards.shards() if name == found.shard)
+    count = shards.meta.num_views
+    first = (index - part.start) * count
+    found.entropies = entropies.shard(found.shard)[first : first + count]
+    maps = PatchMaps(artifacts / "patch_maps", shards, entropy_model=entropies.entropy_model)
+    found.lengths = maps.lengths(np.full(count, index), np.arange(count))
+    found.threshold = maps.rule.threshold
+
+
+def describe(found: Inspection) -> str:
+    """Return what is known in words and numbers."""
+    row = found.row
+    lines = [f"key       {row.key}", f"split     {row.split}", f"class     {row.label} {row.class_name}"]
+    lines.append(f"source    {row.source}")
+    if row.box:
+        lines.append(f"box       {row.box[0]}, {row.box[1]} to {row.box[2]}, {row.box[3]}")
+    if found.image is not None:
+        count = "no views" if found.views is None else f"{len(found.views)} views"
+        lines.append(f"pixels    {found.image.shape[1]} x {found.image.shape[0]}, {count}")
+    if found.tokens is not None:
+        lines.append(f"shard     {found.shard}")
+        lines.append(f"tokens    {found.tokens.shape[1]} a view, {len(np.unique(found.tokens))} different codes")
+    if found.entropies is not None:
+        known = found.entropies[:, 1:]
+        lines.append(f"entropies {known.mean():.3f} nats on average, {known.min():.3f} to {known.max():.3f}")
+    if found.lengths is not None:
+        counts = ", ".join(str(len(one)) for one in found.lengths)
+        threshold = "" if found.threshold is None else f" (threshold {found.threshold:.3f} nats)"
+        lines.append(f"patches   {counts}{threshold}")
+    return "\n".join([*lines, *found.missing])
+
+
+def draw(found: Inspection) -> Image.Image:
+    """Draw the image beside what is known of it, and a row for each view.
+
+    A row shows pixels, decoded tokens, tokens, entropies and patches, as far as they are there. Raises
+    ValueError when nothing of the image can be shown.
+    """
+    shown = next((pixels for pixels in (found.views, found.decoded) if pixels is not None), ())
+    if found.image is None and not len(shown):
+        raise ValueError(f"nothing to show of {found.row.key}: {'; '.join(found.missing)}")
+    names = [name for name, there in (
+        ("view", found.views), ("decoded tokens", found.decoded), ("tokens", found.tokens), ("entropies", found.entropies),
+        ("patches", found.lengths),
+    ) if there is not None]  # fmt: skip
+    side = _SIDE if found.row_width is None else found.row_width * max(_SIDE // found.row_width, 1)
+    gap, lines = 10, [line for line in describe(found).split("\n") if line]
+    height = 0 if found.image is None else max(round(_SIDE * min(found.image.shape[0] / found.image.shape[1], 2)), 1)
+    head = max(height, 20 * len(lines)) + gap
+    width = max(len(names), 4) * (side + gap) + gap
+    canvas = Image.new("RGB", (width, 60 + head + len(shown) * (side + gap)), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((gap, gap), f"{found.row.key}: {found.row.class_name}, {found.row.source}", INK, font(14))
+    if found.image is not None:
+        canvas.paste(Image.fromarray(found.image).resize((_SIDE, height), Image.Resampling.BICUBIC), (gap, 36))
+    for number, line in enumerate(lines):
+        word, _, rest = line.partition(" ") if line not in found.missing else ("", "", line)
+        pen.text((_SIDE + 3 * gap, 36 + 20 * number), word, FAINT, font(13))
+        pen.text((_SIDE + 3 * gap + (80 if word else 0), 36 + 20 * number), rest.strip(), INK, font(13))
+    for column, name in enumerate(names):
+        words = name
+        if name == "entropies":
+            low, high = np.nanmin(found.entropies[:, 1:]), np.nanmax(found.entropies[:, 1:])
+            words = f"entropies, {low:.2f} (dark) to {high:.2f} nats"
+        pen.text((gap + column * (side + gap), 40 + head), words, FAINT, font(13))
+    for number in range(len(shown)):
+        for column, name in enumerate(names):
+            canvas.paste(_panel(found, name, number, side), (gap + column * (side + gap), 60 + head + number * (side + gap)))
+    return canvas
+
+
+def _panel(found: Inspection, name: str, view: int, side: int) -> Image.Image:
+    if name in ("view", "decoded tokens"):
+        pixels = (found.views if name == "view" else found.decoded)[view]
+        return Image.fromarray(np.ascontiguousarray(pixels)).resize((side, side), Image.Resampling.NEAREST)
+    if name == "tokens":
+        # A colour a code: equal codes stand out, order means nothing.
+        colours = np.random.default_rng(0).integers(40, 230, (65536, 3), dtype=np.uint8)[found.tokens[view]]
+        grid = colours.reshape(found.row_width, found.row_width, 3)
+        return Image.fromarray(grid).resize((side, side), Image.Resampling.NEAREST)
+    if name == "entropies":
+        known = found.entropies[:, 1:]
+        low, high = float(known.min()), float(known.max())
+        return entropy_map(found.entropies[view], found.row_width, side=side, low=low, high=high)
+    pixels = (found.decoded if found.views is None else found.views)[view]
+    return draw_borders(np.ascontiguousarray(pixels), found.lengths[view].tolist(), found.row_width, side=side)

@@ -1,0 +1,451 @@
+"""Sweeps: sampling settings of trained models, drawn and scored as Ray Tune trials.
+
+A trial is a function of its settings, its seeds and the files it reads. Its result is a file named after all of these,
+written whole or not at all: whoever runs the sweep again, after a kill or with more settings, finds it there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dpar_core.evaluation.features import FeatureNetwork, feature_network
+from dpar_core.files import digest_of, read_weights_header, write_json
+from dpar_core.patches.maps import read_rule
+from dpar_core.pictures import save_png
+from stages import params as P
+from stages import sample, score
+from stages.files import artifact_digest
+from stages.shared.sampler import Files
+from stages.shared.scoring import measure
+from stages.tracker import Tracker
+from stages.workers import cluster
+
+# Seeds of trials lie far above those of params.yaml: what `dvc repro` scores at the end was not used to choose.
+SEARCH_SEEDS, FINAL_SEEDS = 10_000_000, 20_000_000
+RESULT_FORMAT = 2  # of a trial's file; results of another are drawn anew
+DIGITS = 4  # decimals of settings that a search makes up
+Search = Literal["grid", "random", "optuna"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Settings that a sweep varies. threshold: nats; None: the training rule's (and for the twin, which has none)."""
+
+    threshold: float | None
+    cfg_scale: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point drawn and scored. final: on the full number of images, with fresh seeds."""
+
+    point: Point
+    images: int
+    first_seed: int
+    final: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to try. points: of a grid, or the corners of the box that a search stays inside. trials: of a search.
+
+    images, final_images: images a trial, in the search and for the best `finalists`. concurrency: trials at once.
+    """
+
+    points: tuple[Point, ...]
+    images: int
+    final_images: int
+    finalists: int
+    concurrency: int
+    search: Search = "grid"
+    trials: int = 0
+
+    def box(self) -> tuple[tuple[float, float] | None, tuple[float, float]]:
+        """Return the ends of the thresholds (None when there is nothing to choose) and of the cfg scales."""
+        thresholds = [point.threshold for point in self.points if point.threshold is not None]
+        scales = [point.cfg_scale for point in self.points]
+        return (min(thresholds), max(thresholds)) if thresholds else None, (min(scales), max(scales))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is drawn from and scored. models: threshold -> files of a model trained at it; None: of all others."""
+
+    models: dict[float | None, Files]
+    sample: P.Sample
+    score: score.Params
+    manifest: Path
+    features: Path
+    device: str
+
+    def files(self, point: Point) -> Files:
+        """Return the files a point is drawn from."""
+        return self.models.get(point.threshold, self.models[None])
+
+    def section(self, trial: Trial) -> P.Sample:
+        """Return the sample section of a trial."""
+        changes = {"images": trial.images, "seed": trial.first_seed, "workers": 0, "cfg_scale": trial.point.cfg_scale}
+        if trial.point.threshold is not None:
+            changes["threshold"] = trial.point.threshold
+        return self.sample.model_copy(update=changes)
+
+    def key(self, trial: Trial) -> str:
+        """Return the name of a trial: a digest of all that its result follows from."""
+        content = [path and artifact_digest(path) for path in vars(self.files(trial.point)).values()]
+        reads = [artifact_digest(self.manifest), artifact_digest(self.features)]
+        section = self.section(trial).model_dump(exclude={"batch_size", "workers"})
+        scored = [self.score.seed, self.score.data.model_dump(), self.score.score.model_dump(exclude={"images", "workers"})]
+        return digest_of([RESULT_FORMAT, content, reads, section, scored, trial.final])[:12]
+
+    @property
+    def distance(self) -> str:
+        """Name of the score that a sweep makes small."""
+        return f"eval/{score.DISTANCE_NAMES[self.score.score.features]}"
+
+
+@dataclass
+class Outcome:
+    """What a sweep found. Results are the dicts of `run_trial`; failed: point -> one sentence."""
+
+    search: list[dict[str, Any]] = field(default_factory=list)
+    finals: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+
+    def winner(self, distance: str) -> dict[str, Any] | None:
+        """Return the final with the smallest distance, or without finals the best of the search."""
+        among = self.finals or self.search
+        return min(among, key=lambda one: (one[distance], one["key"])) if among else None
+
+
+def check_points(points: Sequence[Point], files: Files) -> None:
+    """Refuse settings that cannot be drawn with, all in one sentence. Raises ValueError, FileNotFoundError."""
+    if not files.tokenizer.exists():
+        raise FileNotFoundError(f"no tokenizer at {files.tokenizer}: make the artifacts with `dpar-cli run` first")
+    codes = read_weights_header(files.tokenizer)["config"]["codebook_size"]
+    largest, asked = math.log(codes), [p.threshold for p in points if p.threshold is not None]
+    wrong = sorted({t for t in asked if not 0 <= t <= largest})
+    if wrong:
+        raise ValueError(
+            f"thresholds {', '.join(f'{t:g}' for t in wrong)} make no sense for {codes} codes: expected 0 to ln {codes} = "
+            f"{largest:.3f} nats; `dpar-cli patches stats` shows what they would do"
+        )
+    if asked and (files.rule is None or not read_rule(files.rule).reads_entropies):
+        raise ValueError("this model's patches do not follow a threshold: sweep the guidance with `dpar-cli sweep cfg`")
+    wrong = sorted({p.cfg_scale for p in points if not 1 <= p.cfg_scale < math.inf})
+    if wrong:
+        raise ValueError(f"cfg scales {', '.join(f'{c:g}' for c in wrong)}: expected numbers from 1, which is no guidance")
+
+
+def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> dict[str, Any]:
+    """Draw and score one trial; its result goes to `folder` as KEY.json and KEY.png, and is returned.
+
+    Batches that an interrupted run drew are taken from `work`.
+    """
+    key, started = subject.key(trial), time.perf_counter()
+    files, section = subject.files(trial.point), subject.section(trial)
+    content = digest_of([path and artifact_digest(path) for path in vars(files).values()])
+    place = work / key
+    place.mkdir(parents=True, exist_ok=True)
+    job = sample.Job(files, content, section.model_dump_json(), subject.device, str(place.resolve()))
+    sampler = sample.sampler_of(job)
+    sample.check_memory(sampler, section.batch_size)
+    for batch in job.batches():
+        if not job.path(batch).exists():
+            sample.draw_batch(job, batch)
+    images, labels, starts = (
+        np.concatenate(list(sample.batch_arrays(job, name))) for name in ("images", "labels", "starts")
+    )
+    draw_seconds = float(np.sum(list(sample.batch_arrays(job, "seconds")), axis=0)[0])
+    starts = np.unpackbits(starts, axis=1, count=sampler.config.tokens).astype(bool)
+    network = _network(subject)
+    reference = score.make_reference(subject.score, subject.manifest, network, _Silent, work=work)
+    settings = subject.score.score
+    scores, intervals = score.compare(measure(network, images), reference, settings, seed=subject.score.seed)
+    protocol = score.protocol_of(network, reference, settings, images=len(images), image_size=images.shape[1])
+    result = {
+        "key": key, **asdict(trial.point), "images": trial.images, "first_seed": trial.first_seed, "final": trial.final,
+        "max_patch_length": sampler.rule and sampler.settings.rule.max_patch_length,
+        **scores, "intervals": {name: list(ends) for name, ends in intervals.items()},
+        **sample.patch_metrics(sampler, starts), "tokens": sampler.config.tokens,
+        "perf/images_per_s": len(images) / draw_seconds,
+        "samples": sample.protocol(sampler, section), "protocol": protocol, "protocol_id": score.protocol_id(protocol),
+    }  # fmt: skip
+    save_png(sample.grid_picture(job, sampler, labels), folder / f"{key}.png")
+    write_json(folder / f"{key}.json", {**result, "seconds": time.perf_counter() - started})
+    shutil.rmtree(place)
+    return read_result(folder, key)
+
+
+def read_result(folder: Path, key: str) -> dict[str, Any] | None:
+    """Return the result of a trial, None when there is none yet."""
+    path = folder / f"{key}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+class _Silent:
+    """A tracker for workers: the driver shows progress."""
+
+    @staticmethod
+    @contextmanager
+    def progress(total: int, description: str, **_: Any) -> Iterator[Any]:
+        yield _Silent
+
+    @staticmethod
+    def advance(amount: int = 1, **values: float) -> None:
+        pass
+
+
+class _Networks:
+    key: tuple = ()
+    network: FeatureNetwork | None = None
+
+
+def _network(subject: Subject) -> FeatureNetwork:
+    """Return the feature network, read once a process."""
+    settings = subject.score.score
+    file = subject.features if settings.features == "demo" else Path(settings.features_file)
+    key = (settings.features, file, subject.device)
+    if _Networks.key != key:
+        _Networks.network, _Networks.key = feature_network(settings.features, file, subject.device), key
+    return _Networks.network
+
+
+def sweep(
+    subject: Subject, plan: Plan, folder: Path, work: Path, tracker: Tracker, *,
+    finished: Callable[[dict[str, Any]], None],
+) -> Outcome:  # fmt: skip
+    """Run a plan: search, then the best few again with more images and fresh seeds.
+
+    folder: where results of trials are and go. finished: called in this process with each result, old and new.
+    Raises ValueError before the first trial when settings make no sense or the cluster has no room for one.
+    """
+    check_points(plan.points, subject.models[None])
+    folder.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    # The reference's features are found once, here; trials read them from the work folder.
+    reference = score.make_reference(subject.score, subject.manifest, _network(subject), tracker, work=work)
+    for images in (plan.images, *([plan.final_images] if plan.final_images else [])):
+        score.check_rank(images, reference, subject.score.score)
+    runner = _Runner(subject, plan, folder, work, tracker, finished)
+    outcome = Outcome()
+    with runner:
+        points = None if plan.search == "optuna" else _points(plan)
+        outcome.search = runner.run("search", points, images=plan.images, first_seed=SEARCH_SEEDS, final=False)
+        best = sorted(outcome.search, key=lambda one: (one[subject.distance], one["key"]))[: plan.finalists]
+        if best and plan.final_images:
+            chosen = [Point(one["threshold"], one["cfg_scale"]) for one in best]
+            outcome.finals = runner.run("finals", chosen, images=plan.final_images, first_seed=FINAL_SEEDS, final=True)
+        outcome.failed = runner.failed
+    return outcome
+
+
+def _points(plan: Plan) -> list[Point]:
+    """Return the points of a grid, or those of a random search, which follow from the plan alone."""
+    if plan.search == "grid":
+        return list(plan.points)
+    thresholds, scales = plan.box()
+    rng = np.random.default_rng(0)
+    draws = rng.random((plan.trials, 2))
+    return [
+        Point(
+            None if thresholds is None else round(thresholds[0] + float(a) * (thresholds[1] - thresholds[0]), DIGITS),
+            round(scales[0] + float(b) * (scales[1] - scales[0]), DIGITS),
+        )
+        for a, b in draws
+    ]
+
+
+class _Runner:
+    """Trials on Ray Tune: the cluster is reached when the first trial asks for it, and left at the end."""
+
+    def __init__(self, subject, plan, folder, work, tracker, finished) -> None:
+        self.subject, self.plan, self.folder, self.work = subject, plan, folder, work
+        self.tracker, self.finished, self.failed = tracker, finished, []
+        self.connection = self.nodes = None
+
+    def __enter__(self) -> _Runner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.connection is not None:
+            self.connection.__exit__(*error)
+
+    def run(
+        self, name: str, points: list[Point] | None, *, images: int, first_seed: int, final: bool
+    ) -> list[dict[str, Any]]:
+        """Return the results of these points in their order; points None: those an optimizer chooses."""
+        seed = self.subject.sample.seed + first_seed
+
+        def trial(point: Point) -> Trial:
+            return Trial(point, images, seed, final)
+
+        if points is None:
+            return self._optimize(name, trial)
+        keys = {self.subject.key(trial(point)): point for point in points}
+        done = {key: found for key in keys if (found := read_result(self.folder, key)) is not None}
+        for result in done.values():
+            self.finished(result)
+        left = [point for key, point in keys.items() if key not in done]
+        if left:
+            with self.tracker.progress(len(keys), f"sweep {name}", done=len(done), unit="trials") as progress:
+                self._tune({"point": [asdict(point) for point in left]}, trial, progress)
+        found = [read_result(self.folder, key) for key in keys]
+        return [result for result in found if result is not None]
+
+    def _optimize(self, name: str, trial: Callable[[Point], Trial]) -> list[dict[str, Any]]:
+        """Let Optuna choose; what an earlier run has tried is told to it first."""
+        import optuna
+        from ray import tune
+        from ray.tune.search.optuna import OptunaSearch
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        thresholds, scales = self.plan.box()
+        space = {"cfg_scale": tune.uniform(scales[0], scales[1] + 1e-9)}
+        if thresholds is not None:
+            space["threshold"] = tune.uniform(thresholds[0], thresholds[1] + 1e-9)
+        known = self._known(trial)
+        for result in known:
+            self.finished(result)
+        told = [{name: result[name] for name in space} for result in known]
+        searcher = OptunaSearch(
+            metric="distance", mode="min", sampler=optuna.samplers.TPESampler(seed=len(known)), space=space,
+            points_to_evaluate=told or None, evaluated_rewards=[result[self.subject.distance] for result in known] or None,
+        )  # fmt: skip
+        missing = self.plan.trials - len(known)
+        if missing > 0:
+            with self.tracker.progress(self.plan.trials, f"sweep {name}", done=len(known), unit="trials") as progress:
+                self._tune({}, trial, progress, searcher=searcher, samples=missing)
+        return self._known(trial)
+
+    def _known(self, trial: Callable[[Point], Trial]) -> list[dict[str, Any]]:
+        """Return the results in the folder that belong to a search with these settings, oldest first."""
+        files = sorted(self.folder.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        found = [json.loads(path.read_text()) for path in files]
+        return [one for one in found if one["key"] == self.subject.key(trial(Point(one["threshold"], one["cfg_scale"])))]
+
+    def _room(self) -> dict[str, float]:
+        """Return what a trial takes, having made sure that as many as asked for fit at once."""
+        if self.nodes is None:
+            self.connection = cluster.connected()
+            self.nodes = self.connection.__enter__()
+        gpu, wanted = self.subject.device.startswith("cuda"), self.plan.concurrency
+        cpus = max(int(sum(node.cpus for node in self.nodes)) // wanted, 1)
+        cluster.require(self.nodes, workers=wanted, cpus=cpus, gpus=1 if gpu else 0, section="sweep", option="--concurrency")
+        return {"CPU": cpus, "GPU": 1 if gpu else 0}
+
+    def _tune(self, space: dict[str, list], trial, progress, *, searcher=None, samples: int = 1) -> None:
+        room = self._room()
+        os.environ |= {
+            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+            "TUNE_DISABLE_SIGINT_HANDLER": "1",
+            "RAY_AIR_NEW_OUTPUT": "0",
+        }
+        from ray import tune
+
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told by us, in a sentence
+        storage = self.work / "tune"
+        shutil.rmtree(storage, ignore_errors=True)
+        trainable = tune.with_resources(
+            tune.with_parameters(
+                _trainable(), subject=self.subject, trial=trial, folder=self.folder, work=self.work,
+                threads=int(room["CPU"]),
+            ),
+            room,
+        )  # fmt: skip
+        tuner = tune.Tuner(
+            trainable,
+            param_space={name: tune.grid_search(values) for name, values in space.items()},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=self.plan.concurrency, reuse_actors=True, search_alg=searcher, num_samples=samples,
+                mode="min", metric="distance",
+            ),
+            run_config=tune.RunConfig(
+                name="trials", storage_path=str(storage.resolve()), verbose=0,
+                callbacks=[_callback(partial(self.settled, progress))], failure_config=tune.FailureConfig(max_failures=1),
+            ),
+        )  # fmt: skip
+        tuner.fit()
+        shutil.rmtree(storage, ignore_errors=True)
+
+    def settled(self, progress: Any, config: dict[str, Any], last: dict[str, Any] | None, error: str | None) -> None:
+        """Take a trial's end from Tune."""
+        point = point_of(config)
+        error = error or (last or {}).get("error")
+        if error:
+            self.failed.append({**asdict(point), "error": error})
+            progress.advance()
+            return
+        result = read_result(self.folder, last["key"])
+        self.finished(result)
+        progress.advance(**{self.subject.distance.removeprefix("eval/"): result[self.subject.distance]})
+
+
+def point_of(config: dict[str, Any]) -> Point:
+    """Return the point of a Tune config: a grid's, or one an optimizer made up."""
+    values = config.get("point", config)
+    threshold = values.get("threshold")
+    return Point(None if threshold is None else round(threshold, DIGITS), round(values["cfg_scale"], DIGITS))
+
+
+def _callback(settled: Callable[[dict[str, Any], dict[str, Any] | None, str | None], None]):
+    """Return a Tune callback that hands on (config, last result, error) of every trial that has ended."""
+    from ray import tune
+
+    class Settled(tune.Callback):
+        def on_trial_complete(self, iteration, trials, trial, **info) -> None:
+            self.settled(trial.config, trial.last_result, None)
+
+        def on_trial_error(self, iteration, trials, trial, **info) -> None:
+            words = str(trial.get_error() or "its process died").strip().splitlines()[-1]
+            self.settled(trial.config, None, words)
+
+        def __reduce__(self):  # Tune stores its callbacks; this one belongs to the process it lives in
+            return tune.Callback, ()
+
+    callback = Settled()
+    callback.settled = settled
+    return callback
+
+
+def _trainable() -> type:
+    from ray import tune
+
+    class SweepTrial(tune.Trainable):
+        """Runs one trial a config; its process and the networks in it serve the next one too."""
+
+        def setup(self, config: dict, *, subject: Subject, trial, folder: Path, work: Path, threads: int) -> None:
+            torch.set_num_threads(threads)
+            self.subject, self.trial, self.folder, self.place = subject, trial, folder, work
+
+        def reset_config(self, new_config: dict) -> bool:
+            return True
+
+        def save_checkpoint(self, checkpoint_dir: str) -> dict:
+            return {}  # a trial's result is its file, and its batches are kept where it works
+
+        def load_checkpoint(self, checkpoint: dict | None) -> None:
+            pass
+
+        def step(self) -> dict[str, Any]:
+            try:
+                result = run_trial(self.subject, self.trial(point_of(self.config)), self.folder, self.place)
+            except Exception as error:  # whatever it is, it is told, and sinks no other trial
+                words = " ".join(str(error).split()) or type(error).__name__
+                return {"done": True, "distance": math.nan, "error": words}
+            return {"done": True, "distance": result[self.subject.distance], "key": result["key"]}
+
+    return SweepTrial

@@ -1,0 +1,57 @@
+"""Models for `dpar-cli sweep threshold --retrain`: patch maps and a DPAR trained anew for every threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from dpar_core.files import digest_of
+from stages import params as P
+from stages import patch_maps, train
+from stages.files import artifact_digest
+from stages.shared.sampler import Files
+from stages.tracker import Tracker
+
+Track = Callable[[str, P.Params], AbstractContextManager[Tracker]]
+
+
+def retrain(
+    params: P.Params, thresholds: Sequence[float], files: Files, *, tokens: Path, entropies: Path, folder: Path, work: Path,
+    device: str, track: Track,
+) -> dict[float | None, Files]:  # fmt: skip
+    """Cut patches and train a DPAR at each threshold; return threshold -> its files, None -> those given.
+
+    folder: a model stays there as THRESHOLD-DIGEST/ and is taken from there when params and data are the same.
+    An interrupted training goes on from its last checkpoint in `work`. track: opens a tracker for a stage.
+    """
+    models: dict[float | None, Files] = {None: files}
+    for threshold in thresholds:
+        patching = params.patching.model_copy(update={"threshold": threshold, "target_mean_length": None})
+        train_params = train.Params(params.seed, params.model, params.train)
+        inputs = [artifact_digest(tokens), artifact_digest(entropies)]
+        content = [patching.model_dump(), params.seed, params.model.model_dump(), params.train.model_dump(), inputs]
+        place = folder / f"{threshold:g}-{digest_of(content)[:8]}"
+        maps, model = place / "patch_maps", place / "model.safetensors"
+        if not (maps / "rule.json").exists():
+            outputs = patch_maps.Outputs(maps, place / "patch_maps_metrics.json", place / "patch_lengths.csv")
+            place.mkdir(parents=True, exist_ok=True)
+            with track(f"patch_maps {threshold:g}", params) as tracker:
+                patch_maps.run(
+                    patch_maps.Params(patching), patch_maps.Inputs(tokens, entropies), outputs, tracker, device=device,
+                    work=_made(work / place.name / "patch_maps"),
+                )  # fmt: skip
+        if not model.exists():
+            outputs = train.DPAROutputs(model, place / "metrics.json", place / "curve.csv", place / "timings.json")
+            with track(f"train_dpar {threshold:g}", params) as tracker:
+                train.run_dpar(
+                    train_params, train.DPARInputs(tokens, maps), outputs, tracker, device=device,
+                    work=_made(work / place.name / "train"),
+                )  # fmt: skip
+        models[threshold] = Files(model, files.tokenizer, files.entropy_model, maps / "rule.json")
+    return models
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

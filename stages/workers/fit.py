@@ -1,0 +1,406 @@
+"""The thin Ray Train (V2) adapter: runs a function on every rank, brings its log lines to the driver.
+
+One worker on this machine alone works in Ray Train's local mode (stages/workers/local.py), any other run in a cluster.
+Checkpoints belong to dpar_core.training.checkpoint. They lie in Ray's folder of the run and are reported to Ray as they
+are, so a run continues when it is started again under its name, and Ray's own snapshot of them (not written atomically)
+is never needed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed
+
+from dpar_core.training import allocator
+from dpar_core.training.checkpoint import CheckpointError, file_system
+from dpar_core.training.loop import TrainingStopped
+from dpar_core.training.parallel import Ranks
+from stages.params import Training
+from stages.workers import cluster
+from stages.workers.local import Call, LocalFit
+
+EVENTS, RETURNED = "events.jsonl", "returned.json"
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_REPORT_SECONDS = 1.0  # log lines go to the driver together, at most this often
+_LOST_WORKERS = 10  # times a run may lose a worker or a node and go on from its last checkpoint
+_PATIENCE = 60.0  # seconds until a run that has not begun says so
+_START_TRIES = 24 * 60  # times Ray waits a minute for room: until a lost machine is replaced, or other work ends
+_NO_MEMORY = re.compile(r"low on memory|OutOfMemory|CUDA out of memory")
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")  # the line of a traceback that tells
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many workers of which size. threads: CPU threads all workers of a node share (0: all its cores)."""
+
+    workers: int
+    cpus: int
+    gpus: int
+    group: bool  # whether the workers form a torch process group
+    threads: int = 0
+
+    @staticmethod
+    def of(training: Training, *, device: str) -> Scale:
+        """Read it from params. On device cuda a worker gets a GPU even if params ask for none."""
+        gpus = training.gpus_per_worker or (1 if device == "cuda" else 0)
+        group = training.workers > 1 or training.strategy == "fsdp" or gpus > 0
+        limit = torch.get_num_threads()  # as the driver was told; all of its cores mean all cores of any node
+        threads = 0 if limit >= cluster.local_cpus() else limit
+        return Scale(training.workers, training.cpus_per_worker, gpus, group, threads)
+
+
+class TrainingFailed(RuntimeError):
+    """A worker stopped for a reason it could name, in its own sentence."""
+
+
+def run_folder(storage: str | None, work: Path, name: str) -> str:
+    """Return where a run keeps its checkpoints: a folder (absolute) or an address."""
+    if storage is None:
+        return str(work.resolve() / name)
+    return f"{storage.rstrip('/')}/{name}" if "://" in storage else str(Path(storage).resolve() / name)
+
+
+def fit(
+    function: Callable[..., Event],
+    *,
+    root: str,
+    work: Path,
+    scale: Scale,
+    section: str,
+    on_event: Callable[[Event], None],
+) -> Event:
+    """Run `function(ranks=, hooks=)` on every rank and return what rank 0 returned, which has to be plain data.
+
+    function: importable by name on the workers (a module-level function or a partial of one), reports by `hooks`.
+    root: folder or address of the run, on storage that all nodes see. work: local folder of this stage. on_event: called
+    here, in order, with {"event": "begin" | "log" | "checkpoint", "step": ...}. Raises TrainingFailed with a worker's
+    sentence, ValueError when the cluster is too small, RuntimeError when too many workers were lost.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    events = work / EVENTS
+    asked = {"workers": scale.workers, "cpus": scale.cpus, "gpus": scale.gpus, "section": section}
+    if (own := cluster.expected()) is not None:
+        cluster.require(own, **asked)
+    with _only_one(work / "lock"):
+        events.write_text("")
+        if own is not None and scale.workers == 1 and not scale.group:
+            returned = _fit_here(function, root, events, scale, on_event)
+        else:
+            with cluster.connected() as nodes:
+                cluster.require(nodes, **asked)
+                thread = _Fit(_trainer(function, root, events, scale))
+                _follow(thread, events, _Silence(scale), on_event)
+            returned = thread.outcome()
+    if "error" in returned:
+        failure = TrainingFailed(returned["error"])
+        if "traceback" in returned:
+            failure.add_note(returned["traceback"])
+        raise failure
+    return returned
+
+
+def _fit_here(
+    function: Callable[..., Event], root: str, events: Path, scale: Scale, on_event: Callable[[Event], None]
+) -> Event:
+    _prepare(root)
+    loop = partial(_worker, function, root, scale, events.absolute())
+    thread = LocalFit(Call(root.rsplit("/", 1)[1], loop, events.absolute().with_name(RETURNED)))
+    try:
+        _follow(thread, events, None, on_event)
+    finally:
+        thread.stop()
+    return thread.outcome()
+
+
+def _follow(
+    thread: threading.Thread, events: Path, silence: _Silence | None, on_event: Callable[[Event], None]
+) -> None:
+    """Pass events on until the thread ends."""
+    with open(events, "rb") as stream:
+        tail = _Tail(stream)
+        while thread.is_alive():
+            thread.join(0.5)
+            count = tail.deliver(on_event)
+            if silence is not None:
+                silence.hear(count)
+        tail.deliver(on_event)
+
+
+def _trainer(function: Callable[..., Event], root: str, events: Path, scale: Scale):
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+    files, path = file_system(root)
+    parent, name = path.rsplit("/", 1)
+    _prepare(root)
+    scaling = ScalingConfig(
+        num_workers=scale.workers,
+        use_gpu=scale.gpus > 0,
+        resources_per_worker={"CPU": scale.cpus, **({"GPU": scale.gpus} if scale.gpus else {})},
+    )
+    run = RunConfig(
+        name=name,
+        storage_path=parent,
+        storage_filesystem=files,
+        failure_config=FailureConfig(max_failures=_LOST_WORKERS, controller_failure_limit=_START_TRIES),
+        checkpoint_config=CheckpointConfig(),
+        logging_config=LoggingConfig(log_level="ERROR"),
+        callbacks=[_relay(events)],
+        worker_runtime_env={} if scale.gpus else {"env_vars": allocator.ENVIRONMENT},
+    )
+    # Not as train_loop_config: Ray's controller would unpack that, and import torch with it.
+    loop = partial(_worker, function, root, scale)
+    options = {"scaling_config": scaling, "run_config": run}
+    if scale.group:
+        from ray.train.torch import TorchTrainer
+
+        return TorchTrainer(loop, **options)
+    # One process needs no process group, and so Ray's controller no torch: two seconds of two cores saved.
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    return DataParallelTrainer(loop, **options)
+
+
+def _prepare(root: str) -> None:
+    """Make the run's folder, mark it, and drop Ray's list of checkpoints: some of them may be gone or half written."""
+    from pyarrow import fs
+
+    files, path = file_system(root)
+    files.create_dir(path, recursive=True)
+    _Marker(root).write(error=None)
+    if files.get_file_info(f"{path}/{_RAY_SNAPSHOT}").type != fs.FileType.NotFound:
+        files.delete_file(f"{path}/{_RAY_SNAPSHOT}")
+
+
+def _relay(events: Path):
+    """Return the callback that writes reports to a file; it runs in Ray's controller, on the driver's machine."""
+    from ray.train import UserCallback
+
+    class Relay(UserCallback):
+        def after_report(self, run_context, metrics, checkpoint) -> None:
+            _append(events, metrics[0]["events"])
+
+    return Relay()
+
+
+def _append(path: Path, events: list[Event]) -> None:
+    with open(path, "a") as stream:
+        stream.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def _worker(function: Callable[..., Event], root: str, scale: Scale, events: Path | None = None) -> Event:
+    """What runs on every rank. A reason that trying again cannot change is returned, anything else makes Ray retry.
+
+    events: the file for reports in local mode, where Ray calls nobody back.
+    """
+    from ray import train
+
+    context = train.get_context()
+    threads = (scale.threads or cluster.local_cpus()) // context.get_local_world_size()
+    torch.set_num_threads(max(threads, 1))  # Ray starts workers with one
+    device = torch.device("cpu")
+    if scale.gpus:
+        from ray.train.torch import get_device
+
+        device = get_device()
+        torch.cuda.set_device(device)
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
+    try:
+        stop = _first(_Marker(root).error(), ranks)
+        return {"error": stop} if stop else function(ranks=ranks, hooks=RayHooks(ranks, root, events))
+    except (CheckpointError, TrainingStopped) as error:  # all ranks stop with it
+        return {"error": str(error)}
+    except (ConnectionError, TimeoutError):
+        raise
+    except (ValueError, OSError) as error:  # trying again cannot help
+        if ranks.world == 1:
+            return {"error": str(error)}
+        _Marker(root).write(error=str(error))
+        raise  # so that Ray ends the ranks that wait for this one
+    except Exception as error:
+        if ranks.world == 1 and isinstance(error, torch.OutOfMemoryError):
+            return {"error": _ran_out("a GPU")}
+        if ranks.world == 1:
+            return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        raise  # perhaps because another rank died
+
+
+def _first(sentence: str | None, ranks: Ranks) -> str | None:
+    """Return the first rank's sentence that is one, on all ranks; collective."""
+    if ranks.world == 1:
+        return sentence
+    said: list[str | None] = [None] * ranks.world
+    torch.distributed.all_gather_object(said, sentence)
+    return next((one for one in said if one), None)
+
+
+class _Marker:
+    """A small file in a run's folder: it shows that a node sees the folder, and carries a reason to stop for good."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.files, folder = file_system(root)
+        self.path = f"{folder}/run.json"
+
+    def write(self, *, error: str | None) -> None:
+        with self.files.open_output_stream(self.path) as stream:
+            stream.write(json.dumps({"error": error}).encode())
+
+    def error(self) -> str | None:
+        """Return why a run cannot go on: an earlier attempt left a reason, or this node does not see the folder."""
+        if not self.files.get_file_info(self.path).is_file:
+            return (
+                f"a worker on {os.uname().nodename} does not see {self.root}: set `storage` to a path that all nodes "
+                "share, or to an address such as s3://bucket/path"
+            )
+        with self.files.open_input_stream(self.path) as stream:
+            return json.loads(stream.read())["error"]
+
+
+class RayHooks:
+    """Hooks of dpar_core.training.loop that report to Ray, every rank equally often."""
+
+    def __init__(self, ranks, root: str, events: Path | None = None) -> None:
+        self.ranks, self.root, self.file = ranks, root, events
+        self.waiting: list[Event] = []
+        self.reported = time.monotonic()
+
+    def begin(self, step: int) -> None:
+        self._report({"event": "begin", "step": step})
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        # Of lines between two reports the newest is sent, and every validation loss: however short a step, few wait.
+        if "train/loss" in metrics and self.waiting and "validation/loss" not in self.waiting[-1]["metrics"]:
+            self.waiting.pop()
+        self.waiting.append({"event": "log", "step": step, "metrics": metrics})
+        if self.ranks.agree(time.monotonic() - self.reported > _REPORT_SECONDS):
+            self._report()
+
+    def checkpoint(self, step: int, address: str) -> None:
+        self._report({"event": "checkpoint", "step": step, "address": address}, address)
+
+    def _report(self, event: Event | None = None, address: str | None = None) -> None:
+        from ray import train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        checkpoint = None
+        if address is not None and self.ranks.first:
+            files, path = file_system(address)
+            checkpoint = Checkpoint(path, filesystem=files)
+        events = self.waiting + ([event] if event else [])
+        train.report({"events": events}, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        if self.file is not None:
+            _append(self.file, events)
+        self.waiting, self.reported = [], time.monotonic()
+
+
+class _Fit(threading.Thread):
+    """`trainer.fit()` beside the main thread, so that Ctrl-C stops the driver at once (Ray's handler only asks)."""
+
+    def __init__(self, trainer) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._trainer, self._returned, self._error = trainer, None, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._returned = self._trainer.fit().return_value
+        except BaseException as error:  # raised again by `outcome`, in the main thread
+            self._error = error
+
+    def outcome(self) -> Event:
+        if self._error is None:
+            return self._returned
+        raise RuntimeError(f"Ray Train gave up: {_cause(self._error)}") from self._error
+
+
+def _cause(error: BaseException) -> str:
+    """Say in one sentence what ended a run, from what Ray says in pages."""
+    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+    texts = [str(failure) for failure in failures.values()]
+    short = next((text for text in texts if _NO_MEMORY.search(text)), None)
+    if short is not None:
+        return _ran_out("a GPU" if "CUDA out of memory" in short else "a machine")
+    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
+    raised = [line for line in lines if _RAISED.match(line)]
+    dead = [line for line in lines if "is dead because" in line]
+    return [*lines[:1], *dead[:1], *raised[-1:]][-1] if lines else type(error).__name__
+
+
+def _ran_out(where: str) -> str:
+    return (
+        f"{where} ran out of memory, and with it a worker ended: raise `accumulate`, lower `workers` or free memory "
+        "there, and run the same command again, it goes on from its last checkpoint (a smaller `batch_size` helps as "
+        "well, but starts the run afresh)"
+    )
+
+
+class _Tail:
+    """Reads the lines that are new in a growing file."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._begun = stream, b""
+
+    def deliver(self, on_event: Callable[[Event], None]) -> int:
+        """Pass new events on; return how many."""
+        count = 0
+        while line := self._stream.readline():
+            self._begun += line
+            if self._begun.endswith(b"\n"):
+                event, self._begun = json.loads(self._begun), b""
+                on_event(event)
+                count += 1
+        return count
+
+
+class _Silence:
+    """Says once, on standard error, that Ray has not started the workers yet: room may come, and nobody need guess."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale, self.until = scale, time.monotonic() + _PATIENCE
+
+    def hear(self, events: int) -> None:
+        """Take note of how many events came."""
+        if events:
+            self.until = float("inf")
+        elif time.monotonic() > self.until:
+            self.until = float("inf")
+            size = f"{self.scale.cpus} CPUs" + (f" and {self.scale.gpus} GPUs" if self.scale.gpus else "")
+            print(
+                f"no worker has begun after {_PATIENCE:g} s: Ray waits for room for {self.scale.workers} of {size} each, or "
+                "they are still starting; it goes on by itself, Ctrl-C stops it (`ray status` shows what is in use)",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Hold a lock that dies with this process. Raises RuntimeError when another process trains the same run."""
+    with open(path, "a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise RuntimeError(
+                f"process {stream.read() or 'unknown'} is training this run already: wait for it, or end it"
+            ) from None
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield

@@ -1,0 +1,82 @@
+"""How tokens are drawn: guidance over an image, and one number a token."""
+
+import math
+
+import pytest
+import torch
+
+from dpar_core.generation.guidance import SampleSettings, draw, guide, uniforms
+
+
+def test_schedules_of_guidance():
+    assert SampleSettings(cfg_scale=3.0).scales(4).tolist() == [3, 3, 3, 3]
+    assert SampleSettings(cfg_scale=3.0, cfg_schedule="linear").scales(5).tolist() == [1, 1.5, 2, 2.5, 3]
+    interval = SampleSettings(cfg_scale=3.0, cfg_schedule="interval", cfg_interval=(0.25, 0.75))
+    assert interval.scales(8).tolist() == [1, 1, 3, 3, 3, 3, 1, 1]
+    whole = SampleSettings(cfg_scale=3.0, cfg_schedule="interval", cfg_interval=(0.0, 1.0))
+    assert whole.scales(6).tolist() == [3] * 6
+
+
+def test_guidance_of_one_everywhere_needs_no_unconditional_half():
+    assert not SampleSettings(cfg_scale=1.0).guided(16)
+    assert not SampleSettings(cfg_scale=2.0, cfg_schedule="interval", cfg_interval=(0.5, 0.5)).guided(16)
+    assert SampleSettings(cfg_scale=2.0, cfg_schedule="linear").guided(16)
+
+
+def test_guided_logits_move_away_from_the_unconditional_ones():
+    cond, uncond = torch.tensor([[1.0, 0.3]] * 2), torch.tensor([[0.5, 0.1]] * 2)
+    guided = guide(cond, uncond, torch.tensor([1.0, 3.0]))
+    assert torch.equal(guided[0], cond[0])
+    torch.testing.assert_close(guided[1], torch.tensor([2.0, 0.7]))
+
+
+def test_tokens_come_with_their_probabilities_and_never_with_none():
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    count = 20_000
+    drawn = draw(probabilities.log().expand(count, 6), uniforms(range(count), 1)[:, 0], SampleSettings())
+    share = torch.bincount(drawn, minlength=6) / count
+    assert (share[probabilities == 0] == 0).all()
+    # four standard deviations of a share of one half
+    torch.testing.assert_close(share, probabilities, atol=4 * math.sqrt(0.25 / count), rtol=0)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_exist(number):
+    for seed in range(200):
+        logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(seed)) * 5
+        logits[:, [0, -1]] = float("-inf")
+        token = draw(logits, torch.tensor([number], dtype=torch.float64), SampleSettings()).item()
+        assert 0 < token < 999
+
+
+def test_greedy_takes_the_likeliest_and_filters_cut_the_rest():
+    logits = torch.tensor([[0.0, 2.0, 1.9, -5.0]]).expand(500, 4)
+    numbers = uniforms(range(500), 1)[:, 0]
+    assert set(draw(logits, numbers, SampleSettings(greedy=True)).tolist()) == {1}
+    assert set(draw(logits, numbers, SampleSettings(top_k=2)).tolist()) == {1, 2}
+    assert set(draw(logits, numbers, SampleSettings(top_p=0.4)).tolist()) == {1}
+    assert set(draw(logits, numbers, SampleSettings(temperature=0.01)).tolist()) == {1}
+
+
+def test_numbers_of_an_image_follow_from_its_seed_alone():
+    together = uniforms([4, 9, 4], 64)
+    assert torch.equal(together[0], together[2])
+    assert torch.equal(together[1:2], uniforms([9], 64))
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(cfg_scale=0.9), "cfg_scale must be at least 1"),
+        (dict(cfg_scale=float("nan")), "cfg_scale must be at least 1"),
+        (dict(cfg_schedule="cosine"), "constant, linear or interval"),
+        (dict(cfg_interval=(0.8, 0.2)), "two shares"),
+        (dict(gate="encoder"), "entropy_model or decoder"),
+        (dict(temperature=0.0), "temperature > 0"),
+        (dict(top_p=0.0), "0 < top_p <= 1"),
+    ],
+)
+def test_senseless_settings_are_refused_in_a_sentence(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SampleSettings(**change)

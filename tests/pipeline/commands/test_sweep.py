@@ -1,0 +1,160 @@
+"""`dpar-cli sweep`: what it writes, what it takes over into params.yaml, and its runs in MLflow."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from pipeline import tracking
+from pipeline.cli import app
+from pipeline.commands import sweep
+from pipeline.sweep import output as sweep_output
+from pipeline.sweep import tracking as sweep_tracking
+from stages.params import ParamsError
+from stages.shared.sampler import Files
+from stages.tools.sweep import Outcome
+from tests.helpers.paths import ROOT
+
+
+def result(threshold, scale, distance, patches, speed, *, final=False, folder=None):
+    key = f"{'f' if final else 's'}{threshold}-{scale}"
+    if folder is not None:
+        Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(folder / f"{key}.png")
+    return {
+        "key": key, "threshold": threshold, "cfg_scale": scale, "max_patch_length": 4, "images": 20, "first_seed": 7,
+        "final": final, "eval/fd_demo": distance, "intervals": {"eval/fd_demo": [distance - 0.1, distance + 0.1]},
+        "patch/patches_per_image": patches, "patch/mean_length": 64 / patches, "perf/images_per_s": speed, "seconds": 1.5,
+        "tokens": 64, "samples": {"made_by": {"model": "abc"}}, "protocol": {"reference_digest": "ref"},
+        "protocol_id": "f1f1f1f1" if final else "a2a2a2a2",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def facts(tmp_path):
+    trials = tmp_path / "trials"
+    trials.mkdir()
+    search = [
+        result(3.8, 1.0, 1.4, 40.0, 50.0, folder=trials), result(3.8, 2.0, 0.9, 40.0, 51.0, folder=trials),
+        result(4.2, 1.0, 1.6, 30.0, 60.0, folder=trials), result(4.2, 2.0, 1.0, 30.0, 62.0, folder=trials),
+    ]  # fmt: skip
+    finals = [result(3.8, 2.0, 1.1, 40.0, 50.0, final=True, folder=trials), result(4.2, 2.0, 1.05, 30.0, 61.0, final=True)]
+    failed = [{"threshold": 5.0, "cfg_scale": 1.0, "error": "no room"}]
+    outcome, settings = Outcome(search, finals, failed), {"images": 20, "search": "grid"}
+    return sweep_output.Facts("t", "dpar", "eval/fd_demo", settings, outcome, "dpar-cli sweep x", Files(Path(), Path()))
+
+
+def test_the_front_is_what_nothing_beats_in_both_values():
+    rng = np.random.default_rng(0)
+    points = [tuple(map(float, row)) for row in rng.integers(0, 12, (60, 2))]
+    beaten = [any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in points) for p in points]
+    front = sweep_output.pareto_front(points)
+    assert {points[place] for place in front} == {p for p, lost in zip(points, beaten) if not lost}
+    assert len({points[place] for place in front}) == len(front)
+
+
+def test_files_tell_the_winner_of_the_second_round(facts, tmp_path):
+    written = sweep_output.write(facts, tmp_path)
+    assert written.metrics["sweep/fd_demo"] == 1.05  # not 0.9, the smallest of the search
+    assert written.metrics["sweep/threshold"] == 4.2
+    table = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [row["threshold"] for row in table] == [3.8, 3.8, 4.2, 4.2]
+    assert {row["protocol_id"] for row in table} == {"a2a2a2a2"}  # finals are of another number of images
+    finals = pq.read_table(tmp_path / "finals.parquet").to_pylist()
+    assert [(row["threshold"], row["protocol_id"]) for row in finals] == [(3.8, "f1f1f1f1"), (4.2, "f1f1f1f1")]
+    assert table[0]["eval/fd_demo_low"] == pytest.approx(1.3)
+    with open(tmp_path / "results.csv") as stream:
+        assert len(list(csv.DictReader(stream))) == 4
+    for name in ("heatmap.png", "pareto.png"):
+        assert Image.open(tmp_path / name).size[0] > 400
+    page = (tmp_path / "index.html").read_text()
+    assert "4.2 nats, cfg 2 is best: fd_demo 1.05" in page
+    assert "5 nats, cfg 1: no room" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("data:image/png") == 4
+    assert yaml.safe_load((tmp_path / "dvc.yaml").read_text())["metrics"] == ["metrics.json"]
+    assert json.loads((tmp_path / "sweep.json").read_text())["failed"][0]["error"] == "no room"
+    assert "4.2" in sweep_output.table(facts)
+
+
+def test_a_sweep_without_any_result_still_says_what_failed(facts, tmp_path):
+    empty = sweep_output.Facts(**{**vars(facts), "outcome": Outcome(failed=facts.outcome.failed), "command": ""})
+    sweep_output.write(empty, tmp_path)
+    assert "Every trial failed" in (tmp_path / "index.html").read_text()
+
+
+def test_the_winner_is_written_into_params_and_nothing_else_changes(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text())
+    before = yaml.safe_load(path.read_text())
+    said = sweep.apply_winner(path, result(3.95, 1.75, 1.0, 30.0, 9.0), with_threshold=True)
+    assert "sample.threshold 3.95" in said
+    after = yaml.safe_load(path.read_text())
+    assert after["sample"] == before["sample"] | {"cfg_scale": 1.75, "threshold": 3.95, "max_patch_length": 4}
+    assert {**after, "sample": None} == {**before, "sample": None}
+    old, new = (ROOT / "params.yaml").read_text().split("\n"), path.read_text().split("\n")
+    changed = [(a, b) for a, b in zip(old, new) if a != b]
+    assert len(changed) == 3
+    assert len(old) == len(new)
+    assert all(a.partition("#")[2] == b.partition("#")[2] for a, b in changed)
+
+
+def test_a_winner_that_makes_params_invalid_leaves_them_alone(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text())
+    with pytest.raises(ParamsError):
+        sweep.apply_winner(path, result(99.0, 1.75, 1.0, 30.0, 9.0), with_threshold=True)
+    assert path.read_text() == (ROOT / "params.yaml").read_text()
+
+
+def test_trials_hang_under_one_run_and_are_written_once(facts, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    picture = tmp_path / "trials" / "s3.8-1.0.png"
+    for _ in range(2):  # the second start finds what the first wrote
+        with sweep_tracking.open_sweep("t", {"images": 20}, root=tmp_path) as runs:
+            for one in facts.outcome.search:
+                runs.log_trial(one, picture)
+            runs.log_winner("4.2 nats, cfg 2", "dpar-cli sweep threshold --thresholds 4.2")
+    client, experiment = tracking.connect(tmp_path)
+    found = client.search_runs([experiment])
+    parent = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parent) == 1
+    assert len(found) == 5
+    note = parent[0].data.tags["mlflow.note.content"]
+    assert "4.2 nats, cfg 2" in note and "dpar-cli sweep threshold --thresholds 4.2" in note
+    trial = next(run for run in found if run.info.run_name == "4.2 nats, cfg 2")
+    assert trial.data.metrics["eval/fd_demo"] == 1.0
+    assert trial.data.metrics["eval/fd_demo_high"] == pytest.approx(1.1)
+    assert trial.data.params["threshold"] == "4.2"
+    assert [a.path for a in client.list_artifacts(trial.info.run_id)] == [picture.name]
+
+
+def test_a_second_sweep_of_the_same_name_is_refused(tmp_path):
+    with sweep.alone(tmp_path / "x"):
+        with pytest.raises(ValueError, match="sweep x is running already"), sweep.alone(tmp_path / "x"):
+            pass
+        with sweep.alone(tmp_path / "y"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["threshold", "--search", "best"], "--search is 'best', expected grid, random or optuna"),
+        (["threshold", "--search", "optuna", "--retrain"], "--retrain trains a model for each threshold of a grid"),
+        (["threshold"], "which is missing: make it with `dpar-cli run` first"),
+        (["cfg", "--model", "gan"], "--model is 'gan', expected dpar or llamagen"),
+    ],
+)
+def test_what_cannot_be_swept_gets_a_sentence(tmp_path, monkeypatch, arguments, words):
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    monkeypatch.chdir(tmp_path)
+    outcome = CliRunner().invoke(app, ["sweep", *arguments])
+    assert outcome.exit_code != 0
+    assert words in str(outcome.exception)

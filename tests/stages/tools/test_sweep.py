@@ -1,0 +1,191 @@
+"""Sweeps: trials are functions of their settings, finished ones are kept, bad settings and failures get a sentence."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dpar_core.data.manifest import write_manifest
+from dpar_core.evaluation.features import DemoClassifier
+from dpar_core.files import save_weights
+from stages import params as P
+from stages import score
+from stages.data import builtin_manifest
+from stages.shared.scoring import measure
+from stages.tools import sweep
+from stages.tools.sweep import Plan, Point, Subject, Trial
+from stages.tracker import NullTracker
+from tests.helpers.sample_artifacts import ROOT, sample_section, write_artifacts
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    artifacts = write_artifacts(folder)
+    params = P.load_params(ROOT / "params" / "smoke.yaml")
+    builtin = params.data.builtin.model_copy(update={"train_crops": 27, "validation_crops": 9})
+    write_manifest(folder / "manifest.parquet", builtin_manifest(builtin, seed=0))
+    torch.manual_seed(0)
+    save_weights(
+        folder / "c.safetensors", DemoClassifier(9).state_dict(), kind="demo_classifier", config={"num_classes": 9}, meta={}
+    )
+    scored = replace(P.select(params, score.Params), data=params.data.model_copy(update={"image_size": 8}))
+    settings = scored.score.model_copy(update={"bootstrap": 5})
+    return Subject(
+        {None: artifacts.dpar_files}, sample_section(), replace(scored, score=settings), folder / "manifest.parquet",
+        folder / "c.safetensors", "cpu",
+    )  # fmt: skip
+
+
+def plan(**changes):
+    points = tuple(Point(threshold, scale) for threshold in (1.0, 2.6) for scale in (1.0, 2.0))
+    return Plan(points, **{"images": 12, "final_images": 15, "finalists": 2, "concurrency": 1, **changes})
+
+
+def run(subject, plan, folder):
+    told = []
+    outcome = sweep.sweep(subject, plan, folder / "trials", folder / "work", NullTracker(), finished=told.append)
+    return outcome, told
+
+
+def without_clock(results):
+    return [{n: v for n, v in one.items() if n not in ("seconds", "perf/images_per_s")} for one in results]
+
+
+def test_a_grid_is_searched_the_best_are_drawn_again_and_a_second_start_runs_only_what_is_missing(subject, tmp_path):
+    outcome, told = run(subject, plan(), tmp_path)
+    assert [(one["threshold"], one["cfg_scale"]) for one in outcome.search] == [
+        (1.0, 1.0),
+        (1.0, 2.0),
+        (2.6, 1.0),
+        (2.6, 2.0),
+    ]
+    assert not outcome.failed
+    assert len(told) == 6
+    best = sorted(outcome.search, key=lambda one: one["eval/fd_demo"])[:2]
+    assert [one["threshold"] for one in outcome.finals] == [one["threshold"] for one in best]
+    assert {one["images"] for one in outcome.finals} == {15}
+    assert {one["first_seed"] for one in outcome.finals}.isdisjoint({one["first_seed"] for one in outcome.search})
+    assert outcome.winner("eval/fd_demo")["eval/fd_demo"] == min(one["eval/fd_demo"] for one in outcome.finals)
+    fewer, more = (outcome.search[place]["patch/patches_per_image"] for place in (2, 0))
+    assert fewer < more  # a higher threshold makes longer patches
+
+    trials = tmp_path / "trials"
+    gone, *kept = [one["key"] for one in outcome.search]
+    (trials / f"{gone}.json").unlink()
+    before = {key: (trials / f"{key}.json").stat().st_mtime_ns for key in kept}
+    again, _ = run(subject, plan(), tmp_path)
+    assert {key: (trials / f"{key}.json").stat().st_mtime_ns for key in kept} == before
+    assert without_clock(again.search) == without_clock(outcome.search)
+    assert without_clock(again.finals) == without_clock(outcome.finals)
+
+
+def test_a_trial_is_the_same_whatever_its_batches_and_goes_on_with_those_that_are_there(subject, tmp_path, monkeypatch):
+    trial = Trial(Point(1.5, 2.0), 9, 77, final=False)
+    results = []
+    for name, batch in (("a", 4), ("b", 3)):
+        (tmp_path / name).mkdir()
+        one = replace(subject, sample=subject.sample.model_copy(update={"batch_size": batch}))
+        results.append(sweep.run_trial(one, trial, tmp_path / name, tmp_path / name))
+    assert without_clock(results[:1]) == without_clock(results[1:])
+    assert (tmp_path / "a" / f"{results[0]['key']}.png").read_bytes() == (
+        tmp_path / "b" / f"{results[1]['key']}.png"
+    ).read_bytes()
+
+    drawn, draw = [], sweep.sample.draw_batch
+
+    def breaks_off(job, batch, progress=None):
+        if len(drawn) == 2:
+            drawn.append("cut")
+            raise KeyboardInterrupt
+        drawn.append(batch)
+        return draw(job, batch, progress)
+
+    monkeypatch.setattr(sweep.sample, "draw_batch", breaks_off)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_trial(subject, trial, tmp_path / "c", tmp_path / "c")
+    assert not list((tmp_path / "c").glob("*.json"))
+    result = sweep.run_trial(subject, trial, tmp_path / "c", tmp_path / "c")
+    assert drawn == [0, 1, "cut", 2]
+    assert without_clock([result]) == without_clock(results[:1])
+
+
+def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_path):
+    trial = Trial(Point(2.0, 1.5), 8, 5, final=False)
+    result = sweep.run_trial(subject, trial, tmp_path, tmp_path)
+    sampler = sweep.sample.Sampler(subject.files(trial.point), subject.section(trial), device="cpu")
+    images, counts = [], []
+    for place in range(8):
+        drawn = sampler.draw([place % 3], [5 + place])
+        images.append(sampler.pixels(drawn.tokens))
+        counts.append(len(drawn.patch_lengths[0]))
+    network = sweep._network(subject)
+    reference = score.make_reference(subject.score, subject.manifest, network, NullTracker(), work=tmp_path)
+    measured = measure(network, np.concatenate(images))
+    scores, _ = score.compare(measured, reference, subject.score.score, seed=subject.score.seed)
+    assert result["eval/fd_demo"] == pytest.approx(scores["eval/fd_demo"], rel=1e-9)
+    assert result["patch/patches_per_image"] == pytest.approx(np.mean(counts))
+
+
+def test_a_failed_trial_is_told_and_sinks_no_other(subject, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not weights")
+    files = replace(subject.models[None], model=broken)
+    outcome, _ = run(replace(subject, models={**subject.models, 1.0: files}), plan(final_images=0), tmp_path)
+    assert [one["threshold"] for one in outcome.search] == [2.6, 2.6]
+    assert [one["threshold"] for one in outcome.failed] == [1.0, 1.0]
+    assert "is not a safetensors file" in outcome.failed[0]["error"]
+
+
+def test_optuna_goes_on_from_the_trials_it_finds(subject, tmp_path):
+    first, _ = run(subject, plan(search="optuna", trials=2, final_images=0), tmp_path)
+    assert len(first.search) == 2
+    again, _ = run(subject, plan(search="optuna", trials=3, final_images=0), tmp_path)
+    assert len(again.search) == 3
+    assert without_clock(again.search[:2]) == without_clock(first.search)
+    for one in again.search:
+        assert 1.0 <= one["threshold"] <= 2.6
+        assert 1.0 <= one["cfg_scale"] <= 2.0
+
+
+def test_a_random_search_follows_from_its_plan():
+    points = sweep._points(plan(search="random", trials=5))
+    assert points == sweep._points(plan(search="random", trials=5))
+    assert len(set(points)) == 5
+    assert points[:3] == sweep._points(plan(search="random", trials=3))
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        ([Point(2.0, 1.0), Point(9.0, 1.0)], r"thresholds 9 make no sense for 16 codes: expected 0 to ln 16 = 2\.773"),
+        ([Point(2.0, 0.5)], "cfg scales 0.5: expected numbers from 1"),
+        ([Point(2.0, float("nan"))], "cfg scales nan: expected numbers from 1"),
+        ([Point(2.0, float("inf"))], "cfg scales inf: expected numbers from 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_the_first_trial(subject, points, words):
+    with pytest.raises(ValueError, match=words):
+        sweep.check_points(points, subject.models[None])
+
+
+def test_too_few_images_for_a_distance_are_refused_before_the_first_trial(subject, tmp_path):
+    strict = subject.score.score.model_copy(update={"allow_singular": False})
+    strictly = replace(subject, score=replace(subject.score, score=strict))
+    with pytest.raises(ValueError, match="the samples are 12 images, and the covariance of 64 features"):
+        run(strictly, plan(), tmp_path)
+    assert not (tmp_path / "work" / "tune").exists()
+
+
+def test_more_trials_at_once_than_the_machine_holds_are_refused(subject, tmp_path):
+    with pytest.raises(ValueError, match="`--concurrency` asks for 4096 workers"):
+        run(subject, plan(concurrency=4096), tmp_path)
+    assert not list((tmp_path / "trials").glob("*.json"))
+
+
+def test_a_result_file_is_whole_json(subject, tmp_path):
+    result = sweep.run_trial(subject, Trial(Point(2.0, 1.0), 6, 1, final=True), tmp_path, tmp_path)
+    assert json.loads((tmp_path / f"{result['key']}.json").read_text()) == result
