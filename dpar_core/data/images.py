@@ -6,6 +6,10 @@ Shapes: an image is (height, width, 3) uint8; views are (n, size, size, 3) uint8
 from __future__ import annotations
 
 import io
+import os
+import stat
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,28 +22,56 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF"
 ENDINGS = frozenset(
     (".avif", ".bmp", ".dib", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+LARGEST_FILE = 1 << 29  # bytes; a longer file is no photograph
 
 
 class BadImage(ValueError):
     """A file that holds no usable image; the message says why in a few words."""
 
 
-def decode_image(content: bytes) -> np.ndarray:
-    """Decode a file to RGB: EXIF rotation applied, other colour modes converted, alpha laid over white, 16 bits cut to 8.
+def read_image(path: Path | str) -> np.ndarray:
+    """Read an image file as `decode_image` does: (height, width, 3) uint8. Raises BadImage, also where there is no file."""
+    return decode_image(read_file(path))
 
-    Of 16 bits the upper eight are kept, grey and colour alike.
-    Of an animation the first frame. Safe to call from many threads. Returns (height, width, 3) uint8. Raises BadImage
-    for anything that is not a whole image of at most MOST_PIXELS pixels in one of FORMATS.
+
+def read_file(path: Path | str) -> bytes:
+    """Return the bytes of an image file. Raises BadImage for what is missing, unreadable, no plain file, or too long."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make us wait
+        with open(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImage("not a file")
+            if status.st_size > LARGEST_FILE:
+                raise BadImage(f"too large: {status.st_size:,} bytes")
+            return stream.read()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or error}") from None
+
+
+def decode_image(content: bytes) -> np.ndarray:
+    """Decode a file to RGB, the one way in which pixels come in here: for training, scoring and pictures alike.
+
+    EXIF rotation is applied, other colour modes are converted, alpha is laid over white, of an animation the first frame
+    is taken. Of 16 bits the upper eight are kept, grey and colour alike. Float pixels are read as 0..1 where none is larger
+    than 1, else as 0..255; integers of 32 bits have no such range and are refused.
+
+    Safe to call from many threads. Returns (height, width, 3) uint8. Raises BadImage for anything that is not a whole
+    image of at most MOST_PIXELS pixels in one of FORMATS.
     """
     if not content:
         raise BadImage("the file is empty")
+    if content.startswith(b"version https://git-lfs"):
+        raise BadImage("a Git LFS pointer: fetch the real file with `git lfs pull`")
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
             if "transparency" in image.info and any(tile[3] == "RGB;16B" for tile in image.tile):
                 return np.array(_to_rgb(_clear_16_bit_colour(image, content)))
             image.load()
+            if image.mode == "I" and image.format == "TIFF":
+                raise BadImage("integer pixels of 32 bits, whose range nobody states: store 8 or 16 bits")
             return np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except BadImage:
         raise
@@ -49,6 +81,13 @@ def decode_image(content: bytes) -> np.ndarray:
         raise BadImage(f"too large: {error}") from None
     except Exception as error:  # Pillow's plug-ins raise anything on damaged files: struct.error, SyntaxError, KeyError ...
         raise BadImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return those of FORMATS that this build of Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def looks_like_image(head: bytes) -> bool:
@@ -71,9 +110,10 @@ def _clear_16_bit_colour(image: Image.Image, content: bytes) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        scale = 255.0 if values.max() <= 1.0 else 1.0
-        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+        values = np.asarray(image).astype(np.float64)
+        if not (values >= 0).all() or values.max() > 255:  # NaN is refused as well
+            raise BadImage(f"float pixels from {values.min():g} to {values.max():g}, expected 0..1 or 0..255")
+        image = Image.fromarray((values * (255.0 if values.max() <= 1.0 else 1.0)).round().astype(np.uint8))
     elif image.mode == "I" or image.mode.startswith("I;16"):
         values, clear = np.asarray(image).astype(np.int64), image.info.get("transparency")
         image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))

@@ -21,13 +21,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpar_core.data.images import ENDINGS, BadImage, decode_image, looks_like_image
+from dpar_core.data.images import ENDINGS, LARGEST_FILE, BadImage, decode_image, looks_like_image, read_file
 from dpar_core.data.manifest import Manifest, Row
 from dpar_core.data.tars import Member, members
 from dpar_core.files import digest_of
 
-_LARGEST_FILE = 1 << 29  # bytes; a longer file is no photograph
 _LONGEST_KEY = 100 - len(".tokens.npy")  # of the names in a USTAR tar, which our shards are
+_LITTER = frozenset(
+    ("@eadir", "#recycle", "$recycle.bin", "__macosx", "desktop.ini", "lost+found", "system volume information", "thumbs.db")
+)
 _KEPT_GROUPS = 8  # row groups of Parquet files that stay in memory
 _PLACE = re.compile(r"(?P<root>[a-z]+)(?:@(?P<a>\d+)(?P<kind>[+.])(?P<b>\d+))?:(?P<rest>.*)", re.DOTALL)
 
@@ -86,7 +88,8 @@ def list_folder(root: Path, split: str) -> Listing:
     """
     _require(root, split, folder=True, expected=f"a tree {root}/class/image.jpg")
     listing = Listing([])
-    folders, _ = _entries(root, "", listing.left_out)
+    folders, files = _entries(root, "", listing.left_out)
+    listing.left_out += files
     for name in folders:
         found = _images_below(root, name, listing.left_out, above=(_identity(root),))
         for folder in sorted(found):
@@ -113,27 +116,34 @@ def _images_below(root: Path, name: str, left_out: list[str], *, above: tuple[tu
         left_out.append(name)
         return {}
     found: dict[str, list[str]] = {name: []}
+    within = f"{name}/" if name else ""
     for file in files:
         if _is_image_file(root / name / file):
             found[name].append(file)
         else:
-            left_out.append(f"{name}/{file}")
+            left_out.append(f"{within}{file}")
     for folder in folders:
-        found |= _images_below(root, f"{name}/{folder}", left_out, above=(*above, me))
+        found |= _images_below(root, f"{within}{folder}", left_out, above=(*above, me))
     return found
 
 
 def _entries(root: Path, folder: str, left_out: list[str]) -> tuple[list[str], list[str]]:
-    """Return the folders and files in root/folder, each sorted; hidden ones and those not in UTF-8 are left out."""
+    """Return the folders and files in root/folder, each sorted; hidden ones, what systems leave behind, and names that are
+    not UTF-8 are left out."""
     folders, files = [], []
     with os.scandir(root / folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             shown = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
-            if entry.name.startswith(".") or shown != entry.name or (not folder and not entry.is_dir()):
+            if is_litter(entry.name) or shown != entry.name:
                 left_out.append(f"{folder}/{shown}" if folder else shown)
             else:
                 (folders if entry.is_dir() else files).append(entry.name)
     return folders, files
+
+
+def is_litter(name: str) -> bool:
+    """Tell whether a file or folder is hidden, or one that a system leaves in folders (macOS, Windows, NAS devices)."""
+    return name.startswith(".") or name.casefold() in _LITTER
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -151,6 +161,19 @@ def _is_image_file(path: Path) -> bool:
             return looks_like_image(stream.read(16))
     except OSError:
         return False
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the image files below a folder, of any format, sorted by path, and the names of what was left out.
+
+    What counts as an image is told as for `list_folder`. Raises FileNotFoundError when there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    left_out: list[str] = []
+    found = _images_below(folder, "", left_out, above=())
+    names = sorted(f"{below}/{file}" if below else file for below, files in found.items() for file in files)
+    return [folder / name for name in names], sorted(left_out)
 
 
 def list_ilsvrc_train(path: Path) -> Listing:
@@ -384,7 +407,7 @@ class ImageOpener:
                 return self._parquet_row(_below(root, match["rest"]), int(match["a"]), int(match["b"]))
             if match["kind"] == "+":
                 return _read_range(_below(root, match["rest"]), int(match["a"]), int(match["b"]))
-            return _read_file(root / match["rest"])
+            return read_file(root / match["rest"])
         except (OSError, pa.ArrowInvalid) as error:
             raise BadImage(f"cannot be read: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
 
@@ -407,19 +430,8 @@ def _below(root: Path, name: str) -> Path:
     return root if root.name == name and not root.is_dir() else root / name
 
 
-def _read_file(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make us wait
-    with open(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a file")
-        if status.st_size > _LARGEST_FILE:
-            raise BadImage(f"too large: {status.st_size:,} bytes")
-        return stream.read()
-
-
 def _read_range(path: Path, offset: int, size: int) -> bytes:
-    if size > _LARGEST_FILE:
+    if size > LARGEST_FILE:
         raise BadImage(f"too large: {size:,} bytes")
     with open(path, "rb", buffering=0) as stream:
         content = os.pread(stream.fileno(), size, offset)

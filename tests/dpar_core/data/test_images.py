@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dpar_core.data.images import VIEW_COUNTS, BadImage, center_crop, decode_image, looks_like_image, ten_crop, views
+from dpar_core.data import images
+from dpar_core.data.images import (
+    VIEW_COUNTS,
+    BadImage,
+    center_crop,
+    decode_image,
+    looks_like_image,
+    read_image,
+    ten_crop,
+    views,
+)
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -115,11 +125,57 @@ def test_cmyk_comes_out_in_its_colours():
 
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [(mode, "PNG") for mode in ("1", "L", "LA", "P", "RGBA")] + [(mode, "TIFF") for mode in ("I", "F", "CMYK")],
+    [(mode, "PNG") for mode in ("1", "L", "LA", "P", "RGBA")] + [(mode, "TIFF") for mode in ("F", "CMYK")],
 )
 def test_every_colour_mode_gives_rgb(mode, kind):
     found = decode_image(encoded(Image.fromarray(picture(10, 12)).convert(mode), kind))
     assert found.shape == (10, 12, 3) and found.dtype == np.uint8
+
+
+def test_float_pixels_are_read_by_their_range_and_integers_without_one_refused():
+    for scale in (1.0, 1 / 255):
+        levels = np.array([[0, 64, 255]], np.float32) * np.float32(scale)
+        assert decode_image(encoded(Image.fromarray(levels), "TIFF"))[0, :, 0].tolist() == [0, 64, 255]
+    for wrong in (-0.5, 300.0, np.nan):
+        with pytest.raises(BadImage, match=r"float pixels .* expected 0\.\.1 or 0\.\.255"):
+            decode_image(encoded(Image.fromarray(np.array([[0, wrong]], np.float32)), "TIFF"))
+    with pytest.raises(BadImage, match="integer pixels of 32 bits"):
+        decode_image(encoded(Image.fromarray(np.array([[3, 200]], np.int32)), "TIFF"))
+
+
+def test_a_format_that_this_pillow_lacks_keeps_no_other_from_being_read(monkeypatch):
+    images._formats.cache_clear()
+    monkeypatch.setattr(images, "FORMATS", ("NO_SUCH_FORMAT", *images.FORMATS))
+    try:
+        assert decode_image(encoded(Image.new("RGB", (2, 1), (1, 2, 3)))).tolist() == [[[1, 2, 3]] * 2]
+    finally:
+        images._formats.cache_clear()
+
+
+def test_postscript_starts_no_program_whatever_its_name(tmp_path, monkeypatch):
+    def refuse(*words, **options):
+        raise AssertionError(f"started {words}")
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(content)).format == "EPS"  # Pillow alone takes it, and Ghostscript would draw it
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(BadImage, match="not an image"):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_file_is_read_by_its_content_and_what_is_none_is_a_bad_image(tmp_path):
+    pixels = picture(6, 5)
+    (tmp_path / "jpeg named so.jpg").write_bytes(encoded(Image.fromarray(pixels)))
+    assert np.array_equal(read_image(tmp_path / "jpeg named so.jpg"), pixels)
+    (tmp_path / "pointer.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    for name, words in (
+        ("pointer.png", "Git LFS"),
+        ("gone.png", "cannot be read: No such file"),
+        (".", "not a file|directory"),
+    ):
+        with pytest.raises(BadImage, match=words):
+            read_image(tmp_path / name)
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:

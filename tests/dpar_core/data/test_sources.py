@@ -18,6 +18,7 @@ from dpar_core.data.shards import Sample, write_shard
 from dpar_core.data.sources import (
     ImageOpener,
     block_of,
+    image_files,
     join_listings,
     list_folder,
     list_ilsvrc_train,
@@ -179,6 +180,18 @@ def test_files_that_are_no_images_are_left_out_and_named(tmp_path):
     assert listing.sources == ["train:a/1.png", "train:a/no_ending", "train:a/odd.data", "train:a/deeper/5.png"]
     assert listing.classes == ["a"]
     assert listing.left_out == ["a/.hidden.png", "a/notes.txt", "empty_class/x.txt", "readme.md"]
+
+
+def test_a_folder_of_images_is_listed_whatever_their_format_and_without_what_systems_leave_there(tmp_path):
+    put(tmp_path, {
+        "b/2.jpg": png(1), "a.png": png(2), "b/1.JPEG": png(3), "no_ending": png(4), "notes.txt": b"x", "._a.png": b"x",
+        "@eaDir/a.png": png(5), "b/Thumbs.db": png(6), "b/.DS_Store": b"x", "__MACOSX/._a.png": b"x",
+    })  # fmt: skip
+    files, left_out = image_files(tmp_path)
+    assert [str(file.relative_to(tmp_path)) for file in files] == ["a.png", "b/1.JPEG", "b/2.jpg", "no_ending"]
+    assert left_out == ["._a.png", "@eaDir", "__MACOSX", "b/.DS_Store", "b/Thumbs.db", "notes.txt"]
+    with pytest.raises(FileNotFoundError, match="no folder at"):
+        image_files(tmp_path / "nowhere")
 
 
 def image_folder(root: Path) -> list[tuple[str, int]]:
