@@ -37,7 +37,7 @@ from dpar_core.data.shards import TokenShards
 from dpar_core.models.gpt import GPTConfig
 from dpar_core.training import allocator
 from dpar_core.training.parallel import Ranks
-from stages.params import load_params
+from stages.params import load_params, settled
 from stages.shared.jobs import Job, train_job
 from stages.workers import cluster
 from stages.workers import fit as ray_train
@@ -174,7 +174,7 @@ def make_job(size: str, batch: int, steps: int, data: Path) -> Job:
     width, heads, layers = SHAPES[size]
     meta = TokenShards(data / "tokens", "train").meta
     config = GPTConfig(CODES, GRID, width, heads, layers, num_classes=len(meta.classes), dropout=0.1)
-    training = load_params(ROOT / "params" / "demo.yaml").train.model_copy(
+    training = settled(load_params(ROOT / "params" / "demo.yaml"), "cpu").train.model_copy(
         update={
             "steps": steps, "batch_size": batch, "log_every": EVERY, "validate_every": 10**6,
             "checkpoint_every": 10**6, "validation_images": batch, "workers": 1, "accumulate": 1,

@@ -30,7 +30,7 @@ def draw(model: str, root: Path, folder: Path, images: int, batch_size: int, wor
     from stages import sample
     from stages.tracker import PrintTracker
 
-    section = P.load_params(root / "params.yaml").sample
+    section = P.settled(P.load_params(root / "params.yaml"), "cpu").sample
     section = section.model_copy(update={"images": images, "batch_size": batch_size, "workers": workers})
     a, settings = root / "artifacts", sample.Params(section)
     tokenizer = a / "tokenizer/tokenizer.safetensors"

@@ -28,7 +28,7 @@ from dpar_core.patches.maps import RULE, pack_starts, write_rule, write_summary
 from dpar_core.patches.rule import PatchRule, patch_starts_numpy
 from dpar_core.training.parallel import Ranks
 from pipeline.cost import _activation_bytes
-from stages.params import load_params
+from stages.params import load_params, settled
 from stages.shared.jobs import Job, train_job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ class Silent:
 
 def make_job(data: Path, batch: int, checkpointing: bool) -> Job:
     config = DPARConfig(CODES, GRID, 256, 4, 1, 3, 2, num_classes=2, dropout=0.1, class_dropout=0.1)
-    training = load_params(ROOT / "params" / "demo.yaml").train.model_copy(
+    training = settled(load_params(ROOT / "params" / "demo.yaml"), "cpu").train.model_copy(
         update={
             "steps": 3, "batch_size": batch, "validate_every": 3, "checkpoint_every": 3, "validation_images": batch,
             "activation_checkpointing": checkpointing, "workers": 1, "accumulate": 1,

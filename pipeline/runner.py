@@ -17,7 +17,7 @@ from typing import Any
 from dpar_core.files import digest_of
 from pipeline.tracking import open_tracker
 from stages.files import artifact_digest
-from stages.params import Compute, Params, load_params, section_of, select
+from stages.params import Compute, Params, Section, load_params, precision_lines, section_of, select, settled
 
 A = "artifacts"
 
@@ -190,15 +190,18 @@ def load_stage(name: str) -> LoadedStage:
 
 def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     """Run a stage as dvc does. Raises ParamsError, StageError, or what the stage says is wrong."""
-    params = load_params(params_file)
+    asked = load_params(params_file)
     stage = load_stage(name)
+    device = device_of(asked.compute)
+    params = settled(asked, device)
     chosen = select(params, stage.params)
     inputs, outputs = stage.bind(root)
     made_by = _made_by(name, stage.identity(chosen), inputs)
     # One work folder for one set of params and inputs: a rerun after a crash continues, changed params start afresh.
     work = root / "work" / name / digest_of(made_by)
-    device = device_of(params.compute)
     set_threads(params.compute)
+    if name != "report":
+        _print_precisions(select(asked, stage.params), device)
     with _alone(work.parent, name):
         work.mkdir(parents=True, exist_ok=True)
         for field in dataclasses.fields(outputs):
@@ -208,6 +211,15 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         for old in work.parent.iterdir():
             if old.is_dir() and old != work:
                 shutil.rmtree(old)
+
+
+def _print_precisions(params: Any, device: str) -> None:
+    """Print what `auto` means on this device, and a warning for bfloat16 that it emulates."""
+    for field in dataclasses.fields(params):
+        section = getattr(params, field.name)
+        if isinstance(section, Section):
+            for line in precision_lines(section_of(field), section, device):
+                print(line, flush=True)
 
 
 def plain(params: Any) -> dict[str, Any]:

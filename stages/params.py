@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from dpar_core.precision import PrecisionChoice, multiplies_bf16, settle, slowdown
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 OrZero = Annotated[int, Field(ge=0)]
@@ -81,7 +83,7 @@ class Tokenizer(Section):
     batch_size: Count
     lr: Positive
     warmup_steps: OrZero
-    precision: Literal["fp32", "bf16"]
+    precision: PrecisionChoice
 
     @property
     def downsample(self) -> int:
@@ -92,7 +94,7 @@ class Tokenizer(Section):
 class TokenizeImages(Section):
     shard_images: Count
     batch_size: Count
-    precision: Literal["fp32", "bf16"]
+    precision: PrecisionChoice
     workers: OrZero
 
 
@@ -108,7 +110,7 @@ class Training(Section):
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[float, Field(ge=0)]
     clip_norm: Annotated[float, Field(ge=0)]
-    precision: Literal["fp32", "bf16"]
+    precision: PrecisionChoice
     compile: bool
     activation_checkpointing: bool
     strategy: Literal["ddp", "fsdp"]
@@ -179,7 +181,7 @@ class Sample(Section):
     images: Count
     plan: Literal["balanced", "random"]
     batch_size: Count
-    precision: Literal["fp32", "bf16"]
+    precision: PrecisionChoice
     seed: OrZero
     cfg_scale: Annotated[Finite, Field(ge=1)]
     cfg_schedule: Literal["constant", "linear", "interval"]
@@ -251,6 +253,43 @@ def select(params: Params, stage_params: type[StageParams]) -> StageParams:
 def section_of(field: dataclasses.Field) -> str:
     """Return the dotted name, in params.yaml, of what a field of a stage's Params holds."""
     return field.metadata.get("section", field.name)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def settled(section: SectionT, device: str) -> SectionT:
+    """Return params in which no precision is `auto` any more: what it means on this device (dpar_core/precision.py)."""
+    updates: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            updates[name] = settled(value, device)
+        elif name == "precision":
+            updates[name] = settle(value, device)
+    return section.model_copy(update=updates)
+
+
+def precision_lines(name: str, section: Section, device: str) -> list[str]:
+    """Return a line for each precision in a section that a person should know of.
+
+    That is what `auto` means here, and by which factor an explicit bf16 is slower on a CPU that emulates it. Sampling is
+    not named then: on a CPU it rounds values to bfloat16 and multiplies in float32 (dpar_core/generation/stepping.py).
+    """
+    lines = []
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        if isinstance(value, Section):
+            lines += precision_lines(f"{name}.{key}", value, device)
+        elif key == "precision" and value == "auto":
+            does = "multiplies" if multiplies_bf16(device) else "emulates"
+            lines.append(f"{name}.precision: auto is {settle(value, device)} here (this {device} {does} bfloat16)")
+        elif key == "precision" and value == "bf16" and not isinstance(section, Sample) and not multiplies_bf16(device):
+            lines.append(
+                f"{name}.precision is bf16, which this machine emulates: a matrix product takes {slowdown(device):.0f} "
+                "times as long as in fp32; set it to auto or fp32"
+            )
+    return lines
 
 
 def load_params(path: Path) -> Params:

@@ -85,6 +85,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     remove_leftovers(work, outputs.tokens, outputs.metrics)
     manifest = read_manifest(inputs.manifest)
     settings, total = params.tokenize_images, len(manifest.rows)
+    assert settings.precision != "auto", "the runner settles precisions"
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
     build = functools.partial(ShardTokenizer, inputs, params, work.absolute(), device, Path.cwd())
     plan = plan_shards(manifest, settings.shard_images)

@@ -55,6 +55,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     manifest = read_manifest(inputs.manifest)
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
     opener, settings = ImageOpener(manifest), params.tokenizer
+    assert settings.precision != "auto", "the runner settles precisions"
     config = VQConfig(
         settings.codebook_size, settings.codebook_dim, settings.base_width, tuple(settings.channel_multipliers),
         settings.z_channels, settings.residual_blocks, settings.commitment, settings.norm_groups,
@@ -79,6 +80,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         save_png(picture, temporary)
     write_json(outputs.metrics, metrics)
     meta = {"image_size": params.data.image_size, "imported": settings.weights is not None, "manifest": manifest.digest}
+    if settings.weights is None:
+        meta["precision"] = settings.precision
     save_weights(outputs.weights, state, kind="vq", config=asdict(config), meta=meta)
     tracker.log_picture(outputs.picture)
 

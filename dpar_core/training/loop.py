@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpar_core.models import flops
+from dpar_core.precision import Precision
 from dpar_core.training import parallel
 from dpar_core.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from dpar_core.training.meters import Clock, Counts, Guard, MeanLoss, memory_gb, peak_flops
@@ -71,7 +72,7 @@ class TrainSettings:
     seed: int
     largest_loss: float  # nats a token; a loss above it has exploded
     accumulate: int = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compile: bool = False
     activation_checkpointing: bool = False
     strategy: parallel.Strategy = "ddp"
@@ -79,6 +80,11 @@ class TrainSettings:
     checkpoint_every: int = 100
     log_every: int = 10
     snapshot_steps: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            known = " or ".join(get_args(Precision))
+            raise ValueError(f"precision is {self.precision!r}, expected {known}: settle it for the device first")
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpar_core.models import flops
+from dpar_core.precision import measured_peak
 from dpar_core.training.prefetch import Batch
 
 
@@ -114,17 +115,9 @@ def memory_gb(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device, *, bf16: bool) -> float:
-    """Return the device's largest matrix speed in FLOP/s: as published for known GPUs in bf16, else measured."""
+    """Return the device's largest matrix speed in FLOP/s: as published for known GPUs in bf16, else measured (once)."""
     if device.type == "cuda" and bf16:
         published = flops.published_peak(torch.cuda.get_device_name(device))
         if published is not None:
             return published
-    size = 1024 if device.type == "cpu" else 8192
-    matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    best = float("inf")
-    for _ in range(16):
-        started = time.perf_counter()
-        product = matrix @ matrix
-        product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    return measured_peak(device, torch.bfloat16 if bf16 else torch.float32, torch.get_num_threads())

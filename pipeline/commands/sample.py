@@ -63,6 +63,7 @@ def draw_samples(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if params.compute.threads:
         torch.set_num_threads(params.compute.threads)
+    section = P.settled(section, device)
     files = Files(*(path and root / path for path in vars(MODELS[model]).values()))
     missing = next((path for path in vars(files).values() if path and not path.exists()), None)
     if missing:

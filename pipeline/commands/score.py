@@ -164,7 +164,7 @@ def calibrate(
     """
     from dpar_core.files import digest_of, write_json
     from pipeline.runner import device_of
-    from stages.params import load_params
+    from stages.params import load_params, settled
     from stages.sample import draw_samples
     from stages.tools import calibrate as calibration
     from stages.tools.score_files import score_images, settings_for
@@ -177,7 +177,7 @@ def calibrate(
     network = _network(features, features_file, sha256, params)
     tracker, work = PrintTracker(), Path("work", "calibrate")
     files = calibration.import_checkpoint(gpt, vq, heads=heads or calibration.HEADS[size], grid=grid, folder=work)
-    section = params.sample.model_copy(update={
+    section = settled(params.sample, device_of(params.compute)).model_copy(update={
         "images": images, "plan": "balanced", "seed": 0, "cfg_scale": cfg, "cfg_schedule": "constant", "temperature": 1.0,
         "top_k": 0, "top_p": 1.0, "resize": 256 if grid == 24 else None,
     })  # fmt: skip

@@ -117,7 +117,7 @@ def subject_of(model: str, max_length: int | None) -> tuple[Subject, Any]:
     from pipeline.commands.sample import MODELS
     from pipeline.runner import CLASSIFIER, MANIFEST, device_of, set_threads
     from stages import score
-    from stages.params import load_params, select
+    from stages.params import load_params, select, settled
     from stages.shared.sampler import Files
     from stages.tools.sweep import Subject
 
@@ -127,6 +127,8 @@ def subject_of(model: str, max_length: int | None) -> tuple[Subject, Any]:
     if model not in MODELS:
         raise ValueError(f"--model is {model!r}, expected dpar or llamagen")
     params = load_params(root / "params.yaml")
+    device = device_of(params.compute)
+    params = settled(params, device)
     set_threads(params.compute)
     files = Files(*(path and root / path for path in vars(MODELS[model]).values()))
     manifest, features = root / MANIFEST, root / CLASSIFIER
@@ -136,7 +138,6 @@ def subject_of(model: str, max_length: int | None) -> tuple[Subject, Any]:
     section = params.sample
     if max_length is not None:
         section = section.model_copy(update={"max_patch_length": max_length})
-    device = device_of(params.compute)
     return Subject({None: files}, section, select(params, score.Params), manifest, features, device), params
 
 

@@ -69,13 +69,13 @@ def paper_presets(demo: str) -> dict[str, str]:
                 goal = f"dvc repro score_{family}"
                 texts[name] = _text(demo, f"ImageNet, {title}. Run: {goal}.", _imagenet(pixels, size, epochs=EPOCHS))
     for name, (told, changes) in ABLATIONS.items():
-        values = {**_imagenet(256, "l", epochs=50), **changes}
+        values = {**_imagenet(256, "l", epochs=50, precision="auto"), **changes}
         head = f"Ablation (DPAR-L, 256 pixels, 50 epochs): {told}. Run: dvc repro score_dpar."
         texts[f"ablation-{name}"] = _text(demo, head, values)
     return texts
 
 
-def _imagenet(pixels: int, size: str, *, epochs: int) -> dict[str, Any]:
+def _imagenet(pixels: int, size: str, *, epochs: int, precision: str = "bf16") -> dict[str, Any]:
     width, heads, (encoder, patch, decoder) = SIZES[size]
     shape = {"codebook_size": 16384, "row_width": pixels // 16, "width": width, "heads": heads, "num_classes": 1000}
     dpar = DPARConfig(**shape, encoder_layers=encoder, patch_layers=patch, decoder_layers=decoder)
@@ -84,7 +84,7 @@ def _imagenet(pixels: int, size: str, *, epochs: int) -> dict[str, Any]:
     share = flops.dpar_forward_flops(dpar, PATCHES[pixels]) / flops.gpt_forward_flops(twin)
     recipe = {
         "steps": steps, "batch_size": BATCH, "accumulate": 1, "lr": 1e-4, "lr_schedule": "constant", "warmup_steps": 0,
-        "precision": "bf16", "compile": True, "workers": 8, "cpus_per_worker": 8, "gpus_per_worker": 1,
+        "precision": precision, "compile": True, "workers": 8, "cpus_per_worker": 8, "gpus_per_worker": 1,
         "validate_every": 5000, "validation_images": 10000, "checkpoint_every": 5000, "log_every": 100,
     }  # fmt: skip
     large = size in ("xl", "xxl")
@@ -102,7 +102,8 @@ def _imagenet(pixels: int, size: str, *, epochs: int) -> dict[str, Any]:
         "model.decoder_layers": decoder, "model.ffn_multiple": 256,
         "train.equal_time_step": round(steps * share), "train.strategy": "fsdp" if large else "ddp",
         "train.activation_checkpointing": size == "xxl",
-        "sample.images": 50_000, "sample.plan": "random", "sample.batch_size": 256, "sample.precision": "bf16",
+        "sample.images": 50_000, "sample.plan": "random", "sample.batch_size": 256, "sample.precision": precision,
+        "tokenizer.precision": precision,
         "sample.cfg_scale": CFG[pixels].get(size, DEFAULT_CFG), "sample.resize": 256 if pixels == 384 else None,
         "score.features": "inception", "score.features_file": "weights/inception-2015-12-05.pt",
         "score.reference": "weights/VIRTUAL_imagenet256_labeled.npz", "score.images": 50_000, "score.splits": 10,

@@ -263,7 +263,7 @@ def publish_model(source: Path, target: Path, job: Job, meta: dict[str, Any]) ->
     """Write weights of the run's store as the artifact that other stages read."""
     architecture = job.architecture
     weights = load_weights(source, kind=architecture.kind)
-    everything = {"seed": job.seed, **meta}
+    everything = {"seed": job.seed, "precision": job.training.precision, **meta}
     save_weights(target, weights.state, kind=architecture.kind, config=architecture.config, meta=everything)
 
 

@@ -106,3 +106,27 @@ def test_broken_yaml_and_a_missing_file_get_one_sentence(tmp_path):
         P.load_params(tmp_path / "broken.yaml")
     with pytest.raises(FileNotFoundError, match="no params file"):
         P.load_params(tmp_path / "none.yaml")
+
+
+def test_settled_params_have_no_auto_left_and_differ_by_device(monkeypatch):
+    params = P.load_params(ROOT / "params" / "demo.yaml")
+    monkeypatch.setattr("stages.params.settle", lambda choice, device: "fp32" if choice == "auto" else choice)
+    found = P.settled(params, "cpu")
+    assert (found.tokenizer.precision, found.entropy_model.train.precision, found.train.precision) == ("fp32",) * 3
+    changed = {name for name in type(params).model_fields if getattr(params, name) != getattr(found, name)}
+    assert changed == {"tokenizer", "entropy_model", "train"}
+    assert params.train.precision == "auto"
+
+
+def test_a_choice_and_an_emulated_precision_get_a_line_each(monkeypatch):
+    params = P.load_params(ROOT / "params" / "demo.yaml")
+    monkeypatch.setattr("stages.params.multiplies_bf16", lambda device: False)
+    monkeypatch.setattr("stages.params.settle", lambda choice, device: "fp32" if choice == "auto" else choice)
+    monkeypatch.setattr("stages.params.slowdown", lambda device: 170.0)
+    (line,) = P.precision_lines("train", params.train, "cpu")
+    assert line == "train.precision: auto is fp32 here (this cpu emulates bfloat16)"
+    explicit = params.entropy_model.model_copy(update={"train": params.train.model_copy(update={"precision": "bf16"})})
+    (line,) = P.precision_lines("entropy_model", explicit, "cpu")
+    assert line.startswith("entropy_model.train.precision is bf16") and "170 times as long as in fp32" in line
+    assert P.precision_lines("sample", params.sample.model_copy(update={"precision": "bf16"}), "cpu") == []
+    assert P.precision_lines("train", params.train.model_copy(update={"precision": "fp32"}), "cpu") == []
