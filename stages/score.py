@@ -285,7 +285,12 @@ def _reference_of_split(
 
 
 def reference_of(
-    path: Path, network: FeatureNetwork, tracker: Tracker, *, cache: Path, image_size: int | None = None,
+    path: Path,
+    network: FeatureNetwork,
+    tracker: Tracker,
+    *,
+    cache: Path,
+    image_size: int | None = None,
     workers: int = 0,
 ) -> Reference:
     """Return a reference from a file or folder.
@@ -313,11 +318,18 @@ def reference_of(
 
 
 def _from_images(
-    name: str, digest: str, images: Callable[[], np.ndarray], network: FeatureNetwork, tracker: Tracker, *, cache: Path,
+    name: str,
+    digest: str,
+    images: Callable[[], np.ndarray],
+    network: FeatureNetwork,
+    tracker: Tracker,
+    *,
+    cache: Path,
     workers: int,
 ) -> Reference:
     """Return a reference of images; its features and statistics are computed once for each reference and network."""
-    file = cache / f"statistics-{digest}-{network.digest}.npz"
+    # rcc: spatial features in the order row, column, channel; files without it hold them channel first.
+    file = cache / f"statistics-rcc-{digest}-{network.digest}.npz"
     if not file.exists():
         pictures = images()
         with tracker.progress(len(pictures), "reference features", unit="images") as progress:

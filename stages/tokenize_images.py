@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import math
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from dpar_core.data.manifest import SPLITS, Manifest, Row, Rows, read_manifest
 from dpar_core.data.shards import Sample, ShardContents, TokenMeta, write_index, write_shard
 from dpar_core.data.sources import block_of
 from dpar_core.files import atomic_folder, load_weights, write_json
+from dpar_core.float32 import whole_float32
 from dpar_core.models.vq import VQ, VQConfig, to_float
 from stages import params as P
 from stages.data import ImageOpener
@@ -218,7 +218,7 @@ class ShardTokenizer:
         stack = torch.zeros(full, *images.shape[1:], dtype=torch.uint8, pin_memory=self.device == "cuda")
         stack[: len(images)] = torch.from_numpy(images)
         bf16 = self.settings.precision == "bf16" if bf16 is None else bf16
-        with torch.inference_mode(), _whole_float32:
+        with torch.inference_mode(), whole_float32:
             pixels = to_float(stack.to(self.device, non_blocking=True))
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bf16):
                 latents = self.model.latents(pixels)
@@ -289,34 +289,6 @@ class ShardTokenizer:
 
     def _views(self, row: Row) -> np.ndarray:
         return views(self.opener(row), self.size, self.views)
-
-
-class _WholeFloat32:
-    """Keeps float32 products whole while anyone is inside: no TF32, which cuDNN takes for convolutions by default.
-
-    The settings are the process's, so of threads that come and go the first sets them and the last puts them back.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.inside == 0:
-                self.before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-                torch.set_float32_matmul_precision("highest")
-                torch.backends.cudnn.allow_tf32 = False
-            self.inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                torch.set_float32_matmul_precision(self.before[0])
-                torch.backends.cudnn.allow_tf32 = self.before[1]
-
-
-_whole_float32 = _WholeFloat32()
 
 
 def _check_share(bad: Sequence[Bad], total: int, allowed: float) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpar_core.files import load_weights, sha256_file
+from dpar_core.float32 import whole_float32
 
 # The StyleGAN team's TorchScript export of the Inception network that FID is defined on, and the SHA-256 that k-diffusion's
 # evaluation code pins for this address. The file is not part of this project, so neither could be tried here.
@@ -26,7 +27,9 @@ SFID_CHANNELS = 7
 
 
 class Features(NamedTuple):
-    """pool: (n, d) float32; probabilities: (n, c) float32, or None; spatial: (n, s) float32, or None."""
+    """pool: (n, d) float32; probabilities: (n, c) float32, or None; spatial: (n, s) float32, or None, in the order row,
+    column, channel (see `flatten_spatial`).
+    """
 
     pool: np.ndarray
     probabilities: np.ndarray | None
@@ -45,13 +48,18 @@ class FeatureNetwork:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, *, batch_size: int = 64, done: Callable[[int], None] | None = None) -> Features:
-        """Return the features of images (n, h, w, 3) uint8. Raises ValueError for another dtype or shape."""
+        """Return the features of images (n, h, w, 3) uint8, computed in whole float32 (no TF32).
+
+        Raises ValueError for another dtype or shape.
+        """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images must be (n, height, width, 3) uint8; got {images.dtype} {images.shape}")
         columns: list[list[np.ndarray]] = [[], [], []]
         for first in range(0, len(images), batch_size):
             batch = torch.from_numpy(np.ascontiguousarray(images[first : first + batch_size])).to(self.device)
-            for column, part in zip(columns, self.compute(batch.permute(0, 3, 1, 2).float())):
+            with whole_float32:
+                parts = self.compute(batch.permute(0, 3, 1, 2).float())
+            for column, part in zip(columns, parts):
                 if part is not None:
                     column.append(part.float().cpu().numpy())
             if done is not None:
@@ -59,10 +67,19 @@ class FeatureNetwork:
         return Features(*(np.concatenate(column) if column else None for column in columns))
 
 
+def flatten_spatial(maps: Tensor) -> Tensor:
+    """Flatten feature maps in the order of ADM's stored statistics `mu_s, sigma_s`: row, column, channel.
+
+    maps: (n, c, h, w), as torch's convolutions give them. Returns (n, h * w * c). The ADM evaluator reshapes maps of
+    TensorFlow, whose channels come last; statistics of another order compare other things without any error.
+    """
+    return maps.permute(0, 2, 3, 1).flatten(1)
+
+
 class DemoClassifier(nn.Module):
     """A small residual-free CNN that tells the demo's photographs apart; its pooled features are what fd_demo compares.
 
-    Input (n, 3, S, S) float 0..255. `features` returns (n, 64) pooled and (n, 7 * 8 * 8) spatial features.
+    Input (n, 3, S, S) float 0..255. `features` returns (n, 64) pooled and (n, 8 * 8 * 7) spatial features.
     """
 
     WIDTHS = (16, 32, 64, 64)
@@ -80,7 +97,7 @@ class DemoClassifier(nn.Module):
         for conv, norm in zip(self.convs, self.norms):
             x = F.silu(norm(conv(x)))
             if conv is self.convs[2]:
-                spatial = F.adaptive_avg_pool2d(x[:, :SFID_CHANNELS], 8).flatten(1)
+                spatial = flatten_spatial(F.adaptive_avg_pool2d(x[:, :SFID_CHANNELS], 8))
         return x.mean(dim=(2, 3)), spatial
 
     def forward(self, images: Tensor) -> Tensor:
@@ -169,7 +186,7 @@ class _InceptionWalk:
         spatial = None
         for name, layer in self.model.layers.named_children():
             if name == "mixed_6":
-                spatial = layer.conv(x)[:, :SFID_CHANNELS].flatten(1)
+                spatial = flatten_spatial(layer.conv(x)[:, :SFID_CHANNELS])
             x = layer(x)
         return x.flatten(1), spatial
 

@@ -55,6 +55,14 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# The rows of the paper's table of patch rules, and what is open about them.
+PATCH_RULE_ROWS = ("token", "static2", "entropy", "entropy-max4", "entropy-max4-rows")
+ENCODING_NOTE = """
+# Chosen here: model.position_encoding 4d, as in the final model. The authors' configs for this row set no encoding, which in
+# their code means 1d, and the paper does not say which one gave its number. For the other one:
+# dvc exp run -S model.position_encoding=1d score_dpar"""
+
+
 def paper_presets(demo: str) -> dict[str, str]:
     """Return the text of every preset by name, made from the text of the demo's."""
     texts = {}
@@ -71,6 +79,8 @@ def paper_presets(demo: str) -> dict[str, str]:
     for name, (told, changes) in ABLATIONS.items():
         values = {**_imagenet(256, "l", epochs=50, precision="auto"), **changes}
         head = f"Ablation (DPAR-L, 256 pixels, 50 epochs): {told}. Run: dvc repro score_dpar."
+        if name in PATCH_RULE_ROWS:
+            head += ENCODING_NOTE
         texts[f"ablation-{name}"] = _text(demo, head, values)
     return texts
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.shards import TokenShards
 from dpar_core.files import atomic_path, atomic_write, digest_of, load_weights, save_weights, write_json
 from dpar_core.models import flops
@@ -108,14 +109,15 @@ class JobData:
         return self.train.batch(part.indices, part.views)
 
     def validation(self) -> Iterator[tuple[Batch, float]]:
-        """Yield this rank's share of the fixed validation images (first views), each rank equally many batches."""
+        """Yield this rank's share of the fixed validation images (centre crops), each rank equally many batches."""
         training, world = self.job.training, self.ranks.world
         chosen = fixed_subset(len(self.held_out.shards), training.validation_images)
+        view = CENTER_VIEWS[self.held_out.shards.meta.views]
         size = training.batch_size // (world * training.accumulate)
         for first in range(0, len(chosen), size * world):
             mine = chosen[first + self.ranks.rank * size : first + (self.ranks.rank + 1) * size]
             shown = mine if len(mine) else chosen[:1]
-            yield self.held_out.batch(shown, np.zeros(len(shown), dtype=np.int64)), float(len(mine))
+            yield self.held_out.batch(shown, np.full(len(shown), view)), float(len(mine))
 
 
 class _Split:
@@ -193,8 +195,9 @@ def run_job(job: Job, inputs: dict[str, str], tracker: Tracker, *, section: str,
     as long as `recipe` and inputs are.
     """
     images = len(TokenShards(job.tokens, "train"))
-    TokenShards(job.tokens, "validation")
-    name = f"run-{job.digest(inputs)}"
+    view = CENTER_VIEWS[TokenShards(job.tokens, "validation").meta.views]
+    # Runs of ten-crop views validated on view 0, a corner, once: they are not continued. View 0 is what it always was.
+    name = f"run-{job.digest(inputs | {'validation_view': str(view)} if view else inputs)}"
     root = ray_train.run_folder(job.training.storage, work, name)
     store, steps = _store(job, root), job.training.steps
     tracker.log_params({"model/parameters": job.config.num_parameters, "train/run": name})
@@ -252,6 +255,7 @@ def publish(result: Result, outputs: Any, meta: dict[str, Any], tracker: Tracker
         "steps": progress.step,
         "images": trained,
         "epochs": trained / result.images,
+        "validation/view": CENTER_VIEWS[TokenShards(job.tokens, "validation").meta.views],
         "parameters": job.config.num_parameters,
     }
     write_json(outputs.metrics, metrics)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.shards import TokenShards
 from dpar_core.evaluation.block_features import block_features, block_names
 from dpar_core.files import Weights, load_weights, read_weights_header
@@ -62,7 +63,7 @@ def load_model(path: Path, shards: TokenShards) -> tuple[nn.Module, Weights]:
 def features_of(
     model: nn.Module, shards: TokenShards, patch_maps: Path, images: int, tracker: Tracker, *, device: str, batch: int = 32
 ) -> Split:
-    """Return features of evenly spaced images (first views) of a split, for every block."""
+    """Return features of evenly spaced images (their centre crops) of a split, for every block."""
     chosen = fixed_subset(len(shards), images)
     maps = PatchMaps(patch_maps, shards) if isinstance(model.config, DPARConfig) else None
     model.to(device)
@@ -70,7 +71,7 @@ def features_of(
     with tracker.progress(len(chosen), f"features {shards.split}", unit="images") as progress:
         for first in range(0, len(chosen), batch):
             indices = chosen[first : first + batch]
-            views = np.zeros(len(indices), dtype=np.int64)
+            views = np.full(len(indices), CENTER_VIEWS[shards.meta.views])
             tokens = torch.from_numpy(shards.tokens(indices, views).astype(np.int64))
             layout = None
             if maps is not None:

@@ -138,7 +138,10 @@ def test_a_torchscript_of_inceptions_interface_is_loaded_and_named_by_its_digest
         model.layers.mixed_6.conv.register_forward_hook(lambda module, given, out: block.update(out=out))
         with torch.inference_mode():
             model(torch.from_numpy(images).permute(0, 3, 1, 2).float())
-        np.testing.assert_allclose(found.spatial, block["out"][:, :7].flatten(1).numpy(), rtol=1e-3, atol=1e-3)
+        maps = block["out"][:, :7].numpy()
+        rows, columns = maps.shape[2:]
+        ordered = [maps[:, c, y, x] for y in range(rows) for x in range(columns) for c in range(7)]  # as ADM stores them
+        np.testing.assert_allclose(found.spatial, np.stack(ordered, axis=1), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="uint8"):
         network(images.astype(np.float32))
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dpar_core.data import images
 from dpar_core.data.images import (
+    CENTER_VIEWS,
     VIEW_COUNTS,
     BadImage,
     center_crop,
@@ -286,6 +287,15 @@ def test_views_are_as_many_as_stated(name):
     assert found.shape == (VIEW_COUNTS[name], 32, 32, 3) and found.dtype == np.uint8
     if name == "adm_center_flip":
         assert np.array_equal(found[0][:, ::-1], found[1])
+
+
+@pytest.mark.parametrize("name", VIEW_COUNTS)
+def test_the_centre_view_is_the_middle_of_the_square_and_not_mirrored(name):
+    image = picture(70, 50)
+    ratio = {"adm_center_flip": 1.0, "ten_crop_1.05": 1.05}.get(name, 1.1)
+    square = center_crop(image, int(ratio * 32))
+    first = round((len(square) - 32) / 2)
+    assert np.array_equal(views(image, 32, name)[CENTER_VIEWS[name]], square[first : first + 32, first : first + 32])
 
 
 def test_twenty_views_are_the_two_ten_crops():

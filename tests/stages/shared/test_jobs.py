@@ -1,0 +1,27 @@
+"""What a training job reads."""
+
+import numpy as np
+import pytest
+
+from dpar_core.data.images import CENTER_VIEWS, VIEW_COUNTS
+from dpar_core.data.shards import Sample, TokenMeta, write_index, write_shard
+from dpar_core.models.gpt import GPTConfig
+from dpar_core.training.parallel import Ranks
+from stages.shared.jobs import Job, JobData
+from tests.helpers.tiny_shards import tiny_params
+
+
+@pytest.mark.parametrize("name", VIEW_COUNTS)
+def test_validation_sees_the_centre_crop_of_every_view_set(tmp_path, name):
+    count = VIEW_COUNTS[name]
+    tokens = np.repeat(np.arange(count, dtype=np.uint16)[:, None], 4, axis=1)  # every token is the number of its view
+    shards = []
+    for split in ("train", "validation"):
+        samples = [Sample(f"{split}-{number}", 0, tokens, {}) for number in range(8)]
+        write_shard(tmp_path / f"{split}-000000.tar", samples)
+        shards.append((f"{split}-000000.tar", split))
+    meta = TokenMeta(2, 32, name, count, 8, ("one",), "t" * 16, "m" * 16)
+    write_index(tmp_path, meta, shards)
+    job = Job("entropy_model", GPTConfig(32, 2, 32, 2, 1), tiny_params().entropy_model.train, 0, tmp_path)
+    seen = np.concatenate([batch.tokens.numpy() for batch, _ in JobData(job, Ranks()).validation()])
+    assert len(seen) and (seen == CENTER_VIEWS[name]).all()
