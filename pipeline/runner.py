@@ -84,10 +84,32 @@ STAGES: dict[str, StageSpec] = {
     "train_llamagen": StageSpec(
         "stages.train",
         {"tokens": TOKENS},
-        {**_trained("models/llamagen"), "equal_time": f"{A}/models/llamagen/equal_time.safetensors"},
+        {**_trained("models/llamagen"), "snapshots": f"{A}/models/llamagen/snapshots"},
         run="run_llamagen",
         inputs_class="LlamaGenInputs",
         outputs_class="LlamaGenOutputs",
+    ),
+    "time_training": StageSpec(
+        "stages.time_training",
+        {
+            "tokens": TOKENS,
+            "patch_maps": PATCH_MAPS,
+            "dpar": f"{A}/models/dpar/model.safetensors",
+            "llamagen": f"{A}/models/llamagen/model.safetensors",
+            "snapshots": f"{A}/models/llamagen/snapshots",
+        },
+        {"speed": f"{A}/speed/training.json", "equal_time": f"{A}/models/llamagen/equal_time.safetensors"},
+    ),
+    "time_sampling": StageSpec(
+        "stages.time_sampling",
+        {
+            "dpar": f"{A}/models/dpar/model.safetensors",
+            "llamagen": f"{A}/models/llamagen/model.safetensors",
+            "entropy_model": ENTROPY_MODEL,
+            "tokenizer": TOKENIZER,
+            "patch_rule": f"{PATCH_MAPS}/rule.json",
+        },
+        {"speed": f"{A}/speed/sampling.json"},
     ),
     "sample_dpar": StageSpec(
         "stages.sample",
@@ -149,6 +171,7 @@ STAGES: dict[str, StageSpec] = {
             "patch_maps": PATCH_MAPS,
             "histogram": f"{A}/patch_lengths.csv",
             "models": f"{A}/models",
+            "speed": f"{A}/speed",
             "samples": f"{A}/samples",
             "scores": f"{A}/scores",
         },

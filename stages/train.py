@@ -1,4 +1,4 @@
-"""Stages train_dpar and train_llamagen: DPAR, and the LlamaGen twin of the same width, heads and total layers."""
+"""Stages train_dpar and train_llamagen: DPAR, and the LlamaGen baseline of the same width, heads and total layers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dpar_core.data.shards import TokenShards
+from dpar_core.files import atomic_folder
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import GPTConfig
 from dpar_core.patches.maps import PatchMaps
 from stages import params as P
-from stages.shared.jobs import Job, copy_whole, publish, publish_model, recipe, run_job
+from stages.shared.jobs import Job, publish, publish_model, recipe, run_job
 from stages.tracker import Tracker
 
 
@@ -44,7 +45,7 @@ class LlamaGenInputs:
 @dataclass(frozen=True)
 class LlamaGenOutputs:
     model: Path
-    equal_time: Path
+    snapshots: Path
     metrics: Path
     curve: Path
     timings: Path
@@ -99,21 +100,23 @@ def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: 
 def run_llamagen(
     params: Params, inputs: LlamaGenInputs, outputs: LlamaGenOutputs, tracker: Tracker, *, device: str, work: Path
 ) -> None:
-    """Train DPAR's LlamaGen twin; keep it also as it was at `train.equal_time_step`.
+    """Train the LlamaGen baseline; keep it also as it was on the way, for the comparison at equal training time.
 
-    Without such a step, equal_time is the final model.
+    Writes snapshots/step-NNNNNNNN.safetensors for every step that `train.equal_time_step` asks for; none when it is null.
     """
     shards = TokenShards(inputs.tokens, "train")
     tracker.log_input("tokens", inputs.tokens, shards.digest)
     config, training = llamagen_config(params.model, **_data_shape(shards)), params.train
-    snapshots = () if training.equal_time_step is None else (training.equal_time_step,)
-    job = Job("llamagen", config, training, params.seed, inputs.tokens.resolve(), snapshot_steps=snapshots)
+    job = Job("llamagen", config, training, params.seed, inputs.tokens.resolve(), snapshot_steps=training.snapshot_steps())
     read = {"tokens": shards.digest}
     result = run_job(job, read, tracker, section="train", device=device, work=work)
     made_from = {**read, "tokenizer": shards.meta.tokenizer, "classes": list(shards.meta.classes)}
     publish(result, outputs, made_from, tracker)
-    if snapshots:
-        (step,) = snapshots
-        publish_model(result.store.snapshot_file(step), outputs.equal_time, job, {**made_from, "step": step})
-    else:
-        copy_whole(outputs.model, outputs.equal_time)
+    with atomic_folder(outputs.snapshots) as folder:
+        for step in job.snapshot_steps:
+            publish_model(result.store.snapshot_file(step), folder / snapshot_name(step), job, {**made_from, "step": step})
+
+
+def snapshot_name(step: int) -> str:
+    """Return the file name of the baseline as it was at a step."""
+    return f"step-{step:08d}.safetensors"

@@ -62,7 +62,7 @@ def test_whatever_the_report_reads_lies_above_what_it_names():
 def test_a_threshold_or_sampling_value_moves_only_what_comes_after_it():
     reads = {name: set(paths(stage["params"])) for name, stage in DVC.items()}
     assert [name for name in DVC if "patching" in reads[name]] == ["patch_maps", "report"]
-    assert [name for name in DVC if "sample" in reads[name]] == ["sample_dpar", "sample_llamagen", "report"]
+    assert [name for name in DVC if "sample" in reads[name]] == ["time_sampling", "sample_dpar", "sample_llamagen", "report"]
     assert [name for name in DVC if "score" in reads[name]] == ["score_dpar", "score_llamagen", "report"]
     assert not paths(DVC["train_llamagen"]["deps"]) & {"artifacts/patch_maps"}
 

@@ -68,9 +68,10 @@ def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(proje
     params = project / "params.yaml"
     text = params.read_text()
     params.write_text(text.replace("cfg_scale: 2.0 ", "cfg_scale: 1.5 "))
-    assert would_run(project) == {"sample_dpar", "sample_llamagen", "score_dpar", "score_llamagen", "report"}
+    sampling = {"sample_dpar", "sample_llamagen", "time_sampling", "score_dpar", "score_llamagen", "report"}
+    assert would_run(project) == sampling
     params.write_text(text.replace("target_mean_length: 1.81 ", "target_mean_length: 1.6 "))
-    assert would_run(project) == {"patch_maps", "train_dpar", "sample_dpar", "score_dpar", "report"}
+    assert would_run(project) == {"patch_maps", "train_dpar", "time_training"} | sampling
     params.write_text(text)
     assert would_run(project) == set()
 
@@ -81,5 +82,5 @@ def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(proje
     parents = [run for run in runs if "dpar.pass" in run.data.tags]
     assert len(parents) == 1
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
-    assert len(children) == 14
+    assert len(children) == 16
     assert {run.info.status for run in children} == {"FINISHED"}

@@ -13,9 +13,6 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from dpar_core.files import atomic_write
-from dpar_core.models import flops
-from dpar_core.models.dpar import DPARConfig
-from dpar_core.models.gpt import GPTConfig
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 300, 256
 # size: width, heads, encoder + patch transformer + decoder layers
@@ -26,7 +23,6 @@ SIZES = {
     "xxl": (1536, 24, (1, 41, 6)),
 }
 THRESHOLDS = {256: 7.8, 384: 7.9}
-PATCHES = {256: 142, 384: 280}
 CFG = {256: {"b": 2.1, "l": 1.9, "xl": 2.0}, 384: {"b": 2.1, "l": 1.9, "xl": 1.9, "xxl": 1.75}}
 FID = {
     ("dpar", 256): {"b": 3.98, "l": 2.93, "xl": 2.67},
@@ -87,11 +83,7 @@ def paper_presets(demo: str) -> dict[str, str]:
 
 def _imagenet(pixels: int, size: str, *, epochs: int, precision: str = "bf16") -> dict[str, Any]:
     width, heads, (encoder, patch, decoder) = SIZES[size]
-    shape = {"codebook_size": 16384, "row_width": pixels // 16, "width": width, "heads": heads, "num_classes": 1000}
-    dpar = DPARConfig(**shape, encoder_layers=encoder, patch_layers=patch, decoder_layers=decoder)
-    twin = GPTConfig(**shape, layers=encoder + patch + decoder)
     steps = round(epochs * IMAGES / BATCH)
-    share = flops.dpar_forward_flops(dpar, PATCHES[pixels]) / flops.gpt_forward_flops(twin)
     recipe = {
         "steps": steps, "batch_size": BATCH, "accumulate": 1, "lr": 1e-4, "lr_schedule": "constant", "warmup_steps": 0,
         "precision": precision, "compile": True, "workers": 8, "cpus_per_worker": 8, "gpus_per_worker": 1,
@@ -110,7 +102,7 @@ def _imagenet(pixels: int, size: str, *, epochs: int, precision: str = "bf16") -
         "patching.threshold": THRESHOLDS[pixels], "patching.target_mean_length": None,
         "model.width": width, "model.heads": heads, "model.encoder_layers": encoder, "model.patch_layers": patch,
         "model.decoder_layers": decoder, "model.ffn_multiple": 256,
-        "train.equal_time_step": round(steps * share), "train.strategy": "fsdp" if large else "ddp",
+        "train.strategy": "fsdp" if large else "ddp",
         "train.activation_checkpointing": size == "xxl",
         "sample.images": 50_000, "sample.plan": "random", "sample.batch_size": 256, "sample.precision": precision,
         "tokenizer.precision": precision,

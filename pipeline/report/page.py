@@ -68,6 +68,7 @@ class Inputs:
     patch_maps: Path
     histogram: Path
     models: Path
+    speed: Path
     samples: Path
     scores: Path
 

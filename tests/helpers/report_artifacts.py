@@ -16,9 +16,11 @@ from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.models.vq import VQ, VQConfig
 from dpar_core.patches.maps import PatchMaps
+from dpar_core.turns import Turns
 from pipeline.report.page import Inputs
 from pipeline.runner import STAGES, load_stage
 from stages.params import Params, parse_params, select
+from stages.shared.pace import Pace, write_pace
 from stages.tracker import NullTracker
 from tests.helpers.paths import ROOT
 
@@ -79,6 +81,12 @@ def write_curves(folder: Path, losses: list[tuple[int, float]], *, seconds: floa
     write_json(folder / "metrics.json", {"validation/loss": losses[-1][1]})
 
 
+def write_speed(file: Path, dpar: list[float], baseline: list[float]) -> None:
+    """Write the seconds of both models' turns: per step (training.json) or per image (sampling.json)."""
+    unit, images = ("step", 32) if file.stem == "training" else ("image", 18)
+    write_pace(file, Pace(unit, images, Turns(tuple(dpar), tuple(baseline))))
+
+
 def write_scores(file: Path, *, protocol_id: str = "abcd1234", intervals: dict | None = None, **values: float) -> None:
     """Write a score file; values by short name (fd_demo=12.0), intervals by full name."""
     scores = SCORES | {f"eval/{name}": value for name, value in values.items()}
@@ -129,6 +137,8 @@ def write_artifacts(root: Path, params: Params, *, twin_seconds: float = 12.5, s
     write_curves(made / "models/llamagen", [(100, 2.65), (300, 2.5), (500, 2.42)], seconds=twin_seconds)
     run_stage("sample_dpar", root, params)
     run_stage("sample_llamagen", root, params)
+    write_speed(made / "speed/training.json", [0.02] * 8, [0.02 * twin_seconds / 10] * 8)
+    write_speed(made / "speed/sampling.json", [0.1] * 8, [0.11] * 8)
     for name in ("dpar", "llamagen", "llamagen_equal_time"):
         write_scores(made / f"scores/{name}.json")
     return Inputs(**{name: root / path for name, path in STAGES["report"].inputs.items()})

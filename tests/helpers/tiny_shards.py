@@ -58,7 +58,7 @@ def write_maps(folder: Path, tokens: Path) -> Path:
     return folder
 
 
-def tiny_params(*, equal_time_step: int | None = 6, **training: object) -> Params:
+def tiny_params(*, equal_time_step: int | str | None = 6, **training: object) -> Params:
     """Return the demo's params with models and training cut to the tiny set; `training` changes both trainings."""
     raw = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
     raw["entropy_model"] |= {"width": 32, "heads": 2, "layers": 2, "ffn_multiple": 32}
@@ -69,7 +69,7 @@ def tiny_params(*, equal_time_step: int | None = 6, **training: object) -> Param
     }  # fmt: skip
     small["warmup_steps"] = min(small["warmup_steps"], small["steps"])
     raw["entropy_model"]["train"] |= small
-    if equal_time_step is not None:
+    if isinstance(equal_time_step, int):
         equal_time_step = min(equal_time_step, small["steps"])
     raw["train"] |= small | {"equal_time_step": equal_time_step}
     return parse_params(raw)

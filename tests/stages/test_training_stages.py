@@ -58,7 +58,7 @@ def outputs_in(kind, folder: Path):
     return kind(
         **{
             name: folder
-            / {"model": "model.safetensors", "equal_time": "equal_time.safetensors", "curve": "curve.csv"}.get(
+            / {"model": "model.safetensors", "snapshots": "snapshots", "curve": "curve.csv"}.get(
                 name, f"{name}.json"
             )
             for name in kind.__dataclass_fields__
@@ -113,13 +113,24 @@ def test_a_stage_writes_what_others_read(data, tmp_path, monkeypatch, name):
     if name == "dpar":
         assert weights.meta["entropy_model"] == ENTROPY_MODEL and weights.meta["rule"]["threshold"] == 0.5
     if name == "llamagen":
-        assert load_weights(out / "equal_time.safetensors", kind="gpt").meta["step"] == 6
+        (kept,) = (out / "snapshots").iterdir()
+        assert kept.name == "step-00000006.safetensors" and load_weights(kept, kind="gpt").meta["step"] == 6
 
 
-def test_without_an_equal_time_step_the_final_model_stands_in(data, tmp_path, monkeypatch):
+def test_with_auto_the_baseline_is_kept_eight_per_cent_apart(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.ray_train, "fit", in_process)
+    out = run_stage("llamagen", data, tmp_path / "out", tmp_path / "work", equal_time_step="auto")
+    steps = [load_weights(path, kind="gpt").meta["step"] for path in sorted((out / "snapshots").iterdir())]
+    assert steps == [6, 7, 8, 9, 10, 11]
+    assert tiny_params(equal_time_step="auto", steps=1000).train.snapshot_steps() == (
+        540, 583, 630, 681, 735, 794, 857, 926,
+    )  # fmt: skip
+
+
+def test_without_an_equal_time_step_nothing_is_kept_on_the_way(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training.ray_train, "fit", in_process)
     out = run_stage("llamagen", data, tmp_path / "out", tmp_path / "work", equal_time_step=None)
-    assert (out / "equal_time.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert not list((out / "snapshots").iterdir())
 
 
 def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(data, tmp_path, monkeypatch):
@@ -271,5 +282,5 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_bytes(data, tmp_path, m
     monkeypatch.setattr(training.ray_train, "fit", in_process)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     run_stage("llamagen", data, tmp_path / "whole", tmp_path / "other", steps=60, checkpoint_every=5, equal_time_step=33)
-    for file in ("model.safetensors", "equal_time.safetensors", "curve.csv", "metrics.json"):
+    for file in ("model.safetensors", "snapshots/step-00000033.safetensors", "curve.csv", "metrics.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file

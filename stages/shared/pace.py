@@ -1,0 +1,61 @@
+"""What the stages that time the two models share: the file that they write and the report reads."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpar_core.files import write_json
+from dpar_core.turns import Turns
+
+SECONDS = 20.0  # of turns, start-up and warm-up left out
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast DPAR (first) and the baseline (second) work.
+
+    unit: what a turn's seconds are for: "step" (an optimizer step) or "image".
+    images: how many images a step or a batch has.
+    """
+
+    unit: str
+    images: int
+    turns: Turns
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Median seconds per unit, by model."""
+        return {"dpar": statistics.median(self.turns.first), "llamagen": statistics.median(self.turns.second)}
+
+    @property
+    def images_per_s(self) -> dict[str, float]:
+        """Images per second at the median pace, by model."""
+        per_unit = self.images if self.unit == "step" else 1
+        return {name: per_unit / seconds for name, seconds in self.seconds.items()}
+
+
+def write_pace(path: Path, pace: Pace, **more: Any) -> None:
+    """Write what was measured, with the turns themselves, so that a reader can judge them."""
+    turns = pace.turns
+    write_json(path, {
+        "unit": pace.unit, "images": pace.images, "images_per_s": pace.images_per_s, "ratio": turns.ratio,
+        "interval": list(turns.interval), "drift": list(turns.drift),
+        "turns": {"dpar": list(turns.first), "llamagen": list(turns.second)}, **more,
+    })  # fmt: skip
+
+
+def read_pace(path: Path) -> Pace:
+    """Read what write_pace wrote. Raises FileNotFoundError or ValueError with the way out."""
+    stage = f"time_{path.stem}"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `dvc repro {stage}`")
+    try:
+        found = json.loads(path.read_text())
+        turns = Turns(tuple(found["turns"]["dpar"]), tuple(found["turns"]["llamagen"]))
+        return Pace(found["unit"], int(found["images"]), turns)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run `dvc repro -f {stage}`") from None

@@ -1,0 +1,70 @@
+"""Stage time_sampling: DPAR and its LlamaGen baseline sample images in turns, so that their speeds can be compared."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpar_core.turns import take_turns
+from stages import params as P
+from stages.files import artifact_digest
+from stages.shared.pace import SECONDS, Pace, write_pace
+from stages.shared.sampler import Files, Sampler
+from stages.time_training import waits_for, whole_seconds
+from stages.tracker import Tracker
+
+LONGEST = 3.0  # seconds of a turn: where a batch takes longer, fewer images are timed, and the file says how many
+
+
+@dataclass(frozen=True)
+class Params:
+    sample: P.Sample
+
+
+@dataclass(frozen=True)
+class Inputs:
+    dpar: Path
+    llamagen: Path
+    entropy_model: Path
+    tokenizer: Path
+    patch_rule: Path
+
+
+@dataclass(frozen=True)
+class Outputs:
+    speed: Path
+
+
+def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
+    """Sample the same classes and seeds with both models in turns; tokens only, decoding to pixels is the same for both."""
+    for name in ("dpar", "llamagen", "entropy_model"):
+        path = getattr(inputs, name)
+        tracker.log_input(name, path, artifact_digest(path))
+    models = (
+        Sampler(Files(inputs.dpar, inputs.tokenizer, inputs.entropy_model, inputs.patch_rule), params.sample, device=device),
+        Sampler(Files(inputs.llamagen, inputs.tokenizer), params.sample, device=device),
+    )
+    images = min(params.sample.batch_size, params.sample.images)
+
+    def draw(sampler: Sampler) -> None:
+        labels = [index % sampler.config.num_classes for index in range(images)]
+        sampler.draw(labels, [params.sample.seed + index for index in range(images)])
+
+    while images > 1:
+        started = time.perf_counter()
+        draw(models[0])
+        spent = time.perf_counter() - started
+        if spent <= LONGEST:
+            break
+        images = max(int(images * LONGEST / (2 * spent)), 1)
+    with tracker.progress(int(SECONDS), "time sampling in turns", unit="s") as bar:
+        turns = take_turns(
+            lambda: draw(models[0]), lambda: draw(models[1]), seconds=SECONDS, units=images, wait=waits_for(device),
+            progress=whole_seconds(bar.advance),
+        )  # fmt: skip
+    pace = Pace("image", images, turns)
+    write_pace(outputs.speed, pace)
+    for name, rate in pace.images_per_s.items():
+        tracker.log_metrics({f"speed/sampling_{name}": rate})
+    tracker.log_metrics({"speed/sampling_ratio": turns.ratio})

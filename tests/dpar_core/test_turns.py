@@ -1,0 +1,79 @@
+"""Programs timed in turns: the ratio, its interval and the drift of the pace, on a clock that the test moves."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dpar_core.turns import LEAST, Turns, median_rank, take_turns
+
+
+class Clock:
+    """A clock that programs move on."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def program(self, seconds):
+        def run():
+            self.now += seconds() if callable(seconds) else seconds
+
+        return run
+
+
+def measured(first, second, *, clock, **settings) -> Turns:
+    return take_turns(clock.program(first), clock.program(second), clock=clock, seconds=60.0, **settings)
+
+
+def test_the_ratio_says_how_many_times_as_fast_the_first_is():
+    turns = measured(0.5, 0.7, clock=Clock())
+    assert turns.ratio == pytest.approx(1.4) and turns.interval == pytest.approx((1.4, 1.4))
+    assert turns.drift == pytest.approx((0.0, 0.0), abs=1e-9)
+
+
+def test_short_work_is_repeated_and_counted_once_per_unit():
+    turns = measured(0.002, 0.004, clock=Clock(), units=4)
+    assert turns.first[0] == pytest.approx(0.0005) and turns.ratio == pytest.approx(2.0)
+
+
+def test_what_slows_the_machine_slows_both_and_leaves_the_ratio():
+    clock = Clock()
+
+    def slowing(seconds):
+        return lambda: seconds * (1 + clock.now / 40)
+
+    turns = measured(slowing(1.0), slowing(1.3), clock=clock)
+    assert turns.ratio == pytest.approx(1.3, rel=0.03)
+    assert min(turns.drift) > 0.2
+
+
+def test_measuring_ends_when_its_time_is_up_but_not_before_it_means_something():
+    random = np.random.default_rng(0)
+    clock = Clock()
+    turns = take_turns(
+        clock.program(lambda: random.uniform(5, 15)), clock.program(lambda: random.uniform(5, 15)), clock=clock, seconds=1.0
+    )
+    assert len(turns.first) == LEAST
+
+
+def test_the_interval_holds_the_median_in_95_of_100_experiments():
+    random = np.random.default_rng(1)
+    for count in (6, 12, 25):
+        held = 0
+        for _ in range(2000):
+            ratios = random.lognormal(0.3, 0.2, count)
+            low, high = Turns(tuple([1.0] * count), tuple(ratios)).interval
+            held += low <= math.exp(0.3) <= high
+        assert held / 2000 > 0.94
+    assert [median_rank(count) for count in (2, 6, 9, 12, 20)] == [0, 0, 1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "turns", [((1.0, 2.0), (1.0,)), ((1.0,), (1.0,)), ((1.0, 0.0), (1.0, 1.0)), ((1.0, 1.0), (1.0, math.nan))]
+)
+def test_turns_that_mean_nothing_are_refused(turns):
+    with pytest.raises(ValueError, match="turns must"):
+        Turns(*turns)
