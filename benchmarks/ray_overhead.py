@@ -35,6 +35,7 @@ import torch
 
 from dpar_core.data.shards import TokenShards
 from dpar_core.models.gpt import GPTConfig
+from dpar_core.system import cpus
 from dpar_core.training import allocator
 from dpar_core.training.parallel import Ranks
 from stages.params import load_params, settled
@@ -126,7 +127,7 @@ def with_ray(job: Job, root: str, folder: Path, *, ranks, hooks) -> list[float]:
 
 def plain(size: str, batch: int, steps: int, data: Path, driver: int) -> None:
     """Train without Ray in this process and print the seconds of its turns as JSON."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpus())
     turns = Still(data, driver)
     try:
         with tempfile.TemporaryDirectory() as root:
@@ -197,7 +198,7 @@ def main() -> None:
         return plain(*asked, options.plain_on, options.driver)
     from train_memory import make_data
 
-    cpus = len(os.sched_getaffinity(0))
+    count = cpus()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary)
@@ -229,7 +230,7 @@ def main() -> None:
     share = of_ray / (of_ray + of_worker)
     versions = f"Ray {ray.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     said = [*zip_words(asked), *(["--cluster"] if options.cluster else [])]
-    print(f"python benchmarks/ray_overhead.py {' '.join(said)}: {versions}, {cpus} CPUs, bf16")
+    print(f"python benchmarks/ray_overhead.py {' '.join(said)}: {versions}, {count} CPUs, bf16")
     print(f"{'':34}{'CPU s a step':>14}{'share':>10}")
     print(f"{'the worker':34}{of_worker / steps:>14.3f}{1 - share:>10.2%}")
     print(f"{'Ray and the driver':34}{of_ray / steps:>14.3f}{share:>10.2%}")

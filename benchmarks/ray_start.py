@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from dpar_core.system import cpus
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = ["stage", "entropy_model"]
 NEWS = {"begin": "worker is ready", "log": "first step is done"}
@@ -77,15 +79,15 @@ def main() -> None:
             make_project(folder := Path(temporary) / str(number))
             load = os.getloadavg()[0]
             runs.append({**watch(folder), "load average before": load})
-    cpus = len(os.sched_getaffinity(0))
+    count = cpus()
     print(f"python benchmarks/ray_start.py --repeats {repeats}: Ray {ray.__version__}, Python {platform.python_version()}, "
-          f"{cpus} CPUs; seconds from the start of the command, cold, no warm-up")  # fmt: skip
+          f"{count} CPUs; seconds from the start of the command, cold, no warm-up")  # fmt: skip
     print(f"{'':24}" + "".join(f"{f'run {number}':>10}" for number in range(repeats)) + f"{'median':>10}")
     for name in runs[0]:
         values = [run[name] for run in runs]
         print(f"{name:24}" + "".join(f"{value:>10.1f}" for value in values) + f"{statistics.median(values):>10.1f}")
     steps = [run["first step is done"] for run in runs]
-    print("RESULT", json.dumps({"seconds_to_first_step": statistics.median(steps), "best": min(steps), "cpus": cpus}))
+    print("RESULT", json.dumps({"seconds_to_first_step": statistics.median(steps), "best": min(steps), "cpus": count}))
 
 
 if __name__ == "__main__":

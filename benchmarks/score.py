@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import scipy.linalg
 import torch
 
 from dpar_core.evaluation.metrics import FeatureMoments, frechet_distance, inception_score, kernel_distance, precision_recall
+from dpar_core.system import cpus
 
 CLASSES = 1008
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=2048)
     parser.add_argument("--baseline-images", type=int, default=10_000)
     options = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpus())
     a, b = (features(options.images, options.dimensions, seed, seed * 0.02) for seed in (0, 1))
     seconds = {name: timed(work)[0] for name, work in ours(a, b).items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from dpar_core.patches.maps import read_rule
+from dpar_core.system import cpus
 
 
 def command(name: str, images: int) -> list[str]:
@@ -89,7 +89,7 @@ def main() -> None:
         "not_drawing_per_trial": (seconds - drawing) / len(whole),
         "kept_after_kill": len(kept), "kept_untouched": untouched,
         "same_after_kill": again.returncode == 0 and same(whole, results("benchmark-killed")),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": cpus(),
     }  # fmt: skip
     for name, value in found.items():
         print(f"{name:24} {value:.3f}" if isinstance(value, float) else f"{name:24} {value}")

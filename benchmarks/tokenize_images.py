@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from dpar_core.data.images import VIEW_COUNTS, views
 from dpar_core.data.manifest import read_manifest
 from dpar_core.files import save_weights
 from dpar_core.models.vq import VQ, VQConfig, to_float
+from dpar_core.system import cpus
 from stages import data, tokenize_images
 from stages import params as P
 from stages.tracker import NullTracker
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    threads = len(os.sched_getaffinity(0))
+    threads = cpus()
     torch.set_num_threads(threads)
     shape = SHAPES[options.shape]
     per_batch = shape.batch // VIEW_COUNTS[VIEWS]  # images

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from dpar_core.models.gpt import GPT, GPTConfig, next_token_loss
 from dpar_core.models.layers import PackedCausal, has_ragged_attention
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts_numpy, threshold_for_mean_length
+from dpar_core.system import cpus
 from dpar_core.training.allocator import keep_freed_blocks
 from dpar_core.training.meters import peak_flops
 from dpar_core.training.optim import OptimSettings, adamw, clip_gradients
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--without-plain", action="store_true", help="leave the yardstick out, where memory is short")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(options.threads or cpus())
     keep_freed_blocks()  # as workers do, and for plain code too
     found = [measure(size, options, torch.device(options.device)) for size in options.size]
     print("RESULT " + json.dumps({**found[0], "sizes": found}))

@@ -14,6 +14,7 @@ from pipeline.commands.probe import probe
 from pipeline.commands.score import calibrate, compare, fetch, score
 from pipeline.commands.sweep import sweep_app
 from pipeline.cost import cost
+from pipeline.project import enter_project, follow_paths, keep_caches_writable
 
 app = typer.Typer(
     name="dpar-cli",
@@ -198,7 +199,7 @@ def _root() -> Path:
     """The project's folder: where params.yaml and dvc.yaml are."""
     here = Path.cwd()
     if not (here / "dvc.yaml").exists():
-        raise FileNotFoundError(f"no dvc.yaml in {here}: go to the project's folder first")
+        raise FileNotFoundError(f"no dvc.yaml in {here} nor above it: go to the project's folder first")
     return here
 
 
@@ -206,6 +207,10 @@ def main() -> None:
     """Run a command; what users can mend gets one sentence and exit 1, Ctrl-C exit 130."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        keep_caches_writable()
+        started = enter_project()
+        if started not in (None, Path.cwd()):
+            follow_paths(app, started)
         app()
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from here", file=sys.stderr)

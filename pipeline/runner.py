@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpar_core.files import digest_of
+from dpar_core.system import cpus
 from pipeline.tracking import open_tracker
 from stages.files import artifact_digest
 from stages.params import Compute, Params, Section, load_params, precision_lines, section_of, select, settled
@@ -276,7 +277,7 @@ def set_threads(compute: Compute) -> None:
     """Give this process the CPU threads of compute.threads."""
     import torch
 
-    torch.set_num_threads(compute.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(compute.threads or cpus())
 
 
 @contextmanager

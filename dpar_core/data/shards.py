@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from dpar_core.data.remote import Folder
 from dpar_core.data.tars import BLOCK, members
 from dpar_core.files import atomic_path, canonical_json, digest_of, sha256_file, write_json
+from dpar_core.system import open_files_limit
 
 INDEX, SUMMARY = "index.arrow", "summary.json"
 INDEX_SCHEMA = pa.schema(
@@ -224,9 +225,7 @@ class OpenFiles:
 
     def __init__(self, limit: int | None = None) -> None:
         if limit is None:
-            import resource
-
-            limit = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 4096), 16)
+            limit = max(min(open_files_limit() // 2, 4096), 16)
         self.limit, self._files = limit, OrderedDict()
 
     def get(self, key: object, open_file) -> _File:

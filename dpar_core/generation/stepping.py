@@ -20,15 +20,17 @@ from dpar_core.models.dpar import DPAR, PatchAttention
 from dpar_core.models.gpt import GPT
 from dpar_core.models.layers import NORM_EPS, Block
 from dpar_core.models.rope import Rotary
+from dpar_core.system import is_x86
 
 PACKED_ROWS = 2  # below this many rows oneDNN takes another kernel, with other bits
 PLAIN_ROWS = 16  # the BLAS behind F.linear chooses its kernel by the number of rows (and threads): it always gets this many
 
 
 def can_pack(device: torch.device) -> bool:
-    """Whether oneDNN's packed matrices are there (torch builds for x86 CPUs have them)."""
+    """Return whether oneDNN's packed matrices are there (torch builds for x86 CPUs have them)."""
     return (
         device.type == "cpu"
+        and is_x86()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dpar_core.models import flops
 from dpar_core.precision import measured_peak
+from dpar_core.system import resident_bytes
 from dpar_core.training.prefetch import Batch
 
 
@@ -110,8 +110,7 @@ def memory_gb(device: torch.device) -> float:
     """Return the memory in use: on CUDA the largest allocation so far, else what this process holds, in 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    with open("/proc/self/statm") as stream:
-        return int(stream.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e9
+    return resident_bytes() / 1e9
 
 
 def peak_flops(device: torch.device, *, bf16: bool) -> float:

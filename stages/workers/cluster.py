@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from dpar_core.system import cpus
+
 # What Ray reads at import or start. A value the user has set in the environment wins.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -26,7 +28,7 @@ _OBJECT_STORE_BYTES = 200 * 2**20  # stages pass addresses and counts through Ra
 
 def local_cpus() -> int:
     """Return the CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return cpus()
 
 
 @dataclass(frozen=True)

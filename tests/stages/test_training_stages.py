@@ -15,6 +15,7 @@ from dpar_core.data.shards import TokenShards
 from dpar_core.files import load_weights
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import GPTConfig
+from dpar_core.system import cpus
 from dpar_core.training.checkpoint import Architecture
 from dpar_core.training.parallel import Ranks
 from stages import entropy_model, train
@@ -280,7 +281,7 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_bytes(data, tmp_path, m
     assert f"step {steps[-1] - 3} " not in told and "step 60 train/loss=" in told
 
     monkeypatch.setattr(training.ray_train, "fit", in_process)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpus())
     run_stage("llamagen", data, tmp_path / "whole", tmp_path / "other", steps=60, checkpoint_every=5, equal_time_step=33)
     for file in ("model.safetensors", "snapshots/step-00000033.safetensors", "curve.csv", "metrics.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
