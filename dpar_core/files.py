@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes seconds to import, and most who write a file have no tensors
+    from torch import Tensor
 
 
 def sha256_file(path: Path | str) -> str:
@@ -118,6 +117,8 @@ def save_weights(
     config, meta: JSON data. The same input gives the same bytes: one metadata entry, as the header's order of several
     is not fixed.
     """
+    import safetensors.torch
+
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(state.items())}
     header = {"dpar": canonical_json({"kind": kind, "config": dict(config), "meta": dict(meta)})}
     with atomic_path(path) as temporary:
@@ -127,6 +128,8 @@ def save_weights(
 
 def read_weights_header(path: Path | str) -> dict[str, Any]:
     """Return {"kind", "config", "meta"} without reading tensors. Raises ValueError, FileNotFoundError."""
+    import safetensors
+
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}: run the stage that makes them")
@@ -145,6 +148,8 @@ def read_weights_header(path: Path | str) -> dict[str, Any]:
 
 def load_weights(path: Path | str, *, kind: str) -> Weights:
     """Read a weights file made by `save_weights`, refusing another kind in one sentence (ValueError)."""
+    import safetensors.torch
+
     header = read_weights_header(path)
     if header["kind"] != kind:
         raise ValueError(f"{path} holds weights of kind {header['kind']!r}, expected {kind!r}: check the path")

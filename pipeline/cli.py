@@ -64,6 +64,7 @@ def run(
     """
     import subprocess
 
+    from stages.artifacts import REPORT_PAGE
     from stages.params import load_params
 
     load_params(PARAMS)
@@ -72,7 +73,7 @@ def run(
     result = subprocess.run(command, env=environment, check=False)
     if result.returncode:
         raise SystemExit(result.returncode)
-    report = _root() / "artifacts" / "report" / "index.html"
+    report = _root() / REPORT_PAGE.path
     if report.exists():
         print(f"\nreport          {report.resolve().as_uri()}")
     print("numbers         dvc metrics show\ncompare runs    dpar-cli ui")

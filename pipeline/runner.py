@@ -17,10 +17,9 @@ from typing import Any
 from dpar_core.files import digest_of
 from dpar_core.system import cpus
 from pipeline.tracking import open_tracker
-from stages.files import artifact_digest
+from stages import artifacts
+from stages.artifacts import artifact_digest, maker_of
 from stages.params import Compute, Params, Section, load_params, precision_lines, section_of, select, settled
-
-A = "artifacts"
 
 
 @dataclass(frozen=True)
@@ -36,148 +35,30 @@ class StageSpec:
     outputs_class: str = "Outputs"
 
 
-MANIFEST, TOKENS, TOKENIZER = f"{A}/data/manifest.parquet", f"{A}/tokens", f"{A}/tokenizer/tokenizer.safetensors"
-ENTROPY_MODEL, PATCH_MAPS = f"{A}/entropy_model/model.safetensors", f"{A}/patch_maps"
-CLASSIFIER = f"{A}/features/demo_classifier.safetensors"
-
-
-def _trained(folder: str) -> dict[str, str]:
-    names = {"model": "model.safetensors", "metrics": "metrics.json", "curve": "curve.csv", "timings": "timings.json"}
-    return {field: f"{A}/{folder}/{name}" for field, name in names.items()}
+def _stage(name: str, module: str, run: str = "run", *, kind: str = "") -> StageSpec:
+    """Describe a stage. kind: what stands before the names of its Inputs and Outputs, where a module has several."""
+    inputs = {field: one.path for field, one in artifacts.INPUTS[name].items()}
+    outputs = {field: one.path for field, one in artifacts.OUTPUTS[name].items()}
+    return StageSpec(module, inputs, outputs, run, inputs_class=f"{kind}Inputs", outputs_class=f"{kind}Outputs")
 
 
 STAGES: dict[str, StageSpec] = {
-    "data": StageSpec("stages.data", {}, {"manifest": MANIFEST, "metrics": f"{A}/data/metrics.json"}),
-    "tokenizer": StageSpec(
-        "stages.tokenizer",
-        {"manifest": MANIFEST},
-        {
-            "weights": TOKENIZER,
-            "metrics": f"{A}/tokenizer/metrics.json",
-            "picture": f"{A}/tokenizer/reconstructions.png",
-        },
-    ),
-    "features": StageSpec(
-        "stages.features", {"manifest": MANIFEST}, {"weights": CLASSIFIER, "metrics": f"{A}/features/metrics.json"}
-    ),
-    "tokenize_images": StageSpec(
-        "stages.tokenize_images",
-        {"manifest": MANIFEST, "tokenizer": TOKENIZER},
-        {"tokens": TOKENS, "metrics": f"{A}/tokens_metrics.json"},
-    ),
-    "entropy_model": StageSpec("stages.entropy_model", {"tokens": TOKENS}, _trained("entropy_model")),
-    "entropies": StageSpec(
-        "stages.entropies", {"tokens": TOKENS, "entropy_model": ENTROPY_MODEL}, {"entropies": f"{A}/entropies"}
-    ),
-    "patch_maps": StageSpec(
-        "stages.patch_maps",
-        {"tokens": TOKENS, "entropies": f"{A}/entropies"},
-        {"patch_maps": PATCH_MAPS, "metrics": f"{A}/patch_maps_metrics.json", "histogram": f"{A}/patch_lengths.csv"},
-    ),
-    "train_dpar": StageSpec(
-        "stages.train",
-        {"tokens": TOKENS, "patch_maps": PATCH_MAPS},
-        _trained("models/dpar"),
-        run="run_dpar",
-        inputs_class="DPARInputs",
-        outputs_class="DPAROutputs",
-    ),
-    "train_llamagen": StageSpec(
-        "stages.train",
-        {"tokens": TOKENS},
-        {**_trained("models/llamagen"), "snapshots": f"{A}/models/llamagen/snapshots"},
-        run="run_llamagen",
-        inputs_class="LlamaGenInputs",
-        outputs_class="LlamaGenOutputs",
-    ),
-    "time_training": StageSpec(
-        "stages.time_training",
-        {
-            "tokens": TOKENS,
-            "patch_maps": PATCH_MAPS,
-            "dpar": f"{A}/models/dpar/model.safetensors",
-            "llamagen": f"{A}/models/llamagen/model.safetensors",
-            "snapshots": f"{A}/models/llamagen/snapshots",
-        },
-        {"speed": f"{A}/speed/training.json", "equal_time": f"{A}/models/llamagen/equal_time.safetensors"},
-    ),
-    "time_sampling": StageSpec(
-        "stages.time_sampling",
-        {
-            "dpar": f"{A}/models/dpar/model.safetensors",
-            "llamagen": f"{A}/models/llamagen/model.safetensors",
-            "entropy_model": ENTROPY_MODEL,
-            "tokenizer": TOKENIZER,
-            "patch_rule": f"{PATCH_MAPS}/rule.json",
-        },
-        {"speed": f"{A}/speed/sampling.json"},
-    ),
-    "sample_dpar": StageSpec(
-        "stages.sample",
-        {
-            "model": f"{A}/models/dpar/model.safetensors",
-            "entropy_model": ENTROPY_MODEL,
-            "tokenizer": TOKENIZER,
-            "patch_rule": f"{PATCH_MAPS}/rule.json",
-        },
-        {"samples": f"{A}/samples/dpar"},
-        run="run_dpar",
-        inputs_class="DPARInputs",
-        outputs_class="DPAROutputs",
-    ),
-    "sample_llamagen": StageSpec(
-        "stages.sample",
-        {
-            "model": f"{A}/models/llamagen/model.safetensors",
-            "equal_time": f"{A}/models/llamagen/equal_time.safetensors",
-            "tokenizer": TOKENIZER,
-        },
-        {"samples": f"{A}/samples/llamagen", "equal_time": f"{A}/samples/llamagen_equal_time"},
-        run="run_llamagen",
-        inputs_class="LlamaGenInputs",
-        outputs_class="LlamaGenOutputs",
-    ),
-    "score_dpar": StageSpec(
-        "stages.score",
-        {"manifest": MANIFEST, "features": CLASSIFIER, "samples": f"{A}/samples/dpar"},
-        {"scores": f"{A}/scores/dpar.json", "metrics": f"{A}/scores/dpar_metrics.json"},
-        run="run_dpar",
-    ),
-    "score_llamagen": StageSpec(
-        "stages.score",
-        {
-            "manifest": MANIFEST,
-            "features": CLASSIFIER,
-            "samples": f"{A}/samples/llamagen",
-            "equal_time": f"{A}/samples/llamagen_equal_time",
-        },
-        {
-            "scores": f"{A}/scores/llamagen.json",
-            "metrics": f"{A}/scores/llamagen_metrics.json",
-            "equal_time": f"{A}/scores/llamagen_equal_time.json",
-            "equal_time_metrics": f"{A}/scores/llamagen_equal_time_metrics.json",
-        },
-        run="run_llamagen",
-        inputs_class="TwinInputs",
-        outputs_class="TwinOutputs",
-    ),
-    "report": StageSpec(
-        "pipeline.report.page",
-        {
-            "manifest": MANIFEST,
-            "tokenizer": f"{A}/tokenizer",
-            "tokens": TOKENS,
-            "entropy_model": f"{A}/entropy_model",
-            "entropies": f"{A}/entropies",
-            "patch_maps": PATCH_MAPS,
-            "histogram": f"{A}/patch_lengths.csv",
-            "models": f"{A}/models",
-            "speed": f"{A}/speed",
-            "samples": f"{A}/samples",
-            "scores": f"{A}/scores",
-        },
-        {"report": f"{A}/report"},
-    ),
+    "data": _stage("data", "stages.data"),
+    "tokenizer": _stage("tokenizer", "stages.tokenizer"),
+    "features": _stage("features", "stages.features"),
+    "tokenize_images": _stage("tokenize_images", "stages.tokenize_images"),
+    "entropy_model": _stage("entropy_model", "stages.entropy_model"),
+    "entropies": _stage("entropies", "stages.entropies"),
+    "patch_maps": _stage("patch_maps", "stages.patch_maps"),
+    "train_dpar": _stage("train_dpar", "stages.train", "run_dpar", kind="DPAR"),
+    "train_llamagen": _stage("train_llamagen", "stages.train", "run_llamagen", kind="LlamaGen"),
+    "time_training": _stage("time_training", "stages.time_training"),
+    "time_sampling": _stage("time_sampling", "stages.time_sampling"),
+    "sample_dpar": _stage("sample_dpar", "stages.sample", "run_dpar", kind="DPAR"),
+    "sample_llamagen": _stage("sample_llamagen", "stages.sample", "run_llamagen", kind="LlamaGen"),
+    "score_dpar": _stage("score_dpar", "stages.score", "run_dpar"),
+    "score_llamagen": _stage("score_llamagen", "stages.score", "run_llamagen", kind="Twin"),
+    "report": _stage("report", "pipeline.report.page"),
 }
 
 
@@ -220,7 +101,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     params = settled(asked, device)
     chosen = select(params, stage.params)
     inputs, outputs = stage.bind(root)
-    made_by = _made_by(name, stage.identity(chosen), inputs)
+    made_by = _made_by(name, stage.identity(chosen), inputs, root)
     # One work folder for one set of params and inputs: a rerun after a crash continues, changed params start afresh.
     work = root / "work" / name / digest_of(made_by)
     set_threads(params.compute)
@@ -252,12 +133,12 @@ def plain(params: Any) -> dict[str, Any]:
     return {name: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for name, v in values.items()}
 
 
-def _made_by(name: str, params: dict[str, Any], inputs: Any) -> dict[str, Any]:
+def _made_by(name: str, params: dict[str, Any], inputs: Any, root: Path) -> dict[str, Any]:
     digests = {}
     for field in dataclasses.fields(inputs):
         path = getattr(inputs, field.name)
         if not path.exists():
-            maker = next((n for n, s in STAGES.items() if any(str(path).endswith(out) for out in s.outputs.values())), None)
+            maker = maker_of(path, root)
             run = f"`dvc repro {maker}`" if maker else "`dvc repro`"
             raise StageError(f"stage {name} reads {path}, which is missing: run {run} first")
         digests[field.name] = artifact_digest(path)

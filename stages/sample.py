@@ -23,15 +23,13 @@ from dpar_core.files import atomic_folder, atomic_path, digest_of, write_json
 from dpar_core.patches.rule import lengths_from_starts, starts_from_lengths
 from dpar_core.pictures import labelled_grid, save_png
 from stages import params as P
-from stages.files import artifact_digest
+from stages.artifacts import METRICS, SAMPLE_GRID, SAMPLE_IMAGES, SAMPLE_PROTOCOL, SAMPLE_TOKENS, TIMINGS, artifact_digest
 from stages.shared.sampler import Files, Sampler
 from stages.tracker import Progress, Tracker
 from stages.workers import cluster
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8
 CACHE_SHARE = 0.7  # of the free memory that caches may take
-SAMPLES, PROTOCOL, TOKENS, GRID = "samples.npz", "samples.json", "tokens.npz", "grid.png"
-METRICS, TIMINGS = "metrics.json", "timings.json"
 
 
 @dataclass(frozen=True)
@@ -264,17 +262,16 @@ def _publish(job: Job, sampler: Sampler, target: Path, tracker: Tracker, *, pref
         "images_per_s": len(labels) / float(seconds[0]), "workers": sample.workers, "cpus": os.cpu_count(),
     }  # fmt: skip
     with atomic_folder(target) as folder:
-        write_samples(folder / SAMPLES, batch_arrays(job, "images"), labels)
-        write_arrays(
-            folder / TOKENS, tokens=np.concatenate(list(batch_arrays(job, "tokens"))), starts=np.packbits(starts, axis=1)
-        )
-        save_png(grid_picture(job, sampler, labels), folder / GRID)
-        write_json(folder / PROTOCOL, protocol(sampler, sample))
+        write_samples(folder / SAMPLE_IMAGES, batch_arrays(job, "images"), labels)
+        tokens = np.concatenate(list(batch_arrays(job, "tokens")))
+        write_arrays(folder / SAMPLE_TOKENS, tokens=tokens, starts=np.packbits(starts, axis=1))
+        save_png(grid_picture(job, sampler, labels), folder / SAMPLE_GRID)
+        write_json(folder / SAMPLE_PROTOCOL, protocol(sampler, sample))
         write_json(folder / METRICS, metrics)
         write_json(folder / TIMINGS, timings)
     tracker.log_metrics({prefix + name: value for name, value in metrics.items()})
     tracker.log_metrics({f"{prefix}perf/images_per_s": timings["images_per_s"]})
-    tracker.log_picture(target / GRID)
+    tracker.log_picture(target / SAMPLE_GRID)
 
 
 def protocol(sampler: Sampler, sample: P.Sample) -> dict[str, Any]:
@@ -323,6 +320,6 @@ def grid_picture(job: Job, sampler: Sampler, labels: np.ndarray) -> Image.Image:
 
 def patch_lengths(folder: Path) -> list[np.ndarray]:
     """Return the patch lengths of a folder of samples: N arrays (M,) uint16."""
-    with np.load(folder / TOKENS, allow_pickle=False) as archive:
+    with np.load(folder / SAMPLE_TOKENS, allow_pickle=False) as archive:
         tokens = archive["tokens"].shape[1]
         return lengths_from_starts(np.unpackbits(archive["starts"], axis=1, count=tokens).astype(bool))

@@ -29,8 +29,8 @@ from dpar_core.evaluation.metrics import (
 )
 from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
 from stages import params as P
+from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL, artifact_digest
 from stages.data import ImageOpener
-from stages.files import artifact_digest
 from stages.shared.scoring import Measured, measure
 from stages.tracker import Tracker
 
@@ -114,8 +114,8 @@ def _score_all(
     tracker.log_input("features", file, network.digest[:16])
     tracker.log_input("reference", inputs.manifest, reference.digest)
     for samples, target, metrics in work_list:
-        images = read_samples(samples / "samples.npz")
-        tracker.log_input(f"samples {samples.name}", samples, artifact_digest(samples / "samples.npz"))
+        images = read_samples(samples / SAMPLE_IMAGES)
+        tracker.log_input(f"samples {samples.name}", samples, artifact_digest(samples / SAMPLE_IMAGES))
         if len(images) < settings.images:
             raise ScoreError(
                 f"{samples} holds {len(images)} images, the protocol asks for {settings.images}: raise sample.images or "
@@ -125,7 +125,7 @@ def _score_all(
         check_images(images, reference, samples)
         with tracker.progress(settings.images, f"score {samples.name}", unit="images") as progress:
             measured = measure(network, images, workers=settings.workers, done=progress.advance)
-        made_by = json.loads((samples / "samples.json").read_text())
+        made_by = json.loads((samples / SAMPLE_PROTOCOL).read_text())
         protocol = protocol_of(network, reference, settings, images=settings.images, image_size=images.shape[1])
         scores, intervals = compare(measured, reference, settings, seed=params.seed)
         write_json(target, score_file(scores, intervals, protocol, made_by))

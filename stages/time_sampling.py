@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpar_core.turns import take_turns
 from stages import params as P
-from stages.files import artifact_digest
+from stages.artifacts import artifact_digest
 from stages.shared.pace import SECONDS, Pace, write_pace
 from stages.shared.sampler import Files, Sampler
 from stages.time_training import waits_for, whole_seconds

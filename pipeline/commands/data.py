@@ -63,11 +63,12 @@ def patches_stats(
     from rich.table import Table
 
     from pipeline.report.curves import draw_curves
+    from stages.artifacts import ENTROPIES, TOKENS
     from stages.tools.patch_stats import parse_max_lengths, parse_range, patch_stats
 
     artifacts = _artifacts()
     stats = patch_stats(
-        artifacts / "tokens", artifacts / "entropies", thresholds=parse_range(thresholds),
+        TOKENS.below(artifacts), ENTROPIES.below(artifacts), thresholds=parse_range(thresholds),
         max_lengths=parse_max_lengths(max_lengths), mode=mode, split=split, limit=maps,
     )  # fmt: skip
     whole = "all" if stats.whole else "a sample of"
@@ -140,7 +141,9 @@ def data_check(
 
 
 def _artifacts() -> Path:
+    from stages.artifacts import FOLDER
+
     here = Path.cwd()
     if not (here / "dvc.yaml").exists():
         raise FileNotFoundError(f"no dvc.yaml in {here}: go to the project's folder first")
-    return here / "artifacts"
+    return here / FOLDER

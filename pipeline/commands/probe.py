@@ -12,7 +12,7 @@ PUBLISHED = {"DPAR-L": (37.82, 61.15), "LlamaGen-L": (32.62, 56.61)}
 
 
 def probe(
-    models: Annotated[str, typer.Option(help="Folders under artifacts/models, separated by commas.")] = "dpar,llamagen",
+    models: Annotated[str, typer.Option(help="Trained models, separated by commas.")] = "dpar,llamagen",
     images: Annotated[int, typer.Option(help="Training images the probe is fitted on (0: all).")] = 5000,
     held_out: Annotated[int, typer.Option(help="Validation images it is tested on (0: all).")] = 5000,
     out: Annotated[Path, typer.Option(help="Folder for probe.json and probe.png.")] = Path("artifacts/probe"),
@@ -26,9 +26,11 @@ def probe(
     import torch
 
     from dpar_core.files import write_json
+    from stages.artifacts import FOLDER
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = probe_models([name.strip() for name in models.split(",")], images, held_out, device=device)
+    names = [name.strip() for name in models.split(",")]
+    found = probe_models(names, images, held_out, device=device, artifacts=Path(FOLDER))
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "probe.json", found)
     draw(found, out / "probe.png")
@@ -36,20 +38,25 @@ def probe(
     print(f"\n{out / 'probe.png'} shows every block")
 
 
-def probe_models(
-    names: list[str], images: int, held_out: int, *, device: str, artifacts: Path = Path("artifacts")
-) -> dict[str, Any]:
-    """Return for each model its blocks' shares of held-out images classified right, and what was used."""
+def probe_models(names: list[str], images: int, held_out: int, *, device: str, artifacts: Path) -> dict[str, Any]:
+    """Return for each model its blocks' shares of held-out images classified right, and what was used.
+
+    artifacts: the folder that holds them. Raises ValueError for a name that is no model.
+    """
     from dpar_core.data.shards import TokenShards
+    from stages.artifacts import MODELS, PATCH_MAPS, TOKENS
     from stages.tools.probe import features_of, load_model, probe
     from stages.tracker import PrintTracker
 
-    train, validation = (TokenShards(artifacts / "tokens", split) for split in ("train", "validation"))
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise ValueError(f"--models names {unknown[0]!r}, expected some of {', '.join(MODELS)}")
+    train, validation = (TokenShards(TOKENS.below(artifacts), split) for split in ("train", "validation"))
     tracker, told = PrintTracker(), {}
     for name in names:
-        model, weights = load_model(artifacts / "models" / name / "model.safetensors", train)
+        model, weights = load_model(MODELS[name].below(artifacts), train)
         splits = [
-            features_of(model, shards, artifacts / "patch_maps", count, tracker, device=device)
+            features_of(model, shards, PATCH_MAPS.below(artifacts), count, tracker, device=device)
             for shards, count in ((train, images), (validation, held_out))
         ]
         blocks = [vars(one) for one in probe(model, *splits)]

@@ -13,16 +13,25 @@ from dpar_core.data.images import BadImage, decode_image
 from dpar_core.files import atomic_path
 from dpar_core.models.vq import to_float
 from dpar_core.pictures import draw_borders, enlarge, labelled_grid, save_png
-from pipeline.runner import ENTROPY_MODEL, PATCH_MAPS, TOKENIZER, A
+from stages import artifacts
 from stages import params as P
 from stages.sample import check_memory
 from stages.shared.sampler import Files, Sampler
 
-_MODELS, _RULE = Path(A, "models"), Path(PATCH_MAPS, "rule.json")
-MODELS = {
-    "dpar": Files(_MODELS / "dpar" / "model.safetensors", Path(TOKENIZER), Path(ENTROPY_MODEL), _RULE),
-    "llamagen": Files(_MODELS / "llamagen" / "model.safetensors", Path(TOKENIZER)),
-}
+
+def files_of(model: str, root: Path) -> Files:
+    """Return the artifacts that a model ("dpar", "llamagen") is sampled with. Raises ValueError, FileNotFoundError.
+
+    root: the project's folder.
+    """
+    if model not in STAGES:
+        raise ValueError(f"--model is {model!r}, expected dpar or llamagen")
+    wanted = [artifacts.MODELS[model], artifacts.TOKENIZER]
+    if model == "dpar":
+        wanted += [artifacts.ENTROPY_MODEL, artifacts.PATCH_RULE]
+    return Files(*(one.require(root / artifacts.FOLDER) for one in wanted))
+
+
 STAGES = {"dpar": "train_dpar", "llamagen": "train_llamagen"}
 CELL = 192  # pixels, least side of a picture in the grid
 MOST = 256  # pictures in one grid
@@ -47,7 +56,7 @@ def draw_samples(
     classes: ids or names, separated by commas. borders: draw the patches (DPAR). given, keep_rows: an image file of the
     model's size whose first token rows stay. Raises ValueError or FileNotFoundError in a sentence.
     """
-    if model not in MODELS:
+    if model not in STAGES:
         raise ValueError(f"--model is {model!r}, expected dpar or llamagen")
     if count < 1 or seed < 0:
         raise ValueError(f"--count must be at least 1 and --seed at least 0; got {count} and {seed}")
@@ -64,10 +73,7 @@ def draw_samples(
     if params.compute.threads:
         torch.set_num_threads(params.compute.threads)
     section = P.settled(section, device)
-    files = Files(*(path and root / path for path in vars(MODELS[model]).values()))
-    missing = next((path for path in vars(files).values() if path and not path.exists()), None)
-    if missing:
-        raise FileNotFoundError(f"no trained model at {missing}: run `dpar-cli run {STAGES[model]}` first")
+    files = files_of(model, root)
     with ExitStack() as stack:
         try:
             temporary = stack.enter_context(atomic_path(out))  # now, so that nobody waits for what cannot be written

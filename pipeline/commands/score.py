@@ -164,6 +164,7 @@ def calibrate(
     """
     from dpar_core.files import digest_of, write_json
     from pipeline.runner import device_of
+    from stages.artifacts import SAMPLE_IMAGES
     from stages.params import load_params, settled
     from stages.sample import draw_samples
     from stages.tools import calibrate as calibration
@@ -183,7 +184,7 @@ def calibrate(
     })  # fmt: skip
     made_by = [files.model.parent.name, heads or calibration.HEADS[size], grid, section.model_dump(exclude={"workers"})]
     drawn = out / f"samples-{digest_of(made_by)[:8]}"  # another checkpoint or scale never meets these pictures
-    if not (drawn / "samples.npz").exists():
+    if not (drawn / SAMPLE_IMAGES).exists():
         draw_samples(section, files, drawn, tracker, device=device_of(params.compute), work=work / drawn.name, prefix="")
     settings = settings_for(
         features, reference, images=images, neighbours=3, bootstrap=0, allow_singular=allow_singular,
@@ -219,14 +220,15 @@ def _expected(size: str, grid: int, given: list[str] | None) -> dict[str, float]
 
 def _network(features: str, file: Path | None, sha256: str | None, params: Any) -> FeatureNetwork:
     from dpar_core.evaluation.features import feature_network
-    from pipeline.runner import CLASSIFIER, device_of, set_threads
+    from pipeline.runner import device_of, set_threads
+    from stages.artifacts import CLASSIFIER
     from stages.params import Compute
 
     compute = params.compute if params else Compute(device="auto", threads=0)
     set_threads(compute)
     if file is None:
         if features == "demo":
-            file = Path(CLASSIFIER)
+            file = Path(CLASSIFIER.path)
         elif params and params.score.features == features:
             file = Path(params.score.features_file)
         else:
@@ -243,9 +245,10 @@ def _shape(samples: Path) -> tuple[int, int]:
     import numpy as np
     from PIL import Image
 
+    from stages.artifacts import SAMPLE_IMAGES
     from stages.score import png_files, read_images
 
-    file = samples / "samples.npz" if (samples / "samples.npz").exists() else samples
+    file = samples / SAMPLE_IMAGES if (samples / SAMPLE_IMAGES).exists() else samples
     if file.is_dir():
         found = png_files(file)
         try:
@@ -266,14 +269,14 @@ def _shape(samples: Path) -> tuple[int, int]:
 def _reference(
     name: str, params: Any, network: FeatureNetwork, tracker: Any, *, image_size: int, workers: int = 0
 ) -> Any:
-    from pipeline.runner import MANIFEST
+    from stages.artifacts import MANIFEST
     from stages.params import select
     from stages.score import Params, make_reference, reference_of
 
     if name in ("train", "validation"):
-        if params is None or not Path(MANIFEST).exists():
+        if params is None or not Path(MANIFEST.path).exists():
             raise FileNotFoundError(
-                f"reference {name} is a split of {MANIFEST}, which is missing: run `dvc repro data` first"
+                f"reference {name} is a split of {MANIFEST.path}, which is missing: run `dvc repro data` first"
             )
         chosen = select(params, Params)
         chosen = Params(chosen.seed, chosen.data, chosen.score.model_copy(update={"reference": name, "workers": workers}))

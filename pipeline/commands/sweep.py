@@ -114,27 +114,21 @@ def _check_search(search: str, *, retrain: bool) -> None:
 
 def subject_of(model: str, max_length: int | None) -> tuple[Subject, Any]:
     """Return what params.yaml and artifacts/ offer to sweep."""
-    from pipeline.commands.sample import MODELS
-    from pipeline.runner import CLASSIFIER, MANIFEST, device_of, set_threads
-    from stages import score
+    from pipeline.commands.sample import files_of
+    from pipeline.runner import device_of, set_threads
+    from stages import artifacts, score
     from stages.params import load_params, select, settled
-    from stages.shared.sampler import Files
     from stages.tools.sweep import Subject
 
     root = Path.cwd()
     if not (root / "dvc.yaml").exists():
         raise FileNotFoundError(f"no dvc.yaml in {root}: go to the project's folder first")
-    if model not in MODELS:
-        raise ValueError(f"--model is {model!r}, expected dpar or llamagen")
     params = load_params(root / "params.yaml")
     device = device_of(params.compute)
     params = settled(params, device)
     set_threads(params.compute)
-    files = Files(*(path and root / path for path in vars(MODELS[model]).values()))
-    manifest, features = root / MANIFEST, root / CLASSIFIER
-    for path in (*vars(files).values(), manifest, features):
-        if path is not None and not path.exists():
-            raise FileNotFoundError(f"a sweep reads {path}, which is missing: make it with `dpar-cli run` first")
+    files = files_of(model, root)
+    manifest, features = (one.require(root / artifacts.FOLDER) for one in (artifacts.MANIFEST, artifacts.CLASSIFIER))
     section = params.sample
     if max_length is not None:
         section = section.model_copy(update={"max_patch_length": max_length})
@@ -160,9 +154,9 @@ def _plan(points, params, images, final_images, finalists, concurrency, search, 
 def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, retrain: bool, apply: bool) -> None:
     from dataclasses import replace
 
-    from pipeline.runner import PATCH_MAPS, TOKENS
     from pipeline.sweep import output as sweep_output
     from pipeline.sweep.tracking import open_sweep
+    from stages import artifacts
     from stages.tools.sweep import check_points, sweep
     from stages.tools.sweep_models import retrain as train_models
 
@@ -179,8 +173,8 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
     with alone(work), open_sweep(name, settings, root=root) as runs:
         if retrain:
             models = train_models(
-                params, thresholds, subject.models[None], tokens=root / TOKENS,
-                entropies=root / Path(PATCH_MAPS).parent / "entropies", folder=folder / "models", work=work / "models",
+                params, thresholds, subject.models[None], tokens=root / artifacts.TOKENS.path,
+                entropies=root / artifacts.ENTROPIES.path, folder=folder / "models", work=work / "models",
                 device=subject.device, track=runs.stage,
             )  # fmt: skip
             subject = replace(subject, models=models)

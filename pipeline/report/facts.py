@@ -24,14 +24,12 @@ from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.training.order import fixed_subset
 from pipeline.report.verdicts import Contest, Row, Side, judge_losses, judge_scores
+from stages import artifacts
+from stages.artifacts import CURVE, METRICS, MODELS_FOLDER, SAMPLE_PROTOCOL, TIMINGS, WEIGHTS
 
 LOSS_IMAGES, LOSS_BATCH = 512, 16  # validation images whose losses are compared one by one
-# The models compared, by the names of their samples and scores; files below artifacts/models.
-MODELS = {
-    "dpar": "dpar/model.safetensors",
-    "llamagen": "llamagen/model.safetensors",
-    "llamagen_equal_time": "llamagen/equal_time.safetensors",
-}
+# The models compared, by the names of their samples and scores; files in the folder of models.
+MODELS = {name: Path(one.name).relative_to(MODELS_FOLDER.name) for name, one in artifacts.MODELS.items()}
 UNEQUAL = 0.10  # share by which training times may differ and still be called equal
 
 
@@ -68,10 +66,10 @@ def _stage(folder: Path) -> str:
 
 def read_training(folder: Path) -> Training:
     """Read a folder that a training stage wrote. Raises ValueError when curve and timings have different steps."""
-    header = read_weights_header(folder / "model.safetensors")
+    header = read_weights_header(folder / WEIGHTS)
     config = (DPARConfig if header["kind"] == "dpar" else GPTConfig)(**header["config"])
-    timings = read_json(folder / "timings.json")
-    with open(folder / "curve.csv", newline="") as stream:
+    timings = read_json(folder / TIMINGS)
+    with open(folder / CURVE, newline="") as stream:
         losses = [(int(r["step"]), float(r["train/loss"]), float(r["validation/loss"])) for r in csv.DictReader(stream)]
     steps = [point["step"] for point in timings["curve"]]
     if not losses or steps != [step for step, _, _ in losses]:
@@ -137,8 +135,8 @@ class Costs:
 
 def count_costs(trainings: dict[str, Training], gate: GPTConfig, patches: Patches, samples: Path) -> Costs:
     """Count FLOPs by the formulas of the method, and read the clocks."""
-    drawn = read_json(samples / "dpar" / "metrics.json")["patch/patches_per_image"]
-    how = read_json(samples / "dpar" / "samples.json")
+    drawn = read_json(samples / "dpar" / METRICS)["patch/patches_per_image"]
+    how = read_json(samples / "dpar" / SAMPLE_PROTOCOL)
     dpar, twin = trainings["dpar"].config, trainings["llamagen"].config
     passes = 2 if how["cfg_scale"] > 1 else 1
     gate_flops = float(flops.gpt_forward_flops(gate)) if how["gate"] == "entropy_model" else 0.0
@@ -150,7 +148,7 @@ def count_costs(trainings: dict[str, Training], gate: GPTConfig, patches: Patche
         },
         gate=gate_flops,
         training_speed={name: training.images_per_s for name, training in trainings.items()},
-        drawing_speed={n: read_json(samples / n / "timings.json")["images_per_s"] for n in ("dpar", "llamagen")},
+        drawing_speed={n: read_json(samples / n / TIMINGS)["images_per_s"] for n in ("dpar", "llamagen")},
     )
 
 

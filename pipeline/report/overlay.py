@@ -20,10 +20,7 @@ from dpar_core.models.vq import VQ, VQConfig, to_float, to_uint8
 from dpar_core.patches.maps import read_rule
 from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts
 from dpar_core.pictures import patch_overview, save_png
-
-TOKENIZER, ENTROPY_MODEL, RULE = "tokenizer/tokenizer.safetensors", "entropy_model/model.safetensors", "patch_maps/rule.json"
-# file below artifacts/ -> stage of dvc.yaml that makes it
-MADE_BY = {TOKENIZER: "tokenizer", ENTROPY_MODEL: "entropy_model", RULE: "patch_maps"}
+from stages.artifacts import ENTROPY_MODEL, PATCH_RULE, TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -44,22 +41,20 @@ class Patcher:
     """
 
     def __init__(self, artifacts: Path) -> None:
-        for name, stage in MADE_BY.items():
-            if not (artifacts / name).exists():
-                raise FileNotFoundError(f"no trained {stage} at {artifacts / name}: run `dvc repro patch_maps` first")
-        tokenizer, gate = load_weights(artifacts / TOKENIZER, kind="vq"), load_weights(artifacts / ENTROPY_MODEL, kind="gpt")
+        vq_file, gate_file, rule_file = (one.require(artifacts) for one in (TOKENIZER, ENTROPY_MODEL, PATCH_RULE))
+        tokenizer, gate = load_weights(vq_file, kind="vq"), load_weights(gate_file, kind="gpt")
         if gate.meta.get("tokenizer") != tokenizer.digest:
             raise ValueError(
-                f"{artifacts / ENTROPY_MODEL} was trained on tokens of tokenizer {gate.meta.get('tokenizer')}, but "
-                f"{artifacts / TOKENIZER} is {tokenizer.digest}: run `dvc repro entropy_model`"
+                f"{gate_file} was trained on tokens of tokenizer {gate.meta.get('tokenizer')}, but "
+                f"{vq_file} is {tokenizer.digest}: run `dvc repro entropy_model`"
             )
-        made_with = json.loads((artifacts / RULE).read_text())["made_by"]["entropy_model"]
+        made_with = json.loads(rule_file.read_text())["made_by"]["entropy_model"]
         if made_with != gate.digest:
             raise ValueError(
-                f"{artifacts / RULE} was made with entropy model {made_with}, but {artifacts / ENTROPY_MODEL} is "
+                f"{rule_file} was made with entropy model {made_with}, but {gate_file} is "
                 f"{gate.digest}: run `dvc repro patch_maps`"
             )
-        self.rule = read_rule(artifacts / RULE)
+        self.rule = read_rule(rule_file)
         self.size: int = tokenizer.meta["image_size"]
         self.vq = _loaded(VQ(VQConfig(**tokenizer.config)), tokenizer)
         self.gate = _loaded(GPT(GPTConfig(**gate.config)), gate)

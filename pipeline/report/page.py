@@ -33,10 +33,11 @@ from pipeline.report.facts import (
 from pipeline.report.pictures import data_uri, examples, sample_grid
 from pipeline.report.verdicts import Contest, Estimate, score_columns, score_name, together
 from stages import params as P
-from stages.files import artifact_digest
+from stages.artifacts import HEADLINE, METRICS, REPORT_PAGE, SAMPLE_PROTOCOL, TOKENIZER, artifact_digest
 from stages.score import DISTANCE_NAMES
 from stages.tracker import Tracker
 
+PAGE = Path(REPORT_PAGE.name).name
 MOST_CLASSES = 24  # bars of patches by class
 
 
@@ -99,7 +100,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     rounds = contests(inputs.models, inputs.scores, held_out, maps, times, device=device)
     entropies = EntropyMaps(inputs.entropies, held_out)
     shown = examples(
-        manifest, inputs.tokenizer / "tokenizer.safetensors", held_out, entropies, maps, count=params.report.examples
+        manifest, inputs.tokenizer / Path(TOKENIZER.name).name, held_out, entropies, maps, count=params.report.examples
     )
     low = min(float(one.entropies[1:].min()) for one in shown)
     high = max(float(one.entropies[1:].max()) for one in shown)
@@ -112,7 +113,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "rule": maps.rule, "scale": {"low": low, "high": high, "bar": data_uri(colour_bar(256, 1))},
         "examples": [one.shown(low, high) for one in shown],
         "hero": min(shown, key=lambda one: abs(len(one.lengths) - patches.mean)).shown(low, high),
-        "tokenizer": read_json(inputs.tokenizer / "metrics.json"),
+        "tokenizer": read_json(inputs.tokenizer / METRICS),
         "charts": draw_charts(trainings, patches, times, labels),
         "grids": grids(inputs.samples, train.meta.classes, maps.rule.row_width, labels),
         "published": PUBLISHED,
@@ -121,19 +122,22 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "sections": flat_params(params),
     }  # fmt: skip
     environment = Environment(
-        loader=PackageLoader("pipeline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("pipeline.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=StrictUndefined,
     )
     environment.filters |= {"number": number, "flop": flop, "plain": plain, "percent": lambda share: f"{100 * share:.0f} %"}
     page = environment.get_template("report.html.j2").render(**facts)
     with atomic_folder(outputs.report) as folder:
-        (folder / "index.html").write_text(page)
+        (folder / PAGE).write_text(page)
         for place, one in enumerate(shown):
             save_png(one.overview(maps.rule.threshold), folder / f"patches-{place:02d}.png")
-        write_json(folder / "headline.json", headline(rounds, patches, costs, times))
+        write_json(folder / Path(HEADLINE.name).name, headline(rounds, patches, costs, times))
     for place in range(min(len(shown), 3)):
         tracker.log_picture(outputs.report / f"patches-{place:02d}.png")
-    tracker.log_artifact(outputs.report / "index.html")
+    tracker.log_artifact(outputs.report / PAGE)
     tracker.log_metrics({"patch/share_of_tokens": patches.mean / patches.tokens, "cost/flops_saved": costs.saved("forward")})
 
 
@@ -246,7 +250,7 @@ def grids(samples: Path, class_names: tuple[str, ...], row_width: int, labels: M
     """Return the sample grids of all models with how they were drawn."""
     found = []
     for name in MODELS:
-        how = read_json(samples / name / "samples.json")
+        how = read_json(samples / name / SAMPLE_PROTOCOL)
         grid = sample_grid(samples / name, list(class_names), row_width=row_width, borders=name == "dpar")
         found.append({"name": name, "label": labels[name], "grid": grid, "how": how})
     return found
@@ -268,7 +272,7 @@ def score_tables(
         compared = [key for key, _ in table["columns"]]
         rest = [key for key in told if key.startswith("eval/") and key not in compared]
         table["others"] += [(f"{score_name(key)}, {labels[name]}", number(told[key])) for key in rest]
-        drawn = read_json(samples / name / "metrics.json")
+        drawn = read_json(samples / name / METRICS)
         table["rows"].append({
             "label": labels[name], "parameters": config.num_parameters, "scores": told,
             "steps": drawn["patch/patches_per_image"] if name == "dpar" else config.tokens,
@@ -284,7 +288,7 @@ def digests(
         ("manifest", manifest.digest), ("tokenizer", shards.meta.tokenizer), ("token shards", shards.digest),
         ("entropy model", maps.entropy_model_digest), ("patch maps", maps.digest),
         *((labels[name], artifact_digest(inputs.models / file)) for name, file in MODELS.items()),
-        *((f"samples, {labels[name]}", read_json(inputs.samples / name / "samples.json")["digest"]) for name in MODELS),
+        *((f"samples, {labels[name]}", read_json(inputs.samples / name / SAMPLE_PROTOCOL)["digest"]) for name in MODELS),
     ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from dpar_core.patches.maps import EntropyMaps, PatchMaps, parquet_name
 from dpar_core.patches.rule import lengths_from_starts
 from dpar_core.pictures import fit, patch_borders, patch_overview, scale_colours
 from pipeline.report.overlay import middle_square
+from stages.artifacts import SAMPLE_IMAGES, SAMPLE_TOKENS
 from stages.data import ImageOpener
 
 LARGEST_PNG, LARGEST = 96, 320  # pixels of a side: larger pictures travel as JPEG, the largest are reduced
@@ -151,10 +152,10 @@ class SampleGrid:
 def sample_grid(folder: Path, class_names: list[str], *, row_width: int, borders: bool) -> SampleGrid:
     """Take the first samples of each class (or, of many classes, the first samples of all) from a sample folder."""
     by_class = len(class_names) <= CLASS_ROWS
-    images, labels = leading_samples(folder / "samples.npz", 4 * COLUMNS * CLASS_ROWS)
+    images, labels = leading_samples(folder / SAMPLE_IMAGES, 4 * COLUMNS * CLASS_ROWS)
     plans: list[np.ndarray] = []
     if borders:
-        with np.load(folder / "tokens.npz", allow_pickle=False) as archive:
+        with np.load(folder / SAMPLE_TOKENS, allow_pickle=False) as archive:
             starts = np.unpackbits(archive["starts"][: len(images)], axis=1, count=row_width**2)
         plans = lengths_from_starts(starts.astype(bool))
 

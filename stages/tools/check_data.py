@@ -26,6 +26,7 @@ from dpar_core.patches.maps import (
     write_rule,
 )
 from dpar_core.patches.maps import read_summary as read_maps_summary
+from stages import artifacts as catalog
 from stages import entropies, patch_maps, tokenize_images
 from stages import params as P
 from stages.data import ImageOpener
@@ -64,12 +65,9 @@ class Artifacts:
 
     def __init__(self, artifacts: Path) -> None:
         self.root = artifacts
-        self.manifest = artifacts / "data" / "manifest.parquet"
-        self.tokenizer = artifacts / "tokenizer" / "tokenizer.safetensors"
-        self.tokens = artifacts / "tokens"
-        self.entropy_model = artifacts / "entropy_model" / "model.safetensors"
-        self.entropies = artifacts / "entropies"
-        self.patch_maps = artifacts / "patch_maps"
+        self.manifest, self.tokenizer = catalog.MANIFEST.below(artifacts), catalog.TOKENIZER.below(artifacts)
+        self.tokens, self.entropy_model = catalog.TOKENS.below(artifacts), catalog.ENTROPY_MODEL.below(artifacts)
+        self.entropies, self.patch_maps = catalog.ENTROPIES.below(artifacts), catalog.PATCH_MAPS.below(artifacts)
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

@@ -20,6 +20,7 @@ from dpar_core.models.vq import to_uint8
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import FAINT, INK, PAPER, draw_borders, entropy_map, font
 from stages import params as P
+from stages.artifacts import ENTROPIES, MANIFEST, PATCH_MAPS, TOKENIZER, TOKENS
 from stages.data import ImageOpener
 from stages.tokenize_images import load_tokenizer
 
@@ -53,7 +54,7 @@ def inspect_image(key: str, *, artifacts: Path, data: P.Data) -> Inspection:
     key: a key of the manifest, or the end of an image's path. Raises ValueError when it is none or stands for several,
     FileNotFoundError when there is no manifest.
     """
-    manifest = read_manifest(artifacts / "data" / "manifest.parquet")
+    manifest = read_manifest(MANIFEST.below(artifacts))
     found = Inspection(find_row(manifest, key))
     row = found.row
     try:
@@ -62,14 +63,14 @@ def inspect_image(key: str, *, artifacts: Path, data: P.Data) -> Inspection:
     except ValueError as error:
         found.missing.append(f"the image cannot be used: {error}")
     try:
-        shards = TokenShards(artifacts / "tokens", row.split)
+        shards = TokenShards(TOKENS.below(artifacts), row.split)
         index = shards.find(row.key)
         if index is None:
             raise ValueError("no tokens: the image was bad when tokens were made, or is new since")
         found.row_width = shards.meta.row_width
         found.shard = next(name for name, part in shards.shards() if part.start <= index < part.stop)
         found.tokens = shards.all_views(index)
-        model, _ = load_tokenizer(artifacts / "tokenizer" / "tokenizer.safetensors", "cpu")
+        model, _ = load_tokenizer(TOKENIZER.below(artifacts), "cpu")
         codes = torch.from_numpy(found.tokens.astype(np.int64)).reshape(-1, found.row_width, found.row_width)
         with torch.inference_mode():
             found.decoded = torch.cat([to_uint8(model.decode(one[None])) for one in codes]).numpy()
@@ -95,12 +96,12 @@ def find_row(manifest: Manifest, key: str) -> Row:
 
 
 def _add_patches(found: Inspection, shards: TokenShards, index: int, artifacts: Path) -> None:
-    entropies = EntropyMaps(artifacts / "entropies", shards)
+    entropies = EntropyMaps(ENTROPIES.below(artifacts), shards)
     part = next(part for name, part in shards.shards() if name == found.shard)
     count = shards.meta.num_views
     first = (index - part.start) * count
     found.entropies = entropies.shard(found.shard)[first : first + count]
-    maps = PatchMaps(artifacts / "patch_maps", shards, entropy_model=entropies.entropy_model)
+    maps = PatchMaps(PATCH_MAPS.below(artifacts), shards, entropy_model=entropies.entropy_model)
     found.lengths = maps.lengths(np.full(count, index), np.arange(count))
     found.threshold = maps.rule.threshold
 

@@ -14,6 +14,7 @@ from dpar_core.evaluation.features import FeatureNetwork
 from dpar_core.evaluation.metrics import ScoreError
 from stages import params as P
 from stages import score
+from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL
 from stages.shared.scoring import measure
 from stages.tracker import Tracker
 
@@ -49,9 +50,9 @@ def score_images(
     for, or all of them are the same.
     """
     made_by: dict[str, Any] = {"source": samples.name}
-    if (samples / "samples.npz").exists():
-        made_by = json.loads((samples / "samples.json").read_text())
-        samples = samples / "samples.npz"
+    if (samples / SAMPLE_IMAGES).exists():
+        made_by = json.loads((samples / SAMPLE_PROTOCOL).read_text())
+        samples = samples / SAMPLE_IMAGES
     images = score.read_images(samples)
     if len(images) < settings.images:
         raise ScoreError(

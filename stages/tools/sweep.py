@@ -28,7 +28,7 @@ from dpar_core.patches.maps import read_rule
 from dpar_core.pictures import save_png
 from stages import params as P
 from stages import sample, score
-from stages.files import artifact_digest
+from stages.artifacts import artifact_digest
 from stages.shared.sampler import Files
 from stages.shared.scoring import measure
 from stages.tracker import Tracker

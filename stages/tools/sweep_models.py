@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from dpar_core.files import digest_of
+from dpar_core.patches.maps import RULE
 from stages import params as P
 from stages import patch_maps, train
-from stages.files import artifact_digest
+from stages.artifacts import CURVE, METRICS, TIMINGS, WEIGHTS, artifact_digest
 from stages.shared.sampler import Files
 from stages.tracker import Tracker
 
@@ -32,8 +33,8 @@ def retrain(
         inputs = [artifact_digest(tokens), artifact_digest(entropies)]
         content = [patching.model_dump(), params.seed, params.model.model_dump(), params.train.model_dump(), inputs]
         place = folder / f"{threshold:g}-{digest_of(content)[:8]}"
-        maps, model = place / "patch_maps", place / "model.safetensors"
-        if not (maps / "rule.json").exists():
+        maps, model = place / "patch_maps", place / WEIGHTS
+        if not (maps / RULE).exists():
             outputs = patch_maps.Outputs(maps, place / "patch_maps_metrics.json", place / "patch_lengths.csv")
             place.mkdir(parents=True, exist_ok=True)
             with track(f"patch_maps {threshold:g}", params) as tracker:
@@ -42,13 +43,13 @@ def retrain(
                     work=_made(work / place.name / "patch_maps"),
                 )  # fmt: skip
         if not model.exists():
-            outputs = train.DPAROutputs(model, place / "metrics.json", place / "curve.csv", place / "timings.json")
+            outputs = train.DPAROutputs(model, place / METRICS, place / CURVE, place / TIMINGS)
             with track(f"train_dpar {threshold:g}", params) as tracker:
                 train.run_dpar(
                     train_params, train.DPARInputs(tokens, maps), outputs, tracker, device=device,
                     work=_made(work / place.name / "train"),
                 )  # fmt: skip
-        models[threshold] = Files(model, files.tokenizer, files.entropy_model, maps / "rule.json")
+        models[threshold] = Files(model, files.tokenizer, files.entropy_model, maps / RULE)
     return models
 
 

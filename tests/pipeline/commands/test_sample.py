@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.commands.sample import MODELS, draw_samples
+from pipeline.commands.sample import draw_samples
+from stages import artifacts
 from tests.helpers.sample_artifacts import ROOT, write_artifacts
 
 
@@ -17,13 +18,13 @@ def root(tmp_path_factory):
     """A project folder with tiny trained models (8 x 8 pixels, 4 x 4 tokens, classes ape, bee, cow)."""
     root = tmp_path_factory.mktemp("project")
     made = write_artifacts(tmp_path_factory.mktemp("made"))
-    dpar, twin = MODELS["dpar"], MODELS["llamagen"]
     for source, target in (
-        (made.dpar, dpar.model), (made.tokenizer, dpar.tokenizer), (made.entropy_model, dpar.entropy_model),
-        (made.rule, dpar.rule), (made.twin, twin.model),
+        (made.dpar, artifacts.MODELS["dpar"]), (made.tokenizer, artifacts.TOKENIZER),
+        (made.entropy_model, artifacts.ENTROPY_MODEL), (made.rule, artifacts.PATCH_RULE),
+        (made.twin, artifacts.MODELS["llamagen"]),
     ):  # fmt: skip
-        (root / target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, root / target)
+        (root / target.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, root / target.path)
     return root
 
 
@@ -124,5 +125,5 @@ def test_pictures_whose_caches_cannot_fit_are_refused(root, monkeypatch):
 
 
 def test_models_that_are_not_trained_yet_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no trained model at .*: run `dpar-cli run train_llamagen`"):
+    with pytest.raises(FileNotFoundError, match="is missing: run `dvc repro train_llamagen`"):
         draw(tmp_path, model="llamagen")

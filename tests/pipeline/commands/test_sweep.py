@@ -147,7 +147,7 @@ def test_a_second_sweep_of_the_same_name_is_refused(tmp_path):
     [
         (["threshold", "--search", "best"], "--search is 'best', expected grid, random or optuna"),
         (["threshold", "--search", "optuna", "--retrain"], "--retrain trains a model for each threshold of a grid"),
-        (["threshold"], "which is missing: make it with `dpar-cli run` first"),
+        (["threshold"], "is missing: run `dvc repro"),
         (["cfg", "--model", "gan"], "--model is 'gan', expected dpar or llamagen"),
     ],
 )

@@ -9,8 +9,11 @@ import torch
 from PIL import Image
 
 from dpar_core.files import load_weights, read_weights_header, save_weights, write_json
-from pipeline.report.overlay import ENTROPY_MODEL, RULE, TOKENIZER, Patcher, draw_patches, middle_square
+from pipeline.report.overlay import Patcher, draw_patches, middle_square
+from stages import artifacts as catalog
 from tests.helpers.sample_artifacts import write_artifacts
+
+TOKENIZER, ENTROPY_MODEL, RULE = (one.name for one in (catalog.TOKENIZER, catalog.ENTROPY_MODEL, catalog.PATCH_RULE))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def test_the_square_is_cut_from_the_middle():
 @pytest.mark.parametrize("missing", [TOKENIZER, ENTROPY_MODEL, RULE])
 def test_a_missing_model_names_what_to_run(artifacts, photo, tmp_path, missing):
     (artifacts / missing).unlink()
-    with pytest.raises(FileNotFoundError, match="run `dvc repro patch_maps` first"):
+    with pytest.raises(FileNotFoundError, match="is missing: run `dvc repro"):
         draw_patches(photo, tmp_path / "o.png", artifacts=artifacts)
 
 
