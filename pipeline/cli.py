@@ -11,6 +11,7 @@ import typer
 
 from pipeline.commands.data import data_app, patches_app
 from pipeline.commands.probe import probe
+from pipeline.commands.runs import runs_app
 from pipeline.commands.score import calibrate, compare, fetch, score
 from pipeline.commands.sweep import sweep_app
 from pipeline.cost import cost
@@ -31,6 +32,7 @@ app.add_typer(params_app, name="params")
 app.add_typer(data_app, name="data")
 app.add_typer(patches_app, name="patches")
 app.add_typer(sweep_app, name="sweep")
+app.add_typer(runs_app, name="runs")
 app.command()(cost)
 app.command()(probe)
 for command in (score, compare, fetch, calibrate):
@@ -85,13 +87,20 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on the loopback address.")] = 5000,
 ) -> None:
     """Serve the MLflow pages that compare runs, on 127.0.0.1 only. Reads the store; stop with Ctrl-C."""
-    from pipeline.tracking import connect, tracking_uri
+    from dpar_core.secrets import redacted
+    from pipeline.tracking.store import connect, store_root, tracking_uri
 
-    connect(_root())
-    uri = tracking_uri(_root())
-    print(f"MLflow on http://127.0.0.1:{port} (store {uri}); Ctrl-C stops it")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    os.execv(sys.executable, [*command, "--backend-store-uri", uri])
+    root = _root()
+    connect(root)
+    uri = tracking_uri(root)
+    print(f"MLflow on http://127.0.0.1:{port} (store {redacted(uri)}); Ctrl-C stops it", flush=True)
+    # -P: not the code of the current folder. The address goes through the environment: it may hold a password.
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    artifacts = (store_root(root) / "mlartifacts").as_uri()
+    os.execve(sys.executable, command, {
+        **os.environ, "MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_LOGGING_LEVEL": "ERROR",
+        **({} if "MLFLOW_TRACKING_URI" in os.environ else {"MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts}),
+    })  # fmt: skip
 
 
 @app.command()

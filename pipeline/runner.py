@@ -16,7 +16,7 @@ from typing import Any
 
 from dpar_core.files import digest_of
 from dpar_core.system import cpus
-from pipeline.tracking import open_tracker
+from pipeline.tracking.tracker import open_tracker
 from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
 from stages.params import Compute, Params, Section, load_params, precision_lines, section_of, select, settled

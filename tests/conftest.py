@@ -14,3 +14,15 @@ def own_cache(tmp_path_factory):
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
         patch.setenv("DPAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory):
+    """An empty MLflow store to copy: MLflow takes seconds to make one."""
+    from pipeline.tracking import store
+
+    root = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        store.connect(root)
+    return root / "mlflow.db"

@@ -1,38 +1,71 @@
-"""MLflow: one parent a pass, runs that end as they ended, metrics in batches."""
+"""MLflow: one parent per pipeline run, runs that end as they ended, and nothing lost while the store is away."""
 
+import contextlib
+import json
 import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import tracking
 from pipeline.runner import load_stage
+from pipeline.tracking import outbox, store, tracker
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.outbox import Away, Outbox, sync
 from stages.params import load_params, select
+from stages.workers.child import command
+from tests.helpers.mlflow_stores import closed_port, delivered, failing_server, runs, silent_server
 from tests.helpers.paths import ROOT
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(fresh_store, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(fresh_store, tmp_path)
     params = load_params(ROOT / "params.yaml")
     return tmp_path, params, select(params, load_stage("data").params)
 
 
-def runs(root: Path):
-    client, experiment = tracking.connect(root)
-    return client, {run.info.run_name: run for run in client.search_runs([experiment])}
+def journal_of_a_run(root: Path, *, steps: int = 3, close: bool = True) -> Journal:
+    """Write what a stage would."""
+    journal = Journal(outbox.journal_folder(root), "train")
+    journal.write("run", "parent", {"name": "pass", "tags": {}, "parent": None, "once": False})
+    journal.write("run", journal.folder.name, {"name": "train", "tags": {}, "parent": "parent", "once": False})
+    journal.write("params", journal.folder.name, {"lr": "0.1"})
+    for step in range(steps):
+        journal.write("metrics", journal.folder.name, {"values": {"loss": 3.0 - step}, "step": step})
+    picture = root / "p.png"
+    picture.write_bytes(b"picture")
+    journal.write_file(journal.folder.name, picture)
+    picture.unlink()
+    if close:
+        for run in (journal.folder.name, "parent"):
+            journal.write("end", run, {"status": "FINISHED"})
+        journal.close()
+    return journal
+
+
+def history(root: Path, name: str = "train") -> list[float]:
+    client, found = runs(root)
+    return [m.value for m in client.get_metric_history(found[name].info.run_id, "loss")]
 
 
 def test_stages_of_one_pass_hang_under_one_parent_with_their_numbers(project):
     root, params, chosen = project
     for stage in ("data", "features"):
-        with tracking.open_tracker(stage, params, chosen, root=root) as tracker:
+        with tracker.open_tracker(stage, params, chosen, root=root) as one:
             for step in range(3):
-                tracker.log_metrics({"train/loss": 3.0 - step, "eval/x": float(step)}, step=step)
-            tracker.log_input("manifest", root / "m.parquet", "abc123")
+                one.log_metrics({"train/loss": 3.0 - step, "eval/x": float(step)}, step=step)
+            one.log_input("manifest", root / "m.parquet", "abc123")
             (root / "p.png").write_bytes(b"picture")
-            tracker.log_picture(root / "p.png")
+            one.log_picture(root / "p.png")
     client, found = runs(root)
     assert len(found) == 3
     parent = next(run for name, run in found.items() if name.startswith("pass "))
@@ -48,41 +81,338 @@ def test_stages_of_one_pass_hang_under_one_parent_with_their_numbers(project):
     assert parent.data.params["sample.cfg_scale"] == str(params.sample.cfg_scale)
 
 
-def test_a_stage_that_fails_or_is_stopped_says_so(project):
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+)
+def test_a_stage_that_fails_or_is_stopped_ends_so(project, monkeypatch, error, status):
     root, params, chosen = project
-    for error, status in ((ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")):
-        with pytest.raises(error), tracking.open_tracker(status, params, chosen, root=root):
-            raise error
-        assert runs(root)[1][status].info.status == status
+    monkeypatch.setattr(tracker.Recording, "close", lambda self: (self.journal.close(), self._outbox.kill()))
+    with pytest.raises(error, match="why"), tracker.open_tracker("data", params, chosen, root=root):
+        raise error("why")
+    (folder,) = outbox.journals(root)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["data"]["status"] for event in events if event["op"] == "end"] == [status, status]
 
 
 def test_a_run_whose_process_is_gone_is_closed_by_the_next(project):
-    root, params, chosen = project
-    client, experiment = tracking.connect(root)
-    import socket
+    root, *_ = project
+    client, experiment = store.connect(root)
+    host = {store.HOST_TAG: socket.gethostname()}
+    client.create_run(experiment, tags=host | {store.PID_TAG: "999999999", "mlflow.runName": "dead"})
+    client.create_run(experiment, tags=host | {store.PID_TAG: str(os.getpid()), "mlflow.runName": "alive"})
+    reused = {store.PID_TAG: str(os.getpid()), store.STARTED_TAG: "1000.0", "mlflow.runName": "its number is another's now"}
+    client.create_run(experiment, tags=host | reused)
+    journal_of_a_run(root)
+    sync(Outbox(root, print))
+    status = {name: run.info.status for name, run in runs(root)[1].items()}
+    assert (status["dead"], status["alive"], status["its number is another's now"]) == ("KILLED", "RUNNING", "KILLED")
 
-    tags = {tracking.PID_TAG: "999999999", tracking.HOST_TAG: socket.gethostname(), "mlflow.runName": "dead"}
-    client.create_run(experiment, tags=tags)
-    with tracking.open_tracker("data", params, chosen, root=root):
+
+def test_a_journal_whose_writer_was_killed_is_delivered_and_its_runs_end_killed(project):
+    root, *_ = project
+    journal = journal_of_a_run(root, close=False)
+    assert sync(Outbox(root, print)) == 0  # its writer lives: it is left alone
+    with open(journal.folder / "events.jsonl", "a") as stream:
+        stream.write('{"op": "metrics", "run": "tr')  # killed in the middle of a line
+    journal.close()
+    sync(Outbox(root, print))
+    assert history(root) == [3.0, 2.0, 1.0]
+    assert {name: run.info.status for name, run in runs(root)[1].items()} == {"train": "KILLED", "pass": "KILLED"}
+
+
+def test_sending_a_journal_again_from_any_event_on_changes_nothing(project):
+    root, *_ = project
+    folder = journal_of_a_run(root).folder
+    copy = root / "copy"
+    shutil.copytree(folder, copy)
+    sender = Outbox(root, print)
+    sync(sender)
+    before = history(root)
+    lengths = [0, *(len(line) for line in (copy / "events.jsonl").read_bytes().splitlines(keepends=True))]
+    for upto in range(0, len(lengths), 3):
+        again = folder.parent / "19700101T000000.000000-again"
+        shutil.copytree(copy, again)
+        (again / "sent.json").write_text(json.dumps({"values": sum(lengths[:upto]), "artifacts": 0}))
+        sync(Outbox(root, print))
+    client, found = runs(root)
+    assert history(root) == before == [3.0, 2.0, 1.0]
+    assert len(found) == 2
+    assert [a.path for a in client.list_artifacts(found["train"].info.run_id)] == ["p.png"]
+
+
+def test_a_store_that_breaks_at_any_request_gets_every_value_once(project, monkeypatch):
+    root, *_ = project
+    journal_of_a_run(root)
+    calls = [0]
+
+    def fragile(name):
+        real = getattr(MlflowClient, name)
+
+        def call(*words, **named):
+            calls[0] += 1
+            if calls[0] % 2:
+                result = real(*words, **named)  # it is done, and the answer is lost
+                raise ConnectionError(f"Connection aborted after {result}")
+            return real(*words, **named)
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    for name in ("create_run", "log_batch", "log_artifact", "set_terminated", "update_run"):
+        fragile(name)
+    failures = 0
+    while outbox.journals(root):
+        try:
+            sync(Outbox(root, print))
+        except Away as error:
+            failures += 1
+            assert "the connection broke" in str(error)
+    assert failures >= 6  # two runs made and ended, params, metrics, a picture
+    assert history(root) == [3.0, 2.0, 1.0]
+    assert len(runs(root)[1]) == 2
+
+
+def test_what_mlflow_refuses_is_named_and_left_out_alone(project):
+    root, *_ = project
+    journal = journal_of_a_run(root, close=False)
+    journal.write("metrics", journal.folder.name, {"values": {"no/good\x00": 1.0, "x" * 300: 1.0}, "step": 0})
+    journal.write("metrics", journal.folder.name, {"values": {"loss": 0.5}, "step": 9})
+    journal.close()
+    said = []
+    sync(Outbox(root, said.append))
+    assert history(root) == [3.0, 2.0, 1.0, 0.5]
+    assert len(said) == 1 and "refused a record of" in said[0] and "left out" in said[0]
+
+
+def test_a_store_that_was_emptied_gets_the_whole_journal_again(project):
+    root, *_ = project
+    journal = journal_of_a_run(root, close=False)
+    sender = Outbox(root, print)
+    with outbox.held(journal.folder) as mine:
+        assert mine
+        sender.deliver(journal.folder)
+        with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+            for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+                database.execute(f"DELETE FROM {table}")
+        journal.write("metrics", journal.folder.name, {"values": {"loss": 0.5}, "step": 9})
+        sender.deliver(journal.folder)
+    journal.close()
+    sync(sender)
+    assert history(root) == [3.0, 2.0, 1.0, 0.5]
+
+
+@contextlib.contextmanager
+def locked_database(root):
+    store.connect(root)
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield f"sqlite:///{root / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def folder_for_a_database(root):
+    (root / "folder.db").mkdir()
+    yield f"sqlite:///{root / 'folder.db'}"
+
+
+@contextlib.contextmanager
+def broken_database(root):
+    (root / "mlflow.db").write_bytes(b"no database at all" * 100)
+    yield f"sqlite:///{root / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def deleted_experiment(root):
+    client, experiment = store.connect(root)
+    client.delete_experiment(experiment)
+    yield f"sqlite:///{root / 'mlflow.db'}"
+
+
+@pytest.mark.parametrize(
+    ("outage", "words"),
+    [
+        (lambda root: contextlib.nullcontext(closed_port()), "nothing listens there: start the server"),
+        (lambda root: silent_server(), "accepts connections but does not answer"),
+        (lambda root: failing_server(500), "server error"),
+        (lambda root: failing_server(401), "asks for a login: set MLFLOW_TRACKING_USERNAME"),
+        (lambda root: failing_server(404), "no MLflow server"),
+        (lambda root: contextlib.nullcontext("http://user:hunter2@no.such.host.invalid"), "name of its host is unknown"),
+        (locked_database, "another process holds the database"),
+        (folder_for_a_database, "cannot be opened"),
+        (broken_database, "no intact SQLite database"),
+        (deleted_experiment, "mlflow experiments restore --experiment-id"),
+    ],
+    ids=["closed", "silent", "500", "401", "404", "unknown host", "locked", "folder", "broken", "deleted"],
+)
+def test_a_store_that_cannot_be_used_gets_one_sentence_and_loses_nothing(project, fresh_store, monkeypatch, outage, words):
+    root, *_ = project
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(store, "_SQLITE_PATIENCE", 0.2)
+    with outage(root) as uri:
+        journal = journal_of_a_run(root)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(Away, match=words) as caught:
+            sync(Outbox(root, print))
+        assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
+    shutil.copy(fresh_store, root / "good.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'good.db'}")
+    assert sync(Outbox(root, print)) > 0
+    assert not journal.folder.exists()
+    assert history(root) == [3.0, 2.0, 1.0]
+
+
+def test_while_the_store_is_silent_a_stage_does_not_wait_and_the_next_brings_all(project, monkeypatch, capfd):
+    root, params, chosen = project
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with silent_server() as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://user:hunter2@"))
+        with tracker.open_tracker("data", params, chosen, root=root) as one:
+            began = time.monotonic()
+            for step in range(2000):
+                one.log_metrics({"loss": float(step)}, step=step)
+            seconds = time.monotonic() - began
+        assert seconds < 5, "2000 local lines, no request"
+        said = capfd.readouterr().err
+        assert said.count("MLflow at") == 1 and "dpar-cli runs sync" in said and "hunter2" not in said
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with tracker.open_tracker("features", params, chosen, root=root):
         pass
-    assert runs(root)[1]["dead"].info.status == "KILLED"
+    assert history(root, "data") == [float(step) for step in range(2000)]
+    _, found = runs(root)
+    assert {run.info.status for run in found.values()} == {"FINISHED"} and len(found) == 3
+
+
+KILLED = """
+from pathlib import Path
+from pipeline.runner import load_stage
+from pipeline.tracking.tracker import open_tracker
+from stages.params import load_params, select
+import sys, time
+def main():
+    params = load_params(Path({params!r}))
+    with open_tracker("data", params, select(params, load_stage("data").params), root=Path({root!r})) as one:
+        one.log_metrics({{"loss": 1.0}}, step=1)
+        Path({root!r}, "ready").touch()
+        time.sleep(300)
+main()
+"""
+
+
+def test_runs_of_a_killed_process_end_by_themselves(project):
+    root, *_ = project
+    code = KILLED.format(params=str(ROOT / "params.yaml"), root=str(root))
+    child = subprocess.Popen([sys.executable, "-c", code])
+    while not (root / "ready").exists():
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    delivered(root)  # nobody started anything: the process beside the killed one did it
+    assert {run.info.status for run in runs(root)[1].values()} == {"KILLED"}
+    assert history(root, "data") == [1.0]
+
+
+def test_a_copied_project_keeps_its_artifacts_in_itself(project):
+    root, *_ = project
+    original, copied = root / "original", root / "copied here"
+    original.mkdir()
+    shutil.move(root / "mlflow.db", original)
+    journal_of_a_run(original)
+    sync(Outbox(original, print))
+    shutil.copytree(original, copied)
+    shutil.rmtree(original)
+    journal = Journal(outbox.journal_folder(copied), "later")
+    journal.write("run", "later", {"name": "later", "tags": {}, "parent": None, "once": False})
+    (copied / "q.png").write_bytes(b"other")
+    journal.write_file("later", copied / "q.png")
+    journal.close()
+    sync(Outbox(copied, print))
+    assert not original.exists()
+    client, found = runs(copied)
+    for name, file in (("train", "p.png"), ("later", "q.png")):
+        assert found[name].info.artifact_uri.startswith((copied / "mlartifacts").as_uri() + "/")
+        assert [a.path for a in client.list_artifacts(found[name].info.run_id)] == [file]
+
+
+@pytest.mark.parametrize("name", ["plain", "mit Leerzeichen und ü", "50% of #1?"])
+def test_a_project_may_lie_in_any_folder(project, monkeypatch, name):
+    root = project[0] / name
+    root.mkdir()
+    shutil.move(project[0] / "mlflow.db", root)
+    monkeypatch.chdir(root)
+    journal_of_a_run(root)
+    sync(Outbox(root, print))
+    assert (root / "mlflow.db").exists() and (root / "mlartifacts").is_dir()
+    client, found = runs(root)
+    assert [a.path for a in client.list_artifacts(found["train"].info.run_id)] == ["p.png"]
+    assert sorted(path.name for path in root.iterdir()) == ["mlartifacts", "mlflow.db", "work"]
+
+
+@pytest.mark.parametrize("inner", ["standalone/tmpabc", "tmpxyz"])
+def test_experiments_in_a_copy_of_the_project_are_tracked_in_the_project(project, monkeypatch, inner):
+    root = project[0]
+    copy = root / ".dvc" / "tmp" / "exps" / inner
+    copy.mkdir(parents=True)
+    assert store.tracking_uri(copy) == store.tracking_uri(root) == f"sqlite:///{root / 'mlflow.db'}"
+    assert outbox.journal_folder(copy) == root / "work" / "tracking"
+    monkeypatch.setenv("DVC_STAGE", "data")
+    assert tracker.pass_identity(copy)[0] != tracker.pass_identity(root)[0]
 
 
 def test_the_store_of_the_environment_is_obeyed(project, monkeypatch):
-    root, params, chosen = project
+    root, *_ = project
+    (root / "mlflow.db").rename(root / "elsewhere.db")
     uri = f"sqlite:///{root / 'elsewhere.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with tracking.open_tracker("data", params, chosen, root=root):
-        pass
+    journal_of_a_run(root)
+    sync(Outbox(root, print))
     assert not (root / "mlflow.db").exists()
-    assert MlflowClient(uri).get_experiment_by_name(tracking.EXPERIMENT) is not None
+    assert MlflowClient(uri).get_experiment_by_name(store.EXPERIMENT) is not None
 
 
-def test_a_store_that_cannot_be_used_gets_one_sentence(project, monkeypatch):
-    root, params, chosen = project
-    (root / "file").write_text("no folder")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/file/x.db")
-    with pytest.raises(tracking.TrackingError, match="check MLFLOW_TRACKING_URI"):
-        with tracking.open_tracker("data", params, chosen, root=root):
-            pass
-    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["dvc", "repro"], True),
+        (["/usr/bin/python3.11", "-P", "-m", "dvc", "exp", "run"], True),
+        (["python", "/x/.venv/bin/dvc", "repro"], True),
+        (["python", "-W", "ignore", "/x/bin/dvc", "repro"], True),
+        (["su", "-", "dvc"], False),
+        (["bash", "-c", "dvc repro && echo"], False),
+        (["python", "-m", "pytest", "dvc"], False),
+        (["python", "train.py", "dvc"], False),
+        (["vim", "dvc"], False),
+        ([], False),
+    ],
+)
+def test_only_dvc_itself_is_a_pipeline_run(words, expected):
+    assert tracker._is_dvc(words) is expected
+
+
+def test_without_dvc_a_stage_is_a_pipeline_run_of_its_own(project, monkeypatch):
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    assert f"-{os.getpid()}-" in tracker.pass_identity(project[0])[0]
+
+
+def test_passwords_reach_neither_the_journal_nor_mlflow(project):
+    root, *_ = project
+    journal = journal_of_a_run(root, close=False)
+    journal.write("params", journal.folder.name, {"train.storage": "s3://AKIA:hunter2@bucket/runs?token=hunter2"})
+    journal.close()
+    assert "hunter2" not in (journal.folder / "events.jsonl").read_text()
+    sync(Outbox(root, print))
+    assert runs(root)[1]["train"].data.params["train.storage"] == "s3://***@bucket/runs?token=***"
+
+
+def test_a_module_in_the_current_folder_is_not_run_in_place_of_ours(tmp_path):
+    for name in ("stages", "safetensors", "pipeline", "dpar_core"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the current folder was run')")
+    code = "import sys; from pipeline.tracking import journal; import stages; print(stages.__file__)"
+    (tmp_path / "on_path").mkdir()
+    (tmp_path / "on_path" / "stages.py").write_text("raise SystemExit('the stages.py of PYTHONPATH was run')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path / "on_path"), str(ROOT)))}
+    found = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == str(ROOT / "stages" / "__init__.py"), found.stderr
+    line = command("pipeline.tracking.outbox")
+    found = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "IndexError" in found.stderr, "it got as far as looking for the journal's name"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,15 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipeline import tracking
 from pipeline.cli import app
 from pipeline.commands import sweep
 from pipeline.sweep import output as sweep_output
 from pipeline.sweep import tracking as sweep_tracking
+from pipeline.tracking import store
 from stages.params import ParamsError
 from stages.shared.sampler import Files
 from stages.tools.sweep import Outcome
+from tests.helpers.mlflow_stores import delivered
 from tests.helpers.paths import ROOT
 
 
@@ -112,15 +114,17 @@ def test_a_winner_that_makes_params_invalid_leaves_them_alone(tmp_path):
     assert path.read_text() == (ROOT / "params.yaml").read_text()
 
 
-def test_trials_hang_under_one_run_and_are_written_once(facts, tmp_path, monkeypatch):
+def test_trials_hang_under_one_run_and_are_written_once(facts, fresh_store, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(fresh_store, tmp_path)
     picture = tmp_path / "trials" / "s3.8-1.0.png"
     for _ in range(2):  # the second start finds what the first wrote
         with sweep_tracking.open_sweep("t", {"images": 20}, root=tmp_path) as runs:
             for one in facts.outcome.search:
                 runs.log_trial(one, picture)
             runs.log_winner("4.2 nats, cfg 2", "dpar-cli sweep threshold --thresholds 4.2")
-    client, experiment = tracking.connect(tmp_path)
+        delivered(tmp_path)
+    client, experiment = store.connect(tmp_path)
     found = client.search_runs([experiment])
     parent = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     assert len(parent) == 1

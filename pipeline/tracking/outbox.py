@@ -1,0 +1,405 @@
+"""Delivers journals to MLflow, in a process beside the one that writes, in order and once.
+
+Every event may be delivered twice with the effect of once (runs are found by their key, MLflow keeps equal metric rows
+once), so nothing depends on knowing whether an answer that was lost had been acted upon.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpar_core.secrets import redacted
+from pipeline.tracking import store
+from pipeline.tracking.journal import Event, Reader, bury
+from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, TrackingError
+
+SENT = "sent.json"
+KEY_TAG = "dpar.key"
+LARGEST_BATCH, LONGEST_VALUE = 900, 500  # MLflow takes 1000 metrics and 100 params a request
+POLL_SECONDS, LONGEST_PAUSE = 2.0, 30.0  # between looks at the journal; between tries while the store is away
+PATIENCE = 20.0  # seconds without an answer until that is said
+LEAVE_SECONDS = 20.0  # that an outbox goes on when its writer is gone
+_REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
+
+Say = Callable[[str], None]
+
+
+class Refused(Exception):
+    """MLflow will never take this event."""
+
+
+class Lost(Exception):
+    """The store does not know a run that it had: it was made anew."""
+
+
+class Away(TrackingError):
+    """MLflow cannot be written now; the message says why, and what to do."""
+
+
+@dataclass
+class _Progress:
+    """How far a journal is delivered, in bytes. Artifacts have their own count: no upload holds up a number."""
+
+    values: int = 0
+    artifacts: int = 0
+    refused: list[str] = field(default_factory=list)
+
+
+class Outbox:
+    """The way from the journals of one project to its store."""
+
+    def __init__(self, root: Path, say: Say) -> None:
+        self.root, self.say = root, say
+        self.uri = redacted(store.tracking_uri(root))
+        self.asked = float("inf")  # when the request began that is not answered yet
+        self._client: Any = None
+        self._experiment = ""
+        self._runs: dict[str, str] = {}
+        self._finished: set[str] = set()  # runs that were whole before: left alone
+
+    def deliver(self, folder: Path) -> int:
+        """Send what a journal holds now; return how many events went out. Raises Away.
+
+        Only for its own writer's outbox, or under `held`.
+        """
+        progress = _read_progress(folder)
+        try:
+            return self._deliver(folder, progress)
+        except Lost:
+            self._runs.clear()
+            progress.values = progress.artifacts = 0
+            try:
+                return self._deliver(folder, progress)
+            except Lost as error:
+                raise Away(f"MLflow at {self.uri} loses runs while they are written ({error}): look at the server") from None
+
+    def _deliver(self, folder: Path, progress: _Progress) -> int:
+        count, away = 0, None
+        for artifacts in (False, True):
+            begin = progress.artifacts if artifacts else progress.values
+            for events, offset in _batches(Reader(folder).after(begin), artifacts=artifacts):
+                try:
+                    self._send(folder, progress, events)
+                except Away as error:
+                    if not artifacts:
+                        raise
+                    away = error
+                    break
+                count += len(events)
+                if artifacts:
+                    progress.artifacts = offset
+                else:
+                    progress.values = offset
+                _write_progress(folder, progress)
+        if away is not None:
+            raise away
+        return count
+
+    def _send(self, folder: Path, progress: _Progress, events: list[Event]) -> None:
+        """Send events; what MLflow refuses is left out alone, and named."""
+        try:
+            self._apply(folder, events)
+        except Refused as error:
+            if len(events) > 1:
+                for event in events:
+                    self._send(folder, progress, [event])
+                return
+            why = str(error)
+            if why not in progress.refused:
+                progress.refused.append(why)
+                self.say(f"MLflow at {self.uri} refused a record of {folder.name}, which is left out: {why}")
+
+    def _apply(self, folder: Path, events: list[Event]) -> None:
+        """Do what events of one run and one kind ask for. Raises Away, Refused, Lost."""
+        event = events[0]
+        if event.run in self._finished:
+            return
+        self.asked = time.monotonic()
+        try:
+            from mlflow.exceptions import MlflowException
+
+            try:
+                self._connect()
+                self._do(folder, event, events)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    raise Lost(store.reason(error)) from error
+                if "'active' state" in str(error):  # deleted, alone or with its experiment, which can come back
+                    self._client = None
+                    self._connect()
+                if error.error_code in _REFUSED:
+                    raise Refused(redacted(" ".join(str(error).split()))[:300]) from error
+                raise
+        except (Away, Refused, Lost):
+            self._forget_if_away()
+            raise
+        except TrackingError as error:
+            self._client = None
+            raise Away(str(error)) from error
+        except FileNotFoundError as error:
+            if error.filename is not None and str(folder) in str(error.filename):
+                raise Refused(f"the copy of an artifact is gone from the journal: {error.filename}") from error
+            self._client = None
+            raise Away(f"MLflow at {self.uri} cannot be written: {store.reason(error)}") from error
+        except Exception as error:
+            self._client = None
+            raise Away(f"MLflow at {self.uri} cannot be written: {store.reason(error)}") from error
+        finally:
+            self.asked = float("inf")
+
+    def _forget_if_away(self) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, Away):
+            self._client = None
+
+    def _connect(self) -> None:
+        if self._client is None:
+            self._client, self._experiment = store.connect(self.root)
+            self._close_dead_runs()
+
+    def _do(self, folder: Path, event: Event, events: list[Event]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+
+        data = event.data
+        if event.op == "run":
+            self._runs[event.run] = self._open(event)
+            return
+        run = self._run(event.run)
+        if event.op == "metrics":
+            metrics = [
+                Metric(name, float(value), one.time, one.data["step"] or 0)
+                for one in events
+                for name, value in one.data["values"].items()
+            ]
+            for first in range(0, len(metrics), LARGEST_BATCH):
+                self._client.log_batch(run, metrics=metrics[first : first + LARGEST_BATCH])
+        elif event.op == "params":
+            params = [Param(name, str(value)[:LONGEST_VALUE]) for name, value in data.items()]
+            for first in range(0, len(params), 100):
+                self._client.log_batch(run, params=params[first : first + 100])
+        elif event.op == "input":
+            dataset = Dataset(name=data["name"], digest=data["digest"], source_type="local", source=data["path"])
+            self._client.log_inputs(run, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "input")])])
+        elif event.op == "artifact":
+            self._client.log_artifact(run, str(folder / data["file"]))
+        elif event.op == "tags":
+            for name, value in data.items():
+                self._client.set_tag(run, name, value)
+        elif event.op == "end":
+            self._client.set_terminated(run, data["status"], end_time=event.time)
+
+    def _open(self, event: Event) -> str:
+        """Return the id of an event's run; it is made where it is not there. One that is there goes on."""
+        with store.locked(self.root):
+            found = self._find(event.run)
+            if found is not None:
+                if event.data["once"] and found.info.status == "FINISHED":
+                    self._finished.add(event.run)
+                else:
+                    self._client.update_run(found.info.run_id, status="RUNNING")
+                return found.info.run_id
+            tags = {KEY_TAG: event.run, "mlflow.runName": event.data["name"], **event.data["tags"]}
+            if event.data["parent"] is not None:
+                tags["mlflow.parentRunId"] = self._run(event.data["parent"])
+            return self._client.create_run(self._experiment, start_time=event.time, tags=tags).info.run_id
+
+    def _find(self, key: str) -> Any:
+        from mlflow.entities import ViewType
+
+        words = f"tags.`{KEY_TAG}` = '{key}'"
+        found = self._client.search_runs([self._experiment], words, run_view_type=ViewType.ALL, max_results=1)
+        return found[0] if found else None
+
+    def _run(self, key: str) -> str:
+        if key not in self._runs:
+            found = self._find(key)
+            if found is None:
+                raise Lost(f"no run {key}")
+            self._runs[key] = found.info.run_id
+        return self._runs[key]
+
+    def _close_dead_runs(self) -> None:
+        """Mark runs as KILLED whose process is gone and whose journal is as well."""
+        from mlflow.entities import ViewType
+
+        words = "attributes.status = 'RUNNING'"
+        kind = ViewType.ACTIVE_ONLY
+        for run in self._client.search_runs([self._experiment], words, run_view_type=kind, max_results=200):
+            if _is_dead(run.data.tags):
+                self._client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _is_dead(tags: dict[str, str]) -> bool:
+    import psutil
+
+    if not tags.get(PID_TAG, "").isdigit() or tags.get(HOST_TAG) != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(int(tags[PID_TAG]))
+        started = tags.get(STARTED_TAG)
+        return started is not None and abs(process.create_time() - float(started)) > 2
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, ValueError):
+        return False
+
+
+def _batches(found: list[tuple[Event | None, int]], *, artifacts: bool) -> Iterator[tuple[list[Event], int]]:
+    """Group events of one lane: metrics of a run that follow each other go out together."""
+    batch: list[Event] = []
+    end = 0
+    for event, offset in found:
+        if event is None or (event.op == "artifact") is not artifacts:
+            continue
+        together = batch and event.op == "metrics" == batch[0].op and event.run == batch[0].run
+        if batch and (not together or len(batch) >= LARGEST_BATCH):
+            yield batch, end
+            batch = []
+        batch.append(event)
+        end = offset
+    if batch:
+        yield batch, end
+
+
+def _read_progress(folder: Path) -> _Progress:
+    try:
+        return _Progress(**json.loads((folder / SENT).read_text()))
+    except (ValueError, TypeError, OSError):
+        return _Progress()  # sending all of it again changes nothing
+
+
+def _write_progress(folder: Path, progress: _Progress) -> None:
+    # In place, under the lock that `held` has on this very file.
+    with open(folder / SENT, "r+") as stream:
+        text = json.dumps(vars(progress))
+        stream.write(text)
+        stream.truncate(len(text))
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold the right to deliver a journal; False where somebody else has it, or it is delivered and gone."""
+    try:
+        stream = open(folder / SENT, "a")  # noqa: SIM115
+    except FileNotFoundError:
+        yield False
+        return
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield (folder / SENT).exists()
+
+
+def journals(root: Path) -> list[Path]:
+    """Return the journals that are not delivered, oldest first."""
+    return sorted(path.parent for path in journal_folder(root).glob("*/events.jsonl"))
+
+
+def journal_folder(root: Path) -> Path:
+    """Return the folder of a project's journals."""
+    return store.store_root(root) / "work" / "tracking"
+
+
+def sync(outbox: Outbox, *, leave: Path | None = None) -> int:
+    """Deliver the journals of processes that are gone; return how many events went out. Raises Away.
+
+    leave: the journal of the process that asks, which its own outbox delivers.
+    """
+    count = 0
+    for folder in journals(outbox.root):
+        if folder == leave:
+            continue
+        with held(folder) as mine:
+            if mine and bury(folder):
+                count += outbox.deliver(folder)
+                shutil.rmtree(folder)
+    return count
+
+
+def main() -> None:
+    """Deliver the journal of the process that started this one, after those that earlier ones left."""
+    root, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    os.chdir(root)
+    store.quiet_environment()
+    with held(folder) as mine:
+        if mine:
+            status = _Courier(root, folder).run()
+            if status == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            sys.exit(status)
+
+
+class _Courier:
+    """Follows a journal until its writer is gone: standard input closes, and the lock of the journal is free."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder = folder
+        self.outbox = Outbox(root, _say)
+        self.away = False  # that the store is away has been said
+        self.behind = True  # journals of earlier processes may wait
+        self.writer_gone = threading.Event()
+
+    def run(self) -> int:
+        """Return 0 when all is delivered, 3 when something waits for the store."""
+        threading.Thread(target=self._watch, daemon=True).start()
+        pause, missed = POLL_SECONDS, False
+        while True:
+            ended = self.writer_gone.is_set() and bury(self.folder)
+            try:
+                if self.behind:
+                    sync(self.outbox, leave=self.folder)
+                    self.behind = False
+                count = self.outbox.deliver(self.folder)
+                if missed and count:
+                    _say(f"MLflow at {self.outbox.uri} is back, it has {count} records that it missed")
+                missed, pause = False, POLL_SECONDS
+                if ended:
+                    return 0
+            except Away as error:
+                self._tell(str(error))
+                missed, pause = True, min(2 * pause, LONGEST_PAUSE)
+                if ended:
+                    return 3
+            if not self.writer_gone.is_set():
+                readable, _, _ = select.select([sys.stdin], [], [], pause)
+                if readable:  # it never writes: its end is there
+                    self.writer_gone.set()
+                    timer = threading.Timer(LEAVE_SECONDS, os._exit, (3,))
+                    timer.daemon = True
+                    timer.start()
+            elif not ended:
+                time.sleep(0.2)
+
+    def _tell(self, why: str) -> None:
+        if not self.away:
+            self.away = True
+            _say(f"{why}. Work goes on; what MLflow misses is kept in work/tracking and sent by the next run, or by "
+                 "`dpar-cli runs sync`")  # fmt: skip
+
+    def _watch(self) -> None:
+        """Say that the store does not answer while a request hangs."""
+        while not self.away:
+            time.sleep(0.5)
+            if time.monotonic() - self.outbox.asked > PATIENCE:
+                self._tell(f"MLflow at {self.outbox.uri} has not answered for {PATIENCE:g} s")
+
+
+def _say(sentence: str) -> None:
+    with suppress(OSError, ValueError):  # nobody listens any more
+        print(sentence, flush=True)

@@ -1,0 +1,277 @@
+"""MLflow: every stage a run, all runs of one pipeline run under one parent. Written from the driver process only.
+
+What is said goes to a journal on local disk at once; a process beside this one (outbox.py) brings it to MLflow. So an
+MLflow that is slow, away or broken costs the work no time, and no value is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dpar_core.files import digest_of
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.outbox import journal_folder
+from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, store_root
+from stages.tracker import LineProgress, Progress
+from stages.workers.child import command
+
+PASS_TAG = "dpar.pass"
+CLOSE_SECONDS = 15.0  # that the end of a stage waits for the store
+
+
+def pass_identity(root: Path) -> tuple[str, str, Any]:
+    """Return (identity, name, process) of the pipeline run this process belongs to.
+
+    Under `dvc repro` or `dvc exp run` that is the dvc process: all its stages find the same one. Each experiment of a
+    queue is one of its own, and so is a stage run by hand.
+    """
+    import psutil
+
+    process = psutil.Process()
+    if "DVC_STAGE" in os.environ:  # which dvc sets for the commands of stages
+        for ancestor in process.parents():
+            with suppress(psutil.Error):
+                if _is_dvc(ancestor.cmdline()):
+                    process = ancestor
+                    break
+    started = process.create_time()
+    name = time.strftime("pass %Y-%m-%d %H:%M:%S", time.localtime(started))
+    copy = "" if store_root(root) == root.resolve() else f"-{root.resolve().name}"
+    return f"{socket.gethostname()}-{process.pid}-{started:.2f}{copy}", name, process
+
+
+def _is_dvc(words: list[str]) -> bool:
+    """Tell whether a command line is dvc's: `dvc ...`, `python .../dvc ...` or `python -m dvc ...`."""
+    names = [Path(word).name.removesuffix(".exe") for word in words]
+    if not names:
+        return False
+    if names[0] == "dvc":
+        return True
+    if not names[0].lower().startswith(("python", "pypy")):
+        return False
+    for place, word in enumerate(words[1:], 1):
+        if word == "-m":
+            return names[place + 1 : place + 2] == ["dvc"]
+        if word in ("-W", "-X"):
+            continue
+        if not word.startswith("-") and words[place - 1] not in ("-W", "-X"):
+            return names[place] == "dvc"
+    return False
+
+
+def process_tags(process: Any = None) -> dict[str, str]:
+    """Return the tags by which a later process finds out that this one is gone."""
+    import psutil
+
+    process = process or psutil.Process()
+    return {
+        PID_TAG: str(process.pid), HOST_TAG: socket.gethostname(), STARTED_TAG: f"{process.create_time():.2f}"
+    }  # fmt: skip
+
+
+class Recording:
+    """A journal and the process that delivers it. Runs have keys of our own, which name them before MLflow does."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        root = store_root(root)
+        self.name, self.bar = name, None
+        self.journal = Journal(journal_folder(root), name)
+        (self.journal.folder / "sent.json").touch()
+        log = open(self.journal.folder / "outbox.log", "wb")  # noqa: SIM115
+        self._outbox = subprocess.Popen(
+            command("pipeline.tracking.outbox", str(root), str(self.journal.folder)),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            start_new_session=True,  # Ctrl-C is for us: we say how the runs end
+        )  # fmt: skip
+        log.close()
+        self._listener = threading.Thread(target=self._listen, name="outbox", daemon=True)
+        self._listener.start()
+
+    def run(self, key: str, name: str, *, tags: Mapping[str, str], parent: str | None = None, once: bool = False) -> str:
+        """Open a run, or go on with it; return its key. once: leave it alone where it is finished already."""
+        self.journal.write("run", key, {"name": name, "tags": dict(tags), "parent": parent, "once": once})
+        return key
+
+    def params(self, run: str, values: Mapping[str, object]) -> None:
+        self.journal.write("params", run, {name: str(value) for name, value in values.items()})
+
+    def tags(self, run: str, values: Mapping[str, object]) -> None:
+        self.journal.write("tags", run, {name: str(value) for name, value in values.items()})
+
+    def metrics(self, run: str, values: Mapping[str, float], step: int | None = None, *, time_ms: int | None = None) -> None:
+        data = {"values": {name: float(value) for name, value in values.items()}, "step": step}
+        self.journal.write("metrics", run, data, time_ms=time_ms)
+
+    def artifact(self, run: str, path: Path) -> None:
+        self.journal.write_file(run, path)
+
+    def end(self, run: str, status: str) -> None:
+        self.journal.write("end", run, {"status": status})
+
+    def close(self) -> None:
+        """Let the rest be delivered, for some seconds; what is left then is kept and named."""
+        self.journal.close()
+        with suppress(OSError):
+            self._outbox.stdin.close()
+        try:
+            self._outbox.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._say(
+                f"MLflow is slow: records of {self.name} that it does not have yet are kept in work/tracking and sent by "
+                "the next run, or by `dpar-cli runs sync`"
+            )
+            return
+        self._listener.join(1)
+        if self._outbox.returncode not in (0, 3):
+            self._say(
+                f"the process that writes to MLflow ended with status {self._outbox.returncode}: records of {self.name} are "
+                f"kept and sent by the next run, or by `dpar-cli runs sync`; details in {self.journal.folder}/outbox.log"
+            )
+
+    def _listen(self) -> None:
+        for line in self._outbox.stdout:
+            self._say(line.rstrip("\n"))
+
+    def _say(self, sentence: str) -> None:
+        if self.bar is not None:
+            self.bar.console.print(sentence, markup=False, highlight=False)
+        else:
+            print(sentence, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def recording(root: Path, name: str) -> Iterator[Recording]:
+    """Open a recording; nothing that goes wrong while it closes hides what went wrong before."""
+    one = Recording(root, name)
+    try:
+        yield one
+    finally:
+        failing = sys.exc_info()[1] is not None
+        try:
+            one.close()
+        except OSError as error:
+            if not failing:
+                raise
+            print(f"the last records of {name} are lost: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterator[MlflowTracker]:
+    """Open the run of a stage under the parent of its pass; it ends FINISHED, FAILED, or KILLED when stopped."""
+    from pipeline.runner import plain, whole_params
+
+    identity, name, process = pass_identity(root)
+    with recording(root, stage) as records:
+        parent = records.run(digest_of(identity), name, tags={PASS_TAG: identity, **process_tags(process)})
+        records.params(parent, whole_params(params))
+        tags = {"dpar.stage": stage, **process_tags()}
+        run = records.run(records.journal.folder.name, stage, tags=tags, parent=parent)
+        tracker = MlflowTracker(records, run, parent, stage)
+        tracker.log_params(_flatten(plain(chosen)))
+        with tracker.ending():
+            yield tracker
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def status_of(error: BaseException | None) -> str:
+    """Return how a run ends: FINISHED, FAILED, or KILLED where somebody stopped it."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+
+
+class MlflowTracker:
+    """Implements stages.tracker.Tracker."""
+
+    def __init__(self, records: Recording, run: str, parent: str, stage: str) -> None:
+        self.records, self.run, self.parent, self.stage = records, run, parent, stage
+        self._last: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        self.records.params(self.run, params)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.records.metrics(self.run, metrics, step)
+        with self._lock:
+            self._last |= {name: float(value) for name, value in metrics.items()}
+
+    def log_input(self, name: str, path: Path, digest: str) -> None:
+        self.records.journal.write("input", self.run, {"name": name, "path": str(path), "digest": digest})
+
+    def log_picture(self, path: Path) -> None:
+        self.records.artifact(self.run, path)
+
+    def log_artifact(self, path: Path) -> None:
+        self.records.artifact(self.run, path)
+
+    @contextmanager
+    def progress(self, total: int, description: str, *, done: int = 0, unit: str = "it") -> Iterator[Progress]:
+        if not sys.stderr.isatty():
+            yield LineProgress(total, description, done=done, unit=unit)
+            return
+        with _rich_bar() as bar:
+            task = bar.add_task(description, total=total, completed=done, values="", unit=unit)
+            self.records.bar = bar
+            try:
+                yield _RichProgress(bar, task)
+            finally:
+                self.records.bar = None
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """End the run as the block ends, and copy its last values to the parent under the stage's name."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):  # the disk is full, and that is what is being raised
+                self._end(status_of(error))
+            raise
+        self._end("FINISHED")
+
+    def _end(self, status: str) -> None:
+        kept = {f"{self.stage}/{n}": v for n, v in self._last.items() if not n.startswith(("perf/", "train/"))}
+        if kept:
+            self.records.metrics(self.parent, kept)
+        self.records.end(self.run, status)
+        # The parent has no end of its own: it is as far as its latest stage.
+        self.records.end(self.parent, status)
+
+
+def _rich_bar():
+    from rich import progress as rich
+
+    class Rate(rich.ProgressColumn):
+        def render(self, task: rich.Task) -> str:
+            return "" if task.speed is None else f"{task.speed:.1f} {task.fields['unit']}/s"
+
+    return rich.Progress(
+        rich.TextColumn("[bold]{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), Rate(),
+        rich.TextColumn("{task.fields[values]}"), rich.TimeElapsedColumn(), rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
+    )  # fmt: skip
+
+
+class _RichProgress:
+    def __init__(self, bar: Any, task: Any) -> None:
+        self.bar, self.task = bar, task
+
+    def advance(self, amount: int = 1, **values: float) -> None:
+        shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.bar.update(self.task, advance=amount, values=shown)
