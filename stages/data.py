@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
+import json
+import os
+import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,8 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from dpar_core.data import sources
-from dpar_core.data.images import decode_image
+from dpar_core.data.folders import list_folder
+from dpar_core.data.image_parquet import list_parquet
+from dpar_core.data.image_tars import list_ilsvrc_train, list_ilsvrc_validation, list_webdataset
+from dpar_core.data.images import BadImage, decode_image
+from dpar_core.data.listing import Listing, is_litter, join_listings
 from dpar_core.data.manifest import SPLITS, Manifest, Row, write_manifest
+from dpar_core.data.splits import first_few
 from dpar_core.data.synsets import IMAGENET_SYNSETS, check_imagenet_classes
 from dpar_core.data.tars import members
 from dpar_core.files import digest_of, write_json
@@ -34,6 +45,8 @@ PHOTOGRAPHS = {
 }
 SYNSET_LISTS = ("ILSVRC2012_validation_synsets.txt", "imagenet_2012_validation_synset_labels.txt")
 SOLUTION, GROUND_TRUTH = "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt"
+_MOST_COMPARED, _MOST_BYTES = 20_000, 2 << 30  # images, and bytes of them, that are compared between the splits here
+_PARQUET_IMAGE = 100_000  # bytes, for want of a better figure
 
 
 @dataclass(frozen=True)
@@ -54,28 +67,109 @@ class Outputs:
 
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
-    """Write the manifest of the training and validation images, and how many there are of each."""
+    """Write the manifest of the training and validation images, and print what was found."""
     manifest = make_manifest(params.data, seed=params.seed)
+    both = images_in_both_splits(manifest)
     write_manifest(outputs.manifest, manifest)
+    for line in describe(manifest, params.data, both):
+        print(line)
+    if manifest.notes["left_out"]:
+        print(f"all that was left out is in the notes of {outputs.manifest}", file=sys.stderr)
     if params.data.classes == "imagenet" and manifest.notes["class_order"] != "synsets":
         print(f"warning: data.train {params.data.train}: checked was the {manifest.notes['class_order']}", file=sys.stderr)
-    if manifest.notes.get("left_out"):
-        left_out = manifest.notes["left_out"]
-        print(
-            f"{len(left_out)} files are no images and were left out (first: {', '.join(left_out[:3])}); "
-            f"all are in the notes of {outputs.manifest}",
-            file=sys.stderr,
-        )
     counts: dict[str, float] = {"data/classes": len(manifest.classes)}
     for split in SPLITS:
         per_class = manifest.counts(split)
         counts[f"data/{split}_images"] = int(per_class.sum())
         counts[f"data/{split}_smallest_class"] = int(per_class.min())
+        counts[f"data/{split}_median_class"] = float(np.median(per_class))
         counts[f"data/{split}_largest_class"] = int(per_class.max())
-    counts["data/files_left_out"] = manifest.notes.get("files_left_out", 0)
+    counts["data/files_left_out"] = len(manifest.notes["left_out"])
+    if both is not None:
+        counts["data/images_in_both_splits"] = len(both)
     write_json(outputs.metrics, counts)
     tracker.log_metrics(counts)
     tracker.log_params({"manifest.digest": manifest.digest, "manifest.class_list": manifest.notes["class_list"]})
+
+
+def describe(manifest: Manifest, data: P.Data, both: list[tuple[str, str]] | None) -> list[str]:
+    """Return what a person should see of a data set, a line each: splits, classes, choices, what was left out and why.
+
+    both: sources of the same image in validation and training, or None where they were not compared.
+    """
+    classes = manifest.classes
+    lines = [f"data: {data.source}, {len(classes):,} classes: {_ends(classes)}"]
+    for split in SPLITS:
+        counts = manifest.counts(split)
+        least, most = int(counts.argmin()), int(counts.argmax())
+        lines.append(
+            f"{split}: {counts.sum():,} images; per class: smallest {counts[least]:,} ({_name(classes, least)}), median "
+            f"{np.median(counts):,.10g}, largest {counts[most]:,} ({_name(classes, most)})"
+        )
+        if none := [name for name, count in zip(classes, counts) if not count]:
+            lines.append(f"{split}: {len(none):,} classes have no images ({first_few(none)})")
+    lines += manifest.notes["choices"]
+    folded = Counter(name.casefold() for name in classes)
+    if alike := [name for name in classes if folded[name.casefold()] > 1]:
+        lines.append(f"warning: {len(alike)} classes differ from another only in upper and lower case ({first_few(alike)})")
+    left_out: dict[str, list[str]] = {}
+    for name, reason in manifest.notes["left_out"].items():
+        left_out.setdefault(reason, []).append(name)
+    for reason, names in sorted(left_out.items()):
+        lines.append(f"left out: {len(names):,} ({reason}): {first_few(names)}")
+    if both:
+        shown = first_few(f"{one} = {other}" for one, other in both)
+        lines.append(f"warning: {len(both):,} validation images are in the training set as well, byte by byte: {shown}")
+    if both is None:
+        lines.append(
+            "images that are in both splits: not looked for here, tokenize_images counts them when it reads them all"
+        )
+    return lines
+
+
+def _ends(classes: Sequence[str]) -> str:
+    numbered = [_name(classes, number) for number in range(len(classes))]
+    return ", ".join(numbered if len(numbered) <= 6 else [*numbered[:4], "...", numbered[-1]])
+
+
+def _name(classes: Sequence[str], number: int) -> str:
+    return f"class {number}" if classes[number] == str(number) else f"{number} {classes[number]}"
+
+
+def images_in_both_splits(manifest: Manifest) -> list[tuple[str, str]] | None:
+    """Return the sources (validation, training) of images that are the same byte by byte, or None for large data sets.
+
+    Files are read only where one of the other split has the same size, as far as sizes are known beforehand (not in
+    Parquet). More than 20,000 images, or 2 GB to read, are left to tokenize_images, which reads every image anyway.
+    """
+    if len(manifest.rows) > _MOST_COMPARED:
+        return None
+    roots = {name: Path(root) for name, root in manifest.roots.items()}
+    opener = ImageOpener(manifest)
+    rows = [row for row in manifest.rows if row.source.partition(":")[0] not in opener.loaders]
+    sizes: dict[str, int | None] = {}
+    for row in rows:
+        try:
+            sizes[row.key] = sources.size_of(row.source, roots)
+        except OSError:
+            continue  # a bad image, of which tokenize_images tells
+    there = {split: {sizes[row.key] for row in rows if row.split == split and row.key in sizes} for split in SPLITS}
+    shared = set.intersection(*there.values())
+    rows = [row for row in rows if row.key in sizes and sizes[row.key] in shared]
+    if sum(sizes[row.key] or _PARQUET_IMAGE for row in rows) > _MOST_BYTES:
+        return None
+    first: dict[bytes, str] = {}
+    pairs = []
+    for row in sorted(rows, key=lambda row: SPLITS.index(row.split)):
+        try:
+            name = hashlib.blake2b(opener.content(row.source), digest_size=16).digest()
+        except BadImage:
+            continue
+        if row.split == "train":
+            first.setdefault(name, row.source)
+        elif name in first:
+            pairs.append((row.source, first[name]))
+    return pairs
 
 
 def make_manifest(data: P.Data, *, seed: int) -> Manifest:
@@ -84,23 +178,25 @@ def make_manifest(data: P.Data, *, seed: int) -> Manifest:
         manifest = builtin_manifest(data.builtin, seed=seed)
     else:
         roots = {split: Path(getattr(data, split)) for split in SPLITS}
-        manifest = sources.join_listings({split: _list(data.source, roots[split], split) for split in SPLITS}, roots)
-    notes = {**manifest.notes, "class_list": digest_of(list(manifest.classes)), "class_order": "as found"}
+        listings = {split: _list(data, roots[split], split) for split in SPLITS}
+        manifest = join_listings(listings, roots, keep_empty=data.empty_classes == "keep")
+    notes = {"left_out": {}, "choices": [], **manifest.notes}
+    notes |= {"class_list": digest_of(list(manifest.classes)), "class_order": "as found"}
     if data.classes == "imagenet":
         notes["class_order"] = _check_imagenet(manifest, data)
     return Manifest(manifest.rows, manifest.classes, manifest.roots, manifest.digest, notes)
 
 
-def _list(source: str, root: Path, split: str) -> sources.Listing:
-    if source == "webdataset":
-        return sources.list_webdataset(root, split)
-    if source == "parquet":
-        return sources.list_parquet(root, split)
-    if source == "imagefolder" or root.is_dir():
-        return sources.list_folder(root, split)
+def _list(data: P.Data, root: Path, split: str) -> Listing:
+    if data.source == "webdataset":
+        return list_webdataset(root, split, label_key=data.label_key, image_key=data.image_key)
+    if data.source == "parquet":
+        return list_parquet(root, split, label_key=data.label_key, image_key=data.image_key)
+    if data.source == "imagefolder" or root.is_dir():
+        return list_folder(root, split)
     if split == "train":
-        return sources.list_ilsvrc_train(root)
-    return sources.list_ilsvrc_validation(root, validation_synsets(root))
+        return list_ilsvrc_train(root)
+    return list_ilsvrc_validation(root, validation_synsets(root))
 
 
 def _check_imagenet(manifest: Manifest, data: P.Data) -> str:
@@ -162,18 +258,45 @@ def _solution(path: Path) -> dict[str, str]:
 
 
 def _pair(tar: Path, synsets: list[str], where: str) -> dict[str, str]:
-    names = sorted(Path(member.name).stem for member in members(tar))
+    names = sorted(Path(member.name).stem for member in members(tar) if not is_litter(Path(member.name).name))
     if len(names) != len(synsets):
         raise ValueError(f"{where} has {len(synsets)} classes for {len(names)} images in {tar}: they must be as many")
     return dict(zip(names, synsets))
 
 
-def _development_kit(path: Path) -> dict[str, str]:
-    """Return the synset of each ILSVRC2012 number, which is not its place in the standard order."""
-    from scipy.io import loadmat
+# What reads meta.mat: a native parser of an untrusted file, so in a process of its own with bounded memory and time.
+_READ_KIT = """
+import json, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+except (ImportError, OSError, ValueError):
+    pass  # no such limit on this system; the time limit holds
+import numpy as np
+from scipy.io import loadmat
+entries = np.atleast_1d(loadmat(sys.argv[1], squeeze_me=True, variable_names=["synsets"])["synsets"])
+print(json.dumps({str(int(entry["ILSVRC2012_ID"])): str(entry["WNID"]) for entry in entries}))
+"""
+_KIT_SECONDS = 60
 
-    entries = loadmat(path, squeeze_me=True)["synsets"]
-    return {str(int(entry["ILSVRC2012_ID"])): str(entry["WNID"]) for entry in np.atleast_1d(entries)}
+
+def _development_kit(path: Path) -> dict[str, str]:
+    """Return the synset of each ILSVRC2012 number, which is not its place in the standard order. Raises ValueError."""
+    way_out = "unpack ILSVRC2012_devkit_t12.tar.gz again"
+    # -P: a module in the folder where we run is none of ours. One thread: each takes address space.
+    words = [sys.executable, "-P", "-c", _READ_KIT, str(path)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(words, capture_output=True, timeout=_KIT_SECONDS, env=environment, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{path} could not be read in {_KIT_SECONDS} s, so it is damaged: {way_out}") from None
+    if done.returncode:
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or [f"the reader died of {-done.returncode}"])[
+            -1
+        ]
+        raise ValueError(f"{path} is not the meta.mat of the development kit, or damaged ({reason[:200]}): {way_out}")
+    return json.loads(done.stdout)
 
 
 def builtin_manifest(settings: P.BuiltinData, *, seed: int) -> Manifest:

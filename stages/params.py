@@ -63,6 +63,9 @@ class Data(Section):
     train: str | None
     validation: str | None
     classes: Literal["any", "imagenet"]
+    empty_classes: Literal["refuse", "keep"]
+    image_key: str | None
+    label_key: str | None
     image_size: Annotated[int, Field(ge=8)]
     views: Literal["adm_center_flip", "ten_crop_1.1", "ten_crop_1.05", "ten_crop_both"]
     max_bad_share: Share

@@ -65,9 +65,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_crops(tmp_pat
 
 def test_images_are_counted_by_split_and_class(tmp_path):
     assert json.loads(run(tmp_path).metrics.read_text()) == {
-        "data/classes": 9, "data/files_left_out": 0,
-        "data/train_images": 90, "data/train_smallest_class": 10, "data/train_largest_class": 10,
-        "data/validation_images": 18, "data/validation_smallest_class": 2, "data/validation_largest_class": 2,
+        "data/classes": 9, "data/files_left_out": 0, "data/images_in_both_splits": 0,
+        "data/train_images": 90, "data/train_smallest_class": 10, "data/train_median_class": 10.0,
+        "data/train_largest_class": 10, "data/validation_images": 18, "data/validation_smallest_class": 2,
+        "data/validation_median_class": 2.0, "data/validation_largest_class": 2,
     }  # fmt: skip
 
 
@@ -205,6 +206,8 @@ def test_files_left_out_are_counted_and_said_where_they_are_listed(tmp_path, cap
         put_image(tmp_path / split / "a" / "1.png")
     (tmp_path / "train" / "a" / "notes.txt").write_text("mine")
     outputs = run(tmp_path, source="imagefolder", train=str(tmp_path / "train"), validation=str(tmp_path / "validation"))
-    assert "1 files are no images and were left out (first: train:a/notes.txt)" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "left out: 1 (no image by its name and its first bytes): train:a/notes.txt\n" in said.out
+    assert f"all that was left out is in the notes of {outputs.manifest}" in said.err
     assert json.loads(outputs.metrics.read_text())["data/files_left_out"] == 1
-    assert read_manifest(outputs.manifest).notes["left_out"] == ["train:a/notes.txt"]
+    assert list(read_manifest(outputs.manifest).notes["left_out"]) == ["train:a/notes.txt"]

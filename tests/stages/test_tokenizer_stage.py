@@ -64,7 +64,8 @@ def manifest(tmp_path_factory) -> tuple[P.Data, Path]:
     builtin = P.BuiltinData(train_crops=1, validation_crops=1, crop_min=1, crop_max=1, validation_share=0.5)
     data = P.Data(
         source="imagefolder", train=str(root / "train"), validation=str(root / "validation"), classes="any",
-        image_size=8, views="adm_center_flip", max_bad_share=0.0, builtin=builtin,
+        empty_classes="refuse", image_key=None, label_key=None, image_size=8, views="adm_center_flip", max_bad_share=0.0,
+        builtin=builtin,
     )  # fmt: skip
     write_manifest(root / "manifest.parquet", make_manifest(data, seed=0))
     return data, root / "manifest.parquet"

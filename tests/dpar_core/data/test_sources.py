@@ -12,20 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dpar_core.data.folders import image_files, list_folder
+from dpar_core.data.image_parquet import list_parquet
+from dpar_core.data.image_tars import list_ilsvrc_train, list_ilsvrc_validation, list_webdataset
 from dpar_core.data.images import BadImage
+from dpar_core.data.listing import join_listings
 from dpar_core.data.manifest import Manifest, Row, read_manifest, write_manifest
 from dpar_core.data.shards import Sample, write_shard
-from dpar_core.data.sources import (
-    ImageOpener,
-    block_of,
-    image_files,
-    join_listings,
-    list_folder,
-    list_ilsvrc_train,
-    list_ilsvrc_validation,
-    list_parquet,
-    list_webdataset,
-)
+from dpar_core.data.sources import ImageOpener, block_of
 from dpar_core.data.synsets import IMAGENET_SYNSETS, check_imagenet_classes
 from dpar_core.data.tars import BadTar
 
@@ -178,8 +172,11 @@ def test_files_that_are_no_images_are_left_out_and_named(tmp_path):
     })  # fmt: skip
     listing = list_folder(tmp_path, "train")
     assert listing.sources == ["train:a/1.png", "train:a/no_ending", "train:a/odd.data", "train:a/deeper/5.png"]
-    assert listing.classes == ["a"]
-    assert listing.left_out == ["a/.hidden.png", "a/notes.txt", "empty_class/x.txt", "readme.md"]
+    assert listing.classes == ["a", "empty_class"] and listing.empty == {"empty_class": "no image files in it"}
+    assert listing.left_out == {
+        "a/.hidden.png": "hidden, or left there by a system", "a/notes.txt": "no image by its name and its first bytes",
+        "empty_class/x.txt": "no image by its name and its first bytes", "readme.md": "beside the class folders",
+    }  # fmt: skip
 
 
 def test_a_folder_of_images_is_listed_whatever_their_format_and_without_what_systems_leave_there(tmp_path):
@@ -215,7 +212,7 @@ def test_folders_below_and_links_are_walked_as_image_folder_walks_them(tmp_path)
     listing = list_folder(tmp_path / "root", "train")
     found = [(source.removeprefix("train:"), label) for source, label in zip(listing.sources, listing.labels)]
     assert found == image_folder(tmp_path / "root") and len(found) == len(names) + 4
-    assert listing.left_out == []
+    assert listing.left_out == {}
 
 
 @pytest.mark.timeout(20)
@@ -225,27 +222,27 @@ def test_a_link_that_leads_back_is_left_out(tmp_path):
     (tmp_path / "b/up").symlink_to(tmp_path)
     (tmp_path / "b/other").symlink_to(tmp_path / "a")
     listing = list_folder(tmp_path, "train")
-    assert listing.left_out == ["a/deep/back", "b/other/deep/back", "b/up"]
+    assert listing.left_out == dict.fromkeys(["a/deep/back", "b/other/deep/back", "b/up"], "a link back to a folder above")
     assert [source.removeprefix("train:") for source in listing.sources] == [
         "a/1.png", "a/deep/2.png", "b/3.png", "b/other/1.png", "b/other/deep/2.png",
     ]  # fmt: skip
 
 
-def test_names_that_are_not_utf8_are_left_out_and_shown_escaped(tmp_path):
+def test_names_that_are_not_utf8_are_left_out_and_shown_escaped_and_class_names_refused(tmp_path):
     put(tmp_path, {"a/1.png": png(1), "a/caf\u00e9.png": png(2)})
-    for name in (b"a/caf\xe9.png", b"b\xff/1.png"):
-        path = os.path.join(os.fsencode(tmp_path), name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        Path(os.fsdecode(path)).write_bytes(png(3))
+    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"a/caf\xe9.png"))).write_bytes(png(3))
     listing = list_folder(tmp_path, "train")
-    assert listing.left_out == ["a/caf\\xe9.png", "b\\xff"]
+    assert listing.left_out == {"a/caf\\xe9.png": "its name is not UTF-8"}
     assert listing.sources == ["train:a/1.png", "train:a/caf\u00e9.png"]
     manifest = join_listings({"train": listing}, {"train": tmp_path})
     write_manifest(tmp_path / "m.parquet", manifest)
-    assert read_manifest(tmp_path / "m.parquet").notes["left_out"] == [f"train:{name}" for name in listing.left_out]
+    assert read_manifest(tmp_path / "m.parquet").notes["left_out"] == {"train:a/caf\\xe9.png": "its name is not UTF-8"}
+    os.mkdir(os.path.join(os.fsencode(tmp_path), b"b\xff"))
+    with pytest.raises(ValueError, match=r"the name of class folder 'b\\\\xff' is not UTF-8: rename it"):
+        list_folder(tmp_path, "train")
 
 
-def test_a_folder_that_cannot_be_read_is_left_out_and_the_others_are_listed(tmp_path, monkeypatch):
+def test_a_class_folder_that_cannot_be_read_keeps_its_place_and_is_refused(tmp_path, monkeypatch):
     put(tmp_path, {"a/1.png": png(1), "b/2.png": png(2), "b/deep/3.png": png(3)})
     real = os.scandir
 
@@ -256,13 +253,16 @@ def test_a_folder_that_cannot_be_read_is_left_out_and_the_others_are_listed(tmp_
 
     monkeypatch.setattr(os, "scandir", refuse)
     listing = list_folder(tmp_path, "train")
-    assert (listing.sources, listing.classes, listing.left_out) == (["train:b/2.png"], ["b"], ["a", "b/deep"])
+    assert (listing.sources, listing.labels, listing.classes) == (["train:b/2.png"], [1], ["a", "b"])
+    assert listing.left_out == dict.fromkeys(["a", "b/deep"], "cannot be read: Permission denied")
+    with pytest.raises(ValueError, match=r"no images of 1 of its 2 classes: a \(cannot be read: Permission denied\)"):
+        join_listings({"train": listing}, {"train": tmp_path})
 
 
 def test_all_files_left_out_are_in_the_notes(tmp_path):
     put(tmp_path, {"a/1.png": png(1), **{f"a/{number:03d}.txt": b"" for number in range(250)}})
     notes = join_listings({"train": list_folder(tmp_path, "train")}, {"train": tmp_path}).notes
-    assert notes == {"files_left_out": 250, "left_out": [f"train:a/{number:03d}.txt" for number in range(250)]}
+    assert notes["files_left_out"] == 250 and list(notes["left_out"]) == [f"train:a/{n:03d}.txt" for n in range(250)]
 
 
 @pytest.mark.parametrize("length", [65, 77, 79, 81, 83, 200])
@@ -344,10 +344,13 @@ def test_labels_go_by_name_when_validation_has_fewer_classes(tmp_path):
         ({"a.cls": b"1"}, "has 0 images, expected one"),
         ({"a.png": b"x", "a.jpg": b"y", "a.cls": b"1"}, "has 2 images"),
         ({"a.png": b"x", "b.png": b"y", "a.cls": b"1", "b.cls": b"1"}, "has no label beside"),
-        ({"a.png": b"x", "a.cls": b"one"}, "expected a class number"),
+        ({"a.png": b"x", "a.cls": b""}, "expected a class"),
+        ({"a.png": b"x", "a.cls": b"\xff\xfe"}, "expected a class number or name in UTF-8"),
+        ({"a.png": b"x", "a.cls": b"9" * 5000}, "expected a class"),
+        ({"a.png": b"x", "a.cls": b"1099511627776"}, "has the label 1099511627776, expected a class number from 0 to below"),
         ({"a.png": b"x", "a.cls": b"-1"}, "expected a class number"),
         ({"a.png": b"x", "a.json": b'{"label": true}'}, "expected a class number"),
-        ({"a.png": b"x", "a.json": b"[" * 10_000}, "expected a class number"),
+        ({"a.png": b"x", "a.json": b"[" * 10_000}, "a .json that cannot be read"),
         ({"noending": b"x"}, "is not named KEY.ending"),
     ],
 )
@@ -377,7 +380,7 @@ def test_classes_txt_names_the_classes_of_numbered_shards(tmp_path):
     put(tmp_path, {"0.tar": tar_of({"a.png": png(1), "a.cls": b"1"}), "classes.txt": b"cat\ndog\nfox\n"})
     assert list_webdataset(tmp_path, "train").classes == ["cat", "dog", "fox"]
     (tmp_path / "classes.txt").write_text("cat\n")
-    with pytest.raises(ValueError, match=r"names 1 classes, but the labels go up to 1"):
+    with pytest.raises(ValueError, match=r"a label is 1, but .*classes.txt names 1 classes"):
         list_webdataset(tmp_path, "train")
 
 
@@ -392,14 +395,16 @@ def test_parquet_names_its_classes_and_other_files_are_refused(tmp_path):
     assert list_parquet(tmp_path / "p", "train").classes == ["cat", "dog"]
     assert list_parquet(tmp_path / "p/a.parquet", "train").labels == [1, 0]
     write_parquet(tmp_path / "q/a.parquet", [1], [-1])
-    with pytest.raises(ValueError, match=r"has no label for row 0"):
+    with pytest.raises(ValueError, match=r"row 0 of group 0 has the label -1, expected a class number"):
         list_parquet(tmp_path / "q", "train")
     put(tmp_path / "r", {"a.parquet": b"not parquet"})
     with pytest.raises(ValueError, match=r"is no Parquet file"):
         list_parquet(tmp_path / "r", "train")
     (tmp_path / "s").mkdir()
-    pq.write_table(pa.table({"image": [b"x"], "label": [0]}), tmp_path / "s/a.parquet")
-    with pytest.raises(ValueError, match=r"expected image\.bytes and an integer label"):
+    pq.write_table(pa.table({"image": ["x"], "label": [0]}), tmp_path / "s/a.parquet")
+    with pytest.raises(
+        ValueError, match=r"no column of images .bytes, or a struct with bytes.*image .string., label .int64"
+    ):
         list_parquet(tmp_path / "s", "train")
 
 
@@ -413,7 +418,9 @@ def test_a_null_image_in_parquet_is_a_bad_image(tmp_path):
 def test_a_tar_that_is_not_ilsvrcs_is_refused(tmp_path):
     flat = tar_of({"n00000001.tar": b""})
     put(tmp_path, {"other.tar": tar_of({"cats.tar": b""}), "html.tar": b"<html>" * 200, "flat.tar": flat})
-    with pytest.raises(ValueError, match=r"is not ILSVRC2012_img_train\.tar: expected n########\.tar a class, found 'cats"):
+    with pytest.raises(
+        ValueError, match=r"is not ILSVRC2012_img_train\.tar: expected n########\.tar per class, found 'cats"
+    ):
         list_ilsvrc_train(tmp_path / "other.tar")
     with pytest.raises(BadTar, match=r"is no tar"):
         list_ilsvrc_train(tmp_path / "html.tar")

@@ -1,0 +1,133 @@
+"""Class names and labels: numbers, text, the names a source gives, classes.txt. Classes never merge and never move."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+CLASSES = "classes.txt"
+MOST_CLASSES = 1 << 20  # a larger number is no class
+_LONGEST_NAME = 1000  # characters
+_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+
+class Classes(NamedTuple):
+    """names: unique, in label order. labels: a place in it for each image. See `Listing` for the flags."""
+
+    names: list[str]
+    labels: list[int]
+    numbered: bool
+    doubles: bool
+    notes: list[str]
+
+
+def normal_name(name: str) -> str:
+    """Return a name as it is compared here: NFC, so that the forms of Linux and macOS are equal, without outer spaces."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return names in which none occurs twice: those that do get their number, as `crane (134)`; the order stays."""
+    found = [normal_name(name) for name in names]
+    while True:
+        counts = Counter(found)
+        if len(counts) == len(found):
+            return found
+        found = [f"{name} ({place})" if counts[name] > 1 else name for place, name in enumerate(found)]
+
+
+def checked_label(value: object, where: str) -> int | str:
+    """Return the label that a source holds for an image: a class number, or text that is none.
+
+    Raises ValueError, beginning with `where`, for nothing, for a number that is no class, for text without a sign or too
+    long for a name.
+    """
+    if isinstance(value, str):
+        text = normal_name(value)
+        value = int(text) if _NUMBER.fullmatch(text) else text
+        if not text or len(text) > _LONGEST_NAME:
+            raise ValueError(f"{where} has the label {text[:60]!r} ({len(text):,} characters), expected a class")
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"{where} has the label {str(value)[:60]}, expected a class number or name")
+    if isinstance(value, int) and not 0 <= value < MOST_CLASSES:
+        raise ValueError(f"{where} has the label {value}, expected a class number from 0 to below {MOST_CLASSES:,}")
+    return value
+
+
+def resolve_labels(values: Sequence[int | str], names: Sequence[str] | None, beside: Path, *, where: str) -> Classes:
+    """Find the classes that labels stand for.
+
+    values: a label per image, from `checked_label`. names: what the source calls its classes, in label order, or None.
+    beside: a classes.txt that may exist, and is then what counts. Text labels without a list are numbered in sorted order
+    (by code point).
+
+    Raises ValueError, beginning with `where`, for labels that are partly text, or in no list.
+    """
+    written = read_class_names(beside) if beside.exists() else None
+    listed = written if written is not None else names
+    origin = str(beside) if written is not None else "the names in the source"
+    text = [value for value in values if isinstance(value, str)]
+    if not text:
+        return _numbers(values, listed, origin, where)
+    if listed is None and len(text) < len(values):
+        number = next(value for value in values if not isinstance(value, str))
+        raise ValueError(
+            f"{where}: labels are partly numbers (as {number}) and partly text (as {text[0][:60]!r}): mend them, or put "
+            f"{CLASSES} (a name per line, in the order of the labels) beside the data"
+        )
+    found = [str(value) for value in values]
+    different = set(found)
+    if listed is None:
+        order = sorted(different)
+        return Classes(order, _places(found, order), False, False, [f"{len(order)} text labels, numbered in sorted order"])
+    order = [normal_name(name) for name in listed]
+    double = [name for name, count in Counter(order).items() if count > 1 and name in different]
+    if double:
+        raise ValueError(f"{where}: labels say {double[0]!r}, which stands twice in {origin}: label images by number")
+    unknown = sorted(different - set(order))
+    if unknown:
+        raise ValueError(
+            f"{where}: {len(unknown)} labels are not in {origin} (first: {unknown[0][:60]!r}, {len(order)} names): mend them"
+        )
+    return Classes(unique_names(order), _places(found, order), False, False, [f"text labels, numbered as in {origin}"])
+
+
+def _numbers(values: Sequence[int | str], names: Sequence[str] | None, origin: str, where: str) -> Classes:
+    labels = [int(value) for value in values]
+    highest = max(labels, default=-1)
+    if names is None:
+        return Classes([str(number) for number in range(highest + 1)], labels, True, False, [])
+    if highest >= len(names):
+        raise ValueError(f"{where}: a label is {highest}, but {origin} names {len(names)} classes, 0 to {len(names) - 1}")
+    unique = unique_names(names)
+    counts = Counter(normal_name(name) for name in names)
+    doubles = [name for name, count in counts.items() if count > 1]
+    notes = []
+    if doubles:
+        shown = ", ".join(name for name in unique if re.sub(r" \(\d+\)$", "", name) in doubles[:3])
+        notes.append(f"class names that occur more than once stay classes of their own: {shown}")
+    return Classes(unique, labels, False, bool(doubles), notes)
+
+
+def _places(found: Sequence[str], order: Sequence[str]) -> list[int]:
+    place = {name: number for number, name in enumerate(order)}
+    return [place[name] for name in found]
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Read classes.txt: a name per line, in label order. Raises ValueError when lines are empty or it is no text."""
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    names = [normal_name(line) for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names:
+        found = f"line {names.index('') + 1} of {path} is empty" if names else f"{path} is empty"
+        raise ValueError(f"{found}: expected the name of a class on every line, in the order of the labels")
+    return names

@@ -1,0 +1,230 @@
+"""Folders of image files: a tree root/class/image as one split of a data set, or just all images below a folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dpar_core.data.classes import normal_name
+from dpar_core.data.images import ENDINGS, looks_like_image
+from dpar_core.data.listing import LITTER, Listing, is_litter, require
+from dpar_core.data.splits import TEST, first_few, splits_said
+from dpar_core.files import digest_of
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the image files below a folder, of any format, sorted by path, and the names of what was left out.
+
+    What counts as an image is told as for `list_folder`. Raises FileNotFoundError when there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    walk = _Walk(folder)
+    names = sorted(walk.images(""))
+    return [folder / name for name in names], sorted(walk.left_out)
+
+
+def list_folder(root: Path, split: str) -> Listing:
+    """List a tree root/class/image; the class folders in sorted order are the classes.
+
+    As torchvision's ImageFolder does: images in folders below belong to the class, links are followed, and the folders of
+    a class come in sorted order. A file counts as an image by its ending, or without a known ending by its first bytes;
+    whether it can be read shows later. Every class folder keeps its place, also one without images, with the reason in
+    `Listing.empty`. Where the root holds nothing but folders named as splits, in which the class folders lie, the one of
+    this split is taken.
+
+    Left out, and listed: other files, hidden ones, folders that cannot be read, links back to a folder above, and names
+    that are not UTF-8 (escaped). Raises FileNotFoundError or ValueError when there is no such tree, or when class names
+    cannot be told apart.
+    """
+    require(root, split, folder=True, expected=f"a tree {root}/class/image.jpg")
+    walk, listing = _Walk(root), Listing()
+    base, folders, files = _classes_of(walk, split, listing)
+    names = _class_names(folders, root, split)
+    listing.base = root / base
+    above = tuple({walk.identity(""), walk.identity(base)})
+    for name, folder in sorted((name, folder) for folder, name in names.items()):
+        walk.reason = ""
+        found = walk.images(f"{base}{folder}", above=above)
+        for path, identity in found.items():
+            listing.add(f"{split}-{digest_of(path)}", f"{split}:{path}", len(listing.classes))
+            if identity is not None:
+                listing.identities.append(identity)
+        if not found:
+            listing.empty[name] = walk.reason or "no image files in it"
+        listing.classes.append(name)
+    walk.left_out |= {f"{base}{file.name}": "beside the class folders" for file in files}
+    listing.left_out = dict(sorted(walk.left_out.items()))
+    if not listing.keys:
+        beside = f"; {len(files)} files lie in it, but in no class folder" if files else ""
+        raise ValueError(f"data.{split} {root} holds no images: expected a tree {root}/class/image.jpg{beside}")
+    return listing
+
+
+def _classes_of(walk: _Walk, split: str, listing: Listing) -> tuple[str, list[str], list[os.DirEntry[str]]]:
+    """Return where the class folders lie below the root ("" or "train/"), their names, and the files beside them."""
+    folders, files = walk.entries("", top=True)
+    said = {folder: splits_said(folder) for folder in folders}
+    if folders and all(said.values()) and all(walk.has_folders_only(folder) for folder in folders):
+        fitting = [folder for folder in folders if said[folder] == {split}]
+        if not fitting and split == "validation":
+            fitting = [folder for folder in folders if said[folder] == {TEST}]
+        if len(fitting) != 1:
+            raise ValueError(
+                f"data.{split} {walk.root} holds the folders {first_few(folders)} and no classes: expected class folders, "
+                f"or one folder named {split} in which they lie; set data.{split} to the folder that holds them"
+            )
+        base = fitting[0]
+        listing.notes.append(f"the class folders are those in {walk.root / base}")
+        walk.left_out |= {folder: "of another split by its name" for folder in folders if folder != base}
+        walk.left_out |= {file.name: "beside the class folders" for file in files}
+        folders, files = walk.entries(base, top=True)
+        return f"{base}/", folders, files
+    if len(folders) == 1 and len(walk.folders_with_images(folders[0])) > 1:
+        inner = walk.root / folders[0]
+        raise ValueError(
+            f"data.{split} {walk.root} holds one folder, {folders[0]}, with images in folders below it alone: if those are "
+            f"the classes, set data.{split} to {inner}; if they are one class, put its images into {inner} itself"
+        )
+    return "", folders, files
+
+
+def _class_names(folders: list[str], root: Path, split: str) -> dict[str, str]:
+    """Return the class name of each folder. Raises ValueError where two have one name, or one is no name."""
+    names = {folder: normal_name(folder) for folder in folders}
+    for folder in folders:
+        shown = os.fsencode(folder).decode("utf-8", "backslashreplace")
+        if shown != folder:
+            raise ValueError(f"data.{split} {root}: the name of class folder {shown!r} is not UTF-8: rename it")
+    double = [name for name, count in Counter(names.values()).items() if count > 1]
+    if double:
+        same = [folder for folder in folders if names[folder] == double[0]]
+        raise ValueError(
+            f"data.{split} {root} has {len(same)} folders whose names are all {double[0]!r} in one Unicode form "
+            f"({', '.join(ascii(folder) for folder in same)}): rename or join them"
+        )
+    return names
+
+
+@dataclass
+class _Walk:
+    """Walks below a root and notes what is left out. reason: why the last walk yielded nothing, where that is known."""
+
+    root: Path
+    left_out: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+    def identity(self, name: str) -> tuple[int, int]:
+        """Return device and inode of what a name below the root leads to. Raises OSError."""
+        status = os.stat(self.root / name)
+        return status.st_dev, status.st_ino
+
+    def entries(self, folder: str, *, top: bool = False) -> tuple[list[str], list[os.DirEntry[str]]]:
+        """Return the folders and files in root/folder, each sorted, without litter.
+
+        top: class folders are wanted, so a link that leads nowhere counts as a folder unless its ending says image, and
+        folders whose names are not UTF-8 are returned; elsewhere they are left out. Raises OSError.
+        """
+        folders, files, within = [], [], f"{folder}/" if folder else ""
+        with os.scandir(self.root / folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            shown = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+            is_folder = _is_folder(entry) or (top and _leads_nowhere(entry) and not _has_image_ending(entry.name))
+            if is_litter(entry.name):
+                self.left_out[f"{within}{shown}"] = LITTER
+            elif shown != entry.name and not (top and is_folder):
+                self.left_out[f"{within}{shown}"] = "its name is not UTF-8"
+            elif is_folder:
+                folders.append(entry.name)
+            else:
+                files.append(entry)
+        return folders, files
+
+    def images(self, folder: str, *, above: tuple[tuple[int, int], ...] = ()) -> dict[str, tuple[int, int] | None]:
+        """Return the images from root/folder down: paths below the root, with device and inode (None: leads nowhere).
+
+        Folders come in the sorted order of their whole paths, as ImageFolder has them. above: the folders on the way there.
+        """
+        found = self._below(folder, above)
+        return {f"{name}/{file}" if name else file: some[file] for name, some in sorted(found.items()) for file in some}
+
+    def _below(self, folder: str, above: tuple[tuple[int, int], ...]) -> dict[str, dict[str, tuple[int, int] | None]]:
+        try:
+            me = self.identity(folder)
+            if me in above:
+                self._leave_out(folder, "a link back to a folder above")  # it would lead round for ever
+                return {}
+            folders, files = self.entries(folder)
+        except OSError as error:
+            self._leave_out(folder, f"cannot be read: {error.strerror or error}")
+            return {}
+        within, some = f"{folder}/" if folder else "", {}
+        for file in files:
+            if _is_image_file(file.path):
+                some[file.name] = _identity(file, me[0])
+            else:
+                self.left_out[f"{within}{file.name}"] = "no image by its name and its first bytes"
+        found = {folder: some}
+        for name in folders:
+            found |= self._below(f"{within}{name}", (*above, me))
+        return found
+
+    def has_folders_only(self, folder: str) -> bool:
+        """Tell whether root/folder holds folders and no image files directly in it."""
+        try:
+            folders, files = _Walk(self.root).entries(folder)
+        except OSError:
+            return False
+        return bool(folders) and not any(_is_image_file(file.path) for file in files)
+
+    def folders_with_images(self, folder: str) -> list[str]:
+        """Return the folders directly in root/folder that hold images; none where images lie beside them."""
+        if not self.has_folders_only(folder):
+            return []
+        looking = _Walk(self.root)
+        return [name for name in looking.entries(folder)[0] if looking.images(f"{folder}/{name}")]
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.left_out[name] = self.reason = reason
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def _has_image_ending(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in ENDINGS
+
+
+def _identity(entry: os.DirEntry[str], device: int) -> tuple[int, int] | None:
+    """Return device and inode of a file in a folder on `device`; only links cost a look at the file."""
+    if not entry.is_symlink():
+        return device, entry.inode()
+    try:
+        status = os.stat(entry.path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_image_file(path: str) -> bool:
+    if _has_image_ending(path):
+        return True
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with open(path, "rb") as stream:
+            return looks_like_image(stream.read(16))
+    except OSError:
+        return False
