@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpar_core.models.layers import Block, LabelEmbedder, PackedCausal, RMSNorm, ffn_width, initialize
+from dpar_core.models.loss import output_loss
 from dpar_core.models.rope import Rotary, patch_rotary, token_rotary
 from dpar_core.patches.layout import PatchLayout
 
@@ -178,17 +179,26 @@ class DPAR(nn.Module):
         """The decoder's table, start vector first: (1 + T, hd / 2); the encoder's is the same without the start."""
         return Rotary(self.rotary_cos, self.rotary_sin)
 
-    def forward(self, tokens: Tensor, labels: Tensor, layout: PatchLayout) -> Tensor:
+    @property
+    def packed_blocks(self) -> list[Block]:
+        """The blocks that see packed rows, of which every batch has another number."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, layout: PatchLayout, *, targets: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """Predict every token from the tokens before it.
 
         tokens: (B, n) or (B, n - 1) int64 for a layout over n <= T tokens (the last one is never read).
         labels: (B,) int64 in [0, classes]. layout: the patches of the n tokens.
-        Returns logits (B, n, V): position t predicts token t.
+        Returns logits (B, n, V), where position t predicts token t; with targets, (B, n) int64, their mean cross-entropy
+        in nats per token instead: () float32.
         """
         fed = tokens[:, : layout.tokens - 1]
         x_BnD, patches_KD = self.encode(fed, layout)
         h_PD = self.transform_patches(patches_KD, labels, layout)
-        return self.output(self.norm(self.decode(x_BnD, h_PD, layout)))
+        y = self.norm(self.decode(x_BnD, h_PD, layout))
+        return self.output(y) if targets is None else output_loss(y, self.output.weight, targets)
 
     def encode(self, tokens: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
         """Return the token states x' (B, n, D) and the vectors of the complete patches (K, D).
@@ -218,7 +228,7 @@ class DPAR(nn.Module):
         x = x.index_copy(0, ids + 1, patches_KD[: len(ids)].type_as(x))
         x = F.dropout(x, self.config.dropout, self.training)
         table = Rotary(*(F.pad(part, (0, 0, 0, spare)) for part in self.patch_table(layout)))
-        attend = PackedCausal(layout.offsets, rows=layout.patches, longest=layout.most_patches)
+        attend = PackedCausal(layout.offsets, rows=layout.patches, longest=layout.most_patches, limit=layout.tokens)
         for block in self.layers:
             x = block(x, table, attend)
         return x

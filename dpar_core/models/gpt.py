@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpar_core.models.layers import Block, LabelEmbedder, RMSNorm, ffn_width, initialize
+from dpar_core.models.loss import output_loss
 from dpar_core.models.rope import Rotary, token_rotary
 
 
@@ -83,18 +84,20 @@ class GPT(nn.Module):
             raise ValueError(f"this GPT is conditioned on {self.config.num_classes} classes, but no labels were given")
         return torch.cat([self.cls_embedding(labels)[:, None], x], dim=1)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, *, targets: Tensor | None = None) -> Tensor:
         """Predict the next token at every position.
 
         tokens: (B, n) int64, n <= T. labels: (B,) int64, or None without class token.
         Returns logits (B, n + 1, V) where position i predicts token i, or without class token (B, n, V) where position
-        i predicts token i + 1. Raises ValueError when labels and class token do not go together.
+        i predicts token i + 1; with targets, int64 (B, n + 1) or (B, n), their mean cross-entropy instead: () float32.
+        Raises ValueError when labels and class token do not go together.
         """
         x = F.dropout(self.embed(tokens, labels), self.config.dropout, self.training)
         table = self.rotary.at(slice(x.shape[1]))
         for layer in self.layers:
             x = layer(x, table)
-        return self.output(self.norm(x))
+        x = self.norm(x)
+        return self.output(x) if targets is None else output_loss(x, self.output.weight, targets)
 
 
 def next_token_entropies(logits: Tensor) -> Tensor:
@@ -113,8 +116,6 @@ def entropies_of(model: GPT, tokens: Tensor) -> Tensor:
     return F.pad(entropies, (1, 0), value=float("nan"))
 
 
-def next_token_loss(model: GPT, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Return the mean cross-entropy in nats a token, over T tokens, or T - 1 without class token: () float32."""
-    logits = model(tokens[:, :-1], labels)
-    targets = tokens if labels is not None else tokens[:, 1:]
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def next_token_loss(model: nn.Module, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Return a GPT's mean cross-entropy in nats per token: over T tokens, or T - 1 without class token: () float32."""
+    return model(tokens[:, :-1], labels, targets=tokens if labels is not None else tokens[:, 1:])

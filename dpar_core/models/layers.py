@@ -27,13 +27,18 @@ def ffn_width(width: int, multiple: int) -> int:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, times a weight; eps 1e-5."""
+    """x / rms(x) in float32, cast back, times a weight; eps 1e-5.
+
+    Where x and the weight have one dtype, that is one kernel; in half precision on CUDA it rounds once, at its end.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype and (x.is_cuda or x.dtype == torch.float32):
+            return F.rms_norm(x, (x.shape[-1],), self.weight, NORM_EPS)
         return F.rms_norm(x.float(), (x.shape[-1],), None, NORM_EPS).type_as(x) * self.weight
 
 
@@ -71,23 +76,24 @@ class PackedCausal:
     """Causal attention inside each image for positions packed without padding: (N, H, hd), and spare rows after them.
 
     offsets: (B + 1,) int64, where each image's positions begin; rows: N; longest: the largest count (both given, as
-    reading them from the device would wait for it). Where the device has attention over lists of different lengths (CUDA
+    reading them from the device would wait for it); limit: what no count ever exceeds, so that compiled code is the same
+    for all batches (default: longest). Where the device has attention over lists of different lengths (CUDA
     in half precision), no row is padded or spare. On a CPU large images attend one after the other, without padding.
     Elsewhere, and for small images, whose calls cost more than padding in bfloat16 (docs/log.md), attention alone sees
     padded rows (right padding is harmless under a causal mask). All other layers run on the N packed rows.
     """
 
-    def __init__(self, offsets: Tensor, *, rows: int, longest: int) -> None:
-        self.offsets, self.rows, self.longest = offsets, rows, longest
+    def __init__(self, offsets: Tensor, *, rows: int, longest: int, limit: int | None = None) -> None:
+        self.offsets, self.rows, self.longest, self.limit = offsets, rows, longest, limit or longest
         self.bounds = offsets.to(torch.int32)  # where each image's positions begin and end, as the ragged kernel reads it
         image = torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff(), output_size=rows)
         within = torch.arange(rows, device=offsets.device) - offsets[:-1][image]
         self.slots_N = image * longest + within  # the row of each packed position among the padded ones
-        self.kernel = _ragged_kernel() if offsets.is_cuda else None
+        self.kernel = _ragged_kernel() if offsets.is_cuda and _has_flash_attention(offsets.device) else None
         self.counts = [] if offsets.is_cuda else offsets.diff().tolist()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if has_ragged_attention(q):
+        if self.kernel is not None and _fits_flash_attention(q):
             return self.ragged(q, k, v)
         return self.alone(q, k, v) if self.pays_alone(q) else self.padded(q, k, v)
 
@@ -106,7 +112,7 @@ class PackedCausal:
         """Let every image attend to its own rows in one kernel, without padding."""
         causal_window = (-1, 0)
         return self.kernel(
-            q, k, v.contiguous(), self.bounds, self.bounds, self.longest, self.longest, window_size=causal_window
+            q, k, v.contiguous(), self.bounds, self.bounds, self.limit, self.limit, window_size=causal_window
         )
 
     def padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -128,8 +134,14 @@ def _ragged_kernel() -> Callable[..., Tensor]:
 
 def has_ragged_attention(q: Tensor) -> bool:
     """Whether torch's kernel for lists of different lengths takes this tensor: FlashAttention's conditions."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) < (8, 0):
-        return False
+    return q.is_cuda and _has_flash_attention(q.device) and _fits_flash_attention(q)
+
+
+def _has_flash_attention(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _fits_flash_attention(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 Strategy = Literal["ddp", "fsdp"]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_FORMS = 32
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,18 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile every block; they share their code. Packed rows differ from batch to batch, so shapes stay open.
+    """Compile every block; they share their code.
 
-    Only the forward function: what checkpoints activations or gathers sharded weights goes around it, uncompiled.
+    Packed rows differ from batch to batch, so the shapes of those blocks stay open; the others see the same shape at every
+    step and are compiled for it. Only the forward function: what checkpoints activations or gathers sharded weights goes
+    around it, uncompiled.
     """
+    # One code object serves blocks over T - 1, T and packed rows, with and without dropout and gradients, and the last
+    # batch of a validation: more than the 8 forms after which torch gives up and runs it uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _FORMS)
+    packed = {id(block) for block in getattr(model, "packed_blocks", ())}
     for block in transformer_blocks(model):
-        block.forward = torch.compile(block.forward, dynamic=True)
+        block.forward = torch.compile(block.forward, dynamic=id(block) in packed)
 
 
 def spread(model: nn.Module, strategy: Strategy, ranks: Ranks, *, bf16: bool) -> nn.Module:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.shards import TokenShards
@@ -146,8 +145,7 @@ class JobObjective:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if batch.layout is None:
             return next_token_loss(model, batch.tokens, batch.labels)
-        logits = model(batch.tokens, batch.labels, batch.layout)
-        return F.cross_entropy(logits.float().flatten(0, 1), batch.tokens.flatten())
+        return model(batch.tokens, batch.labels, batch.layout, targets=batch.tokens)
 
     def forward_flops(self, patches_per_image: float) -> float:
         if isinstance(self.config, DPARConfig):

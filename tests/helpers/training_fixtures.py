@@ -67,8 +67,7 @@ class TwinObjective:
 
 class DPARObjective:
     def loss(self, model, batch):
-        logits = model(batch.tokens, batch.labels, batch.layout)
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.tokens.flatten())
+        return model(batch.tokens, batch.labels, batch.layout, targets=batch.tokens)
 
     def forward_flops(self, patches):
         return flops.dpar_forward_flops(DPAR_CONFIG, patches)

@@ -161,12 +161,12 @@ def test_patches_pooled_as_segments_are_those_pooled_as_rows(lengths):
         torch.testing.assert_close(rows, segments, atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_blocks_are_one_graph_for_all_ragged_batches_and_give_what_plain_blocks_give(monkeypatch):
+def test_compiled_blocks_are_few_graphs_for_all_ragged_batches_and_give_what_plain_blocks_give(monkeypatch):
     model = model_of(split=(1, 1, 1))
     random = np.random.default_rng(3)
     batches = []
-    for images in (3, 3, 4, 2, 5, 8):
-        cuts = [np.flatnonzero(np.r_[True, random.random(15) < 0.6, True]) for _ in range(images)]
+    for chance in (0.6, 0.9, 0.2, 0.4, 0.7, 0.1):
+        cuts = [np.flatnonzero(np.r_[True, random.random(15) < chance, True]) for _ in range(4)]
         batches.append(batch_of([np.diff(cut).tolist() for cut in cuts]))
     assert len({layout.patches for _, _, layout in batches}) == len(batches)
     plain = [gradients(model, model(*batch).square().sum()) for batch in batches]
@@ -179,4 +179,5 @@ def test_compiled_blocks_are_one_graph_for_all_ragged_batches_and_give_what_plai
     for batch, expected in zip(batches, plain):
         for name, gradient in gradients(model, model(*batch).square().sum()).items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-4)
-    assert counter.frame_count <= 3  # token rows, packed rows, and packed rows of which none is spare
+    # T - 1 rows of the encoder, T of the decoder, packed rows, and packed rows of which none is spare
+    assert counter.frame_count <= 4
