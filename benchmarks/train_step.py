@@ -28,6 +28,7 @@ from dpar_core.models import flops
 from dpar_core.models.dpar import DPAR, DPARConfig, spare_rows
 from dpar_core.models.gpt import GPT, GPTConfig, next_token_loss
 from dpar_core.models.layers import PackedCausal, has_ragged_attention
+from dpar_core.models.sizes import MODEL_SIZES, ModelSize
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts_numpy, threshold_for_mean_length
 from dpar_core.system import cpus
@@ -38,10 +39,10 @@ from dpar_core.training.parallel import compile_blocks
 
 CODES, ROW, CLASSES, MEAN, MAX = 16384, 16, 1000, 1.81, 4
 TOKENS = ROW * ROW
-# width, heads, encoder + patch transformer + decoder layers
 SIZES = {
-    "B": (768, 12, (1, 8, 3)), "L": (1024, 16, (1, 19, 4)), "L/4": (1024, 16, (1, 4, 1)), "XL": (1280, 20, (1, 30, 5)),
-    "tiny": (64, 4, (1, 2, 1)),
+    **MODEL_SIZES,
+    "L/4": MODEL_SIZES["L"]._replace(patch_layers=4, decoder_layers=1),
+    "tiny": ModelSize(64, 4, 1, 2, 1),
 }  # fmt: skip
 OPTIM = OptimSettings(lr=1e-4)
 
@@ -102,8 +103,7 @@ class Contender:
         started = time.perf_counter()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.name == "dpar":
-                logits = self.model(tokens, labels, layout)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+                loss = self.model(tokens, labels, layout, targets=tokens)
             elif self.name == "llamagen":
                 loss = next_token_loss(self.model, tokens, labels)
             else:
@@ -185,7 +185,7 @@ def contenders(
     size: str, device: torch.device, *, bf16: bool, compiled: bool
 ) -> tuple[list[Contender], DPARConfig, GPTConfig]:
     """Build the three models."""
-    width, heads, (encoder, patch, decoder) = SIZES[size]
+    width, heads, encoder, patch, decoder = SIZES[size]
     dpar = DPARConfig(CODES, ROW, width, heads, encoder, patch, decoder, CLASSES, dropout=0.1, class_dropout=0.1)
     twin = GPTConfig(
         CODES, ROW, width, heads, encoder + patch + decoder, num_classes=CLASSES, dropout=0.1, class_dropout=0.1

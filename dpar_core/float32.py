@@ -7,15 +7,17 @@ import threading
 import torch
 
 
-class WholeFloat32:
-    """Keep float32 products whole while any thread is inside: no TF32, which cuDNN uses for convolutions by default.
+class Float32Products:
+    """Decide how float32 products are computed while any thread is inside: whole, or in TF32 where a GPU has it.
 
-    TF32 keeps 10 bits of a product's mantissa. Tokens, and the features that scores are made of, would then depend on
-    the kind of GPU. The settings belong to the process: of threads that enter and leave, the first one sets them and the
-    last one restores them. May be entered again by a thread that is inside.
+    TF32 keeps 10 bits of a product's mantissa; cuDNN uses it for convolutions by default. Tokens, and the features that
+    scores are made of, would then depend on the kind of GPU. The settings belong to the process: of threads that enter and
+    leave, the first one sets them and the last one restores them. May be entered again by a thread that is inside; only one
+    of the two kinds may be in use at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tf32: bool) -> None:
+        self.tf32 = tf32
         self.lock, self.inside = threading.Lock(), 0
         self.before = ("highest", False)
 
@@ -23,8 +25,8 @@ class WholeFloat32:
         with self.lock:
             if self.inside == 0:
                 self.before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-                torch.set_float32_matmul_precision("highest")
-                torch.backends.cudnn.allow_tf32 = False
+                torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+                torch.backends.cudnn.allow_tf32 = self.tf32
             self.inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -35,4 +37,5 @@ class WholeFloat32:
                 torch.backends.cudnn.allow_tf32 = self.before[1]
 
 
-whole_float32 = WholeFloat32()
+whole_float32 = Float32Products(tf32=False)
+tensor_float32 = Float32Products(tf32=True)

@@ -111,9 +111,7 @@ class PackedCausal:
     def ragged(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Let every image attend to its own rows in one kernel, without padding."""
         causal_window = (-1, 0)
-        return self.kernel(
-            q, k, v.contiguous(), self.bounds, self.bounds, self.limit, self.limit, window_size=causal_window
-        )
+        return self.kernel(q, k, v.contiguous(), self.bounds, self.bounds, self.limit, self.limit, window_size=causal_window)
 
     def padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Lay images side by side, as long as the longest, attend, and take the rows that are not padding."""

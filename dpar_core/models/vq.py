@@ -9,11 +9,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dpar_core.float32 import tensor_float32, whole_float32
+
+EncodePrecision = Literal["fp32", "tf32", "bf16"]
+LARGEST_TENSOR = 2**31 - 1  # elements that kernels address with 32-bit indices
 
 GROUP_EPS = 1e-6
 LOOKUP_ROWS = 8192  # latents compared with the codebook at a time, so that memory does not grow with the batch
@@ -274,6 +279,28 @@ class VQ(nn.Module):
         """images: (B, 3, S, S) float in [-1, 1] -> reconstruction, codes and the quantizer's loss."""
         quantized = self.quantize(self.latents(images))
         return Reconstruction(self.decoder(self.post_quant_conv(quantized.latents)), quantized.codes, quantized.loss)
+
+
+@torch.inference_mode()
+def encode_at(model: VQ, images: Tensor, precision: EncodePrecision) -> Tensor:
+    """Return the codes of images (B, 3, S, S) float32 in [-1, 1] with the network in a precision: (B, G, G) int64.
+
+    fp32: whole float32 products. tf32: products in TF32 where a GPU has it, as LlamaGen extracts codes. bf16: autocast.
+    The lookup in the codebook is whole float32 in each of them.
+    """
+    with tensor_float32 if precision == "tf32" else whole_float32:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            latents = model.latents(images)
+    with whole_float32:
+        return model.quantize.lookup(latents.float())
+
+
+def most_images(config: VQConfig, image_size: int) -> int:
+    """Return how many images of this side in pixels one call may encode: past it a tensor has 2^31 elements or more."""
+    widths = [config.base_width * multiplier for multiplier in config.channel_multipliers]
+    widths[0] = max(widths[0], config.base_width)
+    largest = max(width * (image_size // 2**level) ** 2 for level, width in enumerate(widths))
+    return LARGEST_TENSOR // largest
 
 
 def to_uint8(images: Tensor) -> Tensor:

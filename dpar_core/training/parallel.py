@@ -65,7 +65,7 @@ def checkpoint_activations(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     """Compile every block; they share their code.
 
     Packed rows differ from batch to batch, so the shapes of those blocks stay open; the others see the same shape at every
@@ -77,7 +77,7 @@ def compile_blocks(model: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _FORMS)
     packed = {id(block) for block in getattr(model, "packed_blocks", ())}
     for block in transformer_blocks(model):
-        block.forward = torch.compile(block.forward, dynamic=id(block) in packed)
+        block.forward = torch.compile(block.forward, dynamic=id(block) in packed, backend=backend)
 
 
 def spread(model: nn.Module, strategy: Strategy, ranks: Ranks, *, bf16: bool) -> nn.Module:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from dpar_core.evaluation.features import FeatureNetwork
-from dpar_core.float32 import WholeFloat32
+from dpar_core.float32 import Float32Products
 
 
 def test_features_are_computed_without_tf32_and_the_settings_come_back(tmp_path):
@@ -27,7 +27,7 @@ def test_features_are_computed_without_tf32_and_the_settings_come_back(tmp_path)
 
 
 def test_an_error_inside_restores_the_settings():
-    whole, before = WholeFloat32(), torch.backends.cudnn.allow_tf32
+    whole, before = Float32Products(tf32=False), torch.backends.cudnn.allow_tf32
     try:
         with whole:
             raise KeyError("x")

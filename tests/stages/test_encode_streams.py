@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpar_core.data.manifest import read_manifest
-from dpar_core.float32 import WholeFloat32
+from dpar_core.float32 import Float32Products
 from stages import tokenize_images
 from tests.helpers.tiny_data import make_project
 
@@ -43,7 +43,7 @@ def test_an_error_in_a_stream_reaches_the_stage(tmp_path, monkeypatch):
 
 
 def test_the_last_of_several_streams_puts_settings_back():
-    whole = WholeFloat32()
+    whole = Float32Products(tf32=False)
     try:
         torch.set_float32_matmul_precision("high")
         with whole:

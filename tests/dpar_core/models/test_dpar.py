@@ -174,8 +174,8 @@ def test_compiled_blocks_are_few_graphs_for_all_ragged_batches_and_give_what_pla
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     # fullgraph: a graph break is an error
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
-    parallel.compile_blocks(model)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True))
+    parallel.compile_blocks(model, backend=counter)
     for batch, expected in zip(batches, plain):
         for name, gradient in gradients(model, model(*batch).square().sum()).items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-4)
