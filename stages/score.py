@@ -128,7 +128,8 @@ def _score_all(
         made_by = json.loads((samples / SAMPLE_PROTOCOL).read_text())
         protocol = protocol_of(network, reference, settings, images=settings.images, image_size=images.shape[1])
         scores, intervals = compare(measured, reference, settings, seed=params.seed)
-        write_json(target, score_file(scores, intervals, protocol, made_by))
+        count = {"feature_count": int(measured.features.pool.shape[1])}
+        write_json(target, score_file(scores, intervals, protocol, made_by) | count)
         write_json(metrics, scores)
         suffix = f"/{samples.name}" if len(work_list) > 1 else ""
         tracker.log_metrics({f"{name}{suffix}": value for name, value in scores.items()})

@@ -9,7 +9,7 @@ from pathlib import Path
 from dpar_core.turns import take_turns
 from stages import params as P
 from stages.artifacts import artifact_digest
-from stages.shared.pace import SECONDS, Pace, write_pace
+from stages.shared.pace import SECONDS, Pace, machine_words, write_pace
 from stages.shared.sampler import Files, Sampler
 from stages.time_training import waits_for, whole_seconds
 from stages.tracker import Tracker
@@ -63,7 +63,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
             lambda: draw(models[0]), lambda: draw(models[1]), seconds=SECONDS, units=images, wait=waits_for(device),
             progress=whole_seconds(bar.advance),
         )  # fmt: skip
-    pace = Pace("image", images, turns)
+    pace = Pace("image", images, turns, machine_words(device))
     write_pace(outputs.speed, pace)
     for name, rate in pace.images_per_s.items():
         tracker.log_metrics({f"speed/sampling_{name}": rate})

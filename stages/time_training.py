@@ -24,7 +24,7 @@ from dpar_core.training.parallel import Ranks
 from dpar_core.turns import take_turns
 from stages import params as P
 from stages.shared.jobs import Job, JobData, JobObjective, build, copy_whole
-from stages.shared.pace import SECONDS, Pace, write_pace
+from stages.shared.pace import SECONDS, Pace, machine_words, write_pace
 from stages.tracker import Tracker
 
 BATCHES = 4  # steps of data that the turns go round: the number of patches differs between them
@@ -75,7 +75,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         del weights
     with tracker.progress(int(SECONDS), "time training in turns", unit="s") as bar:
         turns = take_turns(*steps, seconds=SECONDS, wait=waits_for(device), progress=whole_seconds(bar.advance))
-    pace = Pace("step", params.train.batch_size // params.train.workers, turns)
+    pace = Pace("step", params.train.batch_size // params.train.workers, turns, machine_words(device))
     chosen, needed = choose(inputs, params.train, turns.ratio)
     copy_whole(chosen, outputs.equal_time)
     step = step_of(chosen, params.train.steps)

@@ -143,11 +143,14 @@ def bar_chart(values: Sequence[tuple[str, float]], *, x: str, y: str, style: str
     return "".join([*parts, _text(WIDTH / 2, HEIGHT - 6, x, "middle"), "</svg>"])
 
 
-def interval_plot(dots: Sequence[Dot], *, title: str) -> str:
-    """Draw values under each other on one scale, each with its interval as a bar."""
+def interval_plot(dots: Sequence[Dot], *, title: str, scale: tuple[float, float] | None = None) -> str:
+    """Draw values under each other on one scale, each with its interval as a bar.
+
+    scale: its ends; when left out, those of the values.
+    """
     width, line = 180, 14
     ends = [end for dot in dots for end in (*(dot.interval or ()), dot.value)]
-    low, high = min(ends), max(ends)
+    low, high = scale or (min(ends), max(ends))
 
     def across(value: float) -> float:
         return 10 + ((value - low) / (high - low) if high > low else 0.5) * (width - 20)
@@ -160,6 +163,63 @@ def interval_plot(dots: Sequence[Dot], *, title: str) -> str:
             first, last = (across(end) for end in dot.interval)
             parts.append(f'<path class="interval" d="M{first:.1f} {middle}H{last:.1f}"/>')
         parts.append(f'<circle cx="{across(dot.value):.1f}" cy="{middle}" r="4"/></g>')
+    return "".join([*parts, "</svg>"])
+
+
+def difference_plot(rows: Sequence[tuple[str, Dot]], *, title: str) -> str:
+    """Draw named differences with their intervals under each other, on one scale that shows zero."""
+    width, line, left = 560, 34, 190
+    ends = [end for _, dot in rows for end in (*(dot.interval or ()), dot.value)]
+    reach = max(max(abs(end) for end in ends), 1e-9) * 1.1
+    bottom = line * len(rows) + 6
+
+    def across(value: float) -> float:
+        return left + (value + reach) / (2 * reach) * (width - left - 16)
+
+    parts = [_open(width, bottom + 24, title, style="narrow")]
+    for value in ticks(-reach, reach, count=6):
+        parts.append(f'<path class="rule" d="M{across(value):.1f} 4V{bottom}"/>')
+        parts.append(_text(across(value), bottom + 18, f"{value:+g}" if value else "0", "middle"))
+    parts.append(f'<g class="zero"><path class="axis" d="M{across(0):.1f} 0V{bottom + 4}"/></g>')
+    for number, (words, dot) in enumerate(rows):
+        middle = 4 + line * (number + 0.5)
+        parts.append(f'{_text(0, middle + 4, words, "start", "value")}<g class="{dot.style}">')
+        if dot.interval is not None:
+            first, last = (across(end) for end in dot.interval)
+            parts.append(f'<path class="interval" d="M{first:.1f} {middle}H{last:.1f}"/>')
+        parts.append(f'<circle cx="{across(dot.value):.1f}" cy="{middle}" r="5"/></g>')
+    return "".join([*parts, "</svg>"])
+
+
+def dot_chart(dots: Sequence[tuple[str, float, Dot]], *, x: str, y: str) -> str:
+    """Draw named values with their intervals over a cost: (name, cost, value) each."""
+    (low_x, high_x) = _padded([cost for _, cost, _ in dots])
+    (low_y, high_y) = _padded([end for _, _, dot in dots for end in (*(dot.interval or ()), dot.value)])
+
+    def across(value: float) -> float:
+        return LEFT + (value - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+
+    def down(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_open(WIDTH, HEIGHT, f"{y} against {x}", style="chart")]
+    for value in ticks(low_y, high_y):
+        parts.append(f'<path class="rule" d="M{LEFT} {down(value):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(_text(LEFT - 8, down(value) + 4, f"{value:g}", "end"))
+    for value in ticks(low_x, high_x):
+        parts.append(_text(across(value), HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
+    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, x, "middle"))
+    for number, (name, cost, dot) in enumerate(dots):
+        left, middle = across(cost), down(dot.value)
+        left += 12 * sum(cost == other for _, other, _ in dots[:number])  # equal costs stand side by side
+        parts.append(f'<g class="{dot.style}">')
+        if dot.interval is not None:
+            low, high = (down(end) for end in dot.interval)
+            parts.append(f'<path class="interval" d="M{left:.1f} {high:.1f}V{low:.1f}"/>')
+        parts.append(f'<circle cx="{left:.1f}" cy="{middle:.1f}" r="5"><title>{escape(name)}</title></circle></g>')
+        side, anchor = (-12, "end") if left > WIDTH / 2 else (12, "start")
+        parts.append(_text(left + side, middle + 4, name, anchor, "value"))
     return "".join([*parts, "</svg>"])
 
 

@@ -1,13 +1,13 @@
 """The numbers of the report, read from artifacts/ and checked to belong together.
 
-Shapes: T tokens an image, M patches, n validation images.
+Shapes: T tokens per image, M patches, n validation images.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +23,41 @@ from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.training.order import fixed_subset
-from pipeline.report.verdicts import Contest, Row, Side, judge_losses, judge_scores
+from pipeline.report.speeds import Speed, Speeds, read_speeds
+from pipeline.report.verdicts import Contest, Row, judge_losses, judge_scores, too_little_training
 from stages import artifacts
 from stages.artifacts import CURVE, METRICS, MODELS_FOLDER, SAMPLE_PROTOCOL, TIMINGS, WEIGHTS
 
 LOSS_IMAGES, LOSS_BATCH = 512, 16  # validation images whose losses are compared one by one
 # The models compared, by the names of their samples and scores; files in the folder of models.
 MODELS = {name: Path(one.name).relative_to(MODELS_FOLDER.name) for name, one in artifacts.MODELS.items()}
-UNEQUAL = 0.10  # share by which training times may differ and still be called equal
+UNEQUAL = 0.10  # share by which training times may differ and still count as equal
 
 
 @dataclass(frozen=True)
 class Training:
-    """How one model was trained. seconds: of pure training; curve: rows (step, seconds, train loss, validation loss),
-    losses in nats a token."""
+    """How one model was trained.
+
+    seconds: of pure training, by the clock of that run alone.
+    curve: rows (step, seconds, train loss, validation loss), losses in nats per token.
+    images_per_s: at each row of the curve, since the row before.
+    """
 
     config: DPARConfig | GPTConfig
     steps: int
     seconds: float
-    images_per_s: float
     curve: tuple[tuple[int, float, float, float], ...]
+    images_per_s: tuple[float, ...]
 
-    def seconds_at(self, step: float) -> float:
-        """Return when a step was reached, between measured points on a line."""
-        return float(np.interp(step, [0, *(row[0] for row in self.curve)], [0, *(row[1] for row in self.curve)]))
+    def loss_at(self, step: float) -> float:
+        """Return the validation loss at a step, between measured points on a line."""
+        return float(np.interp(step, [row[0] for row in self.curve], [row[3] for row in self.curve]))
 
-    def step_at(self, seconds: float) -> float:
-        """Return the step that was reached after some seconds; past the end, at the mean rate."""
-        if seconds > self.curve[-1][1]:
-            return self.steps * seconds / self.seconds
-        return float(np.interp(seconds, [0, *(row[1] for row in self.curve)], [0, *(row[0] for row in self.curve)]))
-
-    def loss_at(self, seconds: float) -> float:
-        """Return the validation loss after some seconds, between measured points on a line."""
-        return float(np.interp(seconds, [row[1] for row in self.curve], [row[3] for row in self.curve]))
+    @property
+    def drift(self) -> float:
+        """By how much the pace of this run moved, as a share of its median (the first row, with its warm-up, left out)."""
+        rates = self.images_per_s[1:] or self.images_per_s
+        return float(max(abs(rate / np.median(rates) - 1) for rate in rates))
 
 
 def _stage(folder: Path) -> str:
@@ -75,12 +76,13 @@ def read_training(folder: Path) -> Training:
     if not losses or steps != [step for step, _, _ in losses]:
         raise ValueError(f"{folder}: curve.csv and timings.json are of different runs: run `dvc repro -f {_stage(folder)}`")
     curve = tuple((s, p["seconds"], a, b) for (s, a, b), p in zip(losses, timings["curve"]))
-    return Training(config, losses[-1][0], timings["seconds"], timings["images_per_s"], curve)
+    rates = tuple(point["images_per_s"] for point in timings["curve"])
+    return Training(config, losses[-1][0], timings["seconds"], curve, rates)
 
 
 @dataclass(frozen=True)
 class Patches:
-    """Patches an image of the training set, and of each class. percentiles: 5 % and 95 % of the images."""
+    """Patches per image of the training set, and of each class. percentiles: 5 % and 95 % of the images."""
 
     tokens: int
     mean: float
@@ -109,52 +111,66 @@ def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> Pat
 
 @dataclass(frozen=True)
 class Costs:
-    """What an image costs: FLOPs of a forward pass and of drawing one (guidance and entropy model included), measured
-    images a second."""
+    """FLOPs of an image, by the formulas of the method.
+
+    forward: one forward pass. sampling: one sampled image, guidance and entropy model included. gate: the entropy model.
+    parts: where the FLOPs of a sampled image go in DPAR, by name.
+    """
 
     forward: dict[str, float]
-    drawing: dict[str, float]
+    sampling: dict[str, float]
     gate: float
-    training_speed: dict[str, float]
-    drawing_speed: dict[str, float]
+    parts: dict[str, float]
 
     def saved(self, kind: str) -> float:
-        """Return DPAR's saving against the twin, as a share: kind "forward" or "drawing"."""
+        """Return DPAR's saving against the baseline, as a share: kind "forward" or "sampling"."""
         values = getattr(self, kind)
         return 1 - values["dpar"] / values["llamagen"]
 
     def promised(self, kind: str) -> float:
-        """Return how many times as fast the FLOPs promise: kind "forward" or "drawing"."""
+        """Return how many times as fast the FLOPs allow: kind "forward" or "sampling"."""
         return 1 / (1 - self.saved(kind))
-
-    def clocked(self, kind: str) -> float:
-        """Return how many times as fast as the twin DPAR was by the clock: kind "training_speed" or "drawing_speed"."""
-        values = getattr(self, kind)
-        return values["dpar"] / values["llamagen"]
 
 
 def count_costs(trainings: dict[str, Training], gate: GPTConfig, patches: Patches, samples: Path) -> Costs:
-    """Count FLOPs by the formulas of the method, and read the clocks."""
-    drawn = read_json(samples / "dpar" / METRICS)["patch/patches_per_image"]
+    """Count FLOPs by the formulas of the method."""
+    sampled = read_json(samples / "dpar" / METRICS)["patch/patches_per_image"]
     how = read_json(samples / "dpar" / SAMPLE_PROTOCOL)
-    dpar, twin = trainings["dpar"].config, trainings["llamagen"].config
-    passes = 2 if how["cfg_scale"] > 1 else 1
+    dpar, baseline = trainings["dpar"].config, trainings["llamagen"].config
+    forwards = 2 if how["cfg_scale"] > 1 else 1
     gate_flops = float(flops.gpt_forward_flops(gate)) if how["gate"] == "entropy_model" else 0.0
     return Costs(
-        forward={"dpar": flops.dpar_forward_flops(dpar, patches.mean), "llamagen": flops.gpt_forward_flops(twin)},
-        drawing={
-            "dpar": passes * flops.dpar_forward_flops(dpar, drawn) + gate_flops,
-            "llamagen": passes * flops.gpt_forward_flops(twin),
+        forward={"dpar": flops.dpar_forward_flops(dpar, patches.mean), "llamagen": flops.gpt_forward_flops(baseline)},
+        sampling={
+            "dpar": forwards * flops.dpar_forward_flops(dpar, sampled) + gate_flops,
+            "llamagen": forwards * flops.gpt_forward_flops(baseline),
         },
         gate=gate_flops,
-        training_speed={name: training.images_per_s for name, training in trainings.items()},
-        drawing_speed={n: read_json(samples / n / TIMINGS)["images_per_s"] for n in ("dpar", "llamagen")},
+        parts=sampling_parts(dpar, sampled, forwards, gate_flops),
     )
+
+
+def sampling_parts(config: DPARConfig, patches: float, forwards: int, gate: float) -> dict[str, float]:
+    """Return the FLOPs of a sampled image by part of DPAR: what a model without that part would not need."""
+    whole = flops.dpar_forward_flops(config, patches)
+    parts = {"entropy model": gate}
+    for words, name in (
+        ("patch encoder", "encoder_layers"), ("patch transformer", "patch_layers"), ("patch decoder", "decoder_layers"),
+    ):  # fmt: skip
+        without = flops.dpar_forward_flops(replace(config, **{name: 0}), patches)
+        parts[words] = forwards * (whole - without)
+    parts["output layer"] = forwards * whole - sum(parts.values()) + gate
+    return {words: value for words, value in parts.items() if value > 0}
+
+
+def measured_speeds(folder: Path, costs: Costs) -> Speeds:
+    """Read the speeds that were measured in turns, beside what the FLOPs allow."""
+    return read_speeds(folder, training_promise=costs.promised("forward"), sampling_promise=costs.promised("sampling"))
 
 
 @torch.inference_mode()
 def held_out_losses(weights: Path, shards: TokenShards, maps: PatchMaps, *, device: str) -> np.ndarray:
-    """Return the loss of a model on each of (up to LOSS_IMAGES) validation images: (n,) nats a token, in float32."""
+    """Return the loss of a model on each of (up to LOSS_IMAGES) validation images: (n,) nats per token, in float32."""
     kind = read_weights_header(weights)["kind"]
     loaded = load_weights(weights, kind=kind)
     model = DPAR(DPARConfig(**loaded.config)) if kind == "dpar" else GPT(GPTConfig(**loaded.config))
@@ -182,25 +198,24 @@ def held_out_losses(weights: Path, shards: TokenShards, maps: PatchMaps, *, devi
 
 @dataclass(frozen=True)
 class EqualTime:
-    """What "equal training time" means in this run.
+    """What "equal training time" means in this run, by the pace that both models had in turns.
 
-    seconds: DPAR's. twin: which of the twin's models is set beside it, the one whose training time is nearest (its last, or
-    the one kept at train.equal_time_step); step, twin_seconds: when that was. needed: the step at which the twin had
-    trained as long as DPAR. shared: the shorter of both trainings; losses: both validation curves read there.
+    steps: DPAR's. model: which of the baseline's models is compared: its last, or the one kept for equal time.
+    step: when that was. needed: the step at which the baseline had trained as long as DPAR.
+    at: both steps at which the shorter of the two trainings ended; losses: both validation curves read there.
     """
 
-    seconds: float
-    twin: str
+    steps: int
+    model: str
     step: int
-    twin_seconds: float
     needed: float
-    shared: float
+    at: dict[str, float]
     losses: dict[str, float]
 
     @property
     def difference(self) -> float:
-        """By how much the twin had trained longer (positive) or shorter than DPAR, as a share."""
-        return self.twin_seconds / self.seconds - 1
+        """By how much the baseline had trained longer (positive) or shorter than DPAR, as a share."""
+        return self.step / self.needed - 1
 
     @property
     def is_equal(self) -> bool:
@@ -208,41 +223,51 @@ class EqualTime:
         return abs(self.difference) <= UNEQUAL
 
     @property
-    def advantaged(self) -> Side | None:
-        """Who had more time, when it was not equal."""
-        return None if self.is_equal else "twin" if self.difference > 0 else "dpar"
+    def obstacle(self) -> str:
+        """Why this is no comparison at equal time; an empty text when it is one."""
+        if self.is_equal:
+            return ""
+        more = "longer" if self.difference > 0 else "less"
+        way_out = (
+            f"step {self.needed:.0f} would have been equal (train.equal_time_step: auto keeps steps near it)"
+            if self.needed <= self.steps * (1 + UNEQUAL)
+            else f"it would have needed {self.needed:.0f} steps, more than it was given"
+        )
+        return (
+            f"at step {self.step} the baseline had trained {100 * abs(self.difference):.0f} % {more} than DPAR at step "
+            f"{self.steps}, more than the {100 * UNEQUAL:.0f} % that count as equal; {way_out}"
+        )
 
-    @property
-    def handicap(self) -> str:
-        """How much more that was, in words."""
-        more = self.difference if self.difference > 0 else self.seconds / self.twin_seconds - 1
-        return f"{100 * more:.0f} % more training time"
 
-
-def equal_time(trainings: dict[str, Training], models: Path) -> EqualTime:
-    """Find the twin's model that had trained about as long as DPAR, and how equal the times are."""
-    dpar, twin = trainings["dpar"], trainings["llamagen"]
+def equal_time(trainings: dict[str, Training], models: Path, training: Speed) -> EqualTime:
+    """Find the baseline's model that had trained about as long as DPAR, and how equal the times are."""
+    dpar, baseline = trainings["dpar"], trainings["llamagen"]
     kept = {name: read_weights_header(models / file)["meta"]["step"] for name, file in MODELS.items() if name != "dpar"}
-    name = min(kept, key=lambda name: abs(twin.seconds_at(kept[name]) - dpar.seconds))
-    shared = min(dpar.seconds, twin.seconds)
-    losses = {name: training.loss_at(shared) for name, training in trainings.items()}
-    seconds = twin.seconds_at(kept[name])
-    return EqualTime(dpar.seconds, name, kept[name], seconds, twin.step_at(dpar.seconds), shared, losses)
+    needed = dpar.steps / training.ratio
+    name = min(kept, key=lambda name: abs(kept[name] - needed))
+    shorter = min(baseline.steps, needed)
+    at = {"dpar": dpar.steps * shorter / needed, "llamagen": shorter}
+    losses = {name: trained.loss_at(at[name]) for name, trained in trainings.items()}
+    return EqualTime(dpar.steps, name, kept[name], needed, at, losses)
 
 
 def contests(
-    models: Path, scores: Path, shards: TokenShards, maps: PatchMaps, times: EqualTime, *, device: str
+    losses: dict[str, np.ndarray], scores: Path, times: EqualTime, training: Speed, *, seen: int, images: int
 ) -> tuple[Contest, Contest]:
-    """Set DPAR beside its twin at equal steps and at equal training time. shards, maps: of the validation split."""
-    losses = {name: held_out_losses(models / file, shards, maps, device=device) for name, file in MODELS.items()}
-    told = {name: read_json(scores / f"{name}.json") for name in MODELS}
+    """Compare DPAR with its baseline at equal steps and at equal training time.
 
-    def rows(twin: str) -> tuple[Row, ...]:
-        loss = judge_losses("validation loss", losses["dpar"], losses[twin])
-        return (loss, *judge_scores(told["dpar"], told[twin]))
+    losses: by model (see held_out_losses). seen: images in all training batches; images: in the training set.
+    """
+    found = {name: read_json(scores / f"{name}.json") for name in MODELS}
+    short = too_little_training(steps=times.steps, seen=seen, images=images)
 
-    by_time = Contest("at equal training time", rows(times.twin), times.advantaged, times.handicap)
-    return Contest("at equal steps", rows("llamagen")), by_time
+    def rows(baseline: str) -> tuple[Row, ...]:
+        loss = judge_losses("validation loss", losses["dpar"], losses[baseline])
+        return (loss, *judge_scores(found["dpar"], found[baseline]))
+
+    unequal = tuple(filter(None, (training.doubt, "" if training.doubt else times.obstacle)))
+    by_time = Contest("at equal training time", rows(times.model), (*short, *unequal))
+    return Contest("at equal steps", rows("llamagen"), short), by_time
 
 
 def read_json(path: Path) -> Any:

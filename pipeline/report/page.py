@@ -1,4 +1,4 @@
-"""Stage report: one offline page that sets DPAR beside its LlamaGen twin, with the pictures behind the numbers."""
+"""Stage report: one offline page that compares DPAR with its LlamaGen baseline, with the pictures behind the numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.data.shards import TokenShards
 from dpar_core.files import atomic_folder, read_weights_header, write_json
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import colour_bar, save_png
 from pipeline.presets.published import PUBLISHED
-from pipeline.report.charts import Dot, Series, bar_chart, graph, interval_plot, line_chart
+from pipeline.report.charts import Dot, Series, bar_chart, difference_plot, dot_chart, graph, interval_plot, line_chart
 from pipeline.report.facts import (
     MODELS,
     Costs,
@@ -27,11 +29,14 @@ from pipeline.report.facts import (
     count_costs,
     count_patches,
     equal_time,
+    held_out_losses,
+    measured_speeds,
     read_json,
     read_training,
 )
-from pipeline.report.pictures import data_uri, examples, sample_grid
-from pipeline.report.verdicts import Contest, Estimate, score_columns, score_name, together
+from pipeline.report.pictures import data_uri, examples, real_cells, sample_cells
+from pipeline.report.speeds import DRIFT, Speeds
+from pipeline.report.verdicts import FEWEST_STEPS, Contest, Estimate, score_columns, score_name, together
 from stages import params as P
 from stages.artifacts import HEADLINE, METRICS, REPORT_PAGE, SAMPLE_PROTOCOL, TOKENIZER, artifact_digest
 from stages.score import DISTANCE_NAMES
@@ -39,6 +44,7 @@ from stages.tracker import Tracker
 
 PAGE = Path(REPORT_PAGE.name).name
 MOST_CLASSES = 24  # bars of patches by class
+WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 @dataclass(frozen=True)
@@ -95,27 +101,37 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     gate = read_training(inputs.entropy_model)
     patches = count_patches(inputs.patch_maps, inputs.histogram, train)
     costs = count_costs(trainings, gate.config, patches, inputs.samples)
-    times = equal_time(trainings, inputs.models)
+    speeds = measured_speeds(inputs.speed, costs)
+    times = equal_time(trainings, inputs.models, speeds.training)
     labels = model_labels(inputs.models)
-    rounds = contests(inputs.models, inputs.scores, held_out, maps, times, device=device)
+    losses = {name: held_out_losses(inputs.models / file, held_out, maps, device=device) for name, file in MODELS.items()}
+    seen = trainings["dpar"].steps * params.train.batch_size
+    rounds = contests(losses, inputs.scores, times, speeds.training, seen=seen, images=len(train))
     entropies = EntropyMaps(inputs.entropies, held_out)
     shown = examples(
         manifest, inputs.tokenizer / Path(TOKENIZER.name).name, held_out, entropies, maps, count=params.report.examples
     )
     low = min(float(one.entropies[1:].min()) for one in shown)
     high = max(float(one.entropies[1:].max()) for one in shown)
+    typical = min(shown, key=lambda one: abs(len(one.lengths) - patches.mean))
+    threshold = maps.rule.threshold if maps.rule.reads_entropies else None
     facts = {
         "params": params,
         "setting": setting(params, manifest, train),
+        "badge": badge(params, manifest, trainings["dpar"].steps),
         "headline": together(*rounds),
         "contests": [shown_contest(one) for one in rounds],
-        "patches": patches, "costs": costs, "times": times, "trainings": trainings, "gate": gate,
+        "patches": patches, "costs": costs, "times": times, "trainings": trainings, "gate": gate, "speeds": speeds,
+        "busy": busy_sentences(trainings, speeds), "machine": speeds.training.pace.machine,
+        "parts": [(words, value / sum(costs.parts.values())) for words, value in costs.parts.items()],
         "rule": maps.rule, "scale": {"low": low, "high": high, "bar": data_uri(colour_bar(256, 1))},
         "examples": [one.shown(low, high) for one in shown],
-        "hero": min(shown, key=lambda one: abs(len(one.lengths) - patches.mean)).shown(low, high),
+        "hero": typical.shown(low, high) | slider(typical.entropies, threshold),
         "tokenizer": read_json(inputs.tokenizer / METRICS),
-        "charts": draw_charts(trainings, patches, times, labels),
-        "grids": grids(inputs.samples, train.meta.classes, maps.rule.row_width, labels),
+        "charts": draw_charts(trainings, patches, times, speeds, labels)
+        | {"differences": draw_differences(rounds), "trade": draw_trade(inputs.scores, costs, labels)},
+        "compared": compared_samples(inputs.samples, manifest, held_out, labels),
+        "protocols": [(labels[name], read_json(inputs.samples / name / SAMPLE_PROTOCOL)) for name in MODELS],
         "published": PUBLISHED,
         "tables": score_tables(inputs.scores, inputs.samples, trainings, labels),
         "digests": digests(inputs, manifest, train, maps, labels),
@@ -134,7 +150,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         (folder / PAGE).write_text(page)
         for place, one in enumerate(shown):
             save_png(one.overview(maps.rule.threshold), folder / f"patches-{place:02d}.png")
-        write_json(folder / Path(HEADLINE.name).name, headline(rounds, patches, costs, times))
+        write_json(folder / Path(HEADLINE.name).name, headline(rounds, patches, costs, times, speeds))
     for place in range(min(len(shown), 3)):
         tracker.log_picture(outputs.report / f"patches-{place:02d}.png")
     tracker.log_artifact(outputs.report / PAGE)
@@ -163,7 +179,47 @@ def plain(value: Any) -> str:
 def model_labels(models: Path) -> dict[str, str]:
     """Return what the models are called on the page."""
     step = read_weights_header(models / MODELS["llamagen_equal_time"])["meta"]["step"]
-    return {"dpar": "DPAR", "llamagen": "LlamaGen twin", "llamagen_equal_time": f"twin at step {step}"}
+    return {"dpar": "DPAR", "llamagen": "LlamaGen baseline", "llamagen_equal_time": f"baseline at step {step}"}
+
+
+def badge(params: Params, manifest: Manifest, steps: int) -> dict[str, str]:
+    """Return what kind of run this is and what it can show, for the line above the headline."""
+    if params.data.source == "builtin":
+        count = len(manifest.classes)
+        kind, what = "demo", f"{WORDS[count] if count < len(WORDS) else count} photographs, one seed."
+    elif steps < FEWEST_STEPS:
+        kind, what = "trial", f"{steps} steps, one seed."
+    else:
+        images = len(manifest.split("train"))
+        what = f"{images:,} training images of {len(manifest.classes):,} classes, {steps:,} steps, one seed."
+        return {"kind": "experiment", "name": "Experiment:", "words": what}
+    return {
+        "kind": kind,
+        "name": f"{kind.capitalize()}:",
+        "words": f"{what} It shows the workflow and is not a research result.",
+    }
+
+
+def slider(entropies: np.ndarray, threshold: float | None) -> dict[str, float | str]:
+    """Return the ends of the slider over thresholds and the threshold of the rule; nothing when no entropy decides."""
+    if threshold is None:
+        return {"threshold": "", "first": 0.0, "last": 0.0}
+    known = entropies[1:]
+    first, last = min(float(known.min()), threshold), max(float(known.max()), threshold)
+    return {"threshold": repr(float(threshold)), "first": max(first - 0.05, 0.0), "last": last + 0.05}
+
+
+def busy_sentences(trainings: Mapping[str, Training], speeds: Speeds) -> list[str]:
+    """Return a sentence for each training whose own pace moved too much for its clock to be of use."""
+    found = []
+    for name, words in (("dpar", "DPAR"), ("llamagen", "the baseline")):
+        trained = trainings[name]
+        if trained.drift > DRIFT:
+            found.append(
+                f"While {words} trained, the machine was busy: its pace moved by {100 * trained.drift:.0f} %. The "
+                "seconds of that run are not used on this page."
+            )
+    return found
 
 
 def setting(params: Params, manifest: Manifest, shards: TokenShards) -> dict[str, Any]:
@@ -187,41 +243,71 @@ def written(*estimates: Estimate) -> list[tuple[str, str]]:
         return [(number(one.value), "") for one in estimates]
     narrow = min(widths)
     decimals = min(max(1 - math.floor(math.log10(narrow)), 0), 4) if narrow > 0 else 3
-    told = [[f"{value:.{decimals}f}" for value in (one.value, *one.interval)] for one in estimates]
-    return [(value, f"{low} – {high}") for value, low, high in told]
+    ends = [[f"{value:.{decimals}f}" for value in (one.value, *(one.interval or ()))] for one in estimates]
+    return [(value, f"{low} – {high}") for value, low, high in ends]
 
 
 def shown_contest(contest: Contest) -> dict[str, Any]:
     """Return a contest as the page shows it: each row with a plot of both intervals."""
     rows = []
     for row in contest.rows:
-        dots = [Dot("dpar", row.dpar.value, row.dpar.interval), Dot("llamagen", row.twin.value, row.twin.interval)]
-        plot = interval_plot(dots, title=f"{row.words}: DPAR above, twin below")
-        dpar, twin = written(row.dpar, row.twin)
-        rows.append({"row": row, "dpar": dpar, "twin": twin, "plot": plot})
+        dots = [Dot("dpar", row.dpar.value, row.dpar.interval), Dot("llamagen", row.baseline.value, row.baseline.interval)]
+        scale = (0.0, 1.0) if row.words in ("precision", "recall") else None
+        plot = interval_plot(dots, title=f"{row.words}: DPAR above, baseline below", scale=scale)
+        dpar, baseline = written(row.dpar, row.baseline)
+        rows.append({"row": row, "dpar": dpar, "baseline": baseline, "plot": plot})
     return {"contest": contest, "rows": rows}
 
 
 def draw_charts(
-    trainings: Mapping[str, Training], patches: Patches, times: EqualTime, labels: Mapping[str, str]
+    trainings: Mapping[str, Training], patches: Patches, times: EqualTime, speeds: Speeds, labels: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Draw the curves, the histogram and the DAG as SVG."""
+    """Draw the curves, the histogram and the DAG as SVG. by_time is None when the speed of training is not known."""
     by_step = [Series(labels[n], n, [(row[0], row[3]) for row in t.curve]) for n, t in trainings.items()]
-    by_time = [Series(labels[n], n, [(row[1], row[3]) for row in t.curve]) for n, t in trainings.items()]
+    pace, shared, by_time = speeds.training.pace.seconds, 0.0, None
+    if not speeds.training.doubt:
+        curves = [Series(labels[n], n, [(row[0] * pace[n], row[3]) for row in t.curve]) for n, t in trainings.items()]
+        shared = times.at["dpar"] * pace["dpar"]
+        by_time = line_chart(curves, x="seconds of training", y="validation loss", marks={"equal time": shared})
     lengths = [(str(length), share) for length, share in patches.shares[:16]]
     if len(patches.shares) > 16:
         lengths.append(("more", sum(share for _, share in patches.shares[16:])))
     return {
         "by_step": line_chart(by_step, x="optimizer steps", y="validation loss"),
-        "by_time": line_chart(by_time, x="seconds of training", y="validation loss", marks={"equal time": times.shared}),
-        "lengths": bar_chart(lengths, x="tokens in a patch", y="share of patches"),
+        "by_time": by_time,
+        "shared": shared,
+        "lengths": bar_chart(lengths, x="tokens per patch", y="share of patches"),
         "dag": dag(),
         "by_class": _ranked(patches.by_class),
     }
 
 
+def draw_differences(rounds: tuple[Contest, Contest]) -> str:
+    """Draw the paired differences of the losses with their intervals."""
+    rows = []
+    for contest in rounds:
+        difference = contest.rows[0].difference
+        assert difference is not None, "losses are compared pair by pair"
+        style = contest.rows[0].winner if contest.judged else None
+        style = {"dpar": "dpar", "baseline": "llamagen", None: "other"}[style]
+        rows.append((contest.when, Dot(style, difference.value, difference.interval)))
+    return difference_plot(rows, title="validation loss, DPAR minus baseline, nats per token")
+
+
+def draw_trade(scores: Path, costs: Costs, labels: Mapping[str, str]) -> str:
+    """Draw the distance of each model, with its interval, over the GFLOPs of a sampled image."""
+    dots, name = [], ""
+    for model in MODELS:
+        found = read_json(scores / f"{model}.json")
+        name = score_columns(found)[0]
+        ends = found["intervals"].get(name)
+        dot = Dot(model, found[name], None if ends is None else (ends[0], ends[1]))
+        dots.append((labels[model], costs.sampling["dpar" if model == "dpar" else "llamagen"] / 1e9, dot))
+    return dot_chart(dots, x="GFLOPs per sampled image", y=score_name(name))
+
+
 def _ranked(by_class: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Return classes by their patches an image; of many, the ends of the list."""
+    """Return classes by their patches per image; of many, the ends of the list."""
     ranked = sorted(by_class.items(), key=lambda item: (-item[1], item[0]))
     half = MOST_CLASSES // 2
     return ranked if len(ranked) <= MOST_CLASSES else ranked[:half] + ranked[-half:]
@@ -246,14 +332,21 @@ def _touches(made: str, read: str) -> bool:
     return made == read or made.startswith(f"{read}/") or read.startswith(f"{made}/")
 
 
-def grids(samples: Path, class_names: tuple[str, ...], row_width: int, labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the sample grids of all models with how they were drawn."""
-    found = []
-    for name in MODELS:
-        how = read_json(samples / name / SAMPLE_PROTOCOL)
-        grid = sample_grid(samples / name, list(class_names), row_width=row_width, borders=name == "dpar")
-        found.append({"name": name, "label": labels[name], "grid": grid, "how": how})
-    return found
+def compared_samples(samples: Path, manifest: Manifest, held_out: TokenShards, labels: Mapping[str, str]) -> dict[str, Any]:
+    """Return the first samples of each class of all models side by side, beside real crops of that class."""
+    meta = held_out.meta
+    names = list(meta.classes)
+    sampled = {
+        name: sample_cells(samples / name, names, row_width=meta.row_width, borders=name == "dpar") for name in MODELS
+    }
+    classes = sorted(sampled["dpar"])
+    real = real_cells(manifest, held_out, classes)
+    rows = []
+    for label in classes:
+        groups = [{"name": "real", "label": "real crops", "cells": real[label]}] if real.get(label) else []
+        groups += [{"name": n, "label": labels[n], "cells": cells.get(label, [])} for n, cells in sampled.items()]
+        rows.append({"words": names[label], "groups": groups})
+    return {"rows": rows, "real": any(real.values())}
 
 
 def score_tables(
@@ -262,33 +355,36 @@ def score_tables(
     """Return our rows for the table of the paper: a table of its own for every protocol."""
     tables: dict[str, dict[str, Any]] = {}
     for name in MODELS:
-        told = read_json(scores / f"{name}.json")
+        found = read_json(scores / f"{name}.json")
         config = trainings["dpar" if name == "dpar" else "llamagen"].config
-        table = tables.setdefault(told["protocol_id"], {
-            "id": told["protocol_id"], "protocol": told["protocol"], "rows": [],
-            "columns": [(key, score_name(key)) for key in score_columns(told)],
+        table = tables.setdefault(found["protocol_id"], {
+            "id": found["protocol_id"], "protocol": found["protocol"], "rows": [],
+            "columns": [(key, score_name(key)) for key in score_columns(found)],
             "others": [],
         })  # fmt: skip
         compared = [key for key, _ in table["columns"]]
-        rest = [key for key in told if key.startswith("eval/") and key not in compared]
-        table["others"] += [(f"{score_name(key)}, {labels[name]}", number(told[key])) for key in rest]
-        drawn = read_json(samples / name / METRICS)
+        rest = [key for key in found if key.startswith("eval/") and key not in compared]
+        table["others"] += [(f"{score_name(key)}, {labels[name]}", number(found[key])) for key in rest]
+        sampled = read_json(samples / name / METRICS)
         table["rows"].append({
-            "label": labels[name], "parameters": config.num_parameters, "scores": told,
-            "steps": drawn["patch/patches_per_image"] if name == "dpar" else config.tokens,
+            "label": labels[name], "parameters": config.num_parameters, "scores": found,
+            "steps": sampled["patch/patches_per_image"] if name == "dpar" else config.tokens,
         })  # fmt: skip
     return list(tables.values())
 
 
 def digests(
     inputs: Inputs, manifest: Manifest, shards: TokenShards, maps: PatchMaps, labels: Mapping[str, str]
-) -> list[tuple[str, str]]:
-    """Return the digest of everything that the page rests on."""
+) -> list[tuple[str, str, str]]:
+    """Return (name, digest, stage) of everything that the page rests on."""
+    makers = {"dpar": "train_dpar", "llamagen": "train_llamagen", "llamagen_equal_time": "time_training"}
     return [
-        ("manifest", manifest.digest), ("tokenizer", shards.meta.tokenizer), ("token shards", shards.digest),
-        ("entropy model", maps.entropy_model_digest), ("patch maps", maps.digest),
-        *((labels[name], artifact_digest(inputs.models / file)) for name, file in MODELS.items()),
-        *((f"samples, {labels[name]}", read_json(inputs.samples / name / SAMPLE_PROTOCOL)["digest"]) for name in MODELS),
+        ("manifest", manifest.digest, "data"), ("tokenizer", shards.meta.tokenizer, "tokenizer"),
+        ("token shards", shards.digest, "tokenize_images"), ("entropy model", maps.entropy_model_digest, "entropy_model"),
+        ("patch maps", maps.digest, "patch_maps"),
+        *((labels[name], artifact_digest(inputs.models / file), makers[name]) for name, file in MODELS.items()),
+        *((f"samples, {labels[name]}", read_json(inputs.samples / name / SAMPLE_PROTOCOL)["digest"],
+           "sample_dpar" if name == "dpar" else "sample_llamagen") for name in MODELS),
     ]  # fmt: skip
 
 
@@ -308,15 +404,24 @@ def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
     return sections
 
 
-def headline(rounds: tuple[Contest, Contest], patches: Patches, costs: Costs, times: EqualTime) -> dict[str, Any]:
-    """Return the verdicts and the figures at the top of the page, for machines."""
+def headline(
+    rounds: tuple[Contest, Contest], patches: Patches, costs: Costs, times: EqualTime, speeds: Speeds
+) -> dict[str, Any]:
+    """Return the verdicts and the figures at the top of the page, for machines. A speed that is not shown is null."""
+
+    def ratio(speed: Any) -> dict[str, Any]:
+        shown = not speed.doubt
+        return {"ratio": speed.ratio if shown else None, "interval": list(speed.interval) if shown else None,
+                "doubt": speed.doubt, "flops_allow": speed.promised}  # fmt: skip
+
     return {
         "headline": together(*rounds),
+        "seeds": 1,
         "verdicts": [
             {"when": one.when, "winner": one.winner, "title": one.title, "sentence": one.sentence,
-             "rows": [dataclasses.asdict(row) for row in one.rows]} for one in rounds
+             "judged": one.judged, "rows": [dataclasses.asdict(row) for row in one.rows]} for one in rounds
         ],
         "tokens": patches.tokens, "patches_per_image": patches.mean, "flops_saved": costs.saved("forward"),
-        "flop_ratio": costs.promised("forward"), "training_speed_ratio": costs.clocked("training_speed"),
-        "drawing_speed_ratio": costs.clocked("drawing_speed"), "equal_time": dataclasses.asdict(times),
+        "flop_ratio": costs.promised("forward"), "training_speed": ratio(speeds.training),
+        "sampling_speed": ratio(speeds.sampling), "equal_time": dataclasses.asdict(times),
     }  # fmt: skip

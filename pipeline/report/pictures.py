@@ -30,7 +30,7 @@ from stages.artifacts import SAMPLE_IMAGES, SAMPLE_TOKENS
 from stages.data import ImageOpener
 
 LARGEST_PNG, LARGEST = 96, 320  # pixels of a side: larger pictures travel as JPEG, the largest are reduced
-CLASS_ROWS, COLUMNS = 12, 8  # sample grid: a class a row, unless there are more classes than that
+CLASS_ROWS, COLUMNS = 12, 4  # samples side by side: a row per class, unless there are more classes than that
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -75,6 +75,7 @@ class Example:
             "heat": data_uri(Image.fromarray(colours)), "borders": border_path(self.lengths, self.row_width),
             "width": self.row_width, "tokens": len(self.entropies), "patches": len(self.lengths),
             "nats": ",".join("" if np.isnan(e) else f"{e:.2f}" for e in self.entropies),
+            "exact": ",".join("" if np.isnan(e) else f"{e:.9g}" for e in self.entropies),
             "lengths": ",".join(str(n) for n in self.lengths),
         }  # fmt: skip
 
@@ -141,34 +142,36 @@ def _entropies(entropies: EntropyMaps, index: int) -> np.ndarray:
     return np.asarray(table["entropies"][row].as_py(), dtype=np.float32)
 
 
-@dataclass(frozen=True)
-class SampleGrid:
-    """Some samples of one model, in rows: (words, cells); a cell has `image` and, for DPAR, `borders`."""
-
-    rows: list[tuple[str, list[dict[str, str]]]]
-    row_width: int
+Cell = dict[str, str]  # what a tile of the page shows: `image`, `name` and, for DPAR, `borders`
 
 
-def sample_grid(folder: Path, class_names: list[str], *, row_width: int, borders: bool) -> SampleGrid:
-    """Take the first samples of each class (or, of many classes, the first samples of all) from a sample folder."""
-    by_class = len(class_names) <= CLASS_ROWS
-    images, labels = leading_samples(folder / SAMPLE_IMAGES, 4 * COLUMNS * CLASS_ROWS)
+def sample_cells(folder: Path, class_names: list[str], *, row_width: int, borders: bool) -> dict[int, list[Cell]]:
+    """Return the first samples of each class of a sample folder, by label: up to COLUMNS of up to CLASS_ROWS classes."""
+    images, labels = leading_samples(folder / SAMPLE_IMAGES, 8 * COLUMNS * CLASS_ROWS)
     plans: list[np.ndarray] = []
     if borders:
         with np.load(folder / SAMPLE_TOKENS, allow_pickle=False) as archive:
             starts = np.unpackbits(archive["starts"][: len(images)], axis=1, count=row_width**2)
         plans = lengths_from_starts(starts.astype(bool))
 
-    def cell(index: int) -> dict[str, str]:
-        drawn = {"image": data_uri(Image.fromarray(images[index])), "name": class_names[labels[index]]}
-        return drawn | ({"borders": border_path(plans[index], row_width)} if borders else {})
+    def cell(index: int) -> Cell:
+        shown = {"image": data_uri(Image.fromarray(images[index])), "name": class_names[labels[index]]}
+        return shown | ({"borders": border_path(plans[index], row_width)} if borders else {})
 
-    if by_class:
-        chosen = [(name, np.flatnonzero(labels == label)[:COLUMNS]) for label, name in enumerate(class_names)]
-    else:
-        lines = range(0, min(len(images), COLUMNS * CLASS_ROWS // 2), COLUMNS)
-        chosen = [("", np.arange(first, min(first + COLUMNS, len(images)))) for first in lines]
-    return SampleGrid([(name, [cell(int(i)) for i in of]) for name, of in chosen if len(of)], row_width)
+    found = sorted({int(label) for label in labels})[:CLASS_ROWS]
+    return {label: [cell(int(i)) for i in np.flatnonzero(labels == label)[:COLUMNS]] for label in found}
+
+
+def real_cells(manifest: Manifest, shards: TokenShards, labels: list[int]) -> dict[int, list[Cell]]:
+    """Return the first validation images of some classes, cropped and scaled to the size that the models see."""
+    opener, meta, found = ImageOpener(manifest), shards.meta, {}
+    for label in labels:
+        rows = [manifest.find(shards.key(int(i))) for i in np.flatnonzero(shards.labels == label)[:COLUMNS]]
+        crops = [middle_square(opener(row)) for row in rows if row is not None]
+        side = (meta.image_size, meta.image_size)
+        small = [crop.resize(side, Image.Resampling.LANCZOS) for crop in crops]
+        found[label] = [{"image": data_uri(one), "name": meta.classes[label]} for one in small]
+    return found
 
 
 def leading_samples(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,21 +1,26 @@
-"""Who wins: two models set side by side, quantity by quantity, and the plain sentence that follows."""
+"""Which model is better: two models compared quantity by quantity, and the sentence that the numbers carry.
+
+There is a verdict only where a difference can be told from chance: an interval that excludes zero, enough images for the
+features, enough training, and, at equal training time, times that were measured and agree. Otherwise the reason is given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-Side = Literal["dpar", "twin"]
-NAMES: dict[Side, str] = {"dpar": "DPAR", "twin": "the twin"}
+Side = Literal["dpar", "baseline"]
+NAMES: dict[Side, str] = {"dpar": "DPAR", "baseline": "the baseline"}
 RESAMPLES, LEVEL = 2000, (2.5, 97.5)
+FEWEST_STEPS = 100  # optimizer steps below which two models are still near their initial weights
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value and its 95 % interval, None where nothing tells how far chance moves it."""
+    """A measured value and its 95 % confidence interval, None where there is none."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -23,86 +28,80 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of both models. words: what it is; better: which direction is good; winner: None when there is none.
+    """One quantity of both models.
 
-    why: what the verdict rests on. discounted: who is ahead, but had an advantage, and so has not won.
+    words: what it is. better: which direction is good. winner: None when there is none.
+    why: what the verdict rests on, or why there is none.
+    judged: whether a difference could have been told from chance.
+    difference: DPAR minus baseline, for quantities that are compared pair by pair.
     """
 
     words: str
     better: Literal["lower", "higher"]
     dpar: Estimate
-    twin: Estimate
+    baseline: Estimate
     winner: Side | None
     why: str
-    discounted: Side | None = None
-
-    @property
-    def judged(self) -> bool:
-        """Whether a difference could have been told from chance."""
-        return self.dpar.interval is not None and self.twin.interval is not None
+    judged: bool = True
+    difference: Estimate | None = None
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A comparison under one condition. winner: "split" when each wins something, None when nobody wins anything.
+    """A comparison under one condition.
 
-    handicap: words for what the other side of an unequal comparison had too much of ("28 % more training time"), and
-    advantaged: who had it. What the advantaged side is ahead in does not count; what the other wins counts all the more.
+    when: the condition, as in "at equal steps". obstacles: why this comparison can have no verdict at all.
     """
 
     when: str
     rows: tuple[Row, ...]
-    advantaged: Side | None = None
-    handicap: str = ""
-
-    def __post_init__(self) -> None:
-        rows = tuple(
-            replace(row, winner=None, discounted=row.winner) if row.winner and row.winner == self.advantaged else row
-            for row in self.rows
-        )
-        object.__setattr__(self, "rows", rows)
+    obstacles: tuple[str, ...] = ()
 
     @property
-    def winner(self) -> Side | Literal["split"] | None:
+    def winner(self) -> Side | Literal["mixed"] | None:
+        """Who is better in at least one quantity and worse in none; "mixed" when each is better in something."""
+        if self.obstacles:
+            return None
         sides = {row.winner for row in self.rows} - {None}
-        return "split" if len(sides) == 2 else next(iter(sides), None)
+        return "mixed" if len(sides) == 2 else next(iter(sides), None)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a verdict, be it that no difference was shown."""
+        return not self.obstacles and any(row.judged for row in self.rows)
 
     @property
     def title(self) -> str:
         """The verdict in a few words."""
+        if not self.judged:
+            return f"No verdict {self.when}"
         return {
-            "dpar": f"DPAR wins {self.when}", "twin": f"The twin wins {self.when}",
-            "split": f"A split decision {self.when}", None: f"No clear winner {self.when}",
+            "dpar": f"DPAR is better {self.when}", "baseline": f"The baseline is better {self.when}",
+            "mixed": f"Each model is better in something {self.when}", None: f"No clear difference {self.when}",
         }[self.winner]  # fmt: skip
 
     @property
     def sentence(self) -> str:
-        """The verdict with what it rests on."""
+        """The verdict with what it rests on, or why there is none."""
+        if self.obstacles:
+            return capitalised("; ".join(self.obstacles)) + "."
         parts = []
         for side, name in NAMES.items():
-            won = [row.words for row in self.rows if row.winner == side]
-            if won:
-                though = f", though {NAMES[self.advantaged]} had {self.handicap}" if self.advantaged else ""
-                parts.append(f"{name} is better in {listed(won)}{though}")
-        unfair = [row.words for row in self.rows if row.discounted]
-        if unfair:
-            leads = f"that {NAMES[self.advantaged]} is ahead in {listed(unfair)} does not count"
-            parts.append(f"{leads}, as it had {self.handicap}")
-        even = [row.words for row in self.rows if row.judged and row.winner is None and row.discounted is None]
-        if even:
+            if won := [row.words for row in self.rows if row.winner == side]:
+                parts.append(f"{name} is better in {listed(won)}")
+        if even := [row.words for row in self.rows if row.judged and row.winner is None]:
             parts.append(f"{listed(even)} {'shows' if len(even) == 1 else 'show'} no clear difference")
-        unknown = [row.words for row in self.rows if not row.judged]
-        if unknown:
-            parts.append(f"{listed(unknown)} {'has' if len(unknown) == 1 else 'have'} no interval and no vote")
-        sentence = "; ".join(parts) + "."
-        return sentence[0].upper() + sentence[1:]
+        for why in dict.fromkeys(row.why for row in self.rows if not row.judged):
+            unknown = [row.words for row in self.rows if not row.judged and row.why == why]
+            parts.append(f"{listed(unknown)} {'is' if len(unknown) == 1 else 'are'} not judged: {why}")
+        return capitalised("; ".join(parts)) + "."
 
 
 def together(one: Contest, other: Contest) -> str:
     """Return both verdicts as one sentence for the top of the page."""
-    if one.winner == other.winner:
+    if one.title.removesuffix(one.when) == other.title.removesuffix(other.when):
         return f"{one.title} and {other.when}."
-    title = other.title if other.winner == "dpar" else other.title[0].lower() + other.title[1:]
+    title = other.title if other.title.startswith("DPAR") else other.title[0].lower() + other.title[1:]
     return f"{one.title}; {title}."
 
 
@@ -111,29 +110,56 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def judge(words: str, better: Literal["lower", "higher"], dpar: Estimate, twin: Estimate) -> Row:
-    """Set two independent estimates side by side; one wins when the intervals do not overlap."""
-    if dpar.interval is None or twin.interval is None:
-        return Row(words, better, dpar, twin, None, "no interval")
-    below, above = dpar.interval[1] < twin.interval[0], dpar.interval[0] > twin.interval[1]
+def capitalised(sentence: str) -> str:
+    """Return a sentence that begins with a capital, unless it begins with the name of a score."""
+    return sentence if "_" in sentence.split(" ")[0] else sentence[:1].upper() + sentence[1:]
+
+
+def too_little_training(*, steps: int, seen: int, images: int) -> tuple[str, ...]:
+    """Return why models were trained too little to be compared; nothing when they were not.
+
+    seen: images in all batches together. images: in the training set.
+    """
+    if steps < FEWEST_STEPS:
+        return (f"{steps} optimizer steps are too few to compare trained models (at least {FEWEST_STEPS})",)
+    if seen < images:
+        return (f"training saw {seen:,} images, less than one epoch of {images:,}",)
+    return ()
+
+
+def judge(words: str, better: Literal["lower", "higher"], dpar: Estimate, baseline: Estimate, *, doubt: str = "") -> Row:
+    """Compare two independent estimates; one is better when the intervals do not overlap.
+
+    doubt: why this quantity cannot be judged; empty when it can.
+    """
+    if not doubt and (dpar.interval is None or baseline.interval is None):
+        doubt = "no interval"
+    if doubt:
+        return Row(words, better, dpar, baseline, None, doubt, judged=False)
+    assert dpar.interval is not None and baseline.interval is not None
+    below, above = dpar.interval[1] < baseline.interval[0], dpar.interval[0] > baseline.interval[1]
     if not below and not above:
-        return Row(words, better, dpar, twin, None, "intervals overlap")
-    return Row(words, better, dpar, twin, "dpar" if below == (better == "lower") else "twin", "intervals apart")
+        return Row(words, better, dpar, baseline, None, "intervals overlap")
+    return Row(words, better, dpar, baseline, "dpar" if below == (better == "lower") else "baseline", "intervals apart")
 
 
-def judge_losses(words: str, dpar: np.ndarray, twin: np.ndarray, *, seed: int = 0) -> Row:
-    """Compare losses (n,) nats a token of the same n images: one side wins when 0 lies outside the interval of the
-    mean difference (paired bootstrap)."""
+def judge_losses(words: str, dpar: np.ndarray, baseline: np.ndarray, *, seed: int = 0) -> Row:
+    """Compare losses (n,) in nats per token of the same n images by a paired bootstrap of the mean difference.
+
+    One side is better when the interval of the difference excludes zero.
+    """
     picks = np.random.default_rng(seed).integers(0, len(dpar), (RESAMPLES, len(dpar)))
 
-    def interval(values: np.ndarray) -> tuple[float, float]:
+    def estimate(values: np.ndarray) -> Estimate:
         low, high = np.percentile(values[picks].mean(axis=1), LEVEL)
-        return float(low), float(high)
+        return Estimate(float(values.mean()), (float(low), float(high)))
 
-    estimates = [Estimate(float(values.mean()), interval(values)) for values in (dpar, twin)]
-    low, high = interval(dpar - twin)
-    winner: Side | None = "dpar" if high < 0 else "twin" if low > 0 else None
-    return Row(words, "lower", *estimates, winner, f"difference {low:+.3f} to {high:+.3f}, image by image")
+    difference = estimate(dpar - baseline)
+    assert difference.interval is not None
+    low, high = difference.interval
+    winner: Side | None = "dpar" if high < 0 else "baseline" if low > 0 else None
+    why = f"difference {difference.value:+.3f} ({low:+.3f} to {high:+.3f}) nats, paired by image"
+    return Row(words, "lower", estimate(dpar), estimate(baseline), winner, why, difference=difference)
 
 
 def score_name(key: str) -> str:
@@ -142,7 +168,7 @@ def score_name(key: str) -> str:
     return {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID"}.get(name, name)
 
 
-# In the order of a table. Others (sFID, KID) are told, but are not compared.
+# In the order of a table. Others (sFID, KID) are shown, but are not compared.
 JUDGED = ("eval/fid", "eval/fd_", "eval/is", "eval/precision", "eval/recall")
 
 
@@ -156,23 +182,41 @@ def higher_is_better(key: str) -> bool:
     return key.startswith(("eval/is", "eval/precision", "eval/recall"))
 
 
-def judge_scores(dpar: Mapping[str, Any], twin: Mapping[str, Any]) -> list[Row]:
+def too_few_images(scores: Mapping[str, Any]) -> str:
+    """Return why a score file has too few images for its features; an empty text when it has enough.
+
+    A covariance of d features has full rank only with more than d images on either side.
+    """
+    protocol, features = scores["protocol"], scores.get("feature_count")
+    if features is None:
+        return "the score file does not say how many features an image has: run `dvc repro -f score_dpar score_llamagen`"
+    counts = [protocol["images"], protocol.get("reference_images") or features + 1]
+    if min(counts) > features:
+        return ""
+    return f"{min(counts):,} images are too few for {features:,} features (singular covariance)"
+
+
+def judge_scores(dpar: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[Row]:
     """Compare distance, IS, precision and recall of two score files.
 
     Raises ValueError when they were made under different protocols.
     """
-    if dpar["protocol_id"] != twin["protocol_id"]:
+    if dpar["protocol_id"] != baseline["protocol_id"]:
         raise ValueError(
-            f"scores of protocols {dpar['protocol_id']} and {twin['protocol_id']} are not compared: run "
+            f"scores of protocols {dpar['protocol_id']} and {baseline['protocol_id']} are not compared: run "
             "`dvc repro score_dpar score_llamagen`"
         )
+    doubt = too_few_images(dpar) or too_few_images(baseline)
 
     def estimate(scores: Mapping[str, Any], key: str) -> Estimate:
         ends = scores["intervals"].get(key)
         return Estimate(scores[key], None if ends is None else (ends[0], ends[1]))
 
     return [
-        judge(score_name(key), "higher" if higher_is_better(key) else "lower", estimate(dpar, key), estimate(twin, key))
+        judge(
+            score_name(key), "higher" if higher_is_better(key) else "lower", estimate(dpar, key), estimate(baseline, key),
+            doubt=doubt,
+        )
         for key in score_columns(dpar)
-        if key in twin
-    ]
+        if key in baseline
+    ]  # fmt: skip

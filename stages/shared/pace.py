@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import platform
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dpar_core.files import write_json
 from dpar_core.turns import Turns
@@ -20,11 +23,13 @@ class Pace:
 
     unit: what a turn's seconds are for: "step" (an optimizer step) or "image".
     images: how many images a step or a batch has.
+    machine: what they ran on, in words.
     """
 
     unit: str
     images: int
     turns: Turns
+    machine: str = ""
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -38,12 +43,31 @@ class Pace:
         return {name: per_unit / seconds for name, seconds in self.seconds.items()}
 
 
+def machine_words(device: str) -> str:
+    """Return what this machine is, in words: processor or GPU, cores, torch and Python."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__.partition('+')[0]}, Python {platform.python_version()}"
+
+
+def _processor() -> str:
+    """Return the name of the processor; Linux alone keeps a readable one in a file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def write_pace(path: Path, pace: Pace, **more: Any) -> None:
     """Write what was measured, with the turns themselves, so that a reader can judge them."""
     turns = pace.turns
     write_json(path, {
-        "unit": pace.unit, "images": pace.images, "images_per_s": pace.images_per_s, "ratio": turns.ratio,
-        "interval": list(turns.interval), "drift": list(turns.drift),
+        "unit": pace.unit, "images": pace.images, "images_per_s": pace.images_per_s, "machine": pace.machine,
+        "ratio": turns.ratio, "interval": list(turns.interval), "drift": list(turns.drift),
         "turns": {"dpar": list(turns.first), "llamagen": list(turns.second)}, **more,
     })  # fmt: skip
 
@@ -56,6 +80,6 @@ def read_pace(path: Path) -> Pace:
     try:
         found = json.loads(path.read_text())
         turns = Turns(tuple(found["turns"]["dpar"]), tuple(found["turns"]["llamagen"]))
-        return Pace(found["unit"], int(found["images"]), turns)
+        return Pace(found["unit"], int(found["images"]), turns, found.get("machine", ""))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): run `dvc repro -f {stage}`") from None

@@ -29,7 +29,7 @@ SCORES = {"eval/fd_demo": 20.0, "eval/is_demo": 3.0, "eval/precision": 0.5, "eva
 
 
 def tiny_params(**sections: dict) -> Params:
-    """The demo's params cut down to 4 x 4 tokens of 16 pixels; keyword sections change values."""
+    """Return the demo's params cut down to 4 x 4 tokens of 16 pixels; keyword sections change values."""
     raw = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
     raw["data"] |= {"image_size": SIZE}
     raw["data"]["builtin"] |= {"train_crops": 18, "validation_crops": 18, "crop_min": 48, "crop_max": 64}
@@ -40,6 +40,7 @@ def tiny_params(**sections: dict) -> Params:
     raw["tokenize_images"] |= {"shard_images": 9}
     raw["entropy_model"] |= {"width": 16, "heads": 1, "layers": 1, "ffn_multiple": 16}
     raw["model"] |= {"width": 32, "heads": 2, "patch_layers": 1, "decoder_layers": 1, "ffn_multiple": 32}
+    raw["train"] |= {"steps": 500}
     raw["sample"] |= {"images": 18, "batch_size": 18}
     raw["score"] |= {"images": 18}
     raw["report"] |= {"examples": 4}
@@ -87,18 +88,24 @@ def write_speed(file: Path, dpar: list[float], baseline: list[float]) -> None:
     write_pace(file, Pace(unit, images, Turns(tuple(dpar), tuple(baseline))))
 
 
-def write_scores(file: Path, *, protocol_id: str = "abcd1234", intervals: dict | None = None, **values: float) -> None:
-    """Write a score file; values by short name (fd_demo=12.0), intervals by full name."""
+def write_scores(
+    file: Path, *, protocol_id: str = "abcd1234", intervals: dict | None = None, features: int = 8, **values: float
+) -> None:
+    """Write a score file; values by short name (fd_demo=12.0), intervals by full name, features an image has."""
     scores = SCORES | {f"eval/{name}": value for name, value in values.items()}
     given = {"eval/fd_demo": 1.0, "eval/is_demo": 0.2} if intervals is None else {}
     ends = {name: [scores[name] - half, scores[name] + half] for name, half in given.items()} | (intervals or {})
-    protocol = {"features": "demo", "images": 18, "reference": "train"}
+    protocol = {"features": "demo", "images": 18, "reference": "train", "reference_images": 18}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**scores, "intervals": ends, "protocol": protocol, "protocol_id": protocol_id, "samples": {}})
+    write_json(file, {**scores, "intervals": ends, "protocol": protocol, "protocol_id": protocol_id, "samples": {},
+                      "feature_count": features})  # fmt: skip
 
 
-def write_artifacts(root: Path, params: Params, *, twin_seconds: float = 12.5, snapshot_step: int = 400) -> Inputs:
-    """Write everything that the report reads below root/artifacts. DPAR trains 10 s for 500 steps."""
+def write_artifacts(root: Path, params: Params, *, ratio: float = 1.04, snapshot_step: int = 480) -> Inputs:
+    """Write everything that the report reads below root/artifacts.
+
+    Both models train for 500 steps. ratio: how many times as fast as the baseline's a step of DPAR is (FLOPs allow 1.06).
+    """
     torch.set_num_threads(1)
     made = root / "artifacts"
     run_stage("data", root, params)
@@ -134,11 +141,11 @@ def write_artifacts(root: Path, params: Params, *, twin_seconds: float = 12.5, s
     save("models/llamagen/model.safetensors", GPT(twin), "gpt", 4, step=500)
     save("models/llamagen/equal_time.safetensors", GPT(twin), "gpt", 5, step=snapshot_step)
     write_curves(made / "models/dpar", [(100, 2.7), (300, 2.5), (500, 2.4)], seconds=10.0)
-    write_curves(made / "models/llamagen", [(100, 2.65), (300, 2.5), (500, 2.42)], seconds=twin_seconds)
+    write_curves(made / "models/llamagen", [(100, 2.65), (300, 2.5), (500, 2.42)], seconds=10.0 * ratio)
     run_stage("sample_dpar", root, params)
     run_stage("sample_llamagen", root, params)
-    write_speed(made / "speed/training.json", [0.02] * 8, [0.02 * twin_seconds / 10] * 8)
-    write_speed(made / "speed/sampling.json", [0.1] * 8, [0.11] * 8)
+    write_speed(made / "speed/training.json", [0.02] * 8, [0.02 * ratio] * 8)
+    write_speed(made / "speed/sampling.json", [0.1] * 8, [0.095] * 8)
     for name in ("dpar", "llamagen", "llamagen_equal_time"):
         write_scores(made / f"scores/{name}.json")
     return Inputs(**{name: root / path for name, path in STAGES["report"].inputs.items()})

@@ -13,6 +13,8 @@ from pipeline.report.charts import (
     Dot,
     Series,
     bar_chart,
+    difference_plot,
+    dot_chart,
     graph,
     interval_plot,
     line_chart,
@@ -75,3 +77,29 @@ def test_a_graph_stands_below_what_it_needs_and_leaves_out_what_is_implied():
     assert tops["data"] < tops["tokens"] < tops["train_dpar"] == tops["train_llamagen"]
     assert len([p for p in tree.iter("path") if p.get("class") == "edge"]) == 3
     assert [g.get("class") for g in tree.iter("g")] == ["node shared", "node shared", "node dpar", "node llamagen"]
+
+
+def test_differences_are_drawn_on_a_scale_that_shows_zero():
+    rows = [("at equal steps", Dot("dpar", -0.1, (-0.2, -0.05))), ("at equal time", Dot("other", 0.1, None))]
+    svg = difference_plot(rows, title="DPAR minus baseline")
+    (left, top), (right, bottom) = circles(svg)
+    zero = float(re.search(r'class="zero"><path class="axis" d="M([\d.]+) ', svg).group(1))
+    assert top < bottom and left < zero < right and zero - left == pytest.approx(right - zero, abs=0.2)
+
+
+def test_values_over_costs_are_drawn_with_their_names_and_equal_costs_apart():
+    dots = [
+        ("DPAR", 1.0, Dot("dpar", 10.0, (8.0, 12.0))),
+        ("a<b", 2.0, Dot("llamagen", 20.0)),
+        ("c", 2.0, Dot("other", 20.0)),
+    ]
+    svg = dot_chart(dots, x="GFLOPs", y="fd")
+    (x0, y0), (x1, y1), (x2, _) = circles(svg)
+    assert x0 < x1 < x2 and y0 > y1 and "a&lt;b" in svg and svg.count("interval") == 1
+
+
+def test_a_fixed_scale_puts_equal_values_at_equal_places():
+    plots = [
+        interval_plot([Dot("dpar", 0.25), Dot("llamagen", end)], title="recall", scale=(0.0, 1.0)) for end in (0.3, 0.9)
+    ]
+    assert circles(plots[0])[0] == circles(plots[1])[0]

@@ -1,4 +1,4 @@
-"""The report: one offline page, the same for the same artifacts, that says who wins and by what."""
+"""The report: one offline page, the same for the same artifacts, whose verdicts and speeds its numbers carry."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from dpar_core.files import load_weights
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps, write_summary
+from dpar_core.turns import Turns
 from pipeline.presets.published import PUBLISHED
 from pipeline.report import page as report
 from pipeline.report.facts import (
@@ -26,12 +27,14 @@ from pipeline.report.facts import (
     held_out_losses,
     read_training,
 )
-from pipeline.report.pictures import border_path, leading_samples, sample_grid
+from pipeline.report.pictures import border_path, leading_samples, sample_cells
+from pipeline.report.speeds import Speed
 from pipeline.report.verdicts import Estimate
 from pipeline.runner import STAGES
 from stages.params import select
+from stages.shared.pace import Pace
 from stages.tracker import NullTracker
-from tests.helpers.report_artifacts import edit_json, tiny_params, write_artifacts, write_curves, write_scores
+from tests.helpers.report_artifacts import edit_json, tiny_params, write_artifacts, write_curves, write_scores, write_speed
 
 
 @pytest.fixture(scope="module")
@@ -122,36 +125,102 @@ def test_the_page_holds_no_path_and_no_place_left_empty(page, made):
     assert not re.search(r"\bnan\b|\binf\b|\bNone\b|Undefined|{{|}}", text)
 
 
-def test_who_wins_is_said_at_the_top(inputs, params, tmp_path):
+def judged(inputs, folder, params):
+    """Render the page; return its text, its headline and headline.json."""
+    page = render(inputs, folder, params)
+    return Page(page).text, re.search(r"<h1>(.*?)</h1>", page).group(1), json.loads((folder / "headline.json").read_text())
+
+
+def test_the_verdict_is_the_headline(inputs, params, tmp_path):
     write_scores(inputs.scores / "dpar.json", fd_demo=10.0)
-    page = render(inputs, tmp_path / "r", params)
-    told = json.loads((tmp_path / "r" / "headline.json").read_text())["verdicts"]
-    headline = re.search(r"<h1>(.*?)</h1>", page).group(1)
-    steps, time = told
-    assert headline.startswith(steps["title"]) and headline.endswith(f"{time['when']}.")
+    _, headline, found = judged(inputs, tmp_path / "r", params)
+    steps, time = found["verdicts"]
+    assert headline == found["headline"] and headline.startswith(steps["title"]) and headline.endswith(f"{time['when']}.")
     won = {row["words"]: row["winner"] for row in steps["rows"]}
     assert won["fd_demo"] == "dpar" and won["is_demo"] is None and won["precision"] is None
     loss = next(row for row in steps["rows"] if row["words"] == "validation loss")
-    expected = "dpar" if loss["winner"] in (None, "dpar") else "split"
-    assert steps["winner"] == expected
+    expected = "dpar" if loss["winner"] in (None, "dpar") else "mixed"
+    assert steps["winner"] == expected and steps["judged"]
 
 
-def test_a_lead_by_more_training_time_wins_nothing(inputs, params, tmp_path):
+def test_the_badge_tells_what_the_run_can_show(page, made):
+    assert "Demo: nine photographs, one seed. It shows the workflow and is not a research result." in Page(page).text
+    manifest = report.read_manifest(made / "artifacts/data/manifest.parquet")
+    own = {"source": "imagefolder", "train": "photos/train", "validation": "photos/val"}
+    assert report.badge(tiny_params(data=own), manifest, 500)["words"] == (
+        "18 training images of 9 classes, 500 steps, one seed."
+    )
+    short = report.badge(tiny_params(data=own), manifest, 12)
+    assert short["name"] == "Trial:" and short["words"].startswith("12 steps, one seed. It shows the workflow")
+
+
+def test_a_baseline_slowed_by_another_program_gives_no_speed_and_no_verdict_at_equal_time(inputs, params, tmp_path):
     write_scores(inputs.scores / "llamagen_equal_time.json", fd_demo=10.0)
+    write_speed(inputs.speed / "training.json", [0.02] * 8, [0.0456] * 8)
+    text, headline, found = judged(inputs, tmp_path / "r", params)
+    assert found["training_speed"]["ratio"] is None and "2.28×" not in text
+    assert "the machine was busy: DPAR measured 2.28 times (2.28 to 2.28) as fast as the baseline in training" in text
+    assert headline.endswith("no verdict at equal training time.") or headline.startswith("No verdict")
+    assert not found["verdicts"][1]["judged"] and "Not shown: the machine was busy" in text
+    assert found["verdicts"][0]["judged"] and "0.95× the baseline's speed in sampling" in text
 
-    def verdict(name):
-        text = Page(render(inputs, tmp_path / name, params)).text
-        rows = json.loads((tmp_path / name / "headline.json").read_text())["verdicts"][1]["rows"]
-        return text, next(row for row in rows if row["words"] == "fd_demo")
 
-    text, row = verdict("equal")
-    assert row["winner"] == "twin" and "That is not equal" not in text
-    # At 400 of 500 steps the twin has trained 16 of 20 s, DPAR 10: 60 % more; step 250 would be equal.
-    write_curves(inputs.models / "llamagen", [(100, 2.65), (300, 2.5), (500, 2.42)], seconds=20.0)
-    text, row = verdict("unequal")
-    assert row["winner"] is None and row["discounted"] == "twin"
-    assert "60 % more than DPAR had" in text and "Step 250 would have been" in text
-    assert "does not count, as it had 60 % more training time" in text
+def test_a_pace_that_drifts_gives_no_speed(inputs, params, tmp_path):
+    write_speed(inputs.speed / "training.json", [0.02] * 9, [0.02] * 6 + [0.03] * 3)
+    write_speed(inputs.speed / "sampling.json", [0.1] * 6 + [0.14] * 3, [0.1] * 9)
+    text, _, found = judged(inputs, tmp_path / "r", params)
+    assert found["training_speed"]["ratio"] is found["sampling_speed"]["ratio"] is None
+    assert "the pace of the baseline in training moved by 50 % between turns" in text
+    assert "the pace of DPAR in sampling moved by 40 % between turns" in text
+
+
+def test_a_training_run_on_a_busy_machine_is_named_and_its_seconds_are_not_used(inputs, params, tmp_path):
+    timings = json.loads((inputs.models / "llamagen/timings.json").read_text())
+    timings["curve"][2]["images_per_s"] *= 0.5
+    edit_json(inputs.models / "llamagen/timings.json", curve=timings["curve"], seconds=99.0)
+    text, _, found = judged(inputs, tmp_path / "r", params)
+    assert "While the baseline trained, the machine was busy: its pace moved by 33 %." in text
+    assert found["training_speed"]["ratio"] == pytest.approx(1.04)
+
+
+def test_twelve_steps_give_no_verdict(inputs, params, tmp_path):
+    write_scores(inputs.scores / "dpar.json", fd_demo=10.0)
+    for name in ("dpar", "llamagen"):
+        write_curves(inputs.models / name, [(6, 2.72), (12, 2.7)], seconds=0.3)
+    text, headline, found = judged(inputs, tmp_path / "r", params)
+    assert headline == "No verdict at equal steps and at equal training time."
+    assert "12 optimizer steps are too few to compare trained models (at least 100)." in text
+    assert [one["judged"] for one in found["verdicts"]] == [False, False]
+
+
+def test_a_singular_covariance_judges_no_score(inputs, params, tmp_path):
+    for name in ("dpar", "llamagen", "llamagen_equal_time"):
+        write_scores(inputs.scores / f"{name}.json", fd_demo=10.0 if name == "dpar" else 20.0, features=64)
+    text, _, found = judged(inputs, tmp_path / "r", params)
+    assert "not judged: 18 images are too few for 64 features (singular covariance)" in text
+    assert {row["words"]: row["winner"] for row in found["verdicts"][0]["rows"]}["fd_demo"] is None
+
+
+def test_overlapping_intervals_show_no_clear_difference(inputs, params, tmp_path):
+    wide = {"eval/fd_demo": [5.0, 30.0], "eval/is_demo": [2.0, 4.0]}
+    write_scores(inputs.scores / "dpar.json", fd_demo=10.0, intervals=wide)
+    text, _, found = judged(inputs, tmp_path / "r", params)
+    assert "fd_demo and is_demo show no clear difference" in text
+    rows = {row["words"]: row for row in found["verdicts"][0]["rows"]}
+    assert rows["fd_demo"]["why"] == "intervals overlap" and rows["fd_demo"]["judged"]
+
+
+def test_unequal_times_give_no_verdict_at_equal_time(inputs, params, tmp_path):
+    write_scores(inputs.scores / "llamagen_equal_time.json", fd_demo=10.0)
+    text, _, found = judged(inputs, tmp_path / "equal", params)
+    assert found["verdicts"][1]["judged"] and "had trained" not in found["verdicts"][1]["sentence"]
+    write_speed(inputs.speed / "training.json", [0.03] * 8, [0.02] * 8)
+    text, _, found = judged(inputs, tmp_path / "unequal", params)
+    assert found["verdicts"][1]["title"] == "No verdict at equal training time"
+    assert "at step 500 the baseline had trained 33 % less than DPAR at step 500, more than the 10 % that count as" in (
+        text[0].lower() + text
+    ).replace("At step 500", "at step 500")
+    assert "it would have needed 750 steps, more than it was given" in text
 
 
 def test_published_and_own_numbers_never_share_a_column(page):
@@ -166,7 +235,7 @@ def test_published_and_own_numbers_never_share_a_column(page):
     assert "fd_demo" in table and ">FID<" in table
 
 
-def test_a_static_rule_and_a_decoder_gate_are_told_as_what_they_are(inputs, params, tmp_path):
+def test_a_static_rule_and_a_decoder_gate_are_shown_as_what_they_are(inputs, params, tmp_path):
     rule = {"mode": "static", "row_width": 4, "threshold": None, "max_patch_length": None, "static_length": 2}
     edit_json(inputs.patch_maps / "rule.json", rule=rule)
     summary = json.loads((inputs.patch_maps / "summary.json").read_text())
@@ -242,34 +311,37 @@ def test_flops_are_those_of_the_method(made):
     n, d, v, layers = 16, 32, 16, 3
     k = 2 * (4 * d * d + 3 * d * 96)
     assert costs.forward["llamagen"] == n * layers * k + 4 * n * n * d * layers + 2 * n * v * d
-    assert costs.drawing["llamagen"] == 2 * costs.forward["llamagen"]
-    assert costs.training_speed == {"dpar": 32 * 500 / 10, "llamagen": 32 * 500 / 12.5}
-    assert costs.clocked("training_speed") == pytest.approx(1.25)
+    assert costs.sampling["llamagen"] == 2 * costs.forward["llamagen"]
+    assert sum(costs.parts.values()) == pytest.approx(costs.sampling["dpar"])
+    assert costs.parts["output layer"] == pytest.approx(2 * 2 * n * v * d) and costs.parts["entropy model"] == costs.gate
 
 
 def test_curves_are_read_between_their_points(made):
-    twin = read_training(made / "artifacts/models/llamagen")
-    assert twin.seconds_at(400) == pytest.approx(10.0)
-    assert twin.loss_at(10.0) == pytest.approx(2.46)
-    assert twin.step_at(5.0) == pytest.approx(200)
-    assert twin.step_at(25.0) == pytest.approx(1000)
+    baseline = read_training(made / "artifacts/models/llamagen")
+    assert baseline.loss_at(400) == pytest.approx(2.46) and baseline.loss_at(500) == pytest.approx(2.42)
+    assert baseline.drift == pytest.approx(0)
 
 
-def test_equal_time_takes_the_model_of_the_twin_that_trained_about_as_long(made, inputs):
-    def found():
-        trainings = {name: read_training(inputs.models / name) for name in ("dpar", "llamagen")}
-        return equal_time(trainings, inputs.models)
+def test_equal_time_takes_the_model_of_the_baseline_that_trained_about_as_long(made):
+    trainings = {name: read_training(made / "artifacts/models" / name) for name in ("dpar", "llamagen")}
 
-    even = found()
-    assert (even.twin, even.step, even.seconds, even.shared) == ("llamagen_equal_time", 400, 10.0, 10.0)
-    assert (even.twin_seconds, even.needed) == (pytest.approx(10.0), pytest.approx(400))
-    assert even.losses == {"dpar": 2.4, "llamagen": pytest.approx(2.46)}
-    assert even.is_equal and even.advantaged is None
-    # A twin that was faster in all: its last model is nearer, and still had less time.
-    write_curves(inputs.models / "llamagen", [(100, 2.65), (300, 2.5), (500, 2.42)], seconds=8.0)
-    late = found()
-    assert (late.twin, late.step, late.twin_seconds) == ("llamagen", 500, pytest.approx(8.0))
-    assert (late.advantaged, late.handicap, late.shared) == ("dpar", "25 % more training time", 8.0)
+    def found(ratio):
+        pace = Pace("step", 32, Turns((1.0,) * 6, (ratio,) * 6))
+        return equal_time(trainings, made / "artifacts/models", Speed("training", pace, 2.0))
+
+    even = found(1.04)
+    assert (even.model, even.step, even.needed) == ("llamagen_equal_time", 480, pytest.approx(500 / 1.04))
+    assert even.is_equal and even.difference == pytest.approx(480 * 1.04 / 500 - 1) and not even.obstacle
+    assert even.at == {"dpar": pytest.approx(500), "llamagen": pytest.approx(500 / 1.04)}
+    assert even.losses["dpar"] == pytest.approx(2.4)
+    longer = found(1.5)
+    assert longer.difference == pytest.approx(0.44)
+    assert "44 % longer than DPAR at step 500" in longer.obstacle and "step 333 would have been equal" in longer.obstacle
+    # A baseline whose steps are shorter: its last model is nearest, and still had less time.
+    slow = found(0.8)
+    assert (slow.model, slow.step, slow.needed) == ("llamagen", 500, pytest.approx(625))
+    assert slow.at == {"dpar": pytest.approx(400), "llamagen": pytest.approx(500)}
+    assert "20 % less than DPAR" in slow.obstacle and "would have needed 625 steps" in slow.obstacle
 
 
 def test_a_curve_of_another_run_is_refused(inputs):
@@ -278,17 +350,20 @@ def test_a_curve_of_another_run_is_refused(inputs):
         read_training(inputs.models / "dpar")
 
 
-def test_the_grid_shows_the_samples_and_the_patches_they_were_drawn_in(made):
+def test_samples_of_all_models_stand_beside_real_crops_of_the_same_class(made, page):
     folder = made / "artifacts/samples/dpar"
     names = [f"class {n}" for n in range(9)]
-    grid = sample_grid(folder, names, row_width=4, borders=True)
-    assert [words for words, _ in grid.rows] == names and all(len(cells) == 2 for _, cells in grid.rows)
-    assert all("borders" in cell for _, cells in grid.rows for cell in cells)
+    cells = sample_cells(folder, names, row_width=4, borders=True)
+    assert sorted(cells) == list(range(9)) and all(len(of) == 2 for of in cells.values())
+    assert all("borders" in cell and cell["name"] == names[label] for label, of in cells.items() for cell in of)
     images, labels = leading_samples(folder / "samples.npz", 5)
     whole = read_samples(folder / "samples.npz")
     assert (images == whole.images[:5]).all() and (labels == whole.labels[:5]).all()
-    many = sample_grid(folder, [f"class {n}" for n in range(30)], row_width=4, borders=False)
-    assert [len(cells) for _, cells in many.rows] == [8, 8, 2]
+    rows = re.findall(r'<div class="row">(.*?)</div></figure>\n</div>', page, re.S)
+    assert len(rows) == 9
+    for row in rows:
+        assert re.findall(r'<figure class="(\w+)">', row) == ["real", "dpar", "llamagen", "llamagen_equal_time"]
+        assert row.count("<img") == 2 + 3 * 2
 
 
 def test_border_paths_are_in_token_units():

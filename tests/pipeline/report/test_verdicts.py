@@ -1,13 +1,25 @@
-"""Who wins is decided by intervals, and said in plain words."""
+"""A verdict needs intervals that exclude zero, enough images and enough training; without them the reason is given."""
 
 import numpy as np
 import pytest
 
-from pipeline.report.verdicts import Contest, Estimate, judge, judge_losses, judge_scores, listed, score_columns, together
+from pipeline.report.verdicts import (
+    Contest,
+    Estimate,
+    judge,
+    judge_losses,
+    judge_scores,
+    listed,
+    score_columns,
+    together,
+    too_few_images,
+    too_little_training,
+)
 
 
-def scores(fd=(20.0, 19.0, 21.0), is_=(3.0, 2.8, 3.2), precision=0.5, protocol="p1"):
+def scores(fd=(20.0, 19.0, 21.0), is_=(3.0, 2.8, 3.2), precision=0.5, protocol="p1", images=450, features=64):
     return {
+        "protocol": {"images": images, "reference_images": 2250}, "feature_count": features,
         "eval/kid_demo": 0.1, "eval/recall": 0.2, "eval/precision": precision, "eval/is_demo": is_[0], "eval/fd_demo": fd[0],
         "intervals": {"eval/fd_demo": list(fd[1:]), "eval/is_demo": list(is_[1:])}, "protocol_id": protocol,
     }  # fmt: skip
@@ -16,8 +28,8 @@ def scores(fd=(20.0, 19.0, 21.0), is_=(3.0, 2.8, 3.2), precision=0.5, protocol="
 def test_one_side_wins_only_when_the_intervals_do_not_overlap():
     low, high, between = Estimate(1.0, (0.5, 1.5)), Estimate(3.0, (2.5, 3.5)), Estimate(1.8, (1.2, 2.6))
     assert judge("fd", "lower", low, high).winner == "dpar"
-    assert judge("fd", "lower", high, low).winner == "twin"
-    assert judge("is", "higher", low, high).winner == "twin"
+    assert judge("fd", "lower", high, low).winner == "baseline"
+    assert judge("is", "higher", low, high).winner == "baseline"
     assert judge("is", "higher", high, low).winner == "dpar"
     assert judge("fd", "lower", low, between).winner is judge("fd", "lower", between, high).winner is None
 
@@ -32,10 +44,10 @@ def test_losses_are_compared_image_by_image():
     hard = rng.normal(4.0, 1.0, 200)
     row = judge_losses("loss", hard, hard + rng.normal(0.05, 0.02, 200))
     # The images differ far more than the models do, so only pairs can tell the models apart.
-    assert row.dpar.interval[1] > row.twin.interval[0]
+    assert row.dpar.interval[1] > row.baseline.interval[0]
     assert row.winner == "dpar"
     assert judge_losses("loss", hard, hard + rng.normal(0.0, 0.2, 200)).winner is None
-    assert judge_losses("loss", hard + 0.05, hard).winner == "twin"
+    assert judge_losses("loss", hard + 0.05, hard).winner == "baseline"
 
 
 def test_the_same_losses_give_the_same_verdict_every_time():
@@ -47,7 +59,7 @@ def test_scores_are_judged_in_the_order_of_the_table_and_others_left_out():
     assert score_columns(scores()) == ["eval/fd_demo", "eval/is_demo", "eval/precision", "eval/recall"]
     rows = judge_scores(scores(fd=(10.0, 9.0, 11.0)), scores(is_=(5.0, 4.8, 5.2)))
     assert [row.words for row in rows] == ["fd_demo", "is_demo", "precision", "recall"]
-    assert [row.winner for row in rows] == ["dpar", "twin", None, None]
+    assert [row.winner for row in rows] == ["dpar", "baseline", None, None]
 
 
 def test_scores_of_different_protocols_are_not_compared():
@@ -55,46 +67,67 @@ def test_scores_of_different_protocols_are_not_compared():
         judge_scores(scores(), scores(protocol="p2"))
 
 
-def test_the_title_says_who_wins():
-    def contest(dpar, twin):
-        return Contest("at equal steps", tuple(judge_scores(dpar, twin)))
+def contest(dpar, baseline, when="at equal steps", obstacles=()):
+    return Contest(when, tuple(judge_scores(dpar, baseline)), obstacles)
 
+
+def test_the_title_gives_the_verdict():
     better, worse = scores(fd=(10.0, 9.0, 11.0)), scores()
-    assert contest(better, worse).title == "DPAR wins at equal steps"
-    assert contest(worse, better).title == "The twin wins at equal steps"
-    assert contest(worse, worse).title == "No clear winner at equal steps"
+    assert contest(better, worse).title == "DPAR is better at equal steps"
+    assert contest(worse, better).title == "The baseline is better at equal steps"
+    assert contest(worse, worse).title == "No clear difference at equal steps"
     split = contest(better, scores(is_=(5.0, 4.8, 5.2)))
-    assert split.title == "A split decision at equal steps"
+    assert split.title == "Each model is better in something at equal steps"
     assert split.sentence == (
-        "DPAR is better in fd_demo; the twin is better in is_demo; precision and recall have no interval and no vote."
+        "DPAR is better in fd_demo; the baseline is better in is_demo; precision and recall are not judged: no interval."
     )
 
 
-def test_a_lead_with_more_training_time_does_not_count_and_a_win_against_it_does():
-    rows = tuple(judge_scores(scores(fd=(10.0, 9.0, 11.0)), scores(is_=(5.0, 4.8, 5.2))))
-    unequal = Contest("at equal training time", rows, "dpar", "40 % more training time")
-    assert unequal.title == "The twin wins at equal training time"
-    assert [row.winner for row in unequal.rows] == [None, "twin", None, None]
-    assert unequal.sentence == (
-        "The twin is better in is_demo, though DPAR had 40 % more training time; that DPAR is ahead in fd_demo does not "
-        "count, as it had 40 % more training time; precision and recall have no interval and no vote."
+def test_an_obstacle_leaves_no_verdict_and_is_the_sentence():
+    blocked = contest(scores(fd=(10.0, 9.0, 11.0)), scores(), obstacles=("the machine was busy",))
+    assert blocked.winner is None and not blocked.judged
+    assert (blocked.title, blocked.sentence) == ("No verdict at equal steps", "The machine was busy.")
+
+
+def test_fewer_images_than_features_judge_no_score():
+    few = scores(fd=(10.0, 9.0, 11.0), images=64)
+    assert too_few_images(few) == "64 images are too few for 64 features (singular covariance)"
+    assert not too_few_images(scores(images=65)) and "does not say how many" in too_few_images(few | {"feature_count": None})
+    rows = judge_scores(few, scores(images=64))
+    assert [row.winner for row in rows] == [None] * 4 and not any(row.judged for row in rows)
+    shown = Contest("at equal steps", tuple(rows))
+    assert shown.title == "No verdict at equal steps"
+    assert shown.sentence == (
+        "fd_demo, is_demo, precision and recall are not judged: 64 images are too few for 64 features (singular covariance)."
     )
-    ahead = Contest("at equal training time", rows[:1], "dpar", "40 % more training time")
-    assert ahead.title == "No clear winner at equal training time"
+
+
+def test_a_reference_of_too_few_images_judges_no_score_either():
+    few = scores() | {"protocol": {"images": 450, "reference_images": 30}}
+    assert too_few_images(few) == "30 images are too few for 64 features (singular covariance)"
+
+
+def test_too_little_training_is_no_ground_for_a_verdict():
+    assert too_little_training(steps=12, seen=10**6, images=10) == (
+        "12 optimizer steps are too few to compare trained models (at least 100)",
+    )
+    assert too_little_training(steps=100, seen=3200, images=4500) == (
+        "training saw 3,200 images, less than one epoch of 4,500",
+    )
+    assert too_little_training(steps=480, seen=15360, images=2250) == ()
 
 
 def test_both_verdicts_make_one_headline():
     better, worse = scores(fd=(10.0, 9.0, 11.0)), scores()
-
-    def contest(dpar, twin, when):
-        return Contest(when, tuple(judge_scores(dpar, twin)))
-
-    first = contest(better, worse, "at equal steps")
-    assert together(first, contest(better, worse, "at equal time")) == "DPAR wins at equal steps and at equal time."
+    first = contest(better, worse)
+    same = contest(better, worse, "at equal time")
+    assert together(first, same) == "DPAR is better at equal steps and at equal time."
     lost = contest(worse, better, "at equal time")
-    assert together(first, lost) == "DPAR wins at equal steps; the twin wins at equal time."
-    even, late = contest(worse, worse, "at equal steps"), contest(better, worse, "at equal time")
-    assert together(even, late) == "No clear winner at equal steps; DPAR wins at equal time."
+    assert together(first, lost) == "DPAR is better at equal steps; the baseline is better at equal time."
+    even, late = contest(worse, worse), contest(better, worse, "at equal time")
+    assert together(even, late) == "No clear difference at equal steps; DPAR is better at equal time."
+    blocked = contest(better, worse, "at equal time", ("the machine was busy",))
+    assert together(first, blocked) == "DPAR is better at equal steps; no verdict at equal time."
 
 
 def test_lists_read_as_sentences():
