@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 VENV   := .venv
+JOBS   ?= 2
 BIN    := $(CURDIR)/$(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
@@ -16,7 +17,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest tests $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/.tested
 	@$(BIN)/ruff check .
