@@ -1,39 +1,72 @@
-# make demo   environment, then the whole workflow on the built-in photographs, then what to look at
-# make test   the same environment with the test extras, then the whole test suite
-# make lint   ruff                     make clean   remove what the workflow made (not the environment)
+# make demo      environment, then the whole workflow on the built-in photographs, then what to look at
+# make test      the same environment with the test extras, then lint, types and the whole test suite
+# make lint      ruff, codespell, mypy            make format    rewrite the sources as `make lint` wants them
+# make coverage  the tests again, with the lines that they reach; slower, so `make test` leaves it out
+# make docs      the documentation site in site/, readable without a server or a network
+# make clean     remove what the workflow made (not the environment)
+#
+# Outside git and in folders below the project, `make` and `dpar-cli` work as well; `make environment` only installs.
 
-PYTHON ?= python3
-VENV   := .venv
-JOBS   ?= 2
-BIN    := $(CURDIR)/$(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check
-export PATH := $(BIN):$(PATH)
+PYTHON      ?= python3
+PIP_OPTIONS ?=
+JOBS        ?= 2
+VENV        := .venv
+BIN         := $(VENV)/bin
+PIP         := $(BIN)/python -m pip --disable-pip-version-check
+SUPPORTED   := 3.11 to 3.14
+PYTEST      := -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint format types coverage docs environment clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	@$(BIN)/dpar-cli run
 
-test: $(VENV)/.tested
-	@$(BIN)/ruff check .
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+environment: $(VENV)/.installed
+
+test: lint
+	@OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(TESTS)
 
 lint: $(VENV)/.tested
 	@$(BIN)/ruff check .
+	@$(BIN)/codespell
+	@$(BIN)/mypy
+
+types: $(VENV)/.tested
+	@$(BIN)/mypy
+
+format: $(VENV)/.tested
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+coverage: $(VENV)/.tested
+	@$(BIN)/coverage erase
+	@OMP_NUM_THREADS=1 $(BIN)/coverage run $(PYTEST) $(TESTS)
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report
+
+docs: $(VENV)/.documented
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 clean:
-	rm -rf artifacts work
+	rm -rf artifacts work site
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else f"Python 3.11 or 3.12 is needed, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 14) else f"Python $(SUPPORTED) is needed; $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.13 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing into $(VENV) (2 to 3 minutes, about 2 GB without CUDA) ..."
-	@$(PIP) install -qq -c constraints.txt -e .
+	@$(PIP) install -qq $(PIP_OPTIONS) -c constraints.txt -e .
+	@$(BIN)/dpar-cli params list > /dev/null
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	@$(PIP) install -qq -c constraints.txt -e '.[test]'
+	@$(PIP) install -qq $(PIP_OPTIONS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.documented: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(PIP) install -qq $(PIP_OPTIONS) -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	@touch $@
