@@ -62,13 +62,14 @@ def choose_files(names: Sequence[str], split: str, *, where: str) -> Choice:
     said = {name: split_of(name) for name in names}
     there, notes = set(said.values()), []
     wanted = split
-    if split not in there and None not in there and there:
-        wanted = TEST if split == "validation" and TEST in there else next(iter(there)) or split
-        if len(there) > 1 and wanted != TEST:
+    if there and not there & {split, None}:
+        others = [TEST] if split == "validation" and TEST in there else sorted(str(other) for other in there)
+        if len(others) > 1:
             raise ValueError(
-                f"{where} holds files that say {' and '.join(sorted(map(str, there)))} by name and none that says {split} "
+                f"{where} holds files that say {' and '.join(others)} by name and none that says {split} "
                 f"(first: {first_few(names)}): name the files of this split {split}-*, or give them a folder of their own"
             )
+        wanted = others[0]
         notes.append(f"files whose names say {wanted} are taken, as none says {split}")
     chosen = [name for name in names if said[name] in (wanted, None)]
     taken = set(chosen)
