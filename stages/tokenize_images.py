@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from dpar_core.data.images import VIEW_COUNTS, BadImage, views
 from dpar_core.data.manifest import SPLITS, Manifest, Row, Rows, read_manifest
 from dpar_core.data.shards import Sample, ShardContents, TokenMeta, write_index, write_shard
 from dpar_core.data.sources import block_of
+from dpar_core.data.splits import first_few
 from dpar_core.files import atomic_folder, load_weights, write_json
 from dpar_core.float32 import whole_float32
 from dpar_core.models.vq import VQ, VQConfig, to_float
@@ -29,7 +31,7 @@ from stages.data import ImageOpener
 from stages.tracker import Tracker
 from stages.workers.tasks import is_whole, make_shards, place, remove_leftovers
 
-BAD_IMAGES = "bad_images.json"
+BAD_IMAGES, BOTH_SPLITS = "bad_images.json", "images_in_both_splits.json"
 MOST_MOVED = 0.05  # share of tokens that bf16 may change
 _MEASURED_SHARDS = 8  # shards, evenly spaced, of which a batch each tells that share
 _AHEAD = 3  # batches that are decoded before the network asks for them
@@ -73,6 +75,27 @@ class Bad:
     reason: str
 
 
+class Finished(NamedTuple):
+    """What a finished shard holds, which images it lacks, and the names of its images' pixels (`pixel_name`), in order."""
+
+    contents: ShardContents
+    bad: list[Bad]
+    pixels: list[str]
+
+
+class Ready(NamedTuple):
+    """An image that is ready to be encoded. views: (n, S, S, 3) uint8. pixels: see `pixel_name`."""
+
+    row: Row
+    views: np.ndarray
+    pixels: str
+
+
+def pixel_name(images: np.ndarray) -> str:
+    """Return 16 hex digits that name the pixels of an image's first view (images: its views, (n, S, S, 3) uint8)."""
+    return hashlib.sha256(np.ascontiguousarray(images[0])).hexdigest()[:16]
+
+
 def identity(params: Params) -> dict[str, Any]:
     """Return what of the params decides the tokens: who computes them does not."""
     settings = params.tokenize_images.model_dump(mode="json", exclude={"workers"})
@@ -94,17 +117,19 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     counts: dict[str, float] = {}
     if settings.precision == "bf16":
         counts["tokens/bf16_moved_share"] = build(1).moved_by_bf16(plan)
-    bad = [one for shard in done for one in read_contents(shard, work)[1]]
+    bad = [one for shard in done for one in read_contents(shard, work).bad]
     _check_share(bad, total, params.data.max_bad_share)
     ready = sum(len(shard.indices) for shard in done)
     with tracker.progress(total, "tokenize_images", done=ready, unit="images") as progress:
         todo = [shard for shard in plan if shard.name not in names]
         for shard in make_shards(todo, build, workers=settings.workers, device=device, section="tokenize_images"):
             progress.advance(len(shard.indices))
-            bad += read_contents(shard, work)[1]
+            bad += read_contents(shard, work).bad
             _check_share(bad, total, params.data.max_bad_share)
+    _refuse_lost_classes(plan, manifest, work, params.data)
     summary = publish(plan, token_meta(manifest, inputs.tokenizer, params), work, outputs.tokens)
     counts |= {"tokens/images": summary["images"], "tokens/shards": len(plan), "tokens/bad_images": summary["bad"]}
+    counts["tokens/images_in_both_splits"] = summary["both"]
     counts |= _sizes(outputs.tokens, summary)
     write_json(outputs.metrics, counts)
     tracker.log_metrics(counts)
@@ -150,22 +175,24 @@ def plan_shards(manifest: Manifest, shard_images: int) -> list[Shard]:
     return shards
 
 
-def read_contents(shard: Shard, work: Path) -> tuple[ShardContents, list[Bad]] | None:
-    """Return what a finished shard holds and which images it lacks, or None while it is not finished."""
+def read_contents(shard: Shard, work: Path) -> Finished | None:
+    """Return what is known of a finished shard, or None while it is not finished."""
     path = work / f"{shard.name}.json"
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    return ShardContents(**record["contents"]), [Bad(**bad) for bad in record["bad"]]
+    if "pixels" not in record:  # by an older version
+        return None
+    return Finished(ShardContents(**record["contents"]), [Bad(**bad) for bad in record["bad"]], record["pixels"])
 
 
 def is_done(shard: Shard, manifest: Manifest, work: Path, data: P.Data) -> bool:
     """Tell whether a shard is finished and whole. One whose bad images can be used by now is made again."""
     found = read_contents(shard, work)
-    if found is None or not is_whole(work / shard.name, found[0].sha256):
+    if found is None or not is_whole(work / shard.name, found.contents.sha256):
         return False
     opener = ImageOpener(manifest)
-    for bad in found[1]:
+    for bad in found.bad:
         try:
             views(opener(manifest.find(bad.key)), data.image_size, data.views)
         except BadImage:
@@ -204,8 +231,9 @@ class ShardTokenizer:
     def __call__(self, shard: Shard) -> None:
         """Make one shard in the work folder."""
         bad: list[Bad] = []
-        contents = write_shard(self.work / shard.name, self._samples(self.rows.take(shard.indices), bad))
-        record = {"contents": asdict(contents), "bad": [asdict(one) for one in bad]}
+        pixels: list[str] = []
+        contents = write_shard(self.work / shard.name, self._samples(self.rows.take(shard.indices), bad, pixels))
+        record = {"contents": asdict(contents), "bad": [asdict(one) for one in bad], "pixels": pixels}
         write_json(self.work / f"{shard.name}.json", record)
 
     def encode(self, images: np.ndarray, *, bf16: bool | None = None) -> Tensor:
@@ -234,7 +262,7 @@ class ShardTokenizer:
         for shard in (plan[number * len(plan) // count] for number in range(count)):
             # Twice a batch is looked at, so that bad images leave enough; with none at all their share will tell.
             for batch in itertools.islice(self._batches(self.rows.take(shard.indices[: 2 * self.per_batch]), []), 1):
-                images = np.concatenate([images for _, images in batch])
+                images = np.concatenate([one.views for one in batch])
                 moved += int((self.encode(images, bf16=True) != self.encode(images, bf16=False)).sum())
                 seen += len(images)
         share = moved / max(seen * (self.size // self.model.config.downsample) ** 2, 1)
@@ -245,10 +273,11 @@ class ShardTokenizer:
             )
         return share
 
-    def _samples(self, rows: Rows, bad: list[Bad]) -> Iterator[Sample]:
-        """Yield the samples of readable rows in order; put the others into `bad`."""
-        waiting: deque[tuple[list[tuple[Row, np.ndarray]], Future]] = deque()
+    def _samples(self, rows: Rows, bad: list[Bad], pixels: list[str]) -> Iterator[Sample]:
+        """Yield the samples of readable rows in order, and note their pixels; put the others into `bad`."""
+        waiting: deque[tuple[list[Ready], Future]] = deque()
         for batch in self._batches(rows, bad):
+            pixels += [one.pixels for one in batch]
             waiting.append((batch, self.encoders.submit(self._encode_batch, batch)))
             # A batch's tokens are fetched when every stream has its next one.
             if len(waiting) > 2 * self.streams:
@@ -256,20 +285,20 @@ class ShardTokenizer:
         while waiting:
             yield from self._samples_of(*waiting.popleft())
 
-    def _encode_batch(self, batch: Sequence[tuple[Row, np.ndarray]]) -> Tensor:
-        return self.encode(np.concatenate([images for _, images in batch]))
+    def _encode_batch(self, batch: Sequence[Ready]) -> Tensor:
+        return self.encode(np.concatenate([one.views for one in batch]))
 
-    def _samples_of(self, batch: Sequence[tuple[Row, np.ndarray]], coming: Future) -> Iterator[Sample]:
+    def _samples_of(self, batch: Sequence[Ready], coming: Future) -> Iterator[Sample]:
         tokens = coming.result()
         codes = tokens.cpu().numpy().astype(np.uint16).reshape(len(batch), -1, tokens.shape[1])
-        for (row, _), of_image in zip(batch, codes):
+        for (row, _, _), of_image in zip(batch, codes):
             info = {"source": row.source, "box": list(row.box) if row.box else None, "class": row.class_name}
             yield Sample(row.key, row.label, of_image, info)
 
-    def _batches(self, rows: Rows, bad: list[Bad]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+    def _batches(self, rows: Rows, bad: list[Bad]) -> Iterator[list[Ready]]:
         """Yield the readable images' views, `per_batch` images at a time; only the last batch may be shorter."""
         queue: deque[tuple[Row, Future]] = deque()
-        batch: list[tuple[Row, np.ndarray]] = []
+        batch: list[Ready] = []
         coming = iter(rows)
         while True:
             while len(queue) < _AHEAD * self.per_batch and (row := next(coming, None)) is not None:
@@ -278,7 +307,7 @@ class ShardTokenizer:
                 break
             row, future = queue.popleft()
             try:
-                batch.append((row, future.result()))
+                batch.append(Ready(row, *future.result()))
             except BadImage as error:
                 bad.append(Bad(row.key, row.source, str(error)))
             if len(batch) == self.per_batch:
@@ -287,8 +316,9 @@ class ShardTokenizer:
         if batch:
             yield batch
 
-    def _views(self, row: Row) -> np.ndarray:
-        return views(self.opener(row), self.size, self.views)
+    def _views(self, row: Row) -> tuple[np.ndarray, str]:
+        images = views(self.opener(row), self.size, self.views)
+        return images, pixel_name(images)
 
 
 def _check_share(bad: Sequence[Bad], total: int, allowed: float) -> None:
@@ -300,10 +330,46 @@ def _check_share(bad: Sequence[Bad], total: int, allowed: float) -> None:
         )
 
 
+def _refuse_lost_classes(plan: Sequence[Shard], manifest: Manifest, work: Path, data: P.Data) -> None:
+    """Refuse a class whose training images are all bad, unless classes without images are kept."""
+    count = len(manifest.classes)
+    found = (read_contents(shard, work).contents.labels for shard in plan if shard.split == "train")
+    there = sum((np.bincount(np.array(labels, np.int64), minlength=count) for labels in found), np.zeros(count, np.int64))
+    lost = [name for name, listed, read in zip(manifest.classes, manifest.counts("train"), there) if listed and not read]
+    if lost and data.empty_classes != "keep":
+        raise ValueError(
+            f"none of the training images of {len(lost)} of {count} classes can be read ({first_few(lost)}): mend or remove "
+            "them, or set data.empty_classes to keep"
+        )
+
+
+def images_in_both_splits(plan: Sequence[Shard], work: Path) -> list[dict[str, str]]:
+    """Return the keys of validation images whose pixels are those of a training image, each with that one's key."""
+
+    def images(split: str) -> Iterator[tuple[str, str]]:
+        for shard in plan:
+            if shard.split == split:
+                found = read_contents(shard, work)
+                yield from zip(found.contents.keys, found.pixels)
+
+    validation, training = dict(images("validation")), {}
+    wanted = set(validation.values())
+    for key, pixels in images("train"):
+        if pixels in wanted:
+            training.setdefault(pixels, key)
+    return [{"validation": key, "train": training[name]} for key, name in validation.items() if name in training]
+
+
 def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) -> dict[str, int]:
     """Put finished shards, the index and the list of bad images in place, all at once; return counts."""
     found = [read_contents(shard, work) for shard in plan]
-    contents, bad = [one for one, _ in found], [asdict(one) for _, some in found for one in some]
+    contents, bad = [one.contents for one in found], [asdict(bad) for one in found for bad in one.bad]
+    both = images_in_both_splits(plan, work)
+    if both:
+        shown = first_few(f"{pair['validation']} = {pair['train']}" for pair in both)
+        print(
+            f"warning: {len(both):,} validation images have the pixels of training images, first view by first view: {shown}"
+        )
     for split in SPLITS:
         if not any(one.keys for shard, one in zip(plan, contents) if shard.split == split):
             raise ValueError(f"no {split} image can be read: check data.{split} in params.yaml")
@@ -312,9 +378,16 @@ def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) ->
             place(work / shard.name, folder / shard.name)
         write_index(folder, meta, [(shard.name, shard.split) for shard in plan], contents=contents)
         write_json(folder / BAD_IMAGES, bad)
+        write_json(folder / BOTH_SPLITS, both)
     images = sum(len(one.keys) for one in contents)
     least = math.ceil(meta.num_views * meta.tokens * math.log2(meta.codebook_size) / 8)
-    return {"images": images, "bad": len(bad), "least_bytes": least, "raw_bytes": 2 * meta.num_views * meta.tokens}
+    return {
+        "images": images,
+        "bad": len(bad),
+        "both": len(both),
+        "least_bytes": least,
+        "raw_bytes": 2 * meta.num_views * meta.tokens,
+    }
 
 
 def _sizes(tokens: Path, summary: dict[str, int]) -> dict[str, float]:

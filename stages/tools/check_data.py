@@ -30,7 +30,7 @@ from stages import artifacts as catalog
 from stages import entropies, patch_maps, tokenize_images
 from stages import params as P
 from stages.data import ImageOpener
-from stages.tokenize_images import BAD_IMAGES
+from stages.tokenize_images import BAD_IMAGES, BOTH_SPLITS
 from stages.tracker import NullTracker, Tracker
 
 
@@ -87,7 +87,7 @@ def check_data(artifacts: Path, tracker: Tracker | None = None) -> Report:
     if summary:
         wanted += [("tokens", places.tokens / one["name"], one["sha256"]) for one in summary["shards"]]
         wanted.append(("tokens", places.tokens / INDEX, summary["index_sha256"]))
-        known = {path.name for _, path, _ in wanted} | {SUMMARY, BAD_IMAGES}
+        known = {path.name for _, path, _ in wanted} | {SUMMARY, BAD_IMAGES, BOTH_SPLITS}
         problems += _strangers(places, places.tokens, known)
         problems += _bad_images(places, manifest, summary)
     for stage, content in made.items():

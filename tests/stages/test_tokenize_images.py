@@ -1,9 +1,12 @@
 """Tokenizing: every view of every good image, sizes of shards, bad images, precision."""
 
+import io
 import json
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +19,7 @@ from dpar_core.files import load_weights
 from dpar_core.models.vq import VQ, to_float
 from stages import tokenize_images
 from stages.data import ImageOpener
-from tests.helpers.tiny_data import CODES, SIZE, VQ_CONFIG, Project, copy_of, make_project, photo
+from tests.helpers.tiny_data import CODES, SIZE, VQ_CONFIG, Project, copy_of, make_project, photo, tiny_params
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +177,51 @@ def test_images_too_narrow_for_views_count_as_handled_until_they_are_mended(tmp_
     narrow.write_bytes(sound)
     project.tokenize()
     assert len(made) == 1 and json.loads((project.root / "tokens" / "bad_images.json").read_text()) == []
+
+
+def test_images_of_both_splits_are_counted_and_listed_whatever_their_files(tmp_path, capsys):
+    project = make_project(tmp_path / "p")
+    images = project.root / "images"
+    Image.fromarray(photo(0)).save(images / "validation" / "a" / "again.bmp")  # train/a/000.png in another format
+    project.data().tokenize()
+    (pair,) = json.loads((project.root / "tokens" / "images_in_both_splits.json").read_text())
+    manifest = read_manifest(project.root / "manifest.parquet")
+    assert [manifest.find(pair[split]).source for split in ("validation", "train")] == [
+        "validation:a/again.bmp", "train:a/000.png",
+    ]  # fmt: skip
+    assert json.loads((project.root / "tokens.json").read_text())["tokens/images_in_both_splits"] == 1
+    assert f"1 validation images have the pixels of training images, first view by first view: {pair['validation']}" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_class_whose_images_are_all_bad_is_refused_unless_such_classes_are_kept(tmp_path):
+    project = make_project(tmp_path / "p", data={"max_bad_share": 0.6})
+    for path in (project.root / "images" / "train" / "b").iterdir():
+        path.write_bytes(b"<html>gone</html>")
+    with pytest.raises(ValueError, match=r"none of the training images of 1 of 2 classes can be read .b.: .*empty_classes"):
+        project.tokenize()
+    changes = {"max_bad_share": 0.6, "empty_classes": "keep"}
+    kept = Project(project.root, tiny_params(project.root / "images", data=changes)).tokenize()
+    shards = TokenShards(kept.root / "tokens", "train")
+    assert shards.meta.classes == ("a", "b") and set(shards.labels.tolist()) == {0}
+
+
+def test_a_row_without_an_image_struct_is_counted_and_named(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for split, first in (("train", 0), ("validation", 50)):
+        contents = [io.BytesIO() for _ in range(10)]
+        for number, stream in enumerate(contents):
+            Image.fromarray(photo(first + number)).save(stream, "PNG")
+        images = [{"bytes": one.getvalue(), "path": None} if n != 3 else None for n, one in enumerate(contents)]
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        table = pa.table({"image": pa.array(images, kind), "label": [n % 3 for n in range(10)]})
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    changes = {"source": "parquet", "train": str(folder), "validation": str(folder), "max_bad_share": 0.2}
+    project = make_project(tmp_path / "p", data=changes).tokenize()
+    listed = json.loads((project.root / "tokens" / "bad_images.json").read_text())
+    assert listed == [
+        {"key": f"{split}-{split}-00000-of-00001-0000-000003", "source": f"{split}@0.3:{split}-00000-of-00001.parquet",
+         "reason": "the row has no image bytes"} for split in ("train", "validation")
+    ]  # fmt: skip
