@@ -19,7 +19,7 @@ from dpar_core.system import cpus
 from pipeline.tracking.tracker import open_tracker
 from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
-from stages.params import Compute, Params, Section, load_params, precision_lines, section_of, select, settled
+from stages.params import Compute, Section, load_params, plain, precision_lines, section_of, select, settled
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,6 @@ def _print_precisions(params: Any, device: str) -> None:
                 print(line, flush=True)
 
 
-def plain(params: Any) -> dict[str, Any]:
-    """Return a stage's Params as plain data."""
-    values = {section_of(field): getattr(params, field.name) for field in dataclasses.fields(params)}
-    return {name: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for name, v in values.items()}
-
-
 def _made_by(name: str, params: dict[str, Any], inputs: Any, root: Path) -> dict[str, Any]:
     digests = {}
     for field in dataclasses.fields(inputs):
@@ -182,18 +176,3 @@ def _alone(folder: Path, name: str) -> Iterator[None]:
 def params_of(stage: LoadedStage) -> list[str]:
     """Return the sections of params.yaml that a stage depends on, as dvc.yaml lists them."""
     return [section_of(field) for field in dataclasses.fields(stage.params)]
-
-
-def whole_params(params: Params) -> dict[str, Any]:
-    """Return all params flattened to dotted names, for tracking."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value
-
-    walk("", params.model_dump(mode="json"))
-    return flat

@@ -268,6 +268,27 @@ def section_of(field: dataclasses.Field) -> str:
     return field.metadata.get("section", field.name)
 
 
+def plain(stage_params: Any) -> dict[str, Any]:
+    """Return what `select` gave a stage as plain data, by the dotted names of params.yaml."""
+    values = {section_of(field): getattr(stage_params, field.name) for field in dataclasses.fields(stage_params)}
+    return {name: v.model_dump(mode="json") if isinstance(v, Section) else v for name, v in values.items()}
+
+
+def flattened(params: Params) -> dict[str, Any]:
+    """Return all params by dotted names, for tracking."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", params.model_dump(mode="json"))
+    return flat
+
+
 SectionT = TypeVar("SectionT", bound=Section)
 
 

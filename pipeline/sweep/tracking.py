@@ -53,11 +53,11 @@ class SweepRuns:
     @contextmanager
     def stage(self, name: str, params: Any) -> Iterator[MlflowTracker]:
         """Open a run below the sweep's for a stage that the sweep runs, as a training."""
-        from pipeline.runner import whole_params
+        from stages.params import flattened
 
         key = digest_of([self.run, self.records.journal.folder.name, name])
         run = self.records.run(key, name, tags=process_tags(), parent=self.run)
-        self.records.params(run, whole_params(params))
+        self.records.params(run, flattened(params))
         tracker = MlflowTracker(self.records, run, self.run, name)
         with tracker.ending():
             yield tracker

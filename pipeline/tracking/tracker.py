@@ -167,12 +167,12 @@ def recording(root: Path, name: str) -> Iterator[Recording]:
 @contextmanager
 def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterator[MlflowTracker]:
     """Open the run of a stage under the parent of its pass; it ends FINISHED, FAILED, or KILLED when stopped."""
-    from pipeline.runner import plain, whole_params
+    from stages.params import flattened, plain
 
     identity, name, process = pass_identity(root)
     with recording(root, stage) as records:
         parent = records.run(digest_of(identity), name, tags={PASS_TAG: identity, **process_tags(process)})
-        records.params(parent, whole_params(params))
+        records.params(parent, flattened(params))
         tags = {"dpar.stage": stage, **process_tags()}
         run = records.run(records.journal.folder.name, stage, tags=tags, parent=parent)
         tracker = MlflowTracker(records, run, parent, stage)
