@@ -1,4 +1,7 @@
-"""Files that one step hands to the next: digests, atomic writes, weights as safetensors."""
+"""Files that one step hands to the next: digests, atomic writes, records that carry their digest, weights as safetensors.
+
+Whatever is read here is held against the digest it carries: a file that was damaged or edited is refused, never used.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most who write a file have no tensors
     from torch import Tensor
+
+
+# What new files may be, as for any file of this user. Read once, as the process's mask can only be read by setting it.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
+
+class Damaged(ValueError):
+    """A file is not what its own digest says, or cannot be read as what it is; the message names it and the way out."""
 
 
 def sha256_file(path: Path | str) -> str:
@@ -59,7 +71,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
@@ -77,6 +89,41 @@ def write_json(path: Path | str, obj: Any) -> None:
     atomic_write(path, json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def write_record(path: Path | str, content: Mapping[str, Any]) -> str:
+    """Write JSON data with its own digest (the entry `digest`, 16 hex digits), whole or not at all; return the digest."""
+    plain = json.loads(canonical_json({name: value for name, value in content.items() if name != "digest"}))
+    digest = digest_of(plain)
+    write_json(path, {**plain, "digest": digest})
+    return digest
+
+
+def read_record(path: Path | str, *, way_out: str) -> dict[str, Any]:
+    """Return what `write_record` wrote, its digest included.
+
+    way_out: what to do about a missing or damaged file, as "run `dvc repro data`". Raises FileNotFoundError, or Damaged
+    when the content is not what its digest says.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {way_out}") from None
+    return parse_record(content, where=str(path), way_out=way_out)
+
+
+def parse_record(content: bytes, *, where: str, way_out: str) -> dict[str, Any]:
+    """Return the JSON data of a record's bytes, checked against the digest in it. Raises Damaged."""
+    try:
+        record = json.loads(content)
+        found = digest_of({name: value for name, value in record.items() if name != "digest"})
+        stored = record["digest"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        what = "is empty" if not content.strip() else "is damaged, or of an older version (it holds no record with a digest)"
+        raise Damaged(f"{where} {what}: {way_out}") from None
+    if found != stored:
+        raise Damaged(f"{where} is damaged or was edited (digest {found}, it says {stored}): {way_out}")
+    return record
+
+
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty temporary sibling folder; it takes the place of `path` only when the block ends well."""
@@ -85,7 +132,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~_UMASK)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
             os.replace(path, old / path.name)
@@ -115,19 +162,37 @@ def save_weights(
 
     state: tensors by name, any device (written contiguous, from the CPU). kind: what they are, as "dpar" or "gpt".
     config, meta: JSON data. The same input gives the same bytes: one metadata entry, as the header's order of several
-    is not fixed.
+    is not fixed. The entry holds the digest of the tensors and one of itself, which readers check.
     """
     import safetensors.torch
 
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(state.items())}
-    header = {"dpar": canonical_json({"kind": kind, "config": dict(config), "meta": dict(meta)})}
+    facts = {"kind": kind, "config": dict(config), "meta": dict(meta), "tensors": digest_of_tensors(tensors)}
+    header = canonical_json({**facts, "digest": digest_of(facts)})
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata=header)
+        safetensors.torch.save_file(tensors, temporary, metadata={"dpar": header})
     return sha256_file(path)[:16]
 
 
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bytes of tensors on the CPU, as 64 hex digits."""
+    import torch
+
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        whole.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return whole.hexdigest()
+
+
+_HEADER, _OLD_HEADER = {"kind", "config", "meta", "tensors", "digest"}, {"kind", "config", "meta"}
+
+
 def read_weights_header(path: Path | str) -> dict[str, Any]:
-    """Return {"kind", "config", "meta"} without reading tensors. Raises ValueError, FileNotFoundError."""
+    """Return {"kind", "config", "meta", ...} without reading tensors. Raises ValueError, FileNotFoundError.
+
+    Files of version 0.1.0 hold neither `tensors` nor `digest`: they are read as they are.
+    """
     import safetensors
 
     path = Path(path)
@@ -136,22 +201,40 @@ def read_weights_header(path: Path | str) -> dict[str, Any]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as stream:
             header = (stream.metadata() or {}).get("dpar")
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, ValueError) as error:
+        if path.stat().st_size == 0:
+            raise Damaged(f"{path} is empty: run the stage that makes it, or copy it again") from None
         raise ValueError(
             f"{path} is not a safetensors file ({error}): weights travel as safetensors here, never as pickles; "
             "published checkpoints come in through tokenizer.weights or `dpar-cli verify`"
         ) from None
     if header is None:
         raise ValueError(f"{path} was not written by this project (its header has no entry `dpar`)")
-    return json.loads(header)
+    damaged = Damaged(f"{path} is damaged or was edited (its header is not what its digest says): make it again")
+    try:
+        facts = json.loads(header)
+        names = set(facts)
+        sound = names == _OLD_HEADER or (
+            names == _HEADER and digest_of({name: facts[name] for name in names - {"digest"}}) == facts["digest"]
+        )
+    except (ValueError, TypeError, RecursionError):
+        raise damaged from None
+    if not sound:
+        raise damaged
+    return facts
 
 
 def load_weights(path: Path | str, *, kind: str) -> Weights:
-    """Read a weights file made by `save_weights`, refusing another kind in one sentence (ValueError)."""
+    """Read a weights file made by `save_weights`. Raises ValueError for another kind, Damaged when its digests say so.
+
+    Costs two hashes of the file beside reading it, together about a second for each GB.
+    """
     import safetensors.torch
 
     header = read_weights_header(path)
     if header["kind"] != kind:
         raise ValueError(f"{path} holds weights of kind {header['kind']!r}, expected {kind!r}: check the path")
     state = safetensors.torch.load_file(str(path))
+    if "tensors" in header and digest_of_tensors(state) != header["tensors"]:
+        raise Damaged(f"{path} is damaged or was edited (its tensors are not what its digest says): make it again")
     return Weights(state, header["config"], header["meta"], sha256_file(path)[:16])

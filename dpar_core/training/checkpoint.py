@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000150/` of `model.safetensors` (a weights file like any other),
 `optimizer.safetensors` (`exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`) and `state.json` (step, what the model is,
-seed, history, digests of the two files). Data position and random streams are functions of seed and step
+seed, history, digests of the two files and of itself). Data position and random streams are functions of seed and step
 (data_order.py, train.py).
 Nothing is pickled. On a file system it is written to a temporary sibling, synced and renamed; on an object store
 `state.json` goes up last and makes it whole.
@@ -25,12 +25,20 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from dpar_core.files import atomic_folder, atomic_path, read_weights_header, save_weights, sha256_file, write_json
+from dpar_core.files import (
+    atomic_folder,
+    atomic_path,
+    parse_record,
+    read_weights_header,
+    save_weights,
+    sha256_file,
+    write_record,
+)
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_FORMAT = 1
-_DAMAGE = (FileNotFoundError, ValueError, KeyError, safetensors.SafetensorError)  # what a part of a checkpoint raises
+_FORMAT = 2  # with a digest of its own; 1, of version 0.1.0, had none and is still read
+_DAMAGE = (FileNotFoundError, ValueError)  # what a damaged checkpoint raises
 
 
 class CheckpointError(RuntimeError):
@@ -128,9 +136,7 @@ class CheckpointStore:
     def read(self, step: int) -> Checkpoint:
         """Fetch the checkpoint of a step and check it file by file. Raises one of _DAMAGE for a damaged one, OSError."""
         folder = self._place.fetch(_folder_name(step))
-        state = json.loads((folder / _STATE).read_text())
-        if state["format"] != _FORMAT or state["step"] != step:
-            raise ValueError(f"state.json tells of format {state['format']}, step {state['step']}")
+        state = _read_state((folder / _STATE).read_bytes(), step)
         for name, expected in state["files"].items():
             found = sha256_file(folder / name)
             if found != expected:
@@ -161,7 +167,7 @@ class CheckpointStore:
                 files = {file: sha256_file(folder / file) for file in (_MODEL, _OPTIMIZER)}
                 whole = {"format": _FORMAT, "step": step, "score": score, "files": files}
                 architecture = {"kind": self.architecture.kind, "config": self.architecture.config}
-                write_json(folder / _STATE, {**state, **whole, "architecture": architecture})
+                write_record(folder / _STATE, {**state, **whole, "architecture": architecture})
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(self._failure("checkpoint", step, error)) from error
         try:
@@ -220,9 +226,25 @@ class CheckpointStore:
 
     def _score(self, step: int) -> float | None:
         try:
-            return json.loads(self._place.read_text(f"{_folder_name(step)}/{_STATE}"))["score"]
+            return _read_state(self._place.read_bytes(f"{_folder_name(step)}/{_STATE}"), step)["score"]
         except _DAMAGE:
             return None
+
+
+def _read_state(content: bytes, step: int) -> dict[str, Any]:
+    """Return a checkpoint's state.json, checked against its digest. Raises ValueError."""
+    try:
+        state = json.loads(content)
+        version, found = state["format"], state["step"]
+        known = isinstance(state["files"], dict) and set(state["files"]) == {_MODEL, _OPTIMIZER}
+        Architecture(**state["architecture"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{_STATE} holds no state of a checkpoint") from None
+    if version not in (1, _FORMAT) or found != step or not known:
+        raise ValueError(f"{_STATE} has format {version} and step {found}, expected format {_FORMAT} and step {step}")
+    if version == _FORMAT or "digest" in state:
+        parse_record(content, where=_STATE, way_out="the checkpoint before it is taken")
+    return state
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -278,8 +300,8 @@ class _Folder:
             raise FileNotFoundError(f"{self.root / name} is missing")
         return self.root / name
 
-    def read_text(self, name: str) -> str:
-        return (self.root / name).read_text()
+    def read_bytes(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
 
     def remove(self, name: str) -> None:
         # Renamed first: what is half deleted never looks like a checkpoint.
@@ -337,9 +359,9 @@ class _Remote:
                 shutil.copyfileobj(source, copy, 1 << 24)
         return target
 
-    def read_text(self, name: str) -> str:
+    def read_bytes(self, name: str) -> bytes:
         with self.files.open_input_stream(f"{self.root}/{name}") as stream:
-            return stream.read().decode()
+            return stream.read()
 
     def remove(self, name: str) -> None:
         from pyarrow import fs

@@ -1,10 +1,25 @@
 """Files appear whole, or not at all."""
 
+import json
 import os
+import stat
+import subprocess
+import sys
 
 import pytest
+import torch
 
-from dpar_core.files import atomic_path, atomic_write
+from dpar_core.files import (
+    Damaged,
+    atomic_path,
+    atomic_write,
+    load_weights,
+    parse_record,
+    read_record,
+    read_weights_header,
+    save_weights,
+    write_record,
+)
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -22,3 +37,75 @@ def test_a_pipe_and_a_folder_are_refused_and_stay(tmp_path):
         with pytest.raises(OSError, match=f"{name} is {kind}, expected the name of a file"):
             atomic_write(tmp_path / name, "text")
     assert (tmp_path / "pipe").is_fifo() and sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+def flips(content: bytes, every: int):
+    """Yield the content with one bit flipped, for every n-th bit."""
+    for bit in range(0, 8 * len(content), every):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield bytes(changed)
+
+
+def test_of_flipped_bits_in_a_record_none_is_accepted(tmp_path):
+    file = tmp_path / "rule.json"
+    digest = write_record(file, {"rule": {"threshold": 4.14, "mode": "entropy_rows"}, "made_by": {}, "shape": (2, 3)})
+    sound, content = read_record(file, way_out="run it again"), file.read_bytes()
+    assert sound["digest"] == digest and sound["shape"] == [2, 3]
+    refused = 0
+    for changed in flips(content, 1):
+        try:
+            assert parse_record(changed, where=str(file), way_out="run it again") == sound
+        except Damaged as error:
+            assert str(error).startswith(f"{file} is damaged") and str(error).endswith("run it again")
+            refused += 1
+    assert refused > 0.8 * 8 * len(content)  # the others turn a space into another one
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null", b'{"digest": 7}', b"[" * 100_000, b"\xff\xfe"])
+def test_what_is_no_record_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(Damaged, match=r"a\.json is (empty|damaged).*: make it again"):
+        read_record(tmp_path / "a.json", way_out="make it again")
+
+
+def test_an_edited_record_is_refused(tmp_path):
+    write_record(tmp_path / "rule.json", {"threshold": 4.14})
+    text = (tmp_path / "rule.json").read_text().replace("4.14", "3.14")
+    (tmp_path / "rule.json").write_text(text)
+    with pytest.raises(Damaged, match=r"was edited \(digest [0-9a-f]{16}, it says [0-9a-f]{16}\): run patch_maps"):
+        read_record(tmp_path / "rule.json", way_out="run patch_maps")
+
+
+def test_of_flipped_bits_in_weights_none_is_accepted(tmp_path):
+    file = tmp_path / "w.safetensors"
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7), "c": torch.ones(3, dtype=torch.bfloat16)}
+    save_weights(file, state, kind="gpt", config={"width": 4}, meta={"step": 3})
+    sound, content = load_weights(file, kind="gpt"), file.read_bytes()
+    assert all((sound.state[name] == state[name]).all() for name in state)
+    for changed in flips(content, 23):
+        file.write_bytes(changed)
+        with pytest.raises((ValueError, FileNotFoundError)):  # Damaged, or no longer a file of safetensors
+            load_weights(file, kind="gpt")
+
+
+def test_weights_of_the_first_version_are_read_as_they_are(tmp_path):
+    import safetensors.torch
+
+    file = tmp_path / "old.safetensors"
+    header = json.dumps({"kind": "vq", "config": {}, "meta": {"image_size": 8}})
+    safetensors.torch.save_file({"a": torch.ones(2)}, file, metadata={"dpar": header})
+    assert load_weights(file, kind="vq").meta == {"image_size": 8}
+    file.write_bytes(b"")
+    with pytest.raises(Damaged, match="is empty"):
+        read_weights_header(file)
+
+
+def test_new_files_and_folders_respect_the_umask(tmp_path):
+    code = (
+        "import os, sys; os.umask(0o077); from dpar_core.files import atomic_folder, write_json\n"
+        "write_json(sys.argv[1] + '/a.json', 1)\nwith atomic_folder(sys.argv[1] + '/b'): pass"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"a.json": 0o600, "b": 0o700}

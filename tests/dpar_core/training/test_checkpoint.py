@@ -127,6 +127,42 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(tmp_path, damage):
     assert len(place.warned) == 1 and "step-00000002 is damaged and passed over" in place.warned[0]
 
 
+def flips(content: bytes, every: int):
+    """Yield the content with one bit flipped, for every n-th bit."""
+    for bit in range(0, 8 * len(content), every):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield bit, bytes(changed)
+
+
+@pytest.mark.parametrize("name, every", [("state.json", 13), ("model.safetensors", 29), ("optimizer.safetensors", 29)])
+def test_a_flipped_bit_changes_nothing_or_brings_back_the_checkpoint_before(tmp_path, name, every):
+    place = store(tmp_path)
+    save(place, 1, 0.5)
+    folder = Path(save(place, 2, 0.25))
+    sound, content, passed_over = place.newest(), (folder / name).read_bytes(), 0
+    for bit, changed in flips(content, every):
+        (folder / name).write_bytes(changed)
+        place.warned.clear()
+        found = place.newest()
+        if found.step == 2:  # a space became another space
+            assert found.state == sound.state and name == "state.json", bit
+        else:
+            assert found.step == 1 and len(place.warned) == 1 and "is damaged and passed over" in place.warned[0], bit
+            passed_over += 1
+    assert passed_over > 0.9 * (8 * len(content) // every)
+
+
+def test_a_checkpoint_of_the_first_version_is_still_read(tmp_path):
+    place = store(tmp_path)
+    state = Path(save(place, 1)) / "state.json"
+    old = {name: value for name, value in json.loads(state.read_text()).items() if name != "digest"} | {"format": 1}
+    state.write_text(json.dumps(old))
+    assert place.newest().state["history"] == [1] and place.warned == []
+    state.write_text(json.dumps(old | {"format": 2}))
+    assert place.newest() is None and "is damaged" in place.warned[0]
+
+
 def test_an_upload_that_broke_off_is_no_checkpoint(tmp_path):
     place = store(f"file://{tmp_path}")
     save(place, 1)
