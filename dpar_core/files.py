@@ -110,6 +110,23 @@ def read_record(path: Path | str, *, way_out: str) -> dict[str, Any]:
     return parse_record(content, where=str(path), way_out=way_out)
 
 
+def read_json(path: Path | str, *, way_out: str) -> Any:
+    """Return the JSON data of a file that may have been written by others: checked against a `digest` where it holds one.
+
+    Raises FileNotFoundError, or Damaged when it is not JSON or not what its digest says.
+    """
+    try:
+        content = Path(path).read_bytes()
+        found = json.loads(content)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {way_out}") from None
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged ({str(error) or 'no JSON'}): {way_out}") from None
+    if isinstance(found, dict) and "digest" in found:
+        return parse_record(content, where=str(path), way_out=way_out)
+    return found
+
+
 def parse_record(content: bytes, *, where: str, way_out: str) -> dict[str, Any]:
     """Return the JSON data of a record's bytes, checked against the digest in it. Raises Damaged."""
     try:
@@ -122,6 +139,14 @@ def parse_record(content: bytes, *, where: str, way_out: str) -> dict[str, Any]:
     if found != stored:
         raise Damaged(f"{where} is damaged or was edited (digest {found}, it says {stored}): {way_out}")
     return record
+
+
+def seal_holds(summary: Mapping[str, Any]) -> bool:
+    """Tell whether all entries of a summary are what its `seal` says; summaries of version 0.1.0 have none.
+
+    A summary's `digest` names the content it lists and stays the same when facts about it change; the seal covers both.
+    """
+    return "seal" not in summary or summary["seal"] == digest_of({k: v for k, v in summary.items() if k != "seal"})
 
 
 @contextmanager

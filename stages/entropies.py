@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ import torch
 
 from dpar_core.data.manifest import SPLITS
 from dpar_core.data.shards import TokenShards
-from dpar_core.files import atomic_folder, load_weights, sha256_file, write_json
-from dpar_core.models.gpt import GPT, GPTConfig, entropies_of
+from dpar_core.files import atomic_folder
+from dpar_core.models.gpt import GPT, entropies_of
+from dpar_core.models.load import read_trained
 from dpar_core.patches.maps import parquet_name, write_entropies, write_summary
 from stages import params as P
 from stages.tracker import Tracker
-from stages.workers.tasks import is_whole, make_shards, place, remove_leftovers
+from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, make_shards, place, remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     tracker.log_input("tokens", inputs.tokens, splits[0].digest)
     tracker.log_input("entropy_model", inputs.entropy_model, digest)
     plan = plan_units(splits)
-    todo = [unit for unit in plan if not _is_done(unit, work)]
+    todo = [unit for unit in plan if finished_unit(work, unit.name) is None]
     images, left = (sum(unit.last - unit.first for unit in units) for units in (plan, todo))
     build = functools.partial(
         ShardEntropies, inputs.tokens.absolute(), inputs.entropy_model.absolute(), params.entropies, work.absolute(), device
@@ -79,25 +79,15 @@ def load_entropy_model(path: Path, shards: TokenShards | None, device: str) -> t
 
     Raises ValueError when it was trained on the tokens of another tokenizer than `shards` hold.
     """
-    weights = load_weights(path, kind="gpt")
-    config = GPTConfig(**weights.config)
-    if config.num_classes is not None:
-        raise ValueError(f"{path} is conditioned on classes: an entropy model has none, run `dvc repro entropy_model`")
-    if shards is not None:
-        trained_on = weights.meta.get("tokenizer")
-        if trained_on != shards.meta.tokenizer:
-            raise ValueError(
-                f"entropy model {path} was trained on tokens of tokenizer {trained_on}, but {shards.folder} holds those of "
-                f"{shards.meta.tokenizer}: run `dvc repro entropy_model`"
-            )
-        if (config.tokens, config.codebook_size) != (shards.meta.tokens, shards.meta.codebook_size):
-            raise ValueError(
-                f"entropy model {path} is for {config.tokens} tokens of {config.codebook_size} codes, but {shards.folder} "
-                f"holds {shards.meta.tokens} of {shards.meta.codebook_size}: run `dvc repro entropy_model`"
-            )
-    model = GPT(config).to(device).eval()
-    model.load_state_dict(weights.state)
-    return model.requires_grad_(False), weights.digest
+    made_with = None if shards is None else {"tokenizer": shards.meta.tokenizer}
+    trained = read_trained(path, "entropy_model", made_with=made_with)
+    config = trained.config
+    if shards is not None and (config.tokens, config.codebook_size) != (shards.meta.tokens, shards.meta.codebook_size):
+        raise ValueError(
+            f"entropy model {path} is for {config.tokens} tokens of {config.codebook_size} codes, but {shards.folder} "
+            f"holds {shards.meta.tokens} of {shards.meta.codebook_size}: run `dvc repro entropy_model`"
+        )
+    return trained.build(device), trained.digest
 
 
 def plan_units(splits: Sequence[TokenShards]) -> list[Unit]:
@@ -105,11 +95,6 @@ def plan_units(splits: Sequence[TokenShards]) -> list[Unit]:
     return [
         Unit(parquet_name(name), shards.split, part.start, part.stop) for shards in splits for name, part in shards.shards()
     ]
-
-
-def _is_done(unit: Unit, work: Path) -> bool:
-    record = work / f"{unit.name}.json"
-    return record.exists() and is_whole(work / unit.name, json.loads(record.read_text())["sha256"])
 
 
 class ShardEntropies:
@@ -128,8 +113,8 @@ class ShardEntropies:
         found = self.entropies(shards, part)
         write_entropies(self.work / unit.name, shards, part, found, entropy_model=self.digest)
         known = found[:, 1:]
-        record = {"sum": float(known.sum(dtype=np.float64)), "count": known.size}
-        write_json(self.work / f"{unit.name}.json", {**record, "sha256": sha256_file(self.work / unit.name)})
+        total = float(known.sum(dtype=np.float64))
+        finish_unit(self.work, unit.name, [unit.name], sum=total, count=known.size)
 
     def entropies(self, shards: TokenShards, part: slice) -> np.ndarray:
         """Return the entropies of a shard's views: (samples * views, T) float32.
@@ -155,7 +140,7 @@ class ShardEntropies:
 
 def publish(plan: Sequence[Unit], work: Path, entropies: Path, *, made_by: dict[str, str]) -> float:
     """Put all finished files in place at once; return the mean entropy in nats."""
-    records = [json.loads((work / f"{unit.name}.json").read_text()) for unit in plan]
+    records = [facts_of_unit(work, unit.name) for unit in plan]
     mean = sum(record["sum"] for record in records) / sum(record["count"] for record in records)
     with atomic_folder(entropies) as folder:
         for unit in plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ import numpy as np
 
 from dpar_core.data.manifest import SPLITS
 from dpar_core.data.shards import TokenShards
-from dpar_core.files import atomic_folder, atomic_path, atomic_write, sha256_file, write_json
+from dpar_core.files import Damaged, atomic_folder, atomic_path, atomic_write, sha256_file, write_json
 from dpar_core.patches.maps import (
     RULE,
     EntropyMaps,
@@ -31,7 +31,7 @@ from dpar_core.patches.rule import PatchRule, flat_lengths, patch_starts_numpy, 
 from stages import params as P
 from stages.tracker import Tracker
 from stages.workers.cluster import local_cpus
-from stages.workers.tasks import is_whole, place, remove_leftovers
+from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers
 
 MEASURED_MAPS = 50_000  # a threshold is measured on so many maps: the mean length of all is then known to about 0.05 %
 
@@ -87,10 +87,10 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     train = maps["train"]
     tracker.log_input("entropies", inputs.entropies, train.digest)
     made_by = {"tokens": train.shards.digest, "entropies": train.digest, "entropy_model": train.entropy_model}
-    if not (work / RULE).exists():
+    rule = _kept_rule(work / RULE, train.entropy_model)
+    if rule is None:
         rule, measured_on = make_rule(params.patching, train)
         write_rule(work / RULE, rule, made_by=made_by, facts={"threshold_measured_on_maps": measured_on})
-    rule = read_rule(work / RULE)
     found = {split: _make_maps(one, rule, work, made_by, tracker) for split, one in maps.items()}
     with atomic_folder(outputs.patch_maps) as folder:
         names = [RULE]
@@ -103,14 +103,25 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
             shape = (len(one.shards), meta.num_views, -(-meta.tokens // 8))
             parts = [work / f"{name}.starts.npy" for name, _ in one.shards.shards()]
             join_starts(folder / starts_name(split), parts, maps=shape)
-        write_summary(folder, names, made_by=made_by)
+        _write_histogram(outputs.histogram, {split: histograms.lengths for split, histograms in found.items()})
+        write_summary(folder, names, made_by=made_by, facts={"patch_lengths_sha256": sha256_file(outputs.histogram)})
     metrics = _metrics(rule, found, tokens=train.shards.meta.tokens)
     metrics["patch/bytes_per_map"] = sum(f.stat().st_size for f in outputs.patch_maps.iterdir()) / sum(
         histograms.maps for histograms in found.values()
     )
     write_json(outputs.metrics, metrics)
-    _write_histogram(outputs.histogram, {split: histograms.lengths for split, histograms in found.items()})
     tracker.log_metrics(metrics)
+
+
+def _kept_rule(path: Path, entropy_model: str) -> PatchRule | None:
+    """Return the rule that an interrupted run found, None when there is none or it was damaged since."""
+    if not path.exists():
+        return None
+    try:
+        return read_rule(path, entropy_model=entropy_model)
+    except Damaged as error:
+        print(f"{error}; it is made again", file=sys.stderr, flush=True)
+        return None
 
 
 def make_rule(patching: P.Patching, maps: EntropyMaps) -> tuple[PatchRule, int]:
@@ -134,7 +145,7 @@ def make_rule(patching: P.Patching, maps: EntropyMaps) -> tuple[PatchRule, int]:
 def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict, tracker: Tracker) -> Histograms:
     """Write the maps of a split into the work folder, as far as they are missing; return how long patches are."""
     parts = dict(maps.shards.shards())
-    todo = [name for name in parts if not _is_done(name, work)]
+    todo = [name for name in parts if finished_unit(work, name) is None]
     done = len(maps.shards) - sum(parts[name].stop - parts[name].start for name in todo)
 
     def make(name: str) -> str:
@@ -148,7 +159,7 @@ def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict, tr
                 progress.advance(parts[name].stop - parts[name].start)
     total = None
     for name in parts:
-        record = json.loads((work / f"{name}.json").read_text())
+        record = facts_of_unit(work, name)
         one = Histograms(*(np.array(record[field], np.int64) for field in ("lengths", "counts")))
         total = one if total is None else total + one
     return total
@@ -161,15 +172,7 @@ def make_map(maps: EntropyMaps, name: str, part: slice, rule: PatchRule, work: P
     with atomic_path(work / f"{name}.starts.npy") as temporary, open(temporary, "wb") as stream:
         np.save(stream, pack_starts(starts, views=maps.shards.meta.num_views))
     record = {field: value.tolist() for field, value in asdict(histograms_of(starts)).items()}
-    record["sha256"] = {file: sha256_file(work / file) for file in (parquet_name(name), f"{name}.starts.npy")}
-    write_json(work / f"{name}.json", record)
-
-
-def _is_done(name: str, work: Path) -> bool:
-    record = work / f"{name}.json"
-    if not record.exists():
-        return False
-    return all(is_whole(work / file, sha256) for file, sha256 in json.loads(record.read_text())["sha256"].items())
+    finish_unit(work, name, [parquet_name(name), f"{name}.starts.npy"], **record)
 
 
 def histograms_of(starts: np.ndarray) -> Histograms:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from dpar_core.evaluation.sample_files import write_arrays, write_samples
-from dpar_core.files import atomic_folder, atomic_path, digest_of, write_json
+from dpar_core.files import atomic_folder, atomic_path, digest_of, write_record
 from dpar_core.patches.rule import lengths_from_starts, starts_from_lengths
 from dpar_core.pictures import labelled_grid, save_png
 from stages import params as P
@@ -27,6 +27,7 @@ from stages.artifacts import METRICS, SAMPLE_GRID, SAMPLE_IMAGES, SAMPLE_PROTOCO
 from stages.shared.sampler import Files, Sampler
 from stages.tracker import Progress, Tracker
 from stages.workers import cluster
+from stages.workers.tasks import finish_unit, finished_unit
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8
 CACHE_SHARE = 0.7  # of the free memory that caches may take
@@ -153,6 +154,7 @@ def draw_batch(job: Job, batch: int, progress: Callable[[int], None] | None = No
     seconds = np.array([between - started, time.perf_counter() - between])
     with atomic_path(job.path(batch)) as temporary, open(temporary, "wb") as stream:
         np.savez(stream, images=images, labels=np.array(labels), tokens=tokens, starts=starts, seconds=seconds)
+    finish_unit(Path(job.work), job.path(batch).name, [job.path(batch).name])
     return len(labels)
 
 
@@ -191,7 +193,7 @@ def draw_samples(
     job = Job(files, content, sample.model_dump_json(), device, str(work.resolve()))
     sampler = sampler_of(job)
     check_memory(sampler, min(sample.batch_size, sample.images))
-    left = [batch for batch in job.batches() if not job.path(batch).exists()]
+    left = [batch for batch in job.batches() if finished_unit(work, job.path(batch).name) is None]
     done = sample.images - sum(_size(sample, batch) for batch in left)
     with tracker.progress(sample.images, f"sample {target.name}", done=done, unit="images") as progress:
         if sample.workers and left:
@@ -266,9 +268,9 @@ def _publish(job: Job, sampler: Sampler, target: Path, tracker: Tracker, *, pref
         tokens = np.concatenate(list(batch_arrays(job, "tokens")))
         write_arrays(folder / SAMPLE_TOKENS, tokens=tokens, starts=np.packbits(starts, axis=1))
         save_png(grid_picture(job, sampler, labels), folder / SAMPLE_GRID)
-        write_json(folder / SAMPLE_PROTOCOL, protocol(sampler, sample))
-        write_json(folder / METRICS, metrics)
-        write_json(folder / TIMINGS, timings)
+        write_record(folder / SAMPLE_PROTOCOL, protocol(sampler, sample))
+        write_record(folder / METRICS, metrics)
+        write_record(folder / TIMINGS, timings)
     tracker.log_metrics({prefix + name: value for name, value in metrics.items()})
     tracker.log_metrics({f"{prefix}perf/images_per_s": timings["images_per_s"]})
     tracker.log_picture(target / SAMPLE_GRID)

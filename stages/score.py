@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from dpar_core.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
-from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
+from dpar_core.files import atomic_path, digest_of, read_json, sha256_file, write_json, write_record
 from stages import params as P
 from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL, artifact_digest
 from stages.data import ImageOpener
@@ -125,11 +124,11 @@ def _score_all(
         check_images(images, reference, samples)
         with tracker.progress(settings.images, f"score {samples.name}", unit="images") as progress:
             measured = measure(network, images, workers=settings.workers, done=progress.advance)
-        made_by = json.loads((samples / SAMPLE_PROTOCOL).read_text())
+        made_by = read_json(samples / SAMPLE_PROTOCOL, way_out="run `dvc repro -f sample_dpar sample_llamagen`")
         protocol = protocol_of(network, reference, settings, images=settings.images, image_size=images.shape[1])
         scores, intervals = compare(measured, reference, settings, seed=params.seed)
         count = {"feature_count": int(measured.features.pool.shape[1])}
-        write_json(target, score_file(scores, intervals, protocol, made_by) | count)
+        write_record(target, score_file(scores, intervals, protocol, made_by) | count)
         write_json(metrics, scores)
         suffix = f"/{samples.name}" if len(work_list) > 1 else ""
         tracker.log_metrics({f"{name}{suffix}": value for name, value in scores.items()})

@@ -15,9 +15,7 @@ from pathlib import Path
 import torch
 
 from dpar_core.data.shards import TokenShards
-from dpar_core.files import load_weights
-from dpar_core.models.dpar import DPARConfig
-from dpar_core.models.gpt import GPTConfig
+from dpar_core.models.load import read_trained
 from dpar_core.training import parallel
 from dpar_core.training.optim import adamw, clip_gradients
 from dpar_core.training.parallel import Ranks
@@ -62,17 +60,11 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     digest = TokenShards(tokens, "train").digest
     steps = []
     for name, file, maps in (("dpar", inputs.dpar, inputs.patch_maps.resolve()), ("llamagen", inputs.llamagen, None)):
-        weights = load_weights(file, kind="dpar" if name == "dpar" else "gpt")
-        tracker.log_input(name, file, weights.digest)
-        if weights.meta.get("tokens") != digest:
-            raise ValueError(
-                f"{file} was trained on token shards {weights.meta.get('tokens')}, but {inputs.tokens} holds {digest}: run "
-                f"`dvc repro train_{name}`"
-            )
-        config = (DPARConfig if name == "dpar" else GPTConfig)(**weights.config)
-        job = Job("dpar" if name == "dpar" else "llamagen", config, params.train, params.seed, tokens, patch_maps=maps)
+        trained = read_trained(file, name, made_with={"tokens": digest})
+        tracker.log_input(name, file, trained.digest)
+        job = Job(name, trained.config, params.train, params.seed, tokens, patch_maps=maps)
         steps.append(training_step(job, torch.device(device)))
-        del weights
+        del trained
     with tracker.progress(int(SECONDS), "time training in turns", unit="s") as bar:
         turns = take_turns(*steps, seconds=SECONDS, wait=waits_for(device), progress=whole_seconds(bar.advance))
     pace = Pace("step", params.train.batch_size // params.train.workers, turns, machine_words(device))

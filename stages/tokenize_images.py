@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,13 +22,14 @@ from dpar_core.data.manifest import SPLITS, Manifest, Row, Rows, read_manifest
 from dpar_core.data.shards import Sample, ShardContents, TokenMeta, write_index, write_shard
 from dpar_core.data.sources import block_of
 from dpar_core.data.splits import first_few
-from dpar_core.files import atomic_folder, load_weights, write_json
+from dpar_core.files import atomic_folder, write_json
 from dpar_core.float32 import whole_float32
-from dpar_core.models.vq import VQ, VQConfig, to_float
+from dpar_core.models.load import read_trained
+from dpar_core.models.vq import VQ, to_float
 from stages import params as P
 from stages.data import ImageOpener
 from stages.tracker import Tracker
-from stages.workers.tasks import is_whole, make_shards, place, remove_leftovers
+from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, make_shards, place, remove_leftovers
 
 BAD_IMAGES, BOTH_SPLITS = "bad_images.json", "images_in_both_splits.json"
 MOST_MOVED = 0.05  # share of tokens that bf16 may change
@@ -138,19 +138,17 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
 
 def load_tokenizer(path: Path, device: str) -> tuple[VQ, str]:
     """Return the tokenizer of a weights file, ready to use, and the file's digest."""
-    weights = load_weights(path, kind="vq")
-    model = VQ(VQConfig(**weights.config)).to(device).eval()
-    model.load_state_dict(weights.state)
-    return model.requires_grad_(False), weights.digest
+    trained = read_trained(path, "tokenizer")
+    return trained.build(device), trained.digest
 
 
 def token_meta(manifest: Manifest, tokenizer: Path, params: Params) -> TokenMeta:
     """Return what the tokens will be."""
-    weights = load_weights(tokenizer, kind="vq")
-    config, size, name = VQConfig(**weights.config), params.data.image_size, params.data.views
+    trained = read_trained(tokenizer, "tokenizer")
+    config, size, name = trained.config, params.data.image_size, params.data.views
     grid = size // config.downsample
     return TokenMeta(
-        grid, config.codebook_size, name, VIEW_COUNTS[name], size, manifest.classes, weights.digest, manifest.digest
+        grid, config.codebook_size, name, VIEW_COUNTS[name], size, manifest.classes, trained.digest, manifest.digest
     )
 
 
@@ -175,24 +173,22 @@ def plan_shards(manifest: Manifest, shard_images: int) -> list[Shard]:
     return shards
 
 
-def read_contents(shard: Shard, work: Path) -> Finished | None:
-    """Return what is known of a finished shard, or None while it is not finished."""
-    path = work / f"{shard.name}.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    if "pixels" not in record:  # by an older version
-        return None
-    return Finished(ShardContents(**record["contents"]), [Bad(**bad) for bad in record["bad"]], record["pixels"])
+def read_contents(shard: Shard, work: Path) -> Finished:
+    """Return what is known of a finished shard. Raises Damaged, FileNotFoundError."""
+    return _finished(facts_of_unit(work, shard.name))
+
+
+def _finished(facts: dict[str, Any]) -> Finished:
+    return Finished(ShardContents(**facts["contents"]), [Bad(**bad) for bad in facts["bad"]], facts["pixels"])
 
 
 def is_done(shard: Shard, manifest: Manifest, work: Path, data: P.Data) -> bool:
     """Tell whether a shard is finished and whole. One whose bad images can be used by now is made again."""
-    found = read_contents(shard, work)
-    if found is None or not is_whole(work / shard.name, found.contents.sha256):
+    found = finished_unit(work, shard.name)
+    if found is None:
         return False
     opener = ImageOpener(manifest)
-    for bad in found.bad:
+    for bad in _finished(found).bad:
         try:
             views(opener(manifest.find(bad.key)), data.image_size, data.views)
         except BadImage:
@@ -233,8 +229,8 @@ class ShardTokenizer:
         bad: list[Bad] = []
         pixels: list[str] = []
         contents = write_shard(self.work / shard.name, self._samples(self.rows.take(shard.indices), bad, pixels))
-        record = {"contents": asdict(contents), "bad": [asdict(one) for one in bad], "pixels": pixels}
-        write_json(self.work / f"{shard.name}.json", record)
+        listed = [asdict(one) for one in bad]
+        finish_unit(self.work, shard.name, [shard.name], contents=asdict(contents), bad=listed, pixels=pixels)
 
     def encode(self, images: np.ndarray, *, bf16: bool | None = None) -> Tensor:
         """Return the tokens of at most a batch of views: (n, S, S, 3) uint8 -> (n, T) int64, on the device.

@@ -2,7 +2,8 @@
 
 Every file is read whole and held against its digest once a machine, when somebody first asks for it. Copies are named by
 the digest of their content, so they are never out of date and any number of readers share them; of a local file a note is
-kept that it was found sound, which holds as long as the file is the same one, of the same size and time of change.
+kept that it was found sound, which holds as long as the file is the same one (device, inode), of the same size, with the
+same time of modification and, since that can be set back, of its last change in the file system (ctime).
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Folder:
             found = path.stat()
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: {mend}") from None
-        same = f"{path.absolute()} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {sha256}"
+        times = f"{found.st_mtime_ns} {found.st_ctime_ns}"
+        same = f"{path.absolute()} {found.st_dev} {found.st_ino} {found.st_size} {times} {sha256}"
         name_of_note = hashlib.sha256(same.encode()).hexdigest()
         if name_of_note in self._sound:
             return

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from dpar_core.data.remote import Folder
 from dpar_core.data.tars import BLOCK, members
-from dpar_core.files import atomic_path, canonical_json, digest_of, sha256_file, write_json
+from dpar_core.files import atomic_path, canonical_json, digest_of, seal_holds, sha256_file, write_json
 from dpar_core.system import open_files_limit
 
 INDEX, SUMMARY = "index.arrow", "summary.json"
@@ -186,6 +186,7 @@ def write_index(
     summary: dict[str, Any] = {"meta": asdict(meta), "shards": files, "samples": int(count.sum()), **(extra or {})}
     summary["index_sha256"] = sha256_file(folder / INDEX)
     summary["digest"] = _digest(summary)
+    summary["seal"] = digest_of(summary)
     write_json(folder / SUMMARY, summary)
     return summary["digest"]
 
@@ -201,8 +202,8 @@ def read_summary(folder: Folder) -> dict[str, Any]:
         raise FileNotFoundError(f"no token shards in {folder}: run `dvc repro tokenize_images`")
     try:
         summary = json.loads(content)
-        sound = _digest(summary) == summary["digest"]
-    except (ValueError, KeyError, TypeError):
+        sound = _digest(summary) == summary["digest"] and seal_holds(summary)
+    except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{folder}/{SUMMARY} is damaged, or of an older version: run `dvc repro -f tokenize_images`")

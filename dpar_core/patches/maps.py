@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from dpar_core.data.remote import Folder
 from dpar_core.data.shards import OpenFiles, TokenShards
-from dpar_core.files import atomic_path, digest_of, sha256_file, write_json
+from dpar_core.files import atomic_path, digest_of, read_record, seal_holds, sha256_file, write_json, write_record
 from dpar_core.patches.rule import PatchRule, flat_lengths, lengths_from_starts
 
 SUMMARY, RULE = "summary.json", "rule.json"
@@ -97,7 +97,8 @@ def write_summary(folder: Path, files: Iterable[str], *, made_by: dict, facts: d
     """
     content = {"made_by": made_by, "files": {name: sha256_file(folder / name) for name in sorted(files)}}
     digest = digest_of(content)
-    write_json(folder / SUMMARY, {**content, **({"facts": facts} if facts else {}), "digest": digest})
+    whole = {**content, **({"facts": facts} if facts else {}), "digest": digest}
+    write_json(folder / SUMMARY, {**whole, "seal": digest_of(whole)})
     return digest
 
 
@@ -110,7 +111,8 @@ def read_summary(folder: Path | Folder, *, stage: str) -> dict[str, Any]:
     try:
         summary = json.loads(content)
         sound = digest_of({"made_by": summary["made_by"], "files": summary["files"]}) == summary["digest"]
-    except (ValueError, KeyError, TypeError):
+        sound &= seal_holds(summary)
+    except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{folder}/{SUMMARY} is damaged, or of an older version: run `dvc repro -f {stage}`")
@@ -209,16 +211,27 @@ def _read_parquet(place: Folder, name: str, summary: dict, *, columns: list[str]
         ) from None
 
 
-def read_rule(path: Path) -> PatchRule:
-    """Return the rule that a patch_maps folder was made with, its threshold measured or given."""
-    if not path.exists():
-        raise FileNotFoundError(f"no patch rule at {path}: run `dvc repro patch_maps`")
-    return PatchRule(**json.loads(path.read_text())["rule"])
+def read_rule(path: Path, *, entropy_model: str | None = None) -> PatchRule:
+    """Return the rule that a patch_maps folder was made with, its threshold measured or given.
+
+    entropy_model: digest of the model whose entropies the rule will cut; None: not compared. Raises FileNotFoundError,
+    Damaged when the file is not what its digest says, ValueError when its threshold belongs to another entropy model.
+    """
+    record = read_record(path, way_out="run `dvc repro -f patch_maps`")
+    try:
+        rule, made_with = PatchRule(**record["rule"]), record["made_by"].get("entropy_model")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds a rule of another version ({error}): run `dvc repro -f patch_maps`") from None
+    if entropy_model is not None and rule.reads_entropies and made_with != entropy_model:
+        raise ValueError(
+            f"{path} was made with entropy model {made_with}, but this run has {entropy_model}: run `dvc repro patch_maps`"
+        )
+    return rule
 
 
 def write_rule(path: Path, rule: PatchRule, *, made_by: dict, facts: dict | None = None) -> None:
-    """Write a rule, the digests of what it was made with, and what was found with it (facts)."""
-    write_json(path, {"rule": asdict(rule), "made_by": made_by, **(facts or {})})
+    """Write a rule, the digests of what it was made with, and what was found with it (facts), as a record with a digest."""
+    write_record(path, {"rule": asdict(rule), "made_by": made_by, **(facts or {})})
 
 
 class PatchMaps:
@@ -234,7 +247,7 @@ class PatchMaps:
     ) -> None:
         self._place = Folder(folder, cache=cache)
         self.folder, self.shards = self._place.address, shards
-        summary = read_summary(self._place, stage="patch_maps")
+        self.summary = summary = read_summary(self._place, stage="patch_maps")
         check_tokens(summary, shards, self._place, stage="patch_maps")
         self.digest: str = summary["digest"]
         self.entropy_model_digest: str = summary["made_by"]["entropy_model"]

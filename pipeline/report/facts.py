@@ -6,7 +6,6 @@ Shapes: T tokens per image, M patches, n validation images.
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dpar_core import files
 from dpar_core.data.shards import TokenShards
-from dpar_core.files import load_weights, read_weights_header
+from dpar_core.files import read_weights_header, sha256_file
 from dpar_core.models import flops
-from dpar_core.models.dpar import DPAR, DPARConfig
-from dpar_core.models.gpt import GPT, GPTConfig
+from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.gpt import GPTConfig
+from dpar_core.models.load import read_trained, role_of
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.training.order import fixed_subset
 from pipeline.report.speeds import Speed, Speeds, read_speeds
 from pipeline.report.verdicts import Contest, Row, judge_losses, judge_scores, too_little_training
 from stages import artifacts
-from stages.artifacts import CURVE, METRICS, MODELS_FOLDER, SAMPLE_PROTOCOL, TIMINGS, WEIGHTS
+from stages.artifacts import CURVE, METRICS, MODELS_FOLDER, SAMPLE_PROTOCOL, TIMINGS, WEIGHTS, maker_of
 
 LOSS_IMAGES, LOSS_BATCH = 512, 16  # validation images whose losses are compared one by one
 # The models compared, by the names of their samples and scores; files in the folder of models.
@@ -70,6 +71,9 @@ def read_training(folder: Path) -> Training:
     header = read_weights_header(folder / WEIGHTS)
     config = (DPARConfig if header["kind"] == "dpar" else GPTConfig)(**header["config"])
     timings = read_json(folder / TIMINGS)
+    expected = timings.get("curve_sha256")
+    if expected is not None and sha256_file(folder / CURVE) != expected:
+        raise ValueError(f"{folder / CURVE} is damaged or was edited: run `dvc repro -f {_stage(folder)}`")
     with open(folder / CURVE, newline="") as stream:
         losses = [(int(r["step"]), float(r["train/loss"]), float(r["validation/loss"])) for r in csv.DictReader(stream)]
     steps = [point["step"] for point in timings["curve"]]
@@ -101,6 +105,9 @@ def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> Pat
             counts[part, view] = maps.starts(part, np.full(len(part), view)).sum(axis=1)
     by_class = {name: float(counts[shards.labels == label].mean()) for label, name in enumerate(meta.classes)
                 if (shards.labels == label).any()}  # fmt: skip
+    expected = maps.summary.get("facts", {}).get("patch_lengths_sha256")
+    if expected is not None and sha256_file(histogram) != expected:
+        raise ValueError(f"{histogram} is damaged or was edited: run `dvc repro -f patch_maps`")
     with open(histogram, newline="") as stream:
         rows = [(int(row["length"]), int(row["train"])) for row in csv.DictReader(stream)]
     total = sum(count for _, count in rows)
@@ -171,23 +178,15 @@ def measured_speeds(folder: Path, costs: Costs) -> Speeds:
 @torch.inference_mode()
 def held_out_losses(weights: Path, shards: TokenShards, maps: PatchMaps, *, device: str) -> np.ndarray:
     """Return the loss of a model on each of (up to LOSS_IMAGES) validation images: (n,) nats per token, in float32."""
-    kind = read_weights_header(weights)["kind"]
-    loaded = load_weights(weights, kind=kind)
-    model = DPAR(DPARConfig(**loaded.config)) if kind == "dpar" else GPT(GPTConfig(**loaded.config))
-    if loaded.meta.get("tokens") != shards.digest:
-        raise ValueError(
-            f"{weights} was trained on token shards {loaded.meta.get('tokens')}, but {shards.folder} holds "
-            f"{shards.digest}: run `dvc repro {_stage(weights.parent)}`"
-        )
-    model.load_state_dict(loaded.state)
-    model.to(device).eval()
+    role = role_of(weights)
+    model = read_trained(weights, role, made_with={"tokens": shards.digest}).build(device)
     chosen, found = fixed_subset(len(shards), LOSS_IMAGES), []
     for first in range(0, len(chosen), LOSS_BATCH):
         picks = chosen[first : first + LOSS_BATCH]
         views = np.zeros(len(picks), dtype=np.int64)
         tokens = torch.from_numpy(shards.tokens(picks, views).astype(np.int64)).to(device)
         labels = torch.from_numpy(shards.labels[picks].astype(np.int64)).to(device)
-        if kind == "dpar":
+        if role == "dpar":
             layout = PatchLayout.from_lengths(maps.lengths(picks, views), row_width=shards.meta.row_width).to(device)
             logits = model(tokens, labels, layout)
         else:
@@ -271,7 +270,11 @@ def contests(
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON. Raises FileNotFoundError with the way out."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `dvc repro report`, which makes what it needs")
-    return json.loads(path.read_text())
+    """Read JSON, checked against its digest where it carries one. Raises FileNotFoundError, Damaged with the way out."""
+    maker = maker_of(path, _project(path))
+    return files.read_json(path, way_out=f"run `dvc repro -f {maker}`" if maker else "make it again")
+
+
+def _project(path: Path) -> Path:
+    """Return the project's folder: what holds the folder of artifacts that a path lies in."""
+    return next((above.parent for above in path.absolute().parents if above.name == artifacts.FOLDER), path.parent)

@@ -5,7 +5,6 @@ Shapes: T = G x G tokens of an image in raster order, S the image side in pixels
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import torch
 from PIL import Image
 
 from dpar_core.data.images import BadImage, center_crop, decode_image
-from dpar_core.files import Weights, atomic_path, load_weights
-from dpar_core.models.gpt import GPT, GPTConfig, entropies_of
-from dpar_core.models.vq import VQ, VQConfig, to_float, to_uint8
+from dpar_core.files import atomic_path
+from dpar_core.models.gpt import entropies_of
+from dpar_core.models.load import read_trained
+from dpar_core.models.vq import to_float, to_uint8
 from dpar_core.patches.maps import read_rule
 from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts
 from dpar_core.pictures import patch_overview, save_png
@@ -42,22 +42,11 @@ class Patcher:
 
     def __init__(self, artifacts: Path) -> None:
         vq_file, gate_file, rule_file = (one.require(artifacts) for one in (TOKENIZER, ENTROPY_MODEL, PATCH_RULE))
-        tokenizer, gate = load_weights(vq_file, kind="vq"), load_weights(gate_file, kind="gpt")
-        if gate.meta.get("tokenizer") != tokenizer.digest:
-            raise ValueError(
-                f"{gate_file} was trained on tokens of tokenizer {gate.meta.get('tokenizer')}, but "
-                f"{vq_file} is {tokenizer.digest}: run `dvc repro entropy_model`"
-            )
-        made_with = json.loads(rule_file.read_text())["made_by"]["entropy_model"]
-        if made_with != gate.digest:
-            raise ValueError(
-                f"{rule_file} was made with entropy model {made_with}, but {gate_file} is "
-                f"{gate.digest}: run `dvc repro patch_maps`"
-            )
-        self.rule = read_rule(rule_file)
+        tokenizer = read_trained(vq_file, "tokenizer")
+        gate = read_trained(gate_file, "entropy_model", made_with={"tokenizer": tokenizer.digest})
+        self.rule = read_rule(rule_file, entropy_model=gate.digest)
         self.size: int = tokenizer.meta["image_size"]
-        self.vq = _loaded(VQ(VQConfig(**tokenizer.config)), tokenizer)
-        self.gate = _loaded(GPT(GPTConfig(**gate.config)), gate)
+        self.vq, self.gate = tokenizer.build(), gate.build()
 
     @torch.inference_mode()
     def plan(self, image: np.ndarray) -> PatchPlan:
@@ -67,11 +56,6 @@ class Patcher:
         entropies = entropies_of(self.gate, codes.flatten(1))
         lengths = lengths_from_starts(patch_starts(entropies, self.rule).numpy())[0]
         return PatchPlan(to_uint8(self.vq.decode(codes))[0].numpy(), entropies[0].numpy(), lengths, self.rule)
-
-
-def _loaded(model: torch.nn.Module, weights: Weights) -> torch.nn.Module:
-    model.load_state_dict(weights.state)
-    return model.eval().requires_grad_(False)
 
 
 def draw_patches(image: Path, out: Path, *, artifacts: Path) -> str:

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from dpar_core.data.manifest import Manifest
 from dpar_core.data.shards import TokenShards
-from dpar_core.files import load_weights
-from dpar_core.models.vq import VQ, VQConfig, to_uint8
-from dpar_core.patches.maps import EntropyMaps, PatchMaps, parquet_name
+from dpar_core.models.load import read_trained
+from dpar_core.models.vq import to_uint8
+from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.patches.rule import lengths_from_starts
 from dpar_core.pictures import fit, patch_borders, patch_overview, scale_colours
 from pipeline.report.overlay import middle_square
@@ -95,11 +94,14 @@ def examples(
     For every class the image whose number of patches is the middle one of (up to 64 of) its images is taken, so that
     examples are neither the best nor the worst.
     """
-    weights = load_weights(tokenizer, kind="vq")
-    vq = VQ(VQConfig(**weights.config))
-    vq.load_state_dict(weights.state)
-    vq.eval()
     opener, meta = ImageOpener(manifest), shards.meta
+    trained = read_trained(tokenizer, "tokenizer")
+    if trained.digest != meta.tokenizer:
+        raise ValueError(
+            f"{shards.folder} was made with tokenizer {meta.tokenizer}, but {tokenizer} is {trained.digest}: run "
+            "`dvc repro tokenize_images`"
+        )
+    vq = trained.build()
     found = []
     for index in _typical(shards, maps, count):
         at = (np.array([index]), np.array([0]))
@@ -138,8 +140,7 @@ def _entropies(entropies: EntropyMaps, index: int) -> np.ndarray:
     shards = entropies.shards
     name, part = next((name, part) for name, part in shards.shards() if part.start <= index < part.stop)
     row = (index - part.start) * shards.meta.num_views
-    table = pq.read_table(entropies.folder / parquet_name(name), columns=["entropies"])
-    return np.asarray(table["entropies"][row].as_py(), dtype=np.float32)
+    return entropies.shard(name)[row]
 
 
 Cell = dict[str, str]  # what a tile of the page shows: `image`, `name` and, for DPAR, `borders`

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.shards import TokenShards
-from dpar_core.files import atomic_path, atomic_write, digest_of, load_weights, save_weights, write_json
+from dpar_core.files import (
+    atomic_path,
+    atomic_write,
+    digest_of,
+    load_weights,
+    save_weights,
+    sha256_file,
+    write_json,
+    write_record,
+)
 from dpar_core.models import flops
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig, next_token_loss
@@ -243,7 +252,7 @@ def publish(result: Result, outputs: Any, meta: dict[str, Any], tracker: Tracker
     timings = [dict(zip(("step", "seconds", "images_per_s"), row)) for row in progress.timings]
     trained = progress.step * job.training.batch_size
     speed = {"seconds": progress.seconds, "images_per_s": trained / progress.seconds}
-    write_json(outputs.timings, {**speed, "curve": timings})
+    write_record(outputs.timings, {**speed, "curve": timings, "curve_sha256": sha256_file(outputs.curve)})
     best = min(progress.curve, key=lambda row: row[2])
     metrics = {
         "train/loss": progress.curve[-1][1],

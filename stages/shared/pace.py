@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dpar_core.files import write_json
+from dpar_core.files import read_record, write_record
 from dpar_core.turns import Turns
 
 SECONDS = 20.0  # of turns, start-up and warm-up left out
@@ -65,7 +64,7 @@ def _processor() -> str:
 def write_pace(path: Path, pace: Pace, **more: Any) -> None:
     """Write what was measured, with the turns themselves, so that a reader can judge them."""
     turns = pace.turns
-    write_json(path, {
+    write_record(path, {
         "unit": pace.unit, "images": pace.images, "images_per_s": pace.images_per_s, "machine": pace.machine,
         "ratio": turns.ratio, "interval": list(turns.interval), "drift": list(turns.drift),
         "turns": {"dpar": list(turns.first), "llamagen": list(turns.second)}, **more,
@@ -77,8 +76,8 @@ def read_pace(path: Path) -> Pace:
     stage = f"time_{path.stem}"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run `dvc repro {stage}`")
+    found = read_record(path, way_out=f"run `dvc repro -f {stage}`")
     try:
-        found = json.loads(path.read_text())
         turns = Turns(tuple(found["turns"]["dpar"]), tuple(found["turns"]["llamagen"]))
         return Pace(found["unit"], int(found["images"]), turns, found.get("machine", ""))
     except (KeyError, TypeError, ValueError) as error:

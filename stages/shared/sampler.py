@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpar_core.files import Weights, load_weights
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator, Progress
 from dpar_core.generation.guidance import SampleSettings
-from dpar_core.models.dpar import DPAR, DPARConfig
-from dpar_core.models.gpt import GPT, GPTConfig
-from dpar_core.models.vq import VQ, VQConfig, to_uint8
+from dpar_core.models.dpar import DPAR
+from dpar_core.models.gpt import GPT
+from dpar_core.models.load import Trained, read_trained
+from dpar_core.models.vq import to_uint8
 from dpar_core.patches.maps import read_rule
 from dpar_core.patches.rule import PatchRule
 from stages import params as P
@@ -36,22 +36,6 @@ class Files:
     tokenizer: Path
     entropy_model: Path | None = None
     rule: Path | None = None
-
-
-def _config(cls: type, weights: Weights, path: Path) -> Any:
-    try:
-        return cls(**weights.config)
-    except TypeError as error:
-        raise ValueError(f"{path} has a config of another version ({error}): train it again") from None
-
-
-def _same_tokenizer(weights: Weights, path: Path, tokenizer: Weights, where: Path, *, stage: str) -> None:
-    made_with = weights.meta.get("tokenizer")
-    if made_with != tokenizer.digest:
-        raise ValueError(
-            f"{path} was trained on tokens of tokenizer {made_with}, but {where} is {tokenizer.digest}: "
-            f"run `dvc repro {stage}`"
-        )
 
 
 def settings_of(sample: P.Sample, rule: PatchRule | None) -> SampleSettings:
@@ -75,29 +59,23 @@ class Sampler:
     def __init__(self, files: Files, sample: P.Sample, *, device: str) -> None:
         self.files, self.device = files, torch.device(device)
         self.is_dpar = files.rule is not None
-        kind = "dpar" if self.is_dpar else "gpt"
-        stage = "train_dpar" if self.is_dpar else "train_llamagen"
-        self.weights = load_weights(files.model, kind=kind)
-        tokenizer = load_weights(files.tokenizer, kind="vq")
-        _same_tokenizer(self.weights, files.model, tokenizer, files.tokenizer, stage=stage)
-        config = _config(VQConfig, tokenizer, files.tokenizer)
-        self.vq = VQ(replace(config, channel_multipliers=tuple(config.channel_multipliers)))
-        self.vq.load_state_dict(tokenizer.state)
-        self.vq.to(self.device).eval().requires_grad_(False)
+        tokenizer = read_trained(files.tokenizer, "tokenizer")
+        self.trained_with = {"tokenizer": tokenizer.digest}
+        trained = read_trained(files.model, "dpar" if self.is_dpar else "llamagen", made_with=self.trained_with)
+        self.weights = trained.weights
+        self.vq = tokenizer.build(self.device)
         self.precision = sample.precision
-        self.made_by = {"model": self.weights.digest, "tokenizer": tokenizer.digest}
+        self.made_by = {"model": trained.digest, "tokenizer": tokenizer.digest}
         self.rule = read_rule(files.rule) if self.is_dpar else None
         self.settings = settings_of(sample, self.rule)
-        if self.is_dpar:
-            self.networks = self._dpar_and_gate(tokenizer)
-        else:
-            self.networks = (_built(GPT, _config(GPTConfig, self.weights, files.model), self.weights, self.device),)
+        self.networks = self._dpar_and_gate(trained) if self.is_dpar else (trained.build(self.device),)
         self.generator = self._generator()
         self.config = self.generator.config
+        config = tokenizer.config
         if self.config.codebook_size != config.codebook_size:
             raise ValueError(
                 f"{files.model} predicts {self.config.codebook_size} codes, {files.tokenizer} has "
-                f"{config.codebook_size}: run `dvc repro {stage}`"
+                f"{config.codebook_size}: run `dvc repro {'train_dpar' if self.is_dpar else 'train_llamagen'}`"
             )
         self.image_size = self.config.row_width * config.downsample
         names = self.weights.meta.get("classes") or []
@@ -119,14 +97,24 @@ class Sampler:
         other.generator = other._generator()
         return other
 
-    def _dpar_and_gate(self, tokenizer: Weights) -> tuple[DPAR, GPT | None]:
+    def _dpar_and_gate(self, trained: Trained) -> tuple[DPAR, GPT | None]:
+        """Return DPAR and the entropy model that gates it, None where nothing reads entropies.
+
+        The rule must be the one DPAR was trained with, and be made with this very entropy model.
+        """
         files, gate = self.files, None
+        found, now = trained.meta.get("rule"), asdict(self.rule)
+        if found is not None and found != now:
+            raise ValueError(
+                f"{files.model} was trained with the patch rule {found}, but {files.rule} holds {now}: run "
+                "`dvc repro train_dpar`, or set sample.threshold to sample with another one"
+            )
         if self.settings.gate == "entropy_model" and self.settings.rule.reads_entropies:
-            weights = load_weights(files.entropy_model, kind="gpt")
-            _same_tokenizer(weights, files.entropy_model, tokenizer, files.tokenizer, stage="entropy_model")
-            gate = _built(GPT, _config(GPTConfig, weights, files.entropy_model), weights, self.device)
-            self.made_by["entropy_model"] = weights.digest
-        return _built(DPAR, _config(DPARConfig, self.weights, files.model), self.weights, self.device), gate
+            entropy_model = read_trained(files.entropy_model, "entropy_model", made_with=self.trained_with)
+            read_rule(files.rule, entropy_model=entropy_model.digest)
+            gate = entropy_model.build(self.device)
+            self.made_by["entropy_model"] = entropy_model.digest
+        return trained.build(self.device), gate
 
     def draw(
         self, labels: Sequence[int], seeds: Sequence[int], *, given: Tensor | None = None,
@@ -168,9 +156,3 @@ class Sampler:
             del settings["rule"], settings["gate"]
         model = "dpar" if self.is_dpar else "llamagen"
         return {"model": model, "made_by": self.made_by, "precision": self.precision, **settings}
-
-
-def _built(cls: type, config: Any, weights: Weights, device: torch.device) -> Any:
-    model = cls(config)
-    model.load_state_dict(weights.state)
-    return model.to(device).eval().requires_grad_(False)

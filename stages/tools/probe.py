@@ -13,14 +13,13 @@ from torch import nn
 from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.shards import TokenShards
 from dpar_core.evaluation.block_features import block_features, block_names
-from dpar_core.files import Weights, load_weights, read_weights_header
+from dpar_core.files import Weights
 from dpar_core.models.dpar import DPARConfig
-from dpar_core.models.gpt import GPTConfig
+from dpar_core.models.load import read_trained, role_of
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.training.order import fixed_subset
 from dpar_core.training.prefetch import Batch
-from stages.shared.jobs import build
 from stages.tracker import Tracker
 
 _INVERSE_PENALTY = 0.1  # C of scikit-learn's logistic regression, on standardised features
@@ -45,19 +44,10 @@ class Split:
 
 def load_model(path: Path, shards: TokenShards) -> tuple[nn.Module, Weights]:
     """Read a trained model. Raises ValueError when it was trained on other tokens, or has no classes."""
-    kind = read_weights_header(path)["kind"]
-    weights = load_weights(path, kind=kind)
-    if weights.meta.get("tokens") != shards.digest:
-        raise ValueError(
-            f"{path} was trained on token shards {weights.meta.get('tokens')}, but {shards.folder} holds "
-            f"{shards.digest}: run `dvc repro`"
-        )
-    config = DPARConfig(**weights.config) if kind == "dpar" else GPTConfig(**weights.config)
-    if config.num_classes is None:
+    trained = read_trained(path, role_of(path), made_with={"tokens": shards.digest})
+    if trained.role == "entropy_model":
         raise ValueError(f"{path} is an entropy model, which knows no classes: probe dpar or llamagen")
-    model = build(config, 0)
-    model.load_state_dict(weights.state)
-    return model, weights
+    return trained.build(), trained.weights
 
 
 def features_of(

@@ -12,6 +12,7 @@ import numpy as np
 
 from dpar_core.evaluation.features import FeatureNetwork
 from dpar_core.evaluation.metrics import ScoreError
+from dpar_core.files import read_json
 from stages import params as P
 from stages import score
 from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL
@@ -51,7 +52,7 @@ def score_images(
     """
     made_by: dict[str, Any] = {"source": samples.name}
     if (samples / SAMPLE_IMAGES).exists():
-        made_by = json.loads((samples / SAMPLE_PROTOCOL).read_text())
+        made_by = read_json(samples / SAMPLE_PROTOCOL, way_out="sample the images again")
         samples = samples / SAMPLE_IMAGES
     images = score.read_images(samples)
     if len(images) < settings.images:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from dpar_core.files import sha256_file
+from dpar_core.files import Damaged, read_record, sha256_file, write_record
 from stages.workers.cluster import connected, local_cpus, require
 
 Unit = TypeVar("Unit")
@@ -95,9 +96,39 @@ def _raise_what_it_raised(reference) -> None:
         ) from None
 
 
-def is_whole(path: Path, sha256: str) -> bool:
-    """Tell whether a file of an earlier run is there and still what was written."""
-    return path.exists() and sha256_file(path) == sha256
+def finish_unit(work: Path, name: str, files: Iterable[str], **facts: Any) -> None:
+    """Record in the work folder that a unit of work is done, with the digests of its files. facts: JSON data about it."""
+    digests = {file: sha256_file(work / file) for file in files}
+    write_record(work / f"{name}.json", {"unit": name, "files": digests, "facts": facts})
+
+
+def finished_unit(work: Path, name: str) -> dict[str, Any] | None:
+    """Return the facts of a unit that an earlier run finished, or None when it has to be made.
+
+    A record or a file that was damaged since is named in one line on stderr, and its unit counts as not made.
+    """
+    record = work / f"{name}.json"
+    if not record.exists():
+        return None
+    again = "it is made again"
+    try:
+        found = read_record(record, way_out=again)
+        if found.get("unit") != name:
+            raise Damaged(f"{record} is of {found.get('unit')}, expected {name}: {again}")
+        for file, expected in found["files"].items():
+            if not (work / file).exists():
+                raise Damaged(f"{work / file} is missing: {again}")
+            if (digest := sha256_file(work / file)) != expected:
+                raise Damaged(f"{work / file} is damaged (digest {digest[:16]}, expected {expected[:16]}): {again}")
+    except Damaged as error:
+        print(error, file=sys.stderr, flush=True)
+        return None
+    return found["facts"]
+
+
+def facts_of_unit(work: Path, name: str) -> dict[str, Any]:
+    """Return the facts of a unit that this run has finished. Raises Damaged, FileNotFoundError."""
+    return read_record(work / f"{name}.json", way_out="run the same command again, it is made again")["facts"]
 
 
 def place(source: Path, target: Path) -> None:

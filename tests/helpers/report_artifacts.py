@@ -11,7 +11,7 @@ import torch
 from ruamel.yaml import YAML
 
 from dpar_core.data.shards import TokenShards
-from dpar_core.files import save_weights, write_json
+from dpar_core.files import save_weights, write_json, write_record
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.models.vq import VQ, VQConfig
@@ -152,5 +152,6 @@ def write_artifacts(root: Path, params: Params, *, ratio: float = 1.04, snapshot
 
 
 def edit_json(file: Path, **values: object) -> None:
-    """Change entries of a JSON file."""
-    write_json(file, json.loads(file.read_text()) | values)
+    """Change entries of a JSON file; its digest, where it has one, follows."""
+    content = json.loads(file.read_text())
+    (write_record if "digest" in content else write_json)(file, content | values)

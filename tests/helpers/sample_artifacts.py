@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpar_core.files import save_weights
+from dpar_core.files import load_weights, save_weights
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.models.vq import VQ, VQConfig
@@ -57,10 +57,12 @@ def write_artifacts(folder: Path, *, gate_trained_on: str | None = None) -> Arti
     gate = GPT(GPTConfig(CODES, GRID, 16, 1, 1, ffn_multiple=16))
     twin = GPTConfig(CODES, GRID, 32, 2, 3, ffn_multiple=32, num_classes=CLASSES)
     dpar = DPAR(DPARConfig(CODES, GRID, 32, 2, 1, 1, 1, CLASSES, 32))
-    write_rule(folder / "rule.json", PatchRule("entropy_rows", GRID, 1.8, 4), made_by={})
+    gate_file = save("gate.safetensors", gate, "gpt", 2, {"tokenizer": gate_trained_on or tokenizer})
+    made_by = {"entropy_model": load_weights(gate_file, kind="gpt").digest}
+    write_rule(folder / "rule.json", PatchRule("entropy_rows", GRID, 1.8, 4), made_by=made_by)
     return Artifacts(
         folder / "tokenizer.safetensors",
-        save("gate.safetensors", gate, "gpt", 2, {"tokenizer": gate_trained_on or tokenizer}),
+        gate_file,
         save("dpar.safetensors", dpar, "dpar", 3, meta),
         save("twin.safetensors", GPT(twin), "gpt", 4, meta),
         save("equal_time.safetensors", GPT(twin), "gpt", 5, meta),

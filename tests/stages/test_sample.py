@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from dpar_core.evaluation.sample_files import read_samples
+from dpar_core.patches.maps import write_rule
+from dpar_core.patches.rule import PatchRule
 from stages import sample as stage
 from stages.shared.sampler import Files, Sampler
 from stages.tracker import NullTracker
@@ -176,3 +178,25 @@ def test_decoded_pixels_do_not_depend_on_neighbours(artifacts):
 def test_ray_workers_draw_the_same_bytes(artifacts, tmp_path):
     alone = run_dpar(artifacts, tmp_path / "alone")
     assert same(alone, run_dpar(artifacts, tmp_path / "workers", workers=2, batch_size=3))
+
+
+def test_an_edited_rule_is_refused_and_so_is_one_of_another_entropy_model(tmp_path):
+    made = write_artifacts(tmp_path)
+    text = made.rule.read_text()
+    made.rule.write_text(text.replace("1.8", "1.7"))
+    with pytest.raises(ValueError, match=r"rule\.json is damaged or was edited .* run `dvc repro -f patch_maps`"):
+        Sampler(made.dpar_files, sample_section(), device="cpu")
+    write_rule(made.rule, PatchRule("entropy_rows", 4, 1.8, 4), made_by={"entropy_model": "0" * 16})
+    with pytest.raises(ValueError, match=r"with entropy model 0{16}, but this run has .* run `dvc repro patch_maps`"):
+        Sampler(made.dpar_files, sample_section(), device="cpu")
+
+
+def test_a_batch_that_was_damaged_is_sampled_again(tmp_path, capsys):
+    made = write_artifacts(tmp_path / "made")
+    section, work = sample_section(images=4, batch_size=2), tmp_path / "work"
+    stage.draw_samples(section, made.dpar_files, tmp_path / "a", NullTracker(), device="cpu", work=work, prefix="")
+    damaged = work / "batch-000001.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    stage.draw_samples(section, made.dpar_files, tmp_path / "b", NullTracker(), device="cpu", work=work, prefix="")
+    assert f"{damaged} is damaged" in capsys.readouterr().err
+    assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()

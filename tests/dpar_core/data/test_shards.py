@@ -199,6 +199,8 @@ def test_an_incomplete_folder_is_refused_in_one_sentence(tmp_path):
     assert "summary.json is damaged" in damage(SUMMARY, json.dumps(changed).encode())
     changed = json.loads(whole[SUMMARY])
     changed["samples"] = 3
+    assert "summary.json is damaged" in damage(SUMMARY, json.dumps(changed).encode())
+    del changed["seal"]  # as version 0.1.0 wrote it
     assert "has 12 samples, its summary says 3" in damage(SUMMARY, json.dumps(changed).encode())
 
 
@@ -307,3 +309,17 @@ def test_shards_far_away_are_copied_when_first_read(tmp_path):
 def test_an_address_nobody_can_open_gets_a_sentence(tmp_path):
     with pytest.raises(OSError, match=r"cannot open nonsense://bucket"):
         Folder("nonsense://bucket", cache=tmp_path).read("x")
+
+
+def test_a_shard_edited_in_place_with_its_time_set_back_is_found(tmp_path):
+    folder = tmp_path / "tokens"
+    write_folder(folder)
+    TokenShards(folder, "train", cache=tmp_path / "cache").tokens([0], [0])
+    shard = folder / "train-000000.tar"
+    before = shard.stat()
+    with open(shard, "r+b") as stream:
+        stream.seek(512 + 200)
+        stream.write(b"\x05")
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"train-000000\.tar is damaged"):
+        TokenShards(folder, "train", cache=tmp_path / "cache").tokens([0], [0])

@@ -261,7 +261,7 @@ def test_a_model_of_other_tokens_is_refused(inputs, params, tmp_path):
 
 def test_a_missing_score_says_what_to_run(inputs, params, tmp_path):
     (inputs.scores / "llamagen_equal_time.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"llamagen_equal_time\.json is missing: run `dvc repro report`"):
+    with pytest.raises(FileNotFoundError, match=r"llamagen_equal_time\.json is missing: run `dvc repro -f score_llamagen`"):
         render(inputs, tmp_path / "r", params)
 
 
