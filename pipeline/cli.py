@@ -14,26 +14,48 @@ from pipeline.commands.probe import probe
 from pipeline.commands.runs import runs_app
 from pipeline.commands.score import calibrate, compare, fetch, score
 from pipeline.commands.sweep import sweep_app
+from pipeline.commands.workflow import doctor, run, status
 from pipeline.cost import cost
 from pipeline.project import enter_project, follow_paths, keep_caches_writable
 
 app = typer.Typer(
     name="dpar-cli",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Dynamic patchification for autoregressive image generation (DPAR), as one reproducible workflow.\n\n"
-    "Begin with `dpar-cli run`: it makes everything from the built-in photographs to the report. "
-    "Then open artifacts/report/index.html, or compare runs with `dpar-cli ui`.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"dpar {version('dpar')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Dynamic patchification for autoregressive image generation (DPAR), as one reproducible workflow.
+
+    Begin with `dpar-cli run`: it makes everything from the built-in photographs to the report.
+    Then open artifacts/report/index.html, or compare runs with `dpar-cli ui`.
+    """
+
+
 params_app = typer.Typer(no_args_is_help=True, help="Look at params.yaml, check it, or take a preset of params/.")
 app.add_typer(params_app, name="params")
 app.add_typer(data_app, name="data")
 app.add_typer(patches_app, name="patches")
 app.add_typer(sweep_app, name="sweep")
 app.add_typer(runs_app, name="runs")
-app.command()(cost)
+for command in (run, status, doctor, cost):
+    app.command()(command)
 app.command()(probe)
 for command in (score, compare, fetch, calibrate):
     app.command()(command)
@@ -52,34 +74,6 @@ def stage(name: Annotated[str, typer.Argument(help="Stage of dvc.yaml, as data, 
     from pipeline.runner import run_stage
 
     run_stage(name, root=_root(), params_file=PARAMS)
-
-
-@app.command()
-def run(
-    targets: Annotated[list[str] | None, typer.Argument(help="Stages to bring up to date; all when left out.")] = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Run stages that are up to date as well.")] = False,
-) -> None:
-    """Bring the whole workflow up to date, and say what to look at.
-
-    Checks params.yaml, then runs `dvc repro` on the stages named. Writes artifacts/ and the MLflow store. Example:
-    `dpar-cli run score_dpar`. An interrupted run goes on when it is started again.
-    """
-    import subprocess
-
-    from stages.artifacts import REPORT_PAGE
-    from stages.params import load_params
-
-    load_params(PARAMS)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *(targets or [])]
-    result = subprocess.run(command, env=environment, check=False)
-    if result.returncode:
-        raise SystemExit(result.returncode)
-    report = _root() / REPORT_PAGE.path
-    if report.exists():
-        print(f"\nreport          {report.resolve().as_uri()}")
-    print("numbers         dvc metrics show\ncompare runs    dpar-cli ui")
-    print("your own image  dpar-cli patches IMAGE --out overlay.png")
 
 
 @app.command()
@@ -199,10 +193,10 @@ def params_check(params: ParamsFile = PARAMS) -> None:
 
 @params_app.command("list")
 def params_list() -> None:
-    """List the presets."""
-    from pipeline.presets.use import preset_names
+    """List the presets, each with what it is for."""
+    from pipeline.presets.use import preset_lines
 
-    print("\n".join(preset_names(_root())))
+    print("\n".join(preset_lines(_root())))
 
 
 def _root() -> Path:

@@ -8,14 +8,16 @@ import importlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpar_core.files import digest_of
+from dpar_core.files import digest_of, write_json
 from dpar_core.system import cpus
+from pipeline.state import LAST
 from pipeline.tracking.tracker import open_tracker
 from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
@@ -111,8 +113,11 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
         for field in dataclasses.fields(outputs):
             getattr(outputs, field.name).parent.mkdir(parents=True, exist_ok=True)
+        started = time.time()
         with open_tracker(name, params, chosen, root=root) as tracker:
             stage.run(chosen, inputs, outputs, tracker, device=device, work=work)
+        ended = time.time()
+        write_json(work.parent / LAST, {"finished": ended, "seconds": max(ended - started, 0.0)})
         for old in work.parent.iterdir():
             if old.is_dir() and old != work:
                 shutil.rmtree(old)

@@ -39,6 +39,13 @@ class Tracker(Protocol):
         """Open a context manager that yields a `Progress`; `done` units are there from an earlier, interrupted run."""
 
 
+def rate_words(rate: float, unit: str) -> str:
+    """Write a rate of units per second; below one as the seconds that a unit takes: `312.4 images/s`, `2.5 s/step`."""
+    if rate >= 1 or rate <= 0:
+        return f"{rate:.1f} {unit}/s"
+    return f"{1 / rate:.1f} s/{unit.removesuffix('s') if unit != 's' else unit}"
+
+
 class LineProgress:
     """Progress as one line every few seconds: `tokenize_images 1200/4500 images 26 % 312.4 images/s ETA 0:00:11`."""
 
@@ -57,7 +64,7 @@ class LineProgress:
             shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
             print(
                 f"{self.description} {self.done}/{self.total} {self.unit} {100 * self.done / max(self.total, 1):.0f} % "
-                f"{rate:.1f} {self.unit}/s ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} {shown}".rstrip(),
+                f"{rate_words(rate, self.unit)} ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} {shown}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )

@@ -7,12 +7,25 @@ import shutil
 from pathlib import Path
 
 from dpar_core.files import atomic_write
+from pipeline.terminal import wrapped
 from stages.params import load_params
 
 
 def preset_names(root: Path) -> list[str]:
     """Return the names of all presets, sorted."""
     return sorted(file.stem for file in (root / "params").glob("*.yaml"))
+
+
+def preset_lines(root: Path) -> list[str]:
+    """Return a line per preset for a terminal of 80 columns: its name, and the comment at the top of its file."""
+    names = preset_names(root)
+    width = max(map(len, names), default=0)
+    found = []
+    for name in names:
+        first = (root / "params" / f"{name}.yaml").read_text().partition("\n")[0]
+        words = first.removeprefix("# ").partition(" Run: ")[0].partition(" Other runs: ")[0].rstrip(".")
+        found.append(wrapped(words, first=f"{name:{width}}  ", rest=" " * (width + 2)))
+    return found
 
 
 def preset_file(root: Path, name: str) -> Path:

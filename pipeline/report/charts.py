@@ -212,14 +212,15 @@ def dot_chart(dots: Sequence[tuple[str, float, Dot]], *, x: str, y: str) -> str:
     parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, x, "middle"))
     for number, (name, cost, dot) in enumerate(dots):
         left, middle = across(cost), down(dot.value)
-        left += 12 * sum(cost == other for _, other, _ in dots[:number])  # equal costs stand side by side
+        beside = sum(cost == other for _, other, _ in dots[:number])
+        left += 12 * beside  # equal costs stand side by side, their names under each other
         parts.append(f'<g class="{dot.style}">')
         if dot.interval is not None:
             low, high = (down(end) for end in dot.interval)
             parts.append(f'<path class="interval" d="M{left:.1f} {high:.1f}V{low:.1f}"/>')
         parts.append(f'<circle cx="{left:.1f}" cy="{middle:.1f}" r="5"><title>{escape(name)}</title></circle></g>')
         side, anchor = (-12, "end") if left > WIDTH / 2 else (12, "start")
-        parts.append(_text(left + side, middle + 4, name, anchor, "value"))
+        parts.append(_text(left + side - 12 * beside, middle + 4 + 18 * beside, name, anchor, "value"))
     return "".join([*parts, "</svg>"])
 
 

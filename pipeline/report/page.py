@@ -150,7 +150,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         (folder / PAGE).write_text(page)
         for place, one in enumerate(shown):
             save_png(one.overview(maps.rule.threshold), folder / f"patches-{place:02d}.png")
-        write_json(folder / Path(HEADLINE.name).name, headline(rounds, patches, costs, times, speeds))
+        write_json(folder / Path(HEADLINE.name).name, headline(facts["badge"], rounds, patches, costs, times, speeds))
     for place in range(min(len(shown), 3)):
         tracker.log_picture(outputs.report / f"patches-{place:02d}.png")
     tracker.log_artifact(outputs.report / PAGE)
@@ -405,7 +405,12 @@ def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
 
 
 def headline(
-    rounds: tuple[Contest, Contest], patches: Patches, costs: Costs, times: EqualTime, speeds: Speeds
+    badge: Mapping[str, str],
+    rounds: tuple[Contest, Contest],
+    patches: Patches,
+    costs: Costs,
+    times: EqualTime,
+    speeds: Speeds,
 ) -> dict[str, Any]:
     """Return the verdicts and the figures at the top of the page, for machines. A speed that is not shown is null."""
 
@@ -415,6 +420,7 @@ def headline(
                 "doubt": speed.doubt, "flops_allow": speed.promised}  # fmt: skip
 
     return {
+        "badge": f"{badge['name']} {badge['words']}",
         "headline": together(*rounds),
         "seeds": 1,
         "verdicts": [

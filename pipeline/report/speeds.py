@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.artifacts import SAMPLING_SPEED, TRAINING_SPEED
 from stages.shared.pace import Pace, read_pace
 
 DRIFT = 0.20  # share by which the pace of a model may move between thirds of its turns
@@ -62,6 +63,6 @@ class Speeds:
 def read_speeds(folder: Path, *, training_promise: float, sampling_promise: float) -> Speeds:
     """Read artifacts/speed. Raises FileNotFoundError or ValueError with the way out."""
     return Speeds(
-        Speed("training", read_pace(folder / "training.json"), training_promise),
-        Speed("sampling", read_pace(folder / "sampling.json"), sampling_promise),
+        Speed("training", read_pace(folder / Path(TRAINING_SPEED.name).name), training_promise),
+        Speed("sampling", read_pace(folder / Path(SAMPLING_SPEED.name).name), sampling_promise),
     )

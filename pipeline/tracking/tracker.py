@@ -21,7 +21,7 @@ from dpar_core.files import digest_of
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.outbox import journal_folder
 from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, store_root
-from stages.tracker import LineProgress, Progress
+from stages.tracker import LineProgress, Progress, rate_words
 from stages.workers.child import command
 
 PASS_TAG = "dpar.pass"
@@ -259,7 +259,7 @@ def _rich_bar():
 
     class Rate(rich.ProgressColumn):
         def render(self, task: rich.Task) -> str:
-            return "" if task.speed is None else f"{task.speed:.1f} {task.fields['unit']}/s"
+            return "" if task.speed is None else rate_words(task.speed, task.fields["unit"])
 
     return rich.Progress(
         rich.TextColumn("[bold]{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), Rate(),

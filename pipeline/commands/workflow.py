@@ -1,0 +1,312 @@
+"""`dpar-cli run`, `status` and `doctor`: bringing the workflow up to date, and what stands in the way of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.state import StageState
+
+# What DVC prints around the stages' own words.
+_CHATTER = re.compile(
+    r"> |Running stage '|Stage '.*(didn't change, skipping|is cached)|(Generating|Updating) lock file|To track the changes|"
+    r"\s*git add |To enable auto staging|\s*dvc config core.autostage|Use `dvc push`|Data and pipelines are up to date|"
+    r"Verifying data sources|'.*\.dvc' didn't change"
+)
+_RUNNING = re.compile(r"Running stage '(?:dvc\.yaml:)?([^']+)'")
+_CACHED = re.compile(r"Stage '(?:dvc\.yaml:)?([^']+)' is cached")
+# Seconds that a preset took on two AVX2 cores, where nothing has run on this machine yet.
+FIRST_RUN = {"demo": 900.0, "smoke": 150.0}
+LEAVING = 30.0  # seconds that stages have to end after Ctrl-C
+
+
+def run(
+    targets: Annotated[list[str] | None, typer.Argument(help="Stages to bring up to date; all when left out.")] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Run stages that are up to date as well.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what DVC prints, too.")] = False,
+) -> None:
+    """Bring the whole workflow up to date.
+
+    Checks the machine and every path in params.yaml, prints a plan, runs `dvc repro` on the stages named, and ends with
+    the verdict. Writes artifacts/ and the MLflow store. Example: `dpar-cli run score_dpar`. An interrupted run continues
+    when it is started again.
+    """
+    from pipeline.doctor import examine, lines
+    from pipeline.state import project_state, with_needs
+    from stages.params import load_params
+
+    root = _root()
+    load_params(root / "params.yaml")
+    states = with_needs(project_state(root), targets or [])
+    checks = examine(root)
+    problems = [check for check in checks if check.verdict != "ok"]
+    if problems:
+        print("\n".join(lines(checks, only_problems=True)))
+    if any(check.verdict == "fail" for check in checks):
+        raise ValueError("nothing was started: mend what is marked FAIL above, then run the same command again")
+    if not problems:
+        print(f"checks passed ({len(checks)}; `dpar-cli doctor` lists them)")
+    plan = Plan(root, states, force=force)
+    print(plan.words(), flush=True)
+    command = [sys.executable, "-P", "-m", "dvc", "repro", *(["--force"] if force else []), *(targets or [])]
+    code = _follow(command, Narrator(plan, print), verbose=verbose)
+    if code:
+        raise SystemExit(code)
+    print(_verdict(root))
+
+
+@dataclass
+class Plan:
+    """What a run is expected to do: the stages in order, and how long those took that have run on this machine."""
+
+    root: Path
+    states: list[StageState]
+    force: bool = False
+    _seconds: dict[str, float | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._seconds = {state.name: state.seconds for state in self.states}
+
+    @property
+    def due(self) -> list[str]:
+        """The stages that are not up to date."""
+        return [state.name for state in self.states if self.force or state.state != "fresh"]
+
+    def left(self, names: list[str]) -> float | None:
+        """Return the seconds that stages are expected to take, None when one of them has not run here before."""
+        known = [self._seconds[name] for name in names]
+        return None if None in known else sum(seconds for seconds in known if seconds is not None)
+
+    def words(self) -> str:
+        """The plan as a sentence of at most 80 columns per line."""
+        from pipeline.terminal import about, wrapped
+
+        due, count = self.due, len(self.states)
+        if not due:
+            return f"{count} stages, all up to date"
+        return wrapped(
+            f"{count} stages, {self._time(due, about)}, {self._disk()}; {count - len(due) or 'none'} "
+            f"{'is' if count - len(due) == 1 else 'are'} up to date"
+        )
+
+    def _time(self, due: list[str], about: Callable[[float], str]) -> str:
+        seconds = self.left(due)
+        if seconds is not None:
+            return f"about {about(seconds)} on this machine"
+        known = [self._seconds[name] or 0.0 for name in due]
+        fresh = sum(self._seconds[name] is None for name in due)
+        if fresh < len(due):
+            return f"{about(sum(known))} and what {fresh} take that never ran here"
+        preset = _preset(self.root)
+        return f"about {about(FIRST_RUN[preset])} on two cores" if preset in FIRST_RUN else "of unknown duration at first"
+
+    def _disk(self) -> str:
+        from pipeline.terminal import size
+
+        total = sum(state.size for state in self.states)
+        return f"{size(total)} of artifacts" if total else "0.5 GB of artifacts for the demo"
+
+
+def _preset(root: Path) -> str:
+    """Return the name of the preset that params.yaml is, an empty text when it is none."""
+    text = (root / "params.yaml").read_text()
+    return next((file.stem for file in sorted((root / "params").glob("*.yaml")) if file.read_text() == text), "")
+
+
+class Narrator:
+    """Turns the lines that come out of `dvc repro` into a line when a stage begins and one when it ends."""
+
+    def __init__(self, plan: Plan, say: Callable[[str], object], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.plan, self.say, self.clock = plan, say, clock
+        self.waiting = plan.due
+        self.total, self.begun, self.ended = len(self.waiting), 0, 0
+        self.stage, self.since = "", 0.0
+
+    def line(self, text: str) -> None:
+        """Take one line of output."""
+        if found := _RUNNING.match(text):
+            self.finish()
+            self.begin(found[1])
+        elif found := _CACHED.match(text):
+            self.finish()
+            self.begin(found[1])
+            self.finish(note="from the cache")
+        elif text.strip() and not _CHATTER.match(text):
+            self.say(text)
+
+    def begin(self, stage: str) -> None:
+        """Say that a stage begins, and what is left in all where earlier runs tell."""
+        from pipeline.terminal import about, colour
+
+        left = self.plan.left(self.waiting) if stage in self.waiting else None
+        self.waiting = [name for name in self.waiting if name != stage]
+        self.begun += 1
+        self.total = max(self.total, self.begun + len(self.waiting))
+        self.stage, self.since = stage, self.clock()
+        rest = "" if left is None else f"  (about {about(left)} left in all)"
+        self.say(f"{colour(f'[{self.begun}/{self.total}] {stage}', 'bold')}{rest}")
+
+    def finish(self, *, note: str = "") -> None:
+        """Say what the stage that ran found out, and how long it took."""
+        from pipeline.results import result_line
+        from pipeline.terminal import duration, wrapped
+
+        if not self.stage:
+            return
+        result = result_line(self.stage, self.plan.root) or "done"
+        self.say(wrapped(f"{result} ({note or duration(self.clock() - self.since)})", first="    ", rest="    "))
+        self.stage, self.ended = "", self.ended + 1
+
+    def stopped(self, how: str) -> str:
+        """Return where a run stands that ended early, and how to continue."""
+        from pipeline.terminal import wrapped
+
+        where = f" in stage {self.stage}" if self.stage else ""
+        return wrapped(
+            f"{how}{where}: {self.ended} of {self.total} stages are done, and nothing of them is lost. "
+            "`dpar-cli run` continues from here."
+        )
+
+
+def _follow(command: list[str], narrator: Narrator, *, verbose: bool) -> int:
+    """Run DVC, its lines told by the narrator; return the exit status for the shell.
+
+    Ctrl-C reaches DVC and the stage as well: they are waited for, so that what they have is safe.
+    """
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    environment |= {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                narrator.line(line.rstrip("\n"))
+                if verbose and _CHATTER.match(line):
+                    print(line, end="", flush=True)
+            code = process.wait()
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                process.wait(LEAVING)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+            print(f"\n{narrator.stopped('stopped')}", file=sys.stderr)
+            return 130
+    if code:
+        print(narrator.stopped("failed"), file=sys.stderr)
+        return 1
+    narrator.finish()
+    return 0
+
+
+def _verdict(root: Path) -> str:
+    """Return what a finished run has to show."""
+    import json
+
+    from pipeline.terminal import colour, wrapped
+    from stages.artifacts import HEADLINE, REPORT_PAGE
+
+    report, lines = root / REPORT_PAGE.path, [""]
+    try:
+        found = json.loads((root / HEADLINE.path).read_text())
+        lines += [wrapped(found["badge"]), colour(wrapped(found["headline"]), "bold")]
+        lines += [wrapped(f"{one['title']}: {one['sentence']}", first="  ", rest="    ") for one in found["verdicts"]]
+        saved = 100 * found["flops_saved"]
+        lines.append(
+            f"  {found['patches_per_image']:.1f} patches per {found['tokens']} tokens, {saved:.0f} % of the FLOPs saved"
+        )
+        for name in ("training", "sampling"):
+            speed = found[f"{name}_speed"]
+            words = speed["doubt"] or f"{speed['ratio']:.2f} times the baseline's"
+            lines.append(wrapped(f"speed of {name}: {words}", first="  ", rest="    "))
+        lines.append("")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # only a part of the workflow was asked for
+    if report.exists():
+        lines.append(f"report          {report.resolve().as_uri()}")
+    lines += ["numbers         dpar-cli status", "compare runs    dpar-cli ui"]
+    return "\n".join([*lines, "your own image  dpar-cli patches IMAGE --out overlay.png"])
+
+
+def status(
+    graph: Annotated[bool, typer.Option("--graph", help="Show what each stage reads, instead of results.")] = False,
+) -> None:
+    """Show every stage: up to date or not and why, when it ran, how long it took, what came out.
+
+    Reads dvc.yaml, dvc.lock, params.yaml and the metrics under artifacts/; hashes nothing (`dvc status` does). To bring
+    stages up to date: `dpar-cli run`.
+    """
+    from pipeline.state import project_state
+
+    root = _root()
+    states = project_state(root)
+    print("\n".join(graph_lines(states) if graph else status_lines(states, root, now=time.time())))
+
+
+def status_lines(states: list[StageState], root: Path, *, now: float) -> list[str]:
+    """Return the table of `dpar-cli status`, 80 columns wide."""
+    from pipeline.results import result_line
+    from pipeline.terminal import about, colour, duration, shortened
+
+    marks = {"fresh": ("ok ", "green"), "stale": ("old", "yellow"), "never run": ("-  ", "dim")}
+    found = [f"{'':3} {'stage':15} {'age':>7} {'took':>13}  result, or why it is to run"]
+    for state in states:
+        mark, shade = marks[state.state]
+        age = "" if state.finished is None else about(max(now - state.finished, 0))
+        took = "" if state.seconds is None else duration(state.seconds)
+        words = result_line(state.name, root) if state.state == "fresh" else state.why or "never run"
+        line = f"{state.name:15} {age:>7} {took:>13}  {words}".rstrip()
+        found.append(f"{colour(mark, shade)} {shortened(line, 76)}")
+    due = sum(state.state != "fresh" for state in states)
+    end = "all up to date" if not due else f"{due} of {len(states)} to run: dpar-cli run"
+    return [*found, "", end]
+
+
+def graph_lines(states: list[StageState]) -> list[str]:
+    """Return what each stage reads directly, 80 columns wide; what others imply is left out."""
+    from pipeline.terminal import wrapped
+
+    needs = {state.name: state.needs for state in states}
+
+    def reaches(name: str, goal: str) -> bool:
+        return any(need == goal or reaches(need, goal) for need in needs[name])
+
+    found = []
+    for name, direct in needs.items():
+        own = [need for need in direct if not any(reaches(other, need) for other in direct if other != need)]
+        found.append(wrapped(", ".join(own) or "(nothing)", first=f"{name:15} <- ", rest=" " * 19))
+    return found
+
+
+def doctor() -> None:
+    """Check this machine and this project: everything that a run depends on, with a way out for what is wrong.
+
+    Looks at Python, packages, git, CPU, GPU, precision, memory, disk, Ray, the MLflow store, params.yaml and every path
+    in it. Changes nothing. Exit 1 when something stands in the way of a run. To go on: `dpar-cli run`.
+    """
+    from pipeline.doctor import examine, lines
+
+    checks = examine(_root())
+    print("\n".join(lines(checks)))
+    failed = sum(check.verdict == "fail" for check in checks)
+    warned = sum(check.verdict == "warn" for check in checks)
+    print(f"\n{len(checks)} checks, {failed} in the way of a run, {warned} {'warning' if warned == 1 else 'warnings'}")
+    if failed:
+        raise SystemExit(1)
+
+
+def _root() -> Path:
+    here = Path.cwd()
+    if not (here / "dvc.yaml").exists():
+        raise FileNotFoundError(f"no dvc.yaml in {here} nor above it: go to the project's folder first")
+    return here

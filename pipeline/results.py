@@ -1,0 +1,94 @@
+"""What each stage found out, in one line, from the files that it wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages import artifacts as A
+from stages.artifacts import Artifact
+
+Found = dict[str, Any]
+BUSY = 0.20  # drift of the pace above which no speed is shown (see pipeline/report/speeds.py)
+
+
+def result_line(stage: str, root: Path) -> str:
+    """Return a stage's result in a few words; an empty text when its files are not there. root: the project's folder."""
+    if stage not in _LINES:
+        return ""
+    file, words = _LINES[stage]
+    try:
+        return words(json.loads((root / file.path).read_text()))
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return ""
+
+
+def _data(found: Found) -> str:
+    images = f"{found['data/train_images']:,} training and {found['data/validation_images']:,} validation images"
+    return f"{images}, {found['data/classes']:,} classes"
+
+
+def _tokenizer(found: Found) -> str:
+    used = found["tokenizer/codes_used"]
+    return f"{found['tokenizer/psnr_db']:.1f} dB, {used:,} of {round(used / found['tokenizer/codebook_use']):,} codes"
+
+
+def _tokens(found: Found) -> str:
+    return (
+        f"{found['tokens/images']:,} images in {found['tokens/shards']:,} shards, {found['tokens/bad_images']:,} unreadable"
+    )
+
+
+def _patches(found: Found) -> str:
+    threshold = found.get("patch/threshold_nats")
+    cut = "" if threshold is None else f", threshold {threshold:.2f} nats"
+    return f"{found['patch/mean_length']:.2f} tokens per patch, {found['patch/patches_per_image']:.1f} per image{cut}"
+
+
+def _loss(found: Found) -> str:
+    return f"{found['validation/loss']:.3f} nats per token on validation after {found['steps']:,} steps"
+
+
+def _speed(found: Found) -> str:
+    drift = max(found["drift"])
+    if drift > BUSY:
+        return f"the machine was busy (pace moved by {100 * drift:.0f} %): no speed"
+    low, high = found["interval"]
+    step = f"; baseline taken at step {found['equal_time']['step']:,}" if "equal_time" in found else ""
+    return f"DPAR {found['ratio']:.2f} times the baseline ({low:.2f} to {high:.2f}){step}"
+
+
+def _sampled(found: Found) -> str:
+    return f"{found['sample/images']:,} images, {found['patch/patches_per_image']:.1f} runs of the transformer each"
+
+
+def _scored(found: Found) -> str:
+    key = next(name for name in found if name.startswith(("eval/fid", "eval/fd_")))
+    low, high = found.get("intervals", {}).get(key, (None, None))
+    interval = "" if low is None else f" ({low:.3g} to {high:.3g})"
+    return f"{key.removeprefix('eval/')} {found[key]:.3g}{interval}"
+
+
+def _report(found: Found) -> str:
+    return str(found["headline"])
+
+
+_LINES: dict[str, tuple[Artifact, Callable[[Found], str]]] = {
+    "data": (A.DATA_METRICS, _data),
+    "tokenizer": (A.TOKENIZER_METRICS, _tokenizer),
+    "features": (A.CLASSIFIER_METRICS, lambda found: f"accuracy {found['features/validation_accuracy']:.2f} on validation"),
+    "tokenize_images": (A.TOKENS_METRICS, _tokens),
+    "entropy_model": (A.TRAINED_ENTROPY_MODEL["metrics"], _loss),
+    "patch_maps": (A.PATCH_METRICS, _patches),
+    "train_dpar": (A.TRAINED_DPAR["metrics"], _loss),
+    "train_llamagen": (A.TRAINED_LLAMAGEN["metrics"], _loss),
+    "time_training": (A.TRAINING_SPEED, _speed),
+    "time_sampling": (A.SAMPLING_SPEED, _speed),
+    "sample_dpar": (Artifact(f"{A.SAMPLES['dpar'].name}/{A.METRICS}", "sample_dpar"), _sampled),
+    "sample_llamagen": (Artifact(f"{A.SAMPLES['llamagen'].name}/{A.METRICS}", "sample_llamagen"), _sampled),
+    "score_dpar": (A.SCORES["dpar"]["scores"], _scored),
+    "score_llamagen": (A.SCORES["llamagen"]["scores"], _scored),
+    "report": (A.HEADLINE, _report),
+}

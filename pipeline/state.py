@@ -1,0 +1,166 @@
+"""What is up to date: dvc.yaml and params.yaml held against dvc.lock, in a fraction of a second and without hashing.
+
+`dvc status` reads every byte; this compares what DVC recorded (params, commands, digests of what each stage read and
+wrote) with what is there now (params, existence and sizes of outputs). A file edited without a change of its size is
+the one thing that only `dvc status` finds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+LAST = "last.json"  # work/STAGE/last.json: when a stage last ended here, and how long it took
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One stage of dvc.yaml.
+
+    needs: stages whose outputs it reads. why: what is not as DVC recorded it; empty for a fresh stage.
+    finished: seconds since 1970; seconds: its last run took; both None when it has not run on this machine.
+    size: bytes of its outputs, as recorded.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    state: Literal["fresh", "stale", "never run"]
+    why: str
+    finished: float | None
+    seconds: float | None
+    size: int
+
+
+def project_state(root: Path) -> list[StageState]:
+    """Return the state of all stages, each after what it needs. Raises ValueError when a file is not readable YAML."""
+    stages = read_yaml(root / "dvc.yaml")["stages"]
+    lock = read_yaml(root / "dvc.lock").get("stages") or {} if (root / "dvc.lock").exists() else {}
+    params = read_yaml(root / "params.yaml") if (root / "params.yaml").exists() else {}
+    made = {out: name for name, stage in stages.items() for out in outputs_of(stage)}
+    digests = {one["path"]: one.get("md5") for stage in lock.values() for one in stage.get("outs", [])}
+    states: dict[str, StageState] = {}
+    for name in stages:
+        needs = needs_of(stages[name], made, name)
+        last = read_last(root, name)
+        recorded = lock.get(name)
+        why = "" if recorded is None else _why(root, stages[name], recorded, params, digests)
+        if recorded is not None and not why:
+            late = [need for need in needs if states[need].state != "fresh"]
+            newer = [need for need in needs if _after(states[need].finished, last.get("finished"))]
+            why = f"{late[0]} is to run before it" if late else f"{newer[0]} has run since" if newer else ""
+        state = "never run" if recorded is None else "stale" if why else "fresh"
+        total = sum(int(one.get("size") or 0) for one in (recorded or {}).get("outs", []))
+        states[name] = StageState(name, needs, state, why, last.get("finished"), last.get("seconds"), total)
+    return list(states.values())
+
+
+def _after(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and one > other
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises ValueError in a sentence."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        content = YAML(typ="safe").load(path.read_text())
+    except YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a mapping")
+    return content
+
+
+def read_last(root: Path, stage: str) -> dict[str, float]:
+    """Return {"finished", "seconds"} of a stage's last run here; empty when there is none, or it cannot be read."""
+    try:
+        found = json.loads((root / "work" / stage / LAST).read_text())
+        return {name: float(found[name]) for name in ("finished", "seconds")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def paths_of(entries: Any) -> list[str]:
+    """Return the paths of a list of dvc.yaml, whose entries are paths or paths with settings."""
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries or []]
+
+
+def outputs_of(stage: Mapping[str, Any]) -> list[str]:
+    """Return everything that a stage of dvc.yaml writes."""
+    return [path for kind in ("outs", "metrics", "plots") for path in paths_of(stage.get(kind))]
+
+
+def needs_of(stage: Mapping[str, Any], made: Mapping[str, str], name: str) -> tuple[str, ...]:
+    """Return the stages that write what a stage reads. made: path -> stage."""
+    found = [
+        maker
+        for path, maker in made.items()
+        for dep in paths_of(stage.get("deps"))
+        if maker != name and (path == dep or path.startswith(f"{dep}/") or dep.startswith(f"{path}/"))
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _why(root: Path, stage: Any, recorded: Any, params: dict[str, Any], digests: dict[str, Any]) -> str:
+    """Return what is not as recorded, in a few words; an empty text when all is."""
+    if recorded.get("cmd") != stage.get("cmd"):
+        return "its command changed"
+    before = (recorded.get("params") or {}).get("params.yaml") or {}
+    changes = [
+        change for key in paths_of(stage.get("params")) for change in changed(key, before.get(key), lookup(params, key))
+    ]
+    if changes:
+        more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        return f"{changes[0]}{more}"
+    for one in recorded.get("outs", []):
+        path = root / one["path"]
+        if not path.exists():
+            return f"{one['path']} is missing"
+        if path.is_file() and one.get("size") is not None and path.stat().st_size != one["size"]:
+            return f"{one['path']} was changed"
+    read = {one["path"]: one.get("md5") for one in recorded.get("deps", [])}
+    for path, digest in read.items():
+        if path in digests and digests[path] != digest:
+            return f"{path} is another than it read"
+    if set(read) != set(paths_of(stage.get("deps"))):
+        return "it reads other files now"
+    written = {one["path"] for one in recorded.get("outs", [])}
+    return "" if written == set(outputs_of(stage)) else "it writes other files now"
+
+
+def lookup(params: Any, key: str) -> Any:
+    """Return the value of a dotted key of params.yaml, None when it is not there."""
+    for part in key.split("."):
+        params = params.get(part) if isinstance(params, dict) else None
+    return params
+
+
+def changed(key: str, before: Any, now: Any) -> list[str]:
+    """Return what differs between two values of params, as `train.steps 480 -> 8` each."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [*before, *(name for name in now if name not in before)]
+        return [one for name in names for one in changed(f"{key}.{name}", before.get(name), now.get(name))]
+    return [] if before == now else [f"{key} {_value(before)} -> {_value(now)}"]
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def with_needs(states: list[StageState], targets: list[str]) -> list[StageState]:
+    """Return the stages that bringing `targets` up to date involves; all of them when none is named.
+
+    Raises ValueError for a stage that dvc.yaml does not have.
+    """
+    by_name = {state.name: state for state in states}
+    for target in targets:
+        if target not in by_name:
+            raise ValueError(f"there is no stage {target!r}: expected one of {', '.join(by_name)}")
+    wanted = set(targets or by_name)
+    for state in reversed(states):
+        if state.name in wanted:
+            wanted |= set(state.needs)
+    return [state for state in states if state.name in wanted]

@@ -1,0 +1,213 @@
+"""`dpar-cli run`, `status` and `doctor`: what a person reads, and that a fault stops a run before any stage."""
+
+import json
+import re
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import doctor as health
+from pipeline.cli import app
+from pipeline.commands import workflow
+from pipeline.commands.workflow import Narrator, Plan, graph_lines, status_lines
+from pipeline.presets.use import preset_lines
+from pipeline.state import StageState
+from pipeline.terminal import about, colour, duration, shortened, size, wrapped
+from stages.artifacts import HEADLINE, TOKENIZER_METRICS
+from stages.params import load_params
+from stages.tracker import rate_words
+from tests.helpers.paths import ROOT
+
+
+def state(name, kind="never run", seconds=None, needs=(), why=""):
+    return StageState(name, tuple(needs), kind, why, None if seconds is None else 1000.0, seconds, 2_000_000)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty project with the params and the workflow of this one."""
+    for name in ("dvc.yaml", "params.yaml", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/demo.yaml").write_text((ROOT / "params/demo.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return tmp_path
+
+
+def set_param(project, old, new):
+    text = (project / "params.yaml").read_text()
+    assert old in text
+    (project / "params.yaml").write_text(text.replace(old, new))
+
+
+def own_images(project):
+    set_param(project, "source: builtin ", "source: imagefolder ")
+    for name in ("train", "validation"):
+        set_param(project, f"  {name}: null  ", f"  {name}: photos/{name} ")
+
+
+@pytest.mark.parametrize("name", ["reference", "weights", "data"])
+def test_a_missing_path_stops_a_run_before_any_stage(project, monkeypatch, capsys, name):
+    if name == "data":
+        own_images(project)
+        missing = "data.train"
+    elif name == "weights":
+        set_param(project, "weights: null ", "weights: weights/vq.pt ")
+        missing = "tokenizer.weights"
+    else:
+        set_param(project, "reference: train ", "reference: references/imagenet.npz ")
+        missing = "score.reference"
+    monkeypatch.setattr(workflow, "_follow", lambda *_, **__: pytest.fail("a stage was started"))
+    with pytest.raises(ValueError, match="nothing was started"):
+        workflow.run()
+    printed = capsys.readouterr().out
+    assert re.search(rf"FAIL  {re.escape(missing)} .*does not\s+exist", printed)
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_doctor_looks_into_what_is_there(project):
+    (project / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (project / "empty.pt").write_text("")
+    (project / "nothing").mkdir()
+    (project / "inception-2015-12-05.pt").write_text("not it")
+    (project / "good.npz").write_bytes(b"x" * 2000)
+    found = {name: health.check_path("p", name) for name in ("lfs.pt", "empty.pt", "nothing", "gone/x.pt", "good.npz")}
+    assert {name: check.verdict for name, check in found.items()} == {
+        "lfs.pt": "fail", "empty.pt": "fail", "nothing": "fail", "gone/x.pt": "fail", "good.npz": "ok",
+    }  # fmt: skip
+    assert "Git LFS pointer" in found["lfs.pt"].found and found["good.npz"].found == "good.npz, 2.0 kB"
+    other = health.check_path("score.features_file", "inception-2015-12-05.pt")
+    assert other.verdict == "warn" and "as published" in other.found
+    assert health.check_path("data.train", "s3://KEY:SECRET@bucket/train").verdict == "ok"
+    assert "SECRET" not in health.check_path("data.train", "s3://KEY:SECRET@bucket/train").found
+    assert all(check.fix for check in found.values() if check.verdict != "ok")
+
+
+def test_every_path_of_the_params_is_looked_at(project):
+    own_images(project)
+    set_param(project, "storage: null ", "storage: /proc/none ")
+    named = {check.name: check.verdict for check in health.paths(load_params(project / "params.yaml"))}
+    assert named["data.train"] == named["data.validation"] == "fail"
+    assert {"train.storage", "entropy_model.train.storage"} < set(named)
+
+
+def test_doctor_tells_what_is_wrong_with_the_surroundings(project, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr(sys, "version_info", (3, 9, 0, "final", 0))
+    set_param(project, "seed: 0 ", "seed: -1 ")
+    found = {check.name: check for check in health.examine(project)}
+    assert found["mlflow"].verdict == "warn" and found["ray"].verdict == "fail" and found["python"].verdict == "fail"
+    assert found["params.yaml"].verdict == "fail" and "`seed` is -1" in found["params.yaml"].found
+    assert all(check.fix for check in found.values() if check.verdict != "ok")
+    assert max(map(len, "\n".join(health.lines(list(found.values()))).splitlines())) <= 80
+
+
+def test_the_plan_says_how_long_where_earlier_runs_tell(project):
+    first = Plan(project, [state("data"), state("train")])
+    assert first.words() == "2 stages, about 15 min on two cores, 4.0 MB of artifacts; none are up to date"
+    again = Plan(project, [state("data", "fresh", 5.0), state("train", "stale", 100.0), state("score", "stale", 20.0)])
+    assert "about 2 min on this machine" in again.words() and again.words().endswith("1 is up to date")
+    mixed = Plan(project, [state("train", "stale", 100.0), state("score")])
+    assert "2 min and what 1 take that never ran here" in mixed.words()
+    assert Plan(project, [state("data", "fresh")]).words() == "1 stages, all up to date"
+
+
+def test_a_run_is_told_in_a_line_when_a_stage_begins_and_one_when_it_ends(project):
+    said, now = [], [0.0]
+    states = [state("tokenizer", "stale", 60.0), state("entropies", "stale", 30.0), state("report", "stale", 9.0)]
+    narrator = Narrator(Plan(project, states), said.append, clock=lambda: now[0])
+    metrics = {"tokenizer/psnr_db": 25.11, "tokenizer/codes_used": 419, "tokenizer/codebook_use": 419 / 512}
+    (project / TOKENIZER_METRICS.path).parent.mkdir(parents=True)
+    (project / TOKENIZER_METRICS.path).write_text(json.dumps(metrics))
+    lines = [
+        "'data/x.dvc' didn't change, skipping", "Running stage 'tokenizer':", "> dpar-cli stage tokenizer",
+        "tokenizer.precision: auto is fp32 here", "Updating lock file 'dvc.lock'", "",
+        "Stage 'entropies' is cached - skipping run, checking out outputs", "Running stage 'report':",
+    ]  # fmt: skip
+    for number, line in enumerate(lines):
+        now[0] = 10.0 * number
+        narrator.line(line)
+    assert said == [
+        "[1/3] tokenizer  (about 2 min left in all)", "tokenizer.precision: auto is fp32 here",
+        "    25.1 dB, 419 of 512 codes (50 s)", "[2/3] entropies  (about 39 s left in all)", "    done (from the cache)",
+        "[3/3] report  (about 9 s left in all)",
+    ]  # fmt: skip
+    assert narrator.stopped("stopped") == (
+        "stopped in stage report: 2 of 3 stages are done, and nothing of them is lost.\n`dpar-cli run` continues from here."
+    )
+
+
+def test_dvc_is_followed_to_its_end_and_its_failure_is_told(project, capsys):
+    script = "import sys; print(\"Running stage 'data':\"); print('3 images'); sys.exit(int(sys.argv[1]))"
+    for code, expected in ((0, 0), (255, 1)):
+        narrator = Narrator(Plan(project, [state("data")]), print)
+        assert workflow._follow([sys.executable, "-c", script, str(code)], narrator, verbose=False) == expected
+    printed = capsys.readouterr()
+    assert "[1/1] data\n3 images\n    done (0 s)" in printed.out
+    assert "failed in stage data: 0 of 1 stages are done" in printed.err
+
+
+def test_the_verdict_ends_a_run_within_80_columns(project):
+    assert "dpar-cli status" in workflow._verdict(project)
+    speed = {"ratio": 1.07, "doubt": "", "interval": [1.0, 1.1]}
+    found = {
+        "badge": "Demo: nine photographs, one seed. It shows the workflow and is not a research result.",
+        "headline": "No clear difference at equal steps; no verdict at equal training time.",
+        "verdicts": [{"title": "No verdict at equal training time", "sentence": "The machine was busy, " * 9}],
+        "patches_per_image": 35.4, "tokens": 64, "flops_saved": 0.29, "training_speed": speed,
+        "sampling_speed": speed | {"doubt": "the machine was busy"},
+    }  # fmt: skip
+    (project / HEADLINE.path).parent.mkdir(parents=True)
+    (project / HEADLINE.path).write_text(json.dumps(found))
+    card = workflow._verdict(project)
+    assert "1.07 times the baseline's" in card and "speed of sampling: the machine was busy" in card
+    assert "35.4 patches per 64 tokens, 29 % of the FLOPs saved" in card
+    assert max(len(line) for line in card.splitlines() if "file://" not in line) <= 80
+
+
+def test_status_fits_80_columns_and_names_what_is_to_run(project):
+    states = [
+        state("tokenizer", "fresh", 151.0),
+        state("train_dpar", "stale", 4000.0, ["tokenizer"], "train.lr_schedule cosine -> constant, 7 more differ"),
+        state("report", needs=["train_dpar", "tokenizer"]),
+    ]  # fmt: skip
+    lines = status_lines(states, project, now=1300.0)
+    assert max(map(len, lines)) <= 80
+    assert re.match(r"ok  tokenizer +5 min +2 min 31 s", lines[1]) and "train.lr_schedule cosine" in lines[2]
+    assert lines[-1] == "2 of 3 to run: dpar-cli run"
+    assert graph_lines(states)[-1] == "report          <- train_dpar"
+
+
+def test_the_command_line_answers_in_80_columns_and_knows_its_version(project):
+    runner = CliRunner()
+    for words in (["status"], ["status", "--graph"], ["params", "list"], ["-h"], ["run", "-h"], ["doctor", "-h"]):
+        result = runner.invoke(app, words, env={"COLUMNS": "80", "NO_COLOR": "1"})
+        assert result.exit_code == 0, result.output
+        assert max(map(len, result.output.splitlines())) <= 80 and "\033" not in result.output, words
+    assert re.fullmatch(r"dpar \d+\.\d+\S*\n", runner.invoke(app, ["--version"]).output)
+
+
+def test_presets_are_listed_with_what_they_are_for():
+    lines = preset_lines(ROOT)
+    assert any(line.startswith("demo ") and "nine photographs" in line for line in lines)
+    assert max(len(part) for line in lines for part in line.splitlines()) <= 80
+
+
+def test_words_for_people(monkeypatch):
+    assert [rate_words(rate, "step") for rate in (312.44, 1.0, 0.4, 0.0)] == [
+        "312.4 step/s",
+        "1.0 step/s",
+        "2.5 s/step",
+        "0.0 step/s",
+    ]
+    assert rate_words(0.25, "images") == "4.0 s/image"
+    assert [duration(s) for s in (4, 151, 11100, 187200)] == ["4 s", "2 min 31 s", "3 h 05 min", "2 days 4 h"]
+    assert [about(s) for s in (0.2, 39, 720, 7200)] == ["1 s", "39 s", "12 min", "2.0 h"]
+    assert [size(n) for n in (264, 1.2e6, 5e8, 2.1e12)] == ["264 B", "1.2 MB", "0.5 GB", "2.1 TB"]
+    assert shortened("abcdef", 4) == "abc…" and shortened("abc", 4) == "abc"
+    assert colour("x", "red") == "x"
+    assert max(map(len, wrapped("word " * 40, first="- ", rest="  ").splitlines())) <= 80

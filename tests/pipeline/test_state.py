@@ -1,0 +1,131 @@
+"""What is up to date, told from dvc.yaml, dvc.lock and params.yaml alone."""
+
+import json
+
+import pytest
+
+from pipeline.state import LAST, changed, project_state, with_needs
+
+DVC = """
+stages:
+  tokens:
+    cmd: dpar-cli stage tokens
+    params: [seed, data]
+    outs: [artifacts/tokens.bin]
+  model:
+    cmd: dpar-cli stage model
+    deps: [artifacts/tokens.bin]
+    params: [train]
+    outs: [artifacts/models/one.bin]
+    metrics:
+      - artifacts/models/metrics.json: {cache: false}
+  report:
+    cmd: dpar-cli stage report
+    deps: [artifacts/models]
+    outs: [artifacts/report]
+"""
+LOCK = """
+schema: '2.0'
+stages:
+  tokens:
+    cmd: dpar-cli stage tokens
+    params: {params.yaml: {seed: 0, data: {size: 8, source: builtin}}}
+    outs: [{path: artifacts/tokens.bin, md5: aa, size: 4}]
+  model:
+    cmd: dpar-cli stage model
+    deps: [{path: artifacts/tokens.bin, md5: aa, size: 4}]
+    params: {params.yaml: {train: {steps: 480, lr: 0.003}}}
+    outs: [{path: artifacts/models/one.bin, md5: bb, size: 3}, {path: artifacts/models/metrics.json, md5: cc, size: 2}]
+  report:
+    cmd: dpar-cli stage report
+    deps: [{path: artifacts/models, md5: dd.dir, size: 5, nfiles: 2}]
+    outs: [{path: artifacts/report, md5: ee.dir, size: 9, nfiles: 1}]
+"""
+PARAMS = "seed: 0\ndata: {size: 8, source: builtin}\ntrain: {steps: 480, lr: 3.0e-3}\n"
+
+
+@pytest.fixture
+def project(tmp_path):
+    for name, text in (("dvc.yaml", DVC), ("dvc.lock", LOCK), ("params.yaml", PARAMS)):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "artifacts/models").mkdir(parents=True)
+    (tmp_path / "artifacts/report").mkdir()
+    (tmp_path / "artifacts/tokens.bin").write_text("abcd")
+    (tmp_path / "artifacts/models/one.bin").write_text("abc")
+    (tmp_path / "artifacts/models/metrics.json").write_text("{}")
+    return tmp_path
+
+
+def states(project) -> dict:
+    return {state.name: (state.state, state.why) for state in project_state(project)}
+
+
+def edit(project, name, old, new):
+    path = project / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def ran(project, stage, finished):
+    (project / "work" / stage).mkdir(parents=True)
+    (project / "work" / stage / LAST).write_text(json.dumps({"finished": finished, "seconds": 3.0}))
+
+
+def test_nothing_changed_is_fresh_and_needs_follow_the_files(project):
+    found = project_state(project)
+    assert {state.state for state in found} == {"fresh"}
+    assert [state.needs for state in found] == [(), ("tokens",), ("model",)]
+    assert [state.size for state in found] == [4, 5, 9]
+
+
+def test_a_changed_value_is_named_and_what_follows_waits_for_it(project):
+    edit(project, "params.yaml", "steps: 480", "steps: 8")
+    assert states(project) == {
+        "tokens": ("fresh", ""), "model": ("stale", "train.steps 480 -> 8"),
+        "report": ("stale", "model is to run before it"),
+    }  # fmt: skip
+
+
+def test_missing_resized_and_replaced_files_are_seen(project):
+    (project / "artifacts/models/one.bin").write_text("longer")
+    assert states(project)["model"] == ("stale", "artifacts/models/one.bin was changed")
+    (project / "artifacts/models/one.bin").unlink()
+    assert states(project)["model"] == ("stale", "artifacts/models/one.bin is missing")
+    (project / "artifacts/models/one.bin").write_text("abc")
+    edit(
+        project,
+        "dvc.lock",
+        "artifacts/tokens.bin, md5: aa, size: 4}]\n  model",
+        "artifacts/tokens.bin, md5: zz, size: 4}]\n  model",
+    )
+    assert states(project)["model"] == ("stale", "artifacts/tokens.bin is another than it read")
+
+
+def test_a_stage_that_ran_after_its_reader_makes_it_stale(project):
+    ran(project, "model", 200.0)
+    ran(project, "report", 100.0)
+    assert states(project)["report"] == ("stale", "model has run since")
+    assert [state.seconds for state in project_state(project)] == [None, 3.0, 3.0]
+
+
+def test_without_a_lock_nothing_has_run(project):
+    (project / "dvc.lock").unlink()
+    assert {state for state, _ in states(project).values()} == {"never run"}
+
+
+def test_targets_bring_what_they_need(project):
+    found = project_state(project)
+    assert [state.name for state in with_needs(found, ["model"])] == ["tokens", "model"]
+    assert len(with_needs(found, [])) == 3
+    with pytest.raises(ValueError, match="no stage 'modle': expected one of tokens, model, report"):
+        with_needs(found, ["modle"])
+
+
+def test_changes_are_named_to_the_value():
+    assert changed("a", {"b": 1, "c": None}, {"b": 2, "d": True}) == ["a.b 1 -> 2", "a.d null -> true"]
+
+
+def test_a_broken_file_is_named(project):
+    (project / "dvc.lock").write_text("a: [1\nb: 2")
+    with pytest.raises(ValueError, match=r"dvc\.lock is not YAML"):
+        project_state(project)
