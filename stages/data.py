@@ -292,11 +292,13 @@ def _development_kit(path: Path) -> dict[str, str]:
     except subprocess.TimeoutExpired:
         raise ValueError(f"{path} could not be read in {_KIT_SECONDS} s, so it is damaged: {way_out}") from None
     if done.returncode:
-        reason = (done.stderr.decode(errors="replace").strip().splitlines() or [f"the reader died of {-done.returncode}"])[
-            -1
-        ]
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = said[-1] if said and done.returncode > 0 else f"the reader died of signal {-done.returncode}"
         raise ValueError(f"{path} is not the meta.mat of the development kit, or damaged ({reason[:200]}): {way_out}")
-    return json.loads(done.stdout)
+    try:
+        return dict(json.loads(done.stdout))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is not the meta.mat of the development kit, or damaged: {way_out}") from None
 
 
 def builtin_manifest(settings: P.BuiltinData, *, seed: int) -> Manifest:

@@ -211,3 +211,67 @@ def test_files_left_out_are_counted_and_said_where_they_are_listed(tmp_path, cap
     assert f"all that was left out is in the notes of {outputs.manifest}" in said.err
     assert json.loads(outputs.metrics.read_text())["data/files_left_out"] == 1
     assert list(read_manifest(outputs.manifest).notes["left_out"]) == ["train:a/notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reader", "words"),
+    [
+        (b"MATLAB 5.0 MAT-file" + b"\xff" * 400, None, "not the meta.mat of the development kit, or damaged"),
+        (b"x", "import os; os.abort()", "the reader died of signal 6"),
+        (b"x", "while True: pass", "could not be read in 1 s"),
+        (b"x", "print('x' * 10, end='')", "not the meta.mat of the development kit, or damaged"),
+    ],
+    ids=["damaged", "dies", "hangs", "says something else"],
+)
+def test_a_damaged_meta_mat_is_a_sentence_whatever_its_reader_does(tmp_path, monkeypatch, content, reader, words):
+    tars = make_ilsvrc(tmp_path)
+    beside_kit(tmp_path)
+    (tmp_path / "ILSVRC2012_devkit_t12" / "data" / "meta.mat").write_bytes(content)
+    if reader:
+        monkeypatch.setattr(data, "_READ_KIT", reader)
+        monkeypatch.setattr(data, "_KIT_SECONDS", 1)
+    with pytest.raises(ValueError, match=words) as caught:
+        run(tmp_path / "out", **tars)
+    assert "meta.mat" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_was_found_is_printed(tmp_path, capsys):
+    for number, name in enumerate(["train/ant/1", "train/ant/2", "train/bee/1", "train/cat/1", "val/ant/1", "val/cat/1"]):
+        put_image(tmp_path / f"{name}.png", 40 * number)
+    (tmp_path / "val" / "cat" / "again.png").write_bytes((tmp_path / "train" / "bee" / "1.png").read_bytes())
+    (tmp_path / "train" / "ant" / "._1.png").write_bytes(b"of macOS")
+    outputs = run(tmp_path, source="imagefolder", train=str(tmp_path), validation=str(tmp_path))
+    assert capsys.readouterr().out.splitlines() == [
+        "data: imagefolder, 3 classes: 0 ant, 1 bee, 2 cat",
+        "train: 4 images; per class: smallest 1 (1 bee), median 1, largest 2 (0 ant)",
+        "validation: 3 images; per class: smallest 0 (1 bee), median 1, largest 2 (2 cat)",
+        "validation: 1 classes have no images (bee)",
+        f"train: the class folders are those in {tmp_path / 'train'}",
+        f"validation: the class folders are those in {tmp_path / 'val'}",
+        "left out: 1 (hidden, or left there by a system): train:train/ant/._1.png",
+        "warning: 1 validation images are in the training set as well, byte by byte: "
+        "validation:val/cat/again.png = train:train/bee/1.png",
+    ]  # fmt: skip
+    assert json.loads(outputs.metrics.read_text())["data/images_in_both_splits"] == 1
+
+
+def test_images_in_both_splits_are_found_in_parquet_and_left_to_tokenizing_where_they_are_many(
+    tmp_path, capsys, monkeypatch
+):
+    tree = put_parquet(tmp_path / "p", None)
+    assert json.loads(run(tmp_path, **tree).metrics.read_text())["data/images_in_both_splits"] == 1000
+    assert "warning: 1,000 validation images are in the training set as well" in capsys.readouterr().out
+    monkeypatch.setattr(data, "_MOST_COMPARED", 1999)
+    assert "data/images_in_both_splits" not in json.loads(run(tmp_path, **tree).metrics.read_text())
+    assert "not looked for here, tokenize_images counts them" in capsys.readouterr().out
+
+
+def test_empty_classes_are_refused_or_kept_as_the_params_say(tmp_path):
+    for name in ("train/a", "train/c", "val/a", "val/c"):
+        put_image(tmp_path / name / "1.png", ord(name[-1]))
+    (tmp_path / "train" / "b").mkdir()
+    tree = {"source": "imagefolder", "train": str(tmp_path / "train"), "validation": str(tmp_path / "val")}
+    with pytest.raises(ValueError, match=r"no images of 1 of its 3 classes: b .no image files in it."):
+        run(tmp_path, **tree)
+    manifest = read_manifest(run(tmp_path, **tree, empty_classes="keep").manifest)
+    assert manifest.classes == ("a", "b", "c") and [row.label for row in manifest.rows] == [0, 2, 0, 2]
