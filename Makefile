@@ -2,7 +2,7 @@
 # make test      the same environment with the test extras, then lint, types and the whole test suite
 # make lint      ruff, codespell, mypy            make format    rewrite the sources as `make lint` wants them
 # make coverage  the tests again, with the lines that they reach; slower, so `make test` leaves it out
-# make docs      the documentation site in site/, readable without a server or a network
+# make docs      the documentation site in site/, readable without a network
 # make clean     remove what the workflow made (not the environment)
 #
 # Outside git and in folders below the project, `make` and `dpar-cli` work as well; `make environment` only installs.
@@ -47,8 +47,8 @@ coverage: $(VENV)/.tested
 	@$(BIN)/coverage report
 
 docs: $(VENV)/.documented
-	@$(BIN)/python -m mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html; with the search box: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
 
 clean:
 	rm -rf artifacts work site

@@ -51,3 +51,33 @@ def test_the_ground_floor_needs_five_packages_alone():
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs():
     heavy = {"torch", "ray", "mlflow", "dvc", "sklearn", "skimage", "matplotlib", "pyarrow", "numpy", "dpar_core", "stages"}
     assert not imports(ROOT / "pipeline" / "cli.py", top_level_only=True) & heavy
+
+
+def rooms(floor: str) -> dict[str, dict[str, list[str]]]:
+    """Return which room of a floor imports which: {room: {imported room: [modules that do]}}; a module is a room itself."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for file in sorted((ROOT / floor).rglob("*.py")):
+        path = file.relative_to(ROOT).with_suffix("").parts
+        if len(path) == 2 and path[1] == "__init__":
+            continue  # the names that a floor offers come from its rooms
+        mine = found.setdefault(path[1], {})
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                names = [node.module] if "." in node.module else [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == floor and len(parts) > 1 and parts[1] != path[1]:
+                    mine.setdefault(parts[1], []).append(".".join(path))
+    return found
+
+
+@pytest.mark.parametrize("floor", ["dpar_core", "stages", "pipeline"])
+def test_rooms_import_each_other_without_circles(floor):
+    left = rooms(floor)
+    assert sum(len(imported) for imported in left.values()) > 5
+    while done := [room for room, imported in left.items() if not set(imported) & set(left)]:
+        for room in done:
+            del left[room]
+    assert not left, {room: {name: who for name, who in imported.items() if name in left} for room, imported in left.items()}
