@@ -61,7 +61,7 @@ def test_every_name_is_there_and_documented():
         assert getattr(dpar_core, name).__doc__, name
         assert f"`{name}" in page, name
     with pytest.raises(AttributeError, match="load_run"):
-        dpar_core.load
+        _ = dpar_core.load
 
 
 def test_files_of_a_run_are_those_of_the_catalog():
