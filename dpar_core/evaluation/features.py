@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from dpar_core.files import load_weights, sha256_file
 from dpar_core.float32 import whole_float32
+from dpar_core.models.weights import check_finite, check_zip
+from dpar_core.signatures import described, kind_of
 
 # The StyleGAN team's TorchScript export of the Inception network that FID is defined on, and the SHA-256 that k-diffusion's
 # evaluation code pins for this address. The file is not part of this project, so neither could be tried here.
@@ -108,6 +110,7 @@ class DemoClassifier(nn.Module):
 def demo_network(path: Path, device: str) -> FeatureNetwork:
     """Return the demo classifier as a feature network. Raises ValueError or FileNotFoundError."""
     weights = load_weights(path, kind="demo_classifier")
+    check_finite(weights.state, path)
     model = DemoClassifier(weights.config["num_classes"]).to(device).eval()
     model.load_state_dict(weights.state)
 
@@ -122,10 +125,19 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
     """Load a TorchScript file. Raises FileNotFoundError or ValueError with the way out."""
     if not path.exists():
         raise FileNotFoundError(f"no feature network at {path}: put the file there, for inception from {INCEPTION_URL}")
+    if (kind := kind_of(path)) != "zip":
+        told = described(path, kind) or f"{path} is not a TorchScript file"
+        raise ValueError(f"{told}; expected a TorchScript file, as torch.jit.save writes it")
+    names = check_zip(path)
+    if not any(name.endswith("/constants.pkl") for name in names):
+        raise ValueError(f"{path} is a zip archive without a TorchScript program: export the network with torch.jit.save")
     try:
-        return torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no TorchScript file ({str(error).splitlines()[0]}): fetch it again") from None
+        model = torch.jit.load(str(path), map_location=device).eval()
+    except Exception as error:  # libtorch raises many kinds on files that are whole but not of its making
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{path} is not a TorchScript file that can be read ({reason[:200]}): fetch it again") from None
+    check_finite(dict([*model.named_parameters(), *model.named_buffers()]), path)
+    return model
 
 
 # How the network's input follows from images of 0..255: the TensorFlow graph has the first, some exports the second.

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpar_core.evaluation.arrays import open_npz
+from dpar_core.evaluation.image_sets import read_image_set
 from dpar_core.files import atomic_path
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's zero; the same images give the same bytes
@@ -70,7 +72,7 @@ def read_samples(path: Path | str) -> Samples:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no samples at {path}: run the sample stage")
-    with np.load(path, allow_pickle=False) as archive:
-        if not {"arr_0", "arr_1"} <= set(archive.files):
-            raise ValueError(f"{path} holds {archive.files}, expected arr_0 (images) and arr_1 (labels)")
-        return Samples(archive["arr_0"], archive["arr_1"])
+    with open_npz(path) as content:
+        if "arr_1" not in content:
+            raise ValueError(f"{path} has no arr_1, expected the labels under that name: run the sample stage again")
+        return Samples(read_image_set(path).images, content.array("arr_1", kinds="iu"))

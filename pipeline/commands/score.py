@@ -10,6 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from dpar_core.evaluation.features import FeatureNetwork
+    from dpar_core.evaluation.reference import Reference
+    from dpar_core.evaluation.scores import Scores
 
 FeaturesName = Annotated[
     str, typer.Option("--features", help="demo | inception | dinov2: the network images are compared by.")
@@ -27,10 +29,10 @@ WORK = Path("work", "references")
 
 def score(
     samples: Annotated[
-        list[Path], typer.Argument(help="An npz with arr_0, or a folder of PNGs; several: seeds of one model.")
+        list[Path], typer.Argument(help="An npz with arr_0, or a folder of pictures; several: seeds of one model.")
     ],
     reference: Annotated[
-        str, typer.Option(help="npz of images or ADM statistics, folder of PNGs, manifest.parquet, train or validation.")
+        str, typer.Option(help="npz of images or ADM statistics, folder of pictures, manifest.parquet, train or validation.")
     ],
     features: FeaturesName = "demo",
     features_file: FeaturesFile = None,
@@ -42,9 +44,7 @@ def score(
     bootstrap: Bootstrap = 200,
     seed: Seed = 0,
     allow_singular: AllowSingular = False,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Ray workers that compute features; 0: this process.")
-    ] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers that compute features; 0: this process.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to (one set of samples).")] = None,
 ) -> None:
     """Score anyone's images: Frechet distance, sFID, IS, KID, precision and recall, with intervals and a protocol.
@@ -54,9 +54,9 @@ def score(
     --reference VIRTUAL_imagenet256_labeled.npz --features inception --features-file inception-2015-12-05.pt
     --images 50000 --out mine.json`. To go on: `dpar-cli compare mine.json theirs.json`.
     """
-    from dpar_core.files import write_json
+    from dpar_core.files import write_record
     from stages.params import load_params
-    from stages.tools.score_files import score_images, settings_for, spread
+    from stages.tools.score_files import score_images, settings_for, shape_in, spread
     from stages.tracker import PrintTracker
 
     if out is not None and len(samples) > 1:
@@ -66,19 +66,21 @@ def score(
     params = load_params(Path("params.yaml")) if Path("params.yaml").exists() else None  # anywhere outside a project
     network = _network(features, features_file, sha256, params)
     tracker = PrintTracker()
-    shapes = [_shape(path) for path in samples]
-    for path, (count, _) in zip(samples, shapes):
-        if count < 2:
-            raise ValueError(f"{path} holds {count} images: a distance needs at least two")
+    shapes = [shape_in(path) for path in samples]
+    for path, shape in zip(samples, shapes):
+        if shape.images < 2:
+            raise ValueError(f"{path} holds {shape.images} images: a distance needs at least two")
     settings = settings_for(
-        features, reference, images=images or min(shape[0] for shape in shapes), neighbours=neighbours, bootstrap=bootstrap,
-        allow_singular=allow_singular, workers=workers,
+        features, images=images or min(shape.images for shape in shapes), neighbours=neighbours, bootstrap=bootstrap,
+        allow_singular=allow_singular,
     )  # fmt: skip
-    against = _reference(reference, params, network, tracker, image_size=shapes[0][1], workers=workers)
-    found = [score_images(path, against, network, settings, tracker, seed=seed) for path in samples]
+    against = _reference(reference, params, network, tracker, image_size=shapes[0].height, workers=workers)
+    found = [
+        score_images(path, against, network, settings, tracker, seed=seed, workers=workers, say=_note) for path in samples
+    ]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, found[0])
+        write_record(out, found[0].to_json())
     if len(found) == 1:
         print(_table([path.name for path in samples], found))
     else:
@@ -100,17 +102,17 @@ def compare(
     """
     import sys
 
-    from stages.tools.score_files import differences, read_scores, refuse_mixed
+    from dpar_core.evaluation.scores import differences, read_scores, refuse_mixed
 
     found = [read_scores(path) for path in scores]
     names = [path.stem for path in scores]
     if not force:
         refuse_mixed(found, names)
-    elif mixed := differences(found):
+    elif mixed := differences([one.protocol.to_json() for one in found]):
         print(f"NOT COMPARABLE, shown because of --force: {'; '.join(mixed)}", file=sys.stderr)
     print(_table(names, found))
     for name, one in zip(names, found):
-        print(f"{name}: protocol {one['protocol_id']}")
+        print(f"{name}: protocol {one.protocol.id}")
 
 
 def fetch(
@@ -162,13 +164,12 @@ def calibrate(
     Reads the weights you have and the sample section of params.yaml (batch size, precision, workers); writes samples and
     scores under --out. Stopped, it goes on. Exit 1 when a score is outside its tolerance.
     """
-    from dpar_core.files import digest_of, write_json
+    from dpar_core.files import digest_of, write_record
     from pipeline.runner import device_of
-    from stages.artifacts import SAMPLE_IMAGES
     from stages.params import load_params, settled
     from stages.sample import draw_samples
     from stages.tools import calibrate as calibration
-    from stages.tools.score_files import score_images, settings_for
+    from stages.tools.score_files import images_in, score_images, settings_for, shape_in
     from stages.tracker import PrintTracker
 
     if size not in calibration.HEADS and heads is None:
@@ -184,15 +185,15 @@ def calibrate(
     })  # fmt: skip
     made_by = [files.model.parent.name, heads or calibration.HEADS[size], grid, section.model_dump(exclude={"workers"})]
     drawn = out / f"samples-{digest_of(made_by)[:8]}"  # another checkpoint or scale never meets these pictures
-    if not (drawn / SAMPLE_IMAGES).exists():
+    if images_in(drawn) == drawn:
         draw_samples(section, files, drawn, tracker, device=device_of(params.compute), work=work / drawn.name, prefix="")
     settings = settings_for(
-        features, reference, images=images, neighbours=3, bootstrap=0, allow_singular=allow_singular,
+        features, images=images, neighbours=3, bootstrap=0, allow_singular=allow_singular,
     )  # fmt: skip
-    against = _reference(reference, params, network, tracker, image_size=_shape(drawn)[1])
+    against = _reference(reference, params, network, tracker, image_size=shape_in(drawn).height)
     found = score_images(drawn, against, network, settings, tracker, seed=params.seed)
-    write_json(out / "scores.json", found)
-    checks = calibration.checks(found, expected, tolerance=tolerance)
+    write_record(out / "scores.json", found.to_json())
+    checks = calibration.checks(found.values, expected, tolerance=tolerance)
     print(_verdicts(checks))
     print(_protocol_lines(found))
     if not all(check.holds for check in checks):
@@ -238,54 +239,23 @@ def _network(features: str, file: Path | None, sha256: str | None, params: Any) 
     return feature_network(features, file, device_of(compute), sha256=sha256)
 
 
-def _shape(samples: Path) -> tuple[int, int]:
-    """Return how many images a set has and their height, without reading them all where the file says so."""
-    import zipfile
-
-    import numpy as np
-    from PIL import Image
-
-    from stages.artifacts import SAMPLE_IMAGES
-    from stages.score import png_files, read_images
-
-    file = samples / SAMPLE_IMAGES if (samples / SAMPLE_IMAGES).exists() else samples
-    if file.is_dir():
-        found = png_files(file)
-        try:
-            with Image.open(found[0]) as picture:
-                return len(found), picture.height
-        except OSError:
-            return read_images(file).shape[:2]  # says what is wrong with it
-    try:
-        with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            count, height = read(stream)[0][:2]
-            return count, height
-    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile):
-        return read_images(file).shape[:2]  # says what is wrong with it
-
-
 def _reference(
     name: str, params: Any, network: FeatureNetwork, tracker: Any, *, image_size: int, workers: int = 0
-) -> Any:
+) -> Reference:
     from stages.artifacts import MANIFEST
-    from stages.params import select
-    from stages.score import Params, make_reference, reference_of
+    from stages.shared.scoring import make_reference, reference_of
 
     if name in ("train", "validation"):
         if params is None or not Path(MANIFEST.path).exists():
             raise FileNotFoundError(
                 f"reference {name} is a split of {MANIFEST.path}, which is missing: run `dvc repro data` first"
             )
-        chosen = select(params, Params)
-        chosen = Params(chosen.seed, chosen.data, chosen.score.model_copy(update={"reference": name, "workers": workers}))
-        WORK.mkdir(parents=True, exist_ok=True)
-        return make_reference(chosen, Path(MANIFEST), network, tracker, work=WORK)
+        section = params.score.model_copy(update={"reference": name, "workers": workers})
+        return make_reference(section, params.data, Path(MANIFEST.path), network, tracker, cache=WORK)
     return reference_of(Path(name), network, tracker, cache=WORK, image_size=image_size, workers=workers)
 
 
-def _table(names: Sequence[str], found: Sequence[Mapping[str, Any]], *, spreads: Mapping[str, Any] | None = None) -> str:
+def _table(names: Sequence[str], found: Sequence[Scores], *, spreads: Mapping[str, Any] | None = None) -> str:
     import io
 
     from rich.console import Console
@@ -294,11 +264,11 @@ def _table(names: Sequence[str], found: Sequence[Mapping[str, Any]], *, spreads:
     from pipeline.report.verdicts import score_name
 
     table = Table("score", *names, *(["mean", "sd over sets"] if spreads else []))
-    for key in dict.fromkeys(key for one in found for key in one if key.startswith("eval/")):
+    for key in dict.fromkeys(key for one in found for key in one.values):
         cells = []
         for one in found:
-            low, high = one["intervals"].get(key, (None, None))
-            cell = "" if key not in one else f"{one[key]:.4g}"
+            low, high = one.intervals.get(key, (None, None))
+            cell = "" if key not in one.values else f"{one.values[key]:.4g}"
             cells.append(cell if low is None else f"{cell}  ({low:.3g} to {high:.3g})")
         if spreads:
             cells += [f"{spreads[key].mean:.4g}", f"{spreads[key].deviation:.2g}"] if key in spreads else ["", ""]
@@ -308,11 +278,18 @@ def _table(names: Sequence[str], found: Sequence[Mapping[str, Any]], *, spreads:
     return console.export_text().rstrip()
 
 
-def _protocol_lines(found: Mapping[str, Any]) -> str:
-    one = found["protocol"]
+def _note(sentence: str) -> None:
+    import sys
+
+    print(sentence, file=sys.stderr)
+
+
+def _protocol_lines(found: Scores) -> str:
+    one = found.protocol
     return (
-        f"protocol {found['protocol_id']}: {one['images']} images of {one['image_size']} pixels, features {one['features']} "
-        f"{one['features_digest']}, reference {one['reference']} {one['reference_digest']}; in brackets 95 % intervals"
+        f"protocol {one.id}: {one.images} images of {one.image_width} x {one.image_height} pixels "
+        f"({' and '.join(one.formats)}), features {one.features} {one.features_digest}, reference {one.reference} "
+        f"{one.reference_digest}; in brackets 95 % intervals"
     )
 
 

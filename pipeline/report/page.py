@@ -14,6 +14,7 @@ import numpy as np
 
 from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.data.shards import TokenShards
+from dpar_core.evaluation.scores import DISTANCE_NAMES
 from dpar_core.files import atomic_folder, read_weights_header, write_json
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import colour_bar, save_png
@@ -39,7 +40,6 @@ from pipeline.report.speeds import DRIFT, Speeds
 from pipeline.report.verdicts import FEWEST_STEPS, Contest, Estimate, score_columns, score_name, together
 from stages import params as P
 from stages.artifacts import HEADLINE, METRICS, REPORT_PAGE, SAMPLE_PROTOCOL, TOKENIZER, artifact_digest
-from stages.score import DISTANCE_NAMES
 from stages.tracker import Tracker
 
 PAGE = Path(REPORT_PAGE.name).name

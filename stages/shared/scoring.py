@@ -1,4 +1,4 @@
-"""Features of images, and their moments, in this process or spread over Ray workers.
+"""What the score stage and the tools around it share: features on Ray workers, and references.
 
 Images are cut into pieces of a fixed size, whoever computes them. Means and covariances are those of the pieces, merged in
 the order of the images. So the number of workers changes nothing but the time, as far as the network's own rounding does
@@ -7,34 +7,32 @@ not depend on a worker's threads (the demo's classifier: bit by bit the same).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, reduce
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dpar_core.evaluation.features import FeatureNetwork, Features, open_network
-from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
+from dpar_core.data.images import BadImage, center_crop
+from dpar_core.data.manifest import Manifest, read_manifest
+from dpar_core.evaluation.features import FeatureNetwork, open_network
+from dpar_core.evaluation.measure import Measured, merged, pieces
+from dpar_core.evaluation.measure import measure as measure_here
+from dpar_core.evaluation.metrics import ScoreError
+from dpar_core.evaluation.reference import Measure, Reference, reference_of_file, reference_of_images
+from dpar_core.evaluation.scores import ScoreSettings
+from dpar_core.files import digest_of
+from stages import params as P
+from stages.data import ImageOpener
+from stages.tracker import Tracker
 from stages.workers import cluster
 
-PIECE = 512  # images; a multiple of the network's batch, so that batches are the same wherever pieces end
 
-
-@dataclass(frozen=True)
-class Measured:
-    """Features of n images and the moments of the pooled and the spatial ones."""
-
-    features: Features
-    pool: FeatureMoments
-    spatial: FeatureMoments | None
-
-    @staticmethod
-    def of(features: Features) -> Measured:
-        """Add the moments to features. Raises ScoreError for fewer than two images, or values that are not finite."""
-        spatial = None if features.spatial is None else FeatureMoments.of(features.spatial)
-        return Measured(features, FeatureMoments.of(features.pool), spatial)
+def settings_of(section: P.Score) -> ScoreSettings:
+    """Return what of a score section decides the numbers, beside network and reference."""
+    names = ("features", "images", "neighbours", "splits", "bootstrap", "allow_singular")
+    return ScoreSettings(**{name: getattr(section, name) for name in names})
 
 
 def measure(
@@ -42,38 +40,85 @@ def measure(
 ) -> Measured:
     """Return features and moments of images (n, h, w, 3) uint8, n > 1.
 
-    workers: Ray tasks at once, each with its share of the CPUs or a GPU of its own; 0: in this process. done: told how
-    many more images are finished. Raises ScoreError for fewer than two images or features that are not finite, ValueError
-    when the cluster has no room for the workers.
+    workers: Ray tasks at once, each with its share of the CPUs or a GPU of its own; 0: in this process. done: called with
+    how many more images are finished. Raises ScoreError for fewer than two images or features that are not finite,
+    ValueError when the cluster has no room for the workers.
     """
-    if len(images) < 2:
-        raise ScoreError(f"moments need at least two images, got {len(images)}")
-    pieces = list(_pieces(len(images)))
-    if workers == 0 or len(pieces) == 1:
-        return _merged([Measured.of(network(images[piece], done=done)) for piece in pieces])
-    return _merged(_by_workers(network, [images[piece] for piece in pieces], workers, done))
+    cut = list(pieces(len(images)))
+    if workers == 0 or len(cut) == 1:
+        return measure_here(network, images, done=done)
+    return merged(_by_workers(network, [images[piece] for piece in cut], workers, done))
 
 
-def _pieces(images: int) -> Iterator[slice]:
-    """Yield slices of PIECE images; a single last image, of which there is no covariance, joins the piece before."""
-    first = 0
-    while first < images:
-        last = images if images - first <= PIECE + 1 else first + PIECE
-        yield slice(first, last)
-        first = last
+def measure_with_progress(network: FeatureNetwork, tracker: Tracker, what: str, *, workers: int) -> Measure:
+    """Return a function that measures images and shows its progress under the name `what`."""
+
+    def measured(images: np.ndarray) -> Measured:
+        with tracker.progress(len(images), what, unit="images") as progress:
+            return measure(network, images, workers=workers, done=progress.advance)
+
+    return measured
 
 
-def _merged(parts: list[Measured]) -> Measured:
-    def joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:
-        return None if arrays[0] is None else np.concatenate(arrays)
+def make_reference(
+    score: P.Score, data: P.Data, manifest: Path, network: FeatureNetwork, tracker: Tracker, *, cache: Path
+) -> Reference:
+    """Return the reference of params.yaml: a split of the manifest, an npz of images or statistics, or a folder."""
+    if score.reference in ("train", "validation"):
+        rows = read_manifest(manifest)
+        measured = measure_with_progress(network, tracker, "reference features", workers=score.workers)
+        return _reference_of_split(rows, score.reference, data.image_size, network, measured, cache=cache)
+    return reference_of(Path(score.reference), network, tracker, cache=cache, workers=score.workers)
 
-    features = Features(*(joined(list(column)) for column in zip(*(part.features for part in parts))))
-    spatial = None if parts[0].spatial is None else reduce(FeatureMoments.merge, [part.spatial for part in parts])
-    return Measured(features, reduce(FeatureMoments.merge, [part.pool for part in parts]), spatial)
+
+def reference_of(
+    path: Path,
+    network: FeatureNetwork,
+    tracker: Tracker,
+    *,
+    cache: Path,
+    image_size: int | None = None,
+    workers: int = 0,
+) -> Reference:
+    """Return a reference from a file or folder.
+
+    path: an npz or a folder, see `reference_of_file`, or a manifest.parquet, whose training images are taken at
+    `image_size`. cache: folder where features stay, named by digests. Raises ScoreError, FileNotFoundError.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"reference {path} does not exist: expected train, validation, an npz, a manifest or a folder"
+        )
+    measured = measure_with_progress(network, tracker, "reference features", workers=workers)
+    if path.suffix != ".parquet":
+        return reference_of_file(path, network, measured, cache=cache)
+    if image_size is None:
+        raise ScoreError(f"{path} is a manifest, whose images need a size: give the samples first")
+    return _reference_of_split(read_manifest(path), "train", image_size, network, measured, cache=cache)
+
+
+def _reference_of_split(
+    rows: Manifest, split: str, size: int, network: FeatureNetwork, measured: Measure, *, cache: Path
+) -> Reference:
+    digest = digest_of([rows.digest, split, size])
+    return reference_of_images(split, digest, lambda: _split_images(rows, split, size), network, measured, cache=cache)
+
+
+def _split_images(manifest: Manifest, split: str, size: int) -> np.ndarray:
+    """Return the centre crops of a split's readable images; bad ones were counted and listed by tokenizing."""
+    opener, images = ImageOpener(manifest), []
+    for row in manifest.split(split):
+        try:
+            images.append(center_crop(opener(row), size))
+        except BadImage:
+            continue
+    if not images:
+        raise ScoreError(f"no {split} image can be read: check data.{split}")
+    return np.stack(images)
 
 
 def _by_workers(
-    network: FeatureNetwork, pieces: list[np.ndarray], workers: int, done: Callable[[int], None] | None
+    network: FeatureNetwork, parts: list[np.ndarray], workers: int, done: Callable[[int], None] | None
 ) -> list[Measured]:
     """Measure pieces on Ray workers; one that dies has its piece measured again by another."""
     with cluster.connected() as nodes:
@@ -86,17 +131,17 @@ def _by_workers(
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_measure_piece)
         identity = (network.name, str(network.file.resolve()), network.digest, network.device)
         found: dict[int, Measured] = {}
-        waiting, running = list(range(len(pieces))), {}
+        waiting, running = list(range(len(parts))), {}
         while waiting or running:
             while waiting and len(running) < workers:
-                place = waiting.pop(0)
-                running[task.remote(identity, pieces[place], cpus)] = place
+                number = waiting.pop(0)
+                running[task.remote(identity, parts[number], cpus)] = number
             finished, _ = ray.wait(list(running), num_returns=1)
-            place = running.pop(finished[0])
-            found[place] = ray.get(finished[0])
+            number = running.pop(finished[0])
+            found[number] = ray.get(finished[0])
             if done is not None:
-                done(len(pieces[place]))
-    return [found[place] for place in range(len(pieces))]
+                done(len(parts[number]))
+    return [found[number] for number in range(len(parts))]
 
 
 def _measure_piece(identity: tuple[str, str, str, str], images: np.ndarray, cpus: int) -> Measured:

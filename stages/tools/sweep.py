@@ -23,6 +23,8 @@ import numpy as np
 import torch
 
 from dpar_core.evaluation.features import FeatureNetwork, feature_network
+from dpar_core.evaluation.image_sets import ImageSet
+from dpar_core.evaluation.scores import DISTANCE_NAMES, check_rank, compare, protocol_of
 from dpar_core.files import digest_of, read_weights_header, write_json
 from dpar_core.patches.maps import read_rule
 from dpar_core.pictures import save_png
@@ -30,13 +32,13 @@ from stages import params as P
 from stages import sample, score
 from stages.artifacts import artifact_digest
 from stages.shared.sampler import Files
-from stages.shared.scoring import measure
+from stages.shared.scoring import make_reference, measure, settings_of
 from stages.tracker import Tracker
 from stages.workers import cluster
 
 # Seeds of trials lie far above those of params.yaml: what `dvc repro` scores at the end was not used to choose.
 SEARCH_SEEDS, FINAL_SEEDS = 10_000_000, 20_000_000
-RESULT_FORMAT = 2  # of a trial's file; results of another are drawn anew
+RESULT_FORMAT = 3  # of a trial's file; results of another are drawn anew
 DIGITS = 4  # decimals of settings that a search makes up
 Search = Literal["grid", "random", "optuna"]
 
@@ -114,7 +116,7 @@ class Subject:
     @property
     def distance(self) -> str:
         """Name of the score that a sweep makes small."""
-        return f"eval/{score.DISTANCE_NAMES[self.score.score.features]}"
+        return f"eval/{DISTANCE_NAMES[self.score.score.features]}"
 
 
 @dataclass
@@ -172,17 +174,17 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> dict[
     draw_seconds = float(np.sum(list(sample.batch_arrays(job, "seconds")), axis=0)[0])
     starts = np.unpackbits(starts, axis=1, count=sampler.config.tokens).astype(bool)
     network = _network(subject)
-    reference = score.make_reference(subject.score, subject.manifest, network, _Silent, work=work)
-    settings = subject.score.score
-    scores, intervals = score.compare(measure(network, images), reference, settings, seed=subject.score.seed)
-    protocol = score.protocol_of(network, reference, settings, images=len(images), image_size=images.shape[1])
+    scored, settings = subject.score, settings_of(subject.score.score)
+    reference = make_reference(scored.score, scored.data, subject.manifest, network, _Silent, cache=work)
+    scores, intervals = compare(measure(network, images), reference, settings, seed=scored.seed)
+    protocol = protocol_of(network, reference, settings, ImageSet(images))
     result = {
         "key": key, **asdict(trial.point), "images": trial.images, "first_seed": trial.first_seed, "final": trial.final,
         "max_patch_length": sampler.rule and sampler.settings.rule.max_patch_length,
         **scores, "intervals": {name: list(ends) for name, ends in intervals.items()},
         **sample.patch_metrics(sampler, starts), "tokens": sampler.config.tokens,
         "perf/images_per_s": len(images) / draw_seconds,
-        "samples": sample.protocol(sampler, section), "protocol": protocol, "protocol_id": score.protocol_id(protocol),
+        "samples": sample.protocol(sampler, section), "protocol": protocol.to_json(), "protocol_id": protocol.id,
     }  # fmt: skip
     save_png(sample.grid_picture(job, sampler, labels), folder / f"{key}.png")
     write_json(folder / f"{key}.json", {**result, "seconds": time.perf_counter() - started})
@@ -237,9 +239,10 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     # The reference's features are found once, here; trials read them from the work folder.
-    reference = score.make_reference(subject.score, subject.manifest, _network(subject), tracker, work=work)
+    scored = subject.score
+    reference = make_reference(scored.score, scored.data, subject.manifest, _network(subject), tracker, cache=work)
     for images in (plan.images, *([plan.final_images] if plan.final_images else [])):
-        score.check_rank(images, reference, subject.score.score)
+        check_rank(images, reference, settings_of(scored.score))
     runner = _Runner(subject, plan, folder, work, tracker, finished)
     outcome = Outcome()
     with runner:

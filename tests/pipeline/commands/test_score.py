@@ -82,9 +82,9 @@ def test_several_sets_are_seeds_and_get_a_spread(place):
     ("arguments", "words"),
     [
         (["a.npz", "--reference", "nowhere.npz"], "does not exist"),
-        (["large.npz", "--reference", "r.npz"], "large.npz holds images of 48 pixels, the reference r.npz of 32"),
+        (["large.npz", "--reference", "r.npz"], "large.npz holds images of 48 x 48 pixels, the reference r.npz of 32 x 32"),
         (["objects.npz", "--reference", "r.npz"], "holds pickled objects"),
-        (["junk.npz", "--reference", "r.npz"], "junk.npz is no npz"),
+        (["junk.npz", "--reference", "r.npz"], "junk.npz is a text file, expected an npz"),
         (["none.npz", "--reference", "r.npz"], "none.npz holds 0 images: a distance needs at least two"),
         (["a.npz", "--reference", "half.npz"], "half.npz has mu_s without sigma_s"),
         (["a.npz", "--reference", "train"], "run `dvc repro data` first"),

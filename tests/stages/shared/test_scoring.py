@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dpar_core.evaluation.measure import PIECE
 from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
-from stages.shared.scoring import PIECE, _opened, measure
+from stages.shared.scoring import _opened, measure
 
 
 def pictures(count):

@@ -9,11 +9,12 @@ import torch
 
 from dpar_core.data.manifest import write_manifest
 from dpar_core.evaluation.features import DemoClassifier
+from dpar_core.evaluation.scores import compare
 from dpar_core.files import save_weights
 from stages import params as P
 from stages import score
 from stages.data import builtin_manifest
-from stages.shared.scoring import measure
+from stages.shared.scoring import make_reference, measure, settings_of
 from stages.tools import sweep
 from stages.tools.sweep import Plan, Point, Subject, Trial
 from stages.tracker import NullTracker
@@ -123,9 +124,10 @@ def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_pat
         images.append(sampler.pixels(drawn.tokens))
         counts.append(len(drawn.patch_lengths[0]))
     network = sweep._network(subject)
-    reference = score.make_reference(subject.score, subject.manifest, network, NullTracker(), work=tmp_path)
+    scored = subject.score
+    reference = make_reference(scored.score, scored.data, subject.manifest, network, NullTracker(), cache=tmp_path)
     measured = measure(network, np.concatenate(images))
-    scores, _ = score.compare(measured, reference, subject.score.score, seed=subject.score.seed)
+    scores, _ = compare(measured, reference, settings_of(scored.score), seed=scored.seed)
     assert result["eval/fd_demo"] == pytest.approx(scores["eval/fd_demo"], rel=1e-9)
     assert result["patch/patches_per_image"] == pytest.approx(np.mean(counts))
 

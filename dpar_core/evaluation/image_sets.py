@@ -1,0 +1,169 @@
+"""Sets of images to be scored: an npz with arr_0, or a folder of image files of any format.
+
+Shapes: n images (n, height, width, 3) uint8.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dpar_core.data.images import FORMATS, BadImage, decode_image, read_file
+from dpar_core.data.sources import image_files, is_litter
+from dpar_core.evaluation.arrays import Header, Npz, open_npz
+from dpar_core.evaluation.metrics import ScoreError
+from dpar_core.files import digest_of, sha256_file
+from dpar_core.signatures import described, kind_of
+
+EXPECTED = "expected images (n, height, width, 3) uint8 from 0 to 255"
+LOSSLESS = "lossless"
+_LOSSLESS_FORMATS = ("PNG", "BMP", "DIB", "PPM")  # others lose something, or may
+
+
+class Shape(NamedTuple):
+    """How many images a set has, and their height and width in pixels."""
+
+    images: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images, and what has to be said of them.
+
+    images: (n, height, width, 3) uint8. formats: how pixels were stored, sorted: "lossless" for an npz, PNG, BMP and PPM,
+    else the format's name; what decoding did to pixels stands behind a comma (alpha over white, 16 bits cut to 8). Scores
+    of other formats are scores of another protocol. left_out: files of the folder that are not images.
+    """
+
+    images: np.ndarray
+    formats: tuple[str, ...] = (LOSSLESS,)
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """Return sentences for people: formats other than lossless ones, and files that were left out."""
+        said = []
+        if self.formats != (LOSSLESS,):
+            said.append(f"images are stored as {' and '.join(self.formats)}, which is part of the protocol")
+        if self.left_out:
+            shown = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+            said.append(f"{len(self.left_out)} files that are not images were left out ({shown})")
+        return said
+
+
+def read_image_set(path: Path) -> ImageSet:
+    """Read all images of an npz or a folder.
+
+    Raises FileNotFoundError, and ScoreError in one sentence for arrays of another shape or type, unreadable images, and
+    images of several sizes. Nothing is cast, resized or left out without a word.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    with open_npz(path) as content:
+        _images_header(content)
+        return ImageSet(content.array("arr_0", kinds="u"))
+
+
+def shape_of(path: Path) -> Shape:
+    """Return the shape of a set from the header of an npz or the first image of a folder. Raises as `read_image_set`."""
+    if path.is_dir():
+        files, _ = _files(path)
+        return Shape(len(files), *_decoded(files[0])[0].shape[:2])
+    with open_npz(path) as content:
+        return Shape(*_images_header(content).shape[:3])
+
+
+def digest_of_images(path: Path) -> str:
+    """Return the digest of a set by its content: 16 hex digits."""
+    if path.is_dir():
+        return digest_of([[file.name, sha256_file(file)] for file in _files(path)[0]])
+    return sha256_file(path)[:16]
+
+
+def _images_header(content: Npz) -> Header:
+    """Return the header of arr_0, which holds images. Raises ScoreError with the way out."""
+    path = content.path
+    if "arr_0" not in content:
+        held = ", ".join(content.names) or "no array"
+        raise ScoreError(f"{path} has no arr_0 (it holds {held}): {EXPECTED} under that name")
+    header = content.header("arr_0")
+    shape, found = header.shape, f"{path}: arr_0 is {header}"
+    if header.dtype != np.uint8:
+        how = ": round and cast integers that are from 0 to 255 yourself" if header.dtype.kind in "iu" else ""
+        if header.dtype.kind == "f":
+            how = ": from [-1, 1] they are clip(127.5 * x + 128, 0, 255), from [0, 1] clip(255 * x + 0.5, 0, 255), as uint8"
+        raise ScoreError(f"{found}, {EXPECTED}{how}")
+    if len(shape) == 4 and shape[3] == 3:
+        if 0 in shape[1:]:
+            raise ScoreError(f"{found}, which has no pixels: {EXPECTED}")
+        return header
+    if len(shape) == 4 and shape[1] in (1, 3, 4):
+        how = "channels stand second: use arr_0.transpose(0, 2, 3, 1)"
+    elif len(shape) == 4 and shape[3] == 4:
+        how = "four channels, probably with alpha: lay the images over a background first"
+    elif (len(shape) == 4 and shape[3] in (1, 2)) or (len(shape) == 3 and shape[2] != 3):
+        how = "grey images: repeat the channel three times (numpy.repeat)"
+    elif len(shape) == 3:
+        how = "one image: a set has several"
+    else:
+        how = "this is not a set of images"
+    raise ScoreError(f"{found}, {EXPECTED}; {how}")
+
+
+def _files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the image files below a folder, sorted, and what else is there. Raises ScoreError when there are none."""
+    files, others = image_files(folder)
+    others = [name for name in others if not is_litter(name.rsplit("/", 1)[-1])]
+    if not files:
+        raise ScoreError(f"{folder} holds no image files: expected one picture per file, or an npz with arr_0")
+    return files, others
+
+
+def _read_folder(folder: Path) -> ImageSet:
+    files, others = _files(folder)
+    first, _ = _decoded(files[0])
+    images = np.empty((len(files), *first.shape), np.uint8)
+    formats: set[str] = set()
+    for number, file in enumerate(files):
+        image, content = _decoded(file)
+        if image.shape != first.shape:
+            (height, width), (other_height, other_width) = first.shape[:2], image.shape[:2]
+            raise ScoreError(
+                f"{folder} holds pictures of several sizes ({files[0].name} is {width} x {height}, {file.name} is "
+                f"{other_width} x {other_height}): resize them to one"
+            )
+        images[number] = image
+        formats.add(_format_of(content))
+    return ImageSet(images, tuple(sorted(formats)), tuple(others))
+
+
+def _decoded(file: Path) -> tuple[np.ndarray, bytes]:
+    try:
+        content = read_file(file)
+        return decode_image(content), content
+    except BadImage as error:
+        kind = kind_of(file)
+        told = described(file, kind) if kind in ("html", "lfs", "xml", "empty") else None
+        raise ScoreError(told or f"{file} cannot be used ({error}): make it again or remove it") from None
+
+
+def _format_of(content: bytes) -> str:
+    """Return how an image that can be decoded is stored, and what decoding changes."""
+    with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        told = LOSSLESS if image.format in _LOSSLESS_FORMATS else str(image.format)
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            told += ", alpha over white"
+        if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile):
+            told += ", 16 bits cut to 8"
+        elif image.mode == "F":
+            told += ", float rounded to 8 bits"
+        if image.getexif().get(0x0112, 1) != 1:
+            told += ", rotated as EXIF says"
+    return told

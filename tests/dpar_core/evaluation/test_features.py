@@ -1,0 +1,56 @@
+"""Feature networks from files: weights that are not finite and damaged programs are refused before anything is computed."""
+
+import io
+import zipfile
+
+import pytest
+import torch
+
+from dpar_core.evaluation.features import DemoClassifier, demo_network, load_script
+from dpar_core.files import save_weights
+
+
+def test_a_demo_classifier_with_nan_is_refused(tmp_path):
+    state = DemoClassifier(3).state_dict()
+    state["norms.1.bias"][3] = float("nan")
+    save_weights(tmp_path / "c.safetensors", state, kind="demo_classifier", config={"num_classes": 3}, meta={})
+    with pytest.raises(ValueError, match=r"not finite in 1 of \d+ tensors \(norms.1.bias\)"):
+        demo_network(tmp_path / "c.safetensors", "cpu")
+
+
+@pytest.fixture(scope="module")
+def script():
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(4, 2)), stream)
+    return stream.getvalue()
+
+
+def test_a_torchscript_with_infinite_weights_is_refused(tmp_path):
+    model = torch.nn.Linear(4, 2)
+    torch.nn.init.constant_(model.weight, float("inf"))
+    torch.jit.script(model).save(str(tmp_path / "x.pt"))
+    with pytest.raises(ValueError, match=r"not finite in 1 of 2 tensors \(weight\)"):
+        load_script(tmp_path / "x.pt", "cpu")
+
+
+def test_damage_is_found_before_libtorch_reads_the_file(tmp_path, script, monkeypatch):
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("libtorch met a damaged file"))
+    with zipfile.ZipFile(io.BytesIO(script)) as archive:
+        contents = [archive.read(one) for one in archive.infolist() if one.compress_type == zipfile.ZIP_STORED]
+    places = [script.index(content) + len(content) // 2 for content in contents if len(content) > 8]
+    assert places
+    for place in places:
+        damaged = bytearray(script)
+        damaged[place] ^= 0x10
+        (tmp_path / "x.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            load_script(tmp_path / "x.pt", "cpu")
+    (tmp_path / "x.pt").write_bytes(script[: len(script) // 2])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        load_script(tmp_path / "x.pt", "cpu")
+
+
+def test_a_zip_without_a_program_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="zip archive without a TorchScript program"):
+        load_script(tmp_path / "x.pt", "cpu")
