@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from dpar_core.data.folders import image_files
 from dpar_core.data.images import FORMATS, BadImage, decode_image, read_file
-from dpar_core.data.sources import image_files, is_litter
+from dpar_core.data.listing import is_litter
 from dpar_core.evaluation.arrays import Header, Npz, open_npz
 from dpar_core.evaluation.metrics import ScoreError
 from dpar_core.files import digest_of, sha256_file

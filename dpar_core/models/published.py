@@ -1,60 +1,33 @@
 """Published checkpoints in: LlamaGen's GPT and VQ weights, and DPAR weights under the authors' names.
 
-Our parameter names are theirs, so reading is a check of names and shapes, not a translation. Nothing here unpickles
-code: .pt files are read with weights_only=True.
+Our parameter names are theirs, so reading is a check of names and shapes, not a translation.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
-from dpar_core.models.vq import UNUSED_BUFFER, VQ, VQConfig, config_of
+from dpar_core.models.vq import VQ, VQConfig, config_of
+from dpar_core.models.weights import read_checkpoint
 
-HOLDERS = ("model", "module", "state_dict")
 
+def read_state(path: Path | str, *, holder: str | None = None) -> dict[str, Tensor]:
+    """Read tensors by name, as `read_checkpoint` does; warns where one of several sets of weights was taken.
 
-def read_state(path: Path | str) -> dict[str, Tensor]:
-    """Read tensors by name from a .safetensors file or a PyTorch checkpoint, bare or under model, module or state_dict.
-
-    Raises FileNotFoundError, and ValueError in one sentence for a file that is neither, or that holds code.
+    Raises FileNotFoundError, ValueError in one sentence.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}: check the path")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(str(path))
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it wants to run {found[1]}" if found else "it is no plain set of tensors"
-        raise ValueError(
-            f"{path} is refused: {what}, and a pickle may run any code when it is read; convert it to safetensors where "
-            "you trust it"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint ({reason}): fetch it again") from None
-    for holder in HOLDERS:
-        if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
-            content = content[holder]
-            break
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict: expected tensors by name, bare or under {', '.join(HOLDERS)}")
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in content.items() if name != "freqs_cis"}
+    found = read_checkpoint(path, holder=holder)
+    if found.note is not None:
+        warnings.warn(f"{path} {found.note}", stacklevel=3)
+    return found.state
 
 
 def check_state(state: Mapping[str, Tensor], model: nn.Module, *, what: str) -> None:
@@ -83,6 +56,10 @@ def _common(state: Mapping[str, Tensor], *, heads: int, row_width: int) -> dict:
         hidden = state["layers.0.feed_forward.w1.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"these are not weights of a GPT or DPAR: {error} is missing") from None
+    except (ValueError, IndexError):
+        raise ValueError("these are not weights of a GPT or DPAR: tables and matrices have two dimensions there") from None
+    if width % heads:
+        raise ValueError(f"{heads} attention heads do not divide the width of {width}: give the number this model has")
     rounded = {multiple for multiple in (256, 128, 64, 32) if multiple * -(-int(8 * width / 3) // multiple) == hidden}
     if not rounded:
         raise ValueError(f"FFN width {hidden} is not int(8 x {width} / 3) rounded up to 256, 128, 64 or 32")
@@ -129,7 +106,6 @@ def read_dpar(
 def read_vq(path: Path | str, *, expected: VQConfig | None = None) -> dict[str, Tensor]:
     """Read LlamaGen VQ weights. Raises ValueError when they differ from `expected` or are no such network."""
     state = read_state(path)
-    state.pop(UNUSED_BUFFER, None)
     config = config_of(state)
     if expected is not None:
         names = ("codebook_size", "codebook_dim", "base_width", "channel_multipliers", "z_channels", "residual_blocks")

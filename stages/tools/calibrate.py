@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpar_core.files import save_weights, sha256_file
-from dpar_core.models.published import read_gpt, read_state, read_vq
+from dpar_core.models.published import read_gpt, read_vq
 from dpar_core.models.vq import config_of
 from stages.shared.sampler import Files
 
@@ -38,30 +38,19 @@ def import_checkpoint(gpt: Path, vq: Path, *, heads: int, grid: int, folder: Pat
     """
     state, config = read_gpt(gpt, heads=heads, row_width=grid)
     if config.num_classes is None:
-        raise ValueError(f"{gpt} has no class table: calibration draws by class, give LlamaGen's class-conditional weights")
+        raise ValueError(f"{gpt} has no class table: give class-conditional weights of LlamaGen")
     digests = {"gpt": sha256_file(gpt)[:16], "vq": sha256_file(vq)[:16]}
     place = folder / f"{digests['gpt']}-{digests['vq']}"
     place.mkdir(parents=True, exist_ok=True)
     files = Files(place / "model.safetensors", place / "tokenizer.safetensors")
-    read_vq(vq)
-    tokens = read_state(vq)
+    tokens = read_vq(vq)
     shape = config_of(tokens)
     if shape.codebook_size != config.codebook_size:
         raise ValueError(f"{gpt} predicts {config.codebook_size} codes, {vq} has {shape.codebook_size}: they are not a pair")
-    tokens = {name: tensor for name, tensor in tokens.items() if name in _vq_names(shape)}
     tokenizer = save_weights(files.tokenizer, tokens, kind="vq", config=asdict(shape), meta={"published": digests["vq"]})
     meta = {"tokenizer": tokenizer, "classes": [], "published": digests["gpt"]}
     save_weights(files.model, state, kind="gpt", config=asdict(replace(config, dropout=0.0)), meta=meta)
     return files
-
-
-def _vq_names(config: Any) -> set[str]:
-    import torch
-
-    from dpar_core.models.vq import VQ
-
-    with torch.device("meta"):
-        return set(VQ(config).state_dict())
 
 
 def checks(scores: Mapping[str, Any], expected: Mapping[str, float], *, tolerance: float) -> list[Check]:
