@@ -15,7 +15,7 @@ from dpar_core.files import save_weights, write_json
 from dpar_core.training.order import DataOrder
 from stages import params as P
 from stages.data import ImageOpener
-from stages.tokenizer import Images
+from stages.shared.crops import CenterCrops
 from stages.tracker import Tracker
 
 
@@ -47,7 +47,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     model = DemoClassifier(len(manifest.classes)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
     rows = manifest.split("train")
-    images, labels = Images(rows, opener, size), np.array([row.label for row in rows])
+    images, labels = CenterCrops(rows, opener, size), np.array([row.label for row in rows])
     order = DataOrder(images=len(rows), views=2, batch_size=settings.batch_size, seed=params.seed)
     with tracker.progress(settings.steps, "features", unit="steps") as progress:
         for step in range(settings.steps):
@@ -75,7 +75,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
 @torch.inference_mode()
 def _accuracy(model: DemoClassifier, rows, opener: ImageOpener, size: int, *, device: str) -> float:
     model.eval()
-    images, right = Images(rows, opener, size), 0
+    images, right = CenterCrops(rows, opener, size), 0
     for first in range(0, len(rows), 64):
         indices = np.arange(first, min(first + 64, len(rows)))
         batch = torch.from_numpy(images.batch(indices, np.zeros(len(indices)))).to(device).permute(0, 3, 1, 2).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,23 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpar_core.data.images import BadImage, center_crop
+from dpar_core.data.images import BadImage
 from dpar_core.data.manifest import Row, read_manifest
+from dpar_core.evaluation.reconstruction import codebook_use, psnr_db, reconstruct
 from dpar_core.files import atomic_path, save_weights, write_json
 from dpar_core.models.published import read_vq
-from dpar_core.models.vq import VQ, Reconstruction, VQConfig, to_float, to_uint8
+from dpar_core.models.vq import VQ, Reconstruction, VQConfig, to_float
 from dpar_core.pictures import labelled_grid, save_png
 from dpar_core.training.allocator import keep_freed_blocks
 from dpar_core.training.checkpoint import Architecture, CheckpointStore
+from dpar_core.training.codebook import place_codes, restart_dead_codes
 from dpar_core.training.optim import OptimSettings, adamw, learning_rate, set_learning_rate
 from dpar_core.training.order import DataOrder, fixed_subset
 from stages import params as P
 from stages.data import ImageOpener
+from stages.shared.crops import CenterCrops
 from stages.tracker import Tracker
 
 CHECKPOINT_EVERY, LOG_EVERY, RESTART_EVERY = 100, 10, 20
-MEASURED_IMAGES, CACHED_IMAGES = 256, 20_000
-ROUNDING_ERROR = 1 / 12  # mean squared error of rounding to whole grey levels
+MEASURED_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,14 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     )  # fmt: skip
     if settings.weights is None:
         keep_freed_blocks()
-        images = Images(manifest.split("train"), opener, params.data.image_size)
+        images = CenterCrops(manifest.split("train"), opener, params.data.image_size)
         state = train(config, settings, images, tracker, seed=params.seed, device=device, work=work)
     else:
         state = read_vq(Path(settings.weights), expected=config)
     model = VQ(config).to(device).eval()
     model.load_state_dict(state)
     rows = manifest.split("validation")
-    held_out = Images(rows, opener, params.data.image_size)
+    held_out = CenterCrops(rows, opener, params.data.image_size)
     chosen = fixed_subset(len(rows), MEASURED_IMAGES)
     metrics, originals, copies, usable = measure(model, held_out, chosen, device=device)
     tracker.log_metrics(metrics)
@@ -86,39 +88,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     tracker.log_picture(outputs.picture)
 
 
-class Images:
-    """Centre crops of manifest rows, decoded when first asked for; the newest 20,000 stay in memory."""
-
-    def __init__(self, rows: Sequence[Row], opener: ImageOpener, size: int) -> None:
-        self.rows, self.opener, self.size = rows, opener, size
-        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return (size, size, 3) uint8. Raises BadImage."""
-        if index not in self._kept:
-            self._kept[index] = center_crop(self.opener(self.rows[index]), self.size)
-            if len(self._kept) > CACHED_IMAGES:
-                self._kept.popitem(last=False)
-        return self._kept[index]
-
-    def batch(self, indices: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-        """Return (n, size, size, 3) uint8; an unreadable image is replaced by the next readable one."""
-        return np.stack([self._readable(int(i))[:, :: -1 if m else 1] for i, m in zip(indices, mirrored)])
-
-    def _readable(self, index: int) -> np.ndarray:
-        for offset in range(100):
-            try:
-                return self[(index + offset) % len(self)]
-            except BadImage:
-                continue
-        raise ValueError(f"100 images in a row from {self.rows[index].source} cannot be read: check data.train")
-
-
 def train(
-    config: VQConfig, settings: P.Tokenizer, images: Images, tracker: Tracker, *, seed: int, device: str, work: Path
+    config: VQConfig, settings: P.Tokenizer, images: CenterCrops, tracker: Tracker, *, seed: int, device: str, work: Path
 ) -> dict[str, Tensor]:
     """Train a tokenizer on L1 distance plus the quantizer's loss and return its weights.
 
@@ -144,13 +115,12 @@ def train(
     with bar as progress:
         for step in range(first, settings.steps):
             set_learning_rate(optimizer, learning_rate(optim, step, steps=settings.steps))
-            picks = order.batch(step)
-            batch = to_float(torch.from_numpy(images.batch(picks.indices, picks.views)).to(device))
+            batch = _batch(images, order, step, device)
             quantize = step >= settings.warmup_steps
             if step == settings.warmup_steps:
-                _place_codes(model, images, order, step, device=device)
+                place_codes(model, (_batch(images, order, later, device) for later in itertools.count(step)))
             elif quantize and step % RESTART_EVERY == 0 and step < 0.75 * settings.steps:
-                _restart_dead_codes(model, optimizer, batch, used, seed=seed, step=step)
+                restart_dead_codes(model, optimizer, batch, used, seed=seed, step=step)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 out = model(batch) if quantize else _continuous(model, batch)
                 distance = F.l1_loss(out.images.float(), batch)
@@ -174,6 +144,11 @@ def train(
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
+def _batch(images: CenterCrops, order: DataOrder, step: int, device: str) -> Tensor:
+    picks = order.batch(step)
+    return to_float(torch.from_numpy(images.batch(picks.indices, picks.views)).to(device))
+
+
 def _jsonable(config: VQConfig) -> dict:
     return {**asdict(config), "channel_multipliers": list(config.channel_multipliers)}
 
@@ -183,48 +158,6 @@ def _continuous(model: VQ, batch: Tensor) -> Reconstruction:
     latents = F.normalize(model.latents(batch).float(), dim=1)
     no_codes = torch.zeros(0, dtype=torch.int64, device=batch.device)
     return Reconstruction(model.decoder(model.post_quant_conv(latents)), no_codes, latents.new_zeros(()))
-
-
-@torch.no_grad()
-def _latents(model: VQ, batch: Tensor) -> Tensor:
-    """Return all latents of a batch on the sphere: (n, c)."""
-    return F.normalize(model.latents(batch).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-
-
-@torch.no_grad()
-def _place_codes(model: VQ, images: Images, order: DataOrder, step: int, *, device: str) -> None:
-    """Put the codebook where latents are: spherical k-means over enough batches for 16 latents a code."""
-    table, pool, count = model.quantize.embedding.weight, [], 0
-    for number in range(64):
-        picks = order.batch(step + number)
-        batch = to_float(torch.from_numpy(images.batch(picks.indices, picks.views)).to(device))
-        pool.append(_latents(model, batch))
-        count += len(pool[-1])
-        if count >= 16 * len(table):
-            break
-    latents = torch.cat(pool)
-    centres = latents[torch.linspace(0, len(latents) - 1, len(table)).long().to(latents.device)].clone()
-    for _ in range(10):
-        nearest = (latents @ centres.T).argmax(dim=1)
-        sums = torch.zeros_like(centres).index_add(0, nearest, latents)
-        taken = torch.bincount(nearest, minlength=len(centres)) > 0
-        centres = torch.where(taken[:, None], F.normalize(sums, dim=1), centres)
-    table.copy_(centres)
-
-
-@torch.no_grad()
-def _restart_dead_codes(
-    model: VQ, optimizer: torch.optim.Optimizer, batch: Tensor, used: Tensor, *, seed: int, step: int
-) -> None:
-    """Put codes that no latent chose since the last time onto random latents of this batch."""
-    latents, dead = _latents(model, batch), torch.nonzero(used == 0).flatten()
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    table = model.quantize.embedding.weight
-    table[dead] = latents[torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)]
-    for moment in optimizer.state.get(table, {}).values():
-        if moment.shape == table.shape:
-            moment[dead] = 0
-    used.zero_()
 
 
 def _optimizer_tensors(model: VQ, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -239,15 +172,13 @@ def _load_optimizer(model: VQ, optimizer: torch.optim.Optimizer, tensors: dict[s
             optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
 
 
-@torch.inference_mode()
 def measure(
-    model: VQ, images: Images, chosen: np.ndarray, *, device: str
+    model: VQ, images: CenterCrops, chosen: np.ndarray, *, device: str
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray, list[int]]:
     """Reconstruct images and measure PSNR, SSIM and how the codebook is used.
 
-    PSNR is the mean over images; a copy without any error counts as one that is right to the rounding (59 dB), so that
-    black images do not lift the mean without limit. Returns metrics, originals and reconstructions (n, size, size, 3)
-    uint8, and which of `chosen` could be read. Raises ValueError when none could.
+    Returns metrics, originals and reconstructions (n, size, size, 3) uint8, and which of `chosen` could be read. Raises
+    ValueError when none could.
     """
     from skimage.metrics import structural_similarity
 
@@ -261,24 +192,17 @@ def measure(
     if not usable:
         raise ValueError("no validation image can be read: check data.validation")
     stack = np.stack(originals)
-    copies, codes = [], []
-    for part in torch.from_numpy(stack).split(32):
-        grid = model.encode(to_float(part.to(device)))
-        codes.append(grid.flatten().cpu())
-        copies.append(to_uint8(model.decode(grid)).cpu().numpy())
-    decoded = np.concatenate(copies)
-    error = ((stack.astype(np.float64) - decoded) ** 2).mean(axis=(1, 2, 3))
-    similarity = [structural_similarity(a, b, channel_axis=2) for a, b in zip(stack, decoded)]
-    counts = torch.bincount(torch.cat(codes), minlength=model.config.codebook_size).double()
-    share = counts[counts > 0] / counts.sum()
+    copies = reconstruct(model, stack, device=device)
+    use = codebook_use(copies.codes, model.config.codebook_size)
+    similarity = [structural_similarity(a, b, channel_axis=2) for a, b in zip(stack, copies.images)]
     metrics = {
-        "tokenizer/psnr_db": float((10 * np.log10(255.0**2 / np.maximum(error, ROUNDING_ERROR))).mean()),
+        "tokenizer/psnr_db": psnr_db(stack, copies.images),
         "tokenizer/ssim": float(np.mean(similarity)),
-        "tokenizer/codes_used": int((counts > 0).sum()),
-        "tokenizer/codebook_use": float((counts > 0).double().mean()),
-        "tokenizer/perplexity": float((-(share * share.log()).sum()).exp()),
+        "tokenizer/codes_used": use.codes,
+        "tokenizer/codebook_use": use.share,
+        "tokenizer/perplexity": use.perplexity,
     }
-    return metrics, stack, decoded, usable
+    return metrics, stack, copies.images, usable
 
 
 def _one_a_class(rows: list[Row], classes: Sequence[str], most: int = 12) -> np.ndarray:

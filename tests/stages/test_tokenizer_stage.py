@@ -19,10 +19,12 @@ from dpar_core.data.images import BadImage
 from dpar_core.data.manifest import write_manifest
 from dpar_core.files import load_weights
 from dpar_core.models.vq import VQ, VQConfig, to_float
+from dpar_core.training.codebook import latents_on_sphere, place_codes, restart_dead_codes
 from dpar_core.training.order import DataOrder
 from stages import params as P
 from stages import tokenizer as stage
 from stages.data import make_manifest
+from stages.shared.crops import CenterCrops
 from stages.tracker import NullTracker
 from tests.helpers.paths import ROOT
 
@@ -277,7 +279,7 @@ class Rows:
 
 def test_an_unreadable_training_image_is_replaced_by_the_next():
     rows = Rows([photograph(0, 8), None, photograph(2, 8)])
-    images = stage.Images(rows.rows(), rows, 8)
+    images = CenterCrops(rows.rows(), rows, 8)
     batch = images.batch(np.array([1, 0]), np.array([0, 1]))
     assert np.array_equal(batch[0], rows.pictures[2])
     assert np.array_equal(batch[1], rows.pictures[0][:, ::-1])
@@ -285,7 +287,7 @@ def test_an_unreadable_training_image_is_replaced_by_the_next():
 
 def test_an_image_is_decoded_once():
     rows = Rows([photograph(0, 8), photograph(1, 8)])
-    images = stage.Images(rows.rows(), rows, 8)
+    images = CenterCrops(rows.rows(), rows, 8)
     for _ in range(3):
         images.batch(np.array([0, 1]), np.array([0, 1]))
     assert rows.opened == [0, 1]
@@ -294,7 +296,7 @@ def test_an_image_is_decoded_once():
 def tiny_training():
     torch.manual_seed(0)
     rows = Rows([photograph(seed, 8) for seed in range(8)])
-    images = stage.Images(rows.rows(), rows, 8)
+    images = CenterCrops(rows.rows(), rows, 8)
     return VQ(CONFIG), images, DataOrder(images=8, views=2, batch_size=4, seed=0)
 
 
@@ -303,9 +305,10 @@ def test_placed_codes_lie_among_the_latents():
     model, images, order = tiny_training()
     batch = to_float(torch.from_numpy(images.batch(np.arange(8), np.zeros(8, int))))
     before = model(batch).loss.item()
-    stage._place_codes(model, images, order, 0, device="cpu")
+    batches = (order.batch(step) for step in range(64))
+    place_codes(model, (to_float(torch.from_numpy(images.batch(one.indices, one.views))) for one in batches))
     assert model(batch).loss.item() < 0.5 * before
-    latents = stage._latents(model, batch)
+    latents = latents_on_sphere(model, batch)
     assert len(torch.unique((latents @ model.quantize.codebook().T).argmax(1))) > 8
 
 
@@ -320,10 +323,10 @@ def test_only_codes_that_nothing_chose_are_restarted():
     moment.fill_(1.0)
     used = torch.ones(16, dtype=torch.int64)
     used[[2, 5]] = 0
-    stage._restart_dead_codes(model, optimizer, batch, used, seed=0, step=7)
+    restart_dead_codes(model, optimizer, batch, used, seed=0, step=7)
     changed = (table != before).any(dim=1)
     assert torch.nonzero(changed).flatten().tolist() == [2, 5]
-    cosines = stage._latents(model, batch) @ table[[2, 5]].T
+    cosines = latents_on_sphere(model, batch) @ table[[2, 5]].T
     assert torch.allclose(cosines.max(dim=0).values, torch.ones(2), atol=1e-6)
     assert (moment[[2, 5]] == 0).all() and (moment[[0, 1, 3]] == 1).all()
     assert (used == 0).all()
