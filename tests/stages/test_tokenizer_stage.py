@@ -172,7 +172,7 @@ def test_the_metrics_file_the_tracker_and_the_weights_agree(tmp_path, manifest, 
     assert metrics == {name: value for name, value in tracker.metrics.items() if name in metrics}
     assert "train/loss" in tracker.metrics and tracker.pictures == [outputs.picture]
     weights = load_weights(outputs.weights, kind="vq")
-    assert weights.meta == {"image_size": 8, "imported": False, "manifest": tracker.inputs["manifest"]}
+    assert weights.meta == {"image_size": 8, "imported": False, "manifest": tracker.inputs["manifest"], "precision": "fp32"}
     assert weights.config["norm_groups"] == 4
     with Image.open(outputs.picture) as picture:
         assert picture.mode == "RGB"
