@@ -24,10 +24,10 @@ import torch
 from dpar_core.data.shards import Sample, TokenMeta, TokenShards, write_index, write_shard
 from dpar_core.files import atomic_folder
 from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.memory import RUNTIME, training_memory
 from dpar_core.patches.maps import RULE, pack_starts, write_rule, write_summary
 from dpar_core.patches.rule import PatchRule, patch_starts_numpy
 from dpar_core.training.parallel import Ranks
-from pipeline.cost import _activation_bytes
 from stages.params import load_params, settled
 from stages.shared.jobs import Job, train_job
 
@@ -127,7 +127,8 @@ def main() -> None:
                 row.append(most - before)
             job = make_job(Path(temporary), batch, False)
             patches = GRID**2 / 1.81
-            expected = (_activation_bytes(job.config, patches, job.training) + 16 * job.config.num_parameters) / 1e6
+            told = training_memory(job.config, patches, bf16=job.training.precision != "fp32")
+            expected = (told.total(batch) - RUNTIME) / 1e6
             grown[batch] = row
             print(f"{batch:>6}{row[0]:>18.0f}{row[1]:>18.0f}{row[2]:>16.0f}{expected:>15.0f}", flush=True)
     by_batch = (grown[32][0] - grown[4][0]) / 28

@@ -9,14 +9,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from dpar_core.models.memory import TrainingMemory
+
 GIGA, HOUR = 1e9, 3600.0
 IMAGENET_IMAGES, IMAGENET_CLASSES, BUILTIN_CLASSES = 1_281_167, 1000, 9
-PUBLISHED_PATCHES = {(256, 7.8): 142, (576, 7.9): 280}  # (N, threshold) with rows and at most 4 tokens, ImageNet
-STATE_BYTES = 16  # a parameter: float32 weight, gradient and AdamW's two moments
 CHECKPOINT_BYTES = 12  # a parameter: weight and moments
 
 
@@ -49,13 +50,35 @@ def patches_an_image(params: Any, tokens: int) -> float:
         return math.ceil(tokens / patching.static_length)
     if patching.target_mean_length is not None:
         return tokens / patching.target_mean_length
-    published = PUBLISHED_PATCHES.get((tokens, patching.threshold))
+    from pipeline.presets.published import PATCHES
+
+    published = PATCHES.get((tokens, patching.threshold))
     if published and patching.mode == "entropy_rows" and patching.max_patch_length == 4:
         return published
     raise ValueError(
         f"how many patches threshold {patching.threshold} leaves of {tokens} tokens depends on the data: give --patches "
         "(`dpar-cli patches stats` counts them from stored entropies)"
     )
+
+
+def fitting(training: Any, memory: TrainingMemory, gpu: float) -> dict[str, Any]:
+    """Return what a worker holds by its training section, the largest micro-batch, and the `accumulate` that fits.
+
+    gpu: bytes of its memory. The last is None where no number of micro-batches fits: another strategy, or a smaller batch.
+    """
+    share = training.batch_size // training.workers
+    images = share // training.accumulate
+    largest = memory.largest_batch(gpu)
+    counts = (count for count in range(training.accumulate, share + 1) if share % count == 0 and share // count <= largest)
+    return {
+        "state_gb_per_worker": (memory.state + memory.fixed + memory.loss) / GIGA,
+        "activations_gb_per_worker": images * memory.activations / GIGA,
+        "memory_gb_per_worker": memory.total(images) / GIGA,
+        "micro_batch": images,
+        "largest_micro_batch": largest,
+        "accumulate": training.accumulate,
+        "accumulate_that_fits": next(counts, None),
+    }
 
 
 def costs(
@@ -66,7 +89,9 @@ def costs(
     params: the whole of a params file. patches, images, classes: M, training images and classes where the defaults
     (published or measured M; ImageNet's, or the built-in photographs') do not fit.
     """
-    from dpar_core.models.flops import dpar_forward_flops, gpt_forward_flops, training_flops
+    from dpar_core.data.images import VIEW_COUNTS
+    from dpar_core.models.flops import dpar_forward_flops, gpt_forward_flops, published_memory, training_flops
+    from dpar_core.models.memory import training_memory
     from stages.entropy_model import entropy_config
     from stages.train import dpar_config, llamagen_config
 
@@ -90,23 +115,27 @@ def costs(
     forward["dpar"] = dpar_forward_flops(models["dpar"], patches)
     gate = forward["entropy_model"]
     trainings = {"dpar": params.train, "llamagen": params.train, "entropy_model": params.entropy_model.train}
-    views = {"adm_center_flip": 2, "ten_crop_1.1": 10, "ten_crop_1.05": 10, "ten_crop_both": 20}[params.data.views]
+    views = VIEW_COUNTS[params.data.views]
+    gpu = published_memory(prices.gpu)
     told = {}
     for name, config in models.items():
         training = trainings[name]
         total = training_flops(forward[name]) * training.steps * training.batch_size
         hours = prices.hours(total)
-        shared = training.workers if training.strategy == "fsdp" else 1
+        memory = training_memory(
+            config, patches if name == "dpar" else None, bf16=training.precision != "fp32",
+            checkpointing=training.activation_checkpointing,
+            shards=training.workers if training.strategy == "fsdp" else 1,
+        )  # fmt: skip
         told[name] = {
             "parameters": config.num_parameters,
             "forward_gflops": forward[name] / GIGA,
-            "training_gflops_an_image": training_flops(forward[name]) / GIGA,
+            "training_gflops_per_image": training_flops(forward[name]) / GIGA,
             "training_exaflops": total / 1e18,
             "epochs": training.steps * training.batch_size / images,
             "gpu_hours": hours,
             "price": hours * prices.price,
-            "state_gb_a_worker": config.num_parameters * STATE_BYTES / shared / GIGA,
-            "activations_gb_a_worker": _activation_bytes(config, patches, training) / GIGA,
+            **fitting(training, memory, gpu or 0.0),
             "checkpoint_gb": config.num_parameters * CHECKPOINT_BYTES / GIGA,
             "weights_gb": config.num_parameters * 4 / GIGA,
         }
@@ -124,30 +153,19 @@ def costs(
     told["llamagen"] |= {"generation_gflops": twin, "generation_cfg_gflops": 2 * twin}
     told["entropy_model"]["exaflops_for_all_views"] = gate * images * views / 1e18
     return {
-        "tokens_an_image": tokens,
-        "patches_an_image": patches,
+        "tokens_per_image": tokens,
+        "patches_per_image": patches,
         "training_images": images,
         "views": views,
         "models": told,
         "disk_gb": {name: size / GIGA for name, size in _disk_bytes(tokens, patches, images, views).items()},
-        "prices": {"gpu": prices.gpu, "utilisation": prices.utilisation, "price_a_gpu_hour": prices.price},
+        "prices": {
+            "gpu": prices.gpu,
+            "utilisation": prices.utilisation,
+            "price_per_gpu_hour": prices.price,
+            "memory_gb": None if gpu is None else gpu / GIGA,
+        },
     }
-
-
-def _activation_bytes(config: Any, patches: float, training: Any) -> float:
-    """Estimate what a forward pass keeps for its backward pass in one micro-batch on one worker.
-
-    Counted for bf16 autocast with float32 residuals: 40 D + 8 F bytes a position of each block, or its input alone with
-    activation checkpointing, and 10 V bytes of logits a token. fp32 keeps about half as much again.
-    """
-    images = training.batch_size / (training.workers * training.accumulate)
-    block = 4 * config.width if training.activation_checkpointing else 40 * config.width + 8 * config.hidden
-    if hasattr(config, "patch_layers"):
-        positions = (config.encoder_layers + config.decoder_layers) * config.tokens + config.patch_layers * patches
-    else:
-        positions = config.layers * config.tokens
-    factor = 1.5 if training.precision == "fp32" else 1.0
-    return factor * images * (positions * block + config.tokens * config.codebook_size * 10)
 
 
 def _disk_bytes(tokens: int, patches: float, images: int, views: int) -> dict[str, float]:
@@ -166,20 +184,23 @@ def _disk_bytes(tokens: int, patches: float, images: int, views: int) -> dict[st
 
 _ROWS = [
     ("parameters", "parameters", ",.0f"),
-    ("forward, GFLOPs an image", "forward_gflops", ",.2f"),
-    ("  and the entropy model, as to generate", "generation_gflops_with_entropy_model", ",.2f"),
-    ("forward and backward, GFLOPs an image", "training_gflops_an_image", ",.2f"),
-    ("generation with cfg, GFLOPs an image", "generation_cfg_gflops", ",.2f"),
+    ("GFLOPs per image: forward", "forward_gflops", ",.2f"),
+    ("  and the entropy model, to generate", "generation_gflops_with_entropy_model", ",.2f"),
+    ("  forward and backward", "training_gflops_per_image", ",.2f"),
+    ("  generation with cfg", "generation_cfg_gflops", ",.2f"),
     ("  and the entropy model, once", "generation_cfg_gflops_with_entropy_model", ",.2f"),
     ("training, EFLOPs", "training_exaflops", ",.4g"),
-    ("  entropies of all views, EFLOPs", "exaflops_for_all_views", ",.4g"),
+    ("  entropies of all views", "exaflops_for_all_views", ",.4g"),
     ("  with entropy model and entropies", "training_exaflops_with_entropy_model", ",.4g"),
     ("epochs", "epochs", ",.4g"),
     ("GPU-hours", "gpu_hours", ",.4g"),
     ("price", "price", ",.2f"),
-    ("weights, gradients, AdamW: GB a worker", "state_gb_a_worker", ",.3g"),
-    ("activations: about GB a worker", "activations_gb_a_worker", ",.3g"),
-    ("a checkpoint, GB", "checkpoint_gb", ",.3g"),
+    ("GB per worker: weights, AdamW", "state_gb_per_worker", ",.3g"),
+    ("  activations, about", "activations_gb_per_worker", ",.3g"),
+    ("  together", "memory_gb_per_worker", ",.3g"),
+    ("images per worker at a time", "micro_batch", ",.0f"),
+    ("  most that fit in its GPU", "largest_micro_batch", ",.0f"),
+    ("GB of a checkpoint", "checkpoint_gb", ",.3g"),
 ]
 
 
@@ -220,15 +241,36 @@ def _table(name: str, told: dict[str, Any]) -> str:
     models, prices, disk = told["models"], told["prices"], told["disk_gb"]
     order = ("dpar", "llamagen", "entropy_model")
     lines = [
-        f"{name}: {told['tokens_an_image']} tokens and {told['patches_an_image']:.4g} patches an image, "
+        f"{name}: {told['tokens_per_image']} tokens and {told['patches_per_image']:.4g} patches per image,",
         f"{told['training_images']:,} images in {told['views']} views",
-        f"{prices['gpu']} at {prices['utilisation']:.0%} of its peak, {prices['price_a_gpu_hour']:g} an hour",
+        f"{prices['gpu']} at an assumed MFU of {prices['utilisation']:.0%} (share of its peak), "
+        f"{prices['price_per_gpu_hour']:g} per hour",
         "",
-        f"{'':42}{'DPAR':>16}{'LlamaGen':>16}{'entropy model':>16}",
+        f"{'':38}{'DPAR':>14}{'LlamaGen':>14}{'entropy model':>14}",
     ]
     for label, key, form in _ROWS:
         cells = [format(models[one][key], form) if key in models[one] else "" for one in order]
-        lines.append(f"{label:42}{cells[0]:>16}{cells[1]:>16}{cells[2]:>16}")
-    lines.append(f"\nDPAR saves {models['dpar']['saved_percent']:.1f} % of its twin's FLOPs")
-    sizes = [f"{key.replace('_', ' ')} {value:.4g} GB" for key, value in disk.items()]
-    return "\n".join([*lines, f"on disk: {', '.join(sizes)}"])
+        lines.append(f"{label:38}{cells[0]:>14}{cells[1]:>14}{cells[2]:>14}")
+    lines += ["", f"DPAR saves {models['dpar']['saved_percent']:.1f} % of its baseline's FLOPs."]
+    if prices["memory_gb"] is not None:
+        lines += [_advice(one, models[one], prices) for one in order if _is_too_large(models[one])]
+    sizes = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in disk.items()]
+    return "\n".join([*lines, f"GB on disk: {', '.join(sizes)}"])
+
+
+def _is_too_large(model: dict[str, Any]) -> bool:
+    return bool(model["micro_batch"] > model["largest_micro_batch"])
+
+
+def _advice(name: str, model: dict[str, Any], prices: dict[str, Any]) -> str:
+    """Say how a model whose micro-batch does not fit can be trained.
+
+    It is said and not done: another number of micro-batches draws other dropout, so a run would change unasked.
+    """
+    section = "entropy_model.train" if name == "entropy_model" else "train"
+    fits = model["accumulate_that_fits"]
+    way_out = f"set {section}.accumulate to {fits}" if fits else f"set {section}.strategy to fsdp, or use more workers"
+    return (
+        f"{name.replace('_', ' ')}: {model['micro_batch']} images at a time need about\n"
+        f"  {model['memory_gb_per_worker']:.3g} GB of the {prices['memory_gb']:.3g} GB of {prices['gpu']}: {way_out}."
+    )

@@ -1,4 +1,7 @@
-"""Train the demo's feature network: a classifier of the training crops, used where no Inception file is at hand."""
+"""Train the demo's feature network: a classifier of the training crops, used where no Inception file is at hand.
+
+Where scores come from a file (`score.features: inception`), nothing is trained: the outputs say that there is no classifier.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from stages.tracker import Tracker
 class Params:
     seed: int
     data: P.Data
+    features: str = field(metadata={"section": "score.features"})
     demo_classifier: P.DemoClassifier = field(metadata={"section": "score.demo_classifier"})
 
 
@@ -39,6 +43,11 @@ class Outputs:
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Train the classifier (seconds, so an interrupted run starts it anew) and measure its accuracy."""
+    if params.features != "demo":
+        print(f"features: score.features is {params.features}, so no classifier is trained")
+        save_weights(outputs.weights, {}, kind="no_classifier", config={}, meta={"features": params.features})
+        write_json(outputs.metrics, {})
+        return
     manifest = read_manifest(inputs.manifest)
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
     settings, size = params.demo_classifier, params.data.image_size

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from dpar_core.models.sizes import FFN_MULTIPLE, GATE_SIZES
 from dpar_core.precision import PrecisionChoice, multiplies_bf16, settle, slowdown
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -97,7 +98,7 @@ class Tokenizer(Section):
 class TokenizeImages(Section):
     shard_images: Count
     batch_size: Count
-    precision: PrecisionChoice
+    precision: PrecisionChoice | Literal["tf32"]
     workers: OrZero
 
 
@@ -144,9 +145,7 @@ class Train(Training):
 
 
 ENTROPY_MODEL_SIZES: dict[str, dict[str, int]] = {
-    "B": {"width": 768, "heads": 12, "layers": 12, "ffn_multiple": 256},
-    "S": {"width": 384, "heads": 6, "layers": 6, "ffn_multiple": 256},
-    "XS": {"width": 256, "heads": 4, "layers": 3, "ffn_multiple": 256},
+    name: {**size._asdict(), "ffn_multiple": FFN_MULTIPLE} for name, size in GATE_SIZES.items()
 }
 
 

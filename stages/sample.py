@@ -20,6 +20,7 @@ from PIL import Image
 
 from dpar_core.evaluation.sample_files import write_arrays, write_samples
 from dpar_core.files import atomic_folder, atomic_path, digest_of, write_record
+from dpar_core.models.memory import CACHE_SHARE, fitting_images
 from dpar_core.patches.rule import lengths_from_starts, starts_from_lengths
 from dpar_core.pictures import labelled_grid, save_png
 from stages import params as P
@@ -30,7 +31,6 @@ from stages.workers import cluster
 from stages.workers.tasks import finish_unit, finished_unit
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8
-CACHE_SHARE = 0.7  # of the free memory that caches may take
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def check_memory(sampler: Sampler, images: int, *, workers: int = 1, way_out: st
     if sampler.device.type == "cuda":
         free = torch.cuda.mem_get_info(sampler.device)[0]
     if wanted > CACHE_SHARE * free:
-        fitting = max(int(images * CACHE_SHARE * free / wanted), 1)
+        fitting = fitting_images(wanted, images, free)
         who = f", by each of {workers} workers on one machine," if workers > 1 else ""
         raise ValueError(
             f"drawing {images} images at a time{who} needs {wanted / 2**30:.1f} GiB of caches, of {free / 2**30:.1f} GiB "

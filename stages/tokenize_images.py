@@ -23,16 +23,15 @@ from dpar_core.data.shards import Sample, ShardContents, TokenMeta, write_index,
 from dpar_core.data.sources import block_of
 from dpar_core.data.splits import first_few
 from dpar_core.files import atomic_folder, write_json
-from dpar_core.float32 import whole_float32
 from dpar_core.models.load import read_trained
-from dpar_core.models.vq import VQ, to_float
+from dpar_core.models.vq import VQ, EncodePrecision, encode_at, most_images, to_float
 from stages import params as P
 from stages.data import ImageOpener
 from stages.tracker import Tracker
 from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, make_shards, place, remove_leftovers
 
 BAD_IMAGES, BOTH_SPLITS = "bad_images.json", "images_in_both_splits.json"
-MOST_MOVED = 0.05  # share of tokens that bf16 may change
+MOST_MOVED = 0.05  # share of tokens that a lower precision may change
 _MEASURED_SHARDS = 8  # shards, evenly spaced, of which a batch each tells that share
 _AHEAD = 3  # batches that are decoded before the network asks for them
 _MOST_STREAMS = 4  # batches a CPU encodes at once: each holds its activations, some 1.5 GB for 8 views of 256 pixels
@@ -109,14 +108,16 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     manifest = read_manifest(inputs.manifest)
     settings, total = params.tokenize_images, len(manifest.rows)
     assert settings.precision != "auto", "the runner settles precisions"
+    if settings.precision == "tf32" and device != "cuda":
+        raise ValueError(f"tokenize_images.precision tf32 needs an NVIDIA GPU, and this run is on {device}: set it to fp32")
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
     build = functools.partial(ShardTokenizer, inputs, params, work.absolute(), device, Path.cwd())
     plan = plan_shards(manifest, settings.shard_images)
     done = [shard for shard in plan if is_done(shard, manifest, work, params.data)]
     names = {shard.name for shard in done}
     counts: dict[str, float] = {}
-    if settings.precision == "bf16":
-        counts["tokens/bf16_moved_share"] = build(1).moved_by_bf16(plan)
+    if settings.precision != "fp32":
+        counts[f"tokens/{settings.precision}_moved_share"] = build(1).moved_share(plan)
     bad = [one for shard in done for one in read_contents(shard, work).bad]
     _check_share(bad, total, params.data.max_bad_share)
     ready = sum(len(shard.indices) for shard in done)
@@ -148,8 +149,9 @@ def token_meta(manifest: Manifest, tokenizer: Path, params: Params) -> TokenMeta
     config, size, name = trained.config, params.data.image_size, params.data.views
     grid = size // config.downsample
     return TokenMeta(
-        grid, config.codebook_size, name, VIEW_COUNTS[name], size, manifest.classes, trained.digest, manifest.digest
-    )
+        grid, config.codebook_size, name, VIEW_COUNTS[name], size, manifest.classes, trained.digest, manifest.digest,
+        params.tokenize_images.precision,
+    )  # fmt: skip
 
 
 def plan_shards(manifest: Manifest, shard_images: int) -> list[Shard]:
@@ -217,6 +219,12 @@ class ShardTokenizer:
                 f"{inputs.tokenizer}"
             )
         self.per_batch = max(self.settings.batch_size // VIEW_COUNTS[self.views], 1)  # images
+        most, views = most_images(self.model.config, self.size), self.per_batch * VIEW_COUNTS[self.views]
+        if device != "cpu" and views > most:
+            raise ValueError(
+                f"tokenize_images.batch_size {self.settings.batch_size} makes tensors of 2^31 elements or more from views "
+                f"of {self.size} pixels: set it to {most} or less"
+            )
         self.pool = ThreadPoolExecutor(max(threads, 2), thread_name_prefix="decode")
         self.streams = max(min(threads, _MOST_STREAMS), 1) if device == "cpu" else 1
         each = max(threads // self.streams, 1)
@@ -232,7 +240,7 @@ class ShardTokenizer:
         listed = [asdict(one) for one in bad]
         finish_unit(self.work, shard.name, [shard.name], contents=asdict(contents), bad=listed, pixels=pixels)
 
-    def encode(self, images: np.ndarray, *, bf16: bool | None = None) -> Tensor:
+    def encode(self, images: np.ndarray, *, precision: EncodePrecision | None = None) -> Tensor:
         """Return the tokens of at most a batch of views: (n, S, S, 3) uint8 -> (n, T) int64, on the device.
 
         The network always sees a full batch (the rest is black), so that no kernel works on another shape and the tokens
@@ -241,15 +249,11 @@ class ShardTokenizer:
         full = self.per_batch * VIEW_COUNTS[self.views]
         stack = torch.zeros(full, *images.shape[1:], dtype=torch.uint8, pin_memory=self.device == "cuda")
         stack[: len(images)] = torch.from_numpy(images)
-        bf16 = self.settings.precision == "bf16" if bf16 is None else bf16
-        with torch.inference_mode(), whole_float32:
-            pixels = to_float(stack.to(self.device, non_blocking=True))
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=bf16):
-                latents = self.model.latents(pixels)
-            return self.model.quantize.lookup(latents.float()).flatten(1)[: len(images)]
+        pixels = to_float(stack.to(self.device, non_blocking=True))
+        return encode_at(self.model, pixels, precision or self.settings.precision).flatten(1)[: len(images)]
 
-    def moved_by_bf16(self, plan: Sequence[Shard]) -> float:
-        """Return the share of tokens that bf16 changes, on a batch from each of some shards, evenly spaced.
+    def moved_share(self, plan: Sequence[Shard]) -> float:
+        """Return the share of tokens that differ from fp32, on a batch from each of some shards, evenly spaced.
 
         Raises ValueError when it is too large.
         """
@@ -259,13 +263,13 @@ class ShardTokenizer:
             # Twice a batch is looked at, so that bad images leave enough; with none at all their share will tell.
             for batch in itertools.islice(self._batches(self.rows.take(shard.indices[: 2 * self.per_batch]), []), 1):
                 images = np.concatenate([one.views for one in batch])
-                moved += int((self.encode(images, bf16=True) != self.encode(images, bf16=False)).sum())
+                moved += int((self.encode(images) != self.encode(images, precision="fp32")).sum())
                 seen += len(images)
         share = moved / max(seen * (self.size // self.model.config.downsample) ** 2, 1)
         if share > MOST_MOVED:
             raise ValueError(
-                f"tokenize_images.precision bf16 changes {share:.1%} of the tokens of {seen} views from {count} shards, "
-                f"more than {MOST_MOVED:.0%}: set it to fp32"
+                f"tokenize_images.precision {self.settings.precision} changes {share:.1%} of the tokens of {seen} views "
+                f"from {count} shards, more than {MOST_MOVED:.0%}: set it to fp32"
             )
         return share
 

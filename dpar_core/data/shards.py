@@ -43,7 +43,10 @@ _ENDINGS = ("tokens.npy", "cls", "json")
 
 @dataclass(frozen=True)
 class TokenMeta:
-    """What the tokens of a data set are. tokenizer: digest of the weights; manifest: digest of the image list."""
+    """What the tokens of a data set are.
+
+    tokenizer: digest of the weights. manifest: digest of the image list. precision: of the tokenizer's network.
+    """
 
     row_width: int
     codebook_size: int
@@ -53,6 +56,7 @@ class TokenMeta:
     classes: tuple[str, ...]
     tokenizer: str
     manifest: str
+    precision: str = "fp32"
 
     @property
     def tokens(self) -> int:

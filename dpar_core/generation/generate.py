@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from dpar_core.generation.guidance import Drawer, SampleSettings
-from dpar_core.generation.kv_cache import cache_bytes
 from dpar_core.generation.lanes import Lanes, longest_patch
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
 from dpar_core.models.dpar import DPAR
 from dpar_core.models.gpt import GPT
+from dpar_core.models.memory import dpar_cache_bytes, gpt_cache_bytes
 from dpar_core.patches.rule import lengths_from_starts
 
 Progress = Callable[[int], None]  # called with the number of tokens just settled, over all images
@@ -104,8 +104,7 @@ class GPTGenerator:
 
     def cache_bytes(self, images: int) -> int:
         """Return the most bytes that the caches of a batch can take."""
-        rows = (2 if self.guided else 1) * images
-        return self.stepper.cache_bytes(rows, self.dtype)
+        return gpt_cache_bytes(self.config, images, guided=self.guided, value_bytes=self.dtype.itemsize)
 
     @torch.inference_mode()
     def generate(
@@ -195,15 +194,10 @@ class DPARGenerator:
 
     def cache_bytes(self, images: int) -> int:
         """Return the most bytes that the caches of a batch can take (every token a patch of its own)."""
-        config, rows = self.config, (2 if self.guided else 1) * images
-
-        def stack(layers: int, rows: int, limit: int) -> int:
-            return cache_bytes(layers=layers, rows=rows, width=config.width, limit=limit, dtype=self.dtype)
-
-        gate = self.gate.cache_bytes(images, torch.float32) if self.gate else 0
-        members = stack(config.encoder_layers, images, longest_patch(self.rule, config.tokens))
-        encoder = stack(config.encoder_layers, images, config.tokens)
-        return gate + members + encoder + stack(config.patch_layers + config.decoder_layers, rows, config.tokens)
+        return dpar_cache_bytes(
+            self.config, images, guided=self.guided, value_bytes=self.dtype.itemsize,
+            longest_patch=longest_patch(self.rule, self.config.tokens), gate=self.gate.config if self.gate else None,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def generate(

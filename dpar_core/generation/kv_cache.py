@@ -142,9 +142,3 @@ class KVCache:
                 into.copy_(old)
             self.keys[layer] = new
         self.capacity = wanted
-
-
-def cache_bytes(*, layers: int, rows: int, width: int, limit: int, dtype: torch.dtype = torch.float32) -> int:
-    """Return the bytes of a full `KVCache`: two tensors of rows x positions x width a layer."""
-    positions = BLOCK * -(-limit // BLOCK)
-    return 2 * layers * rows * positions * width * torch.empty(0, dtype=dtype).element_size()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpar_core.generation.kv_cache import KVCache, Step, cache_bytes
+from dpar_core.generation.kv_cache import KVCache, Step
 from dpar_core.models.dpar import DPAR, PatchAttention
 from dpar_core.models.gpt import GPT
 from dpar_core.models.layers import NORM_EPS, Block
@@ -132,10 +132,6 @@ class GPTStepper:
             head_dim=self.config.width // self.config.heads, limit=len(self.table),
             device=self.tokens.device, dtype=dtype,
         )  # fmt: skip
-
-    def cache_bytes(self, rows: int, dtype: torch.dtype) -> int:
-        """Return the bytes of a full cache."""
-        return cache_bytes(layers=len(self.blocks), rows=rows, width=self.config.width, limit=len(self.table), dtype=dtype)
 
     def __call__(self, x: Tensor, cache: KVCache, rows: Tensor, positions: Tensor) -> Tensor:
         """Run input vectors x (A, D) of `rows` at `positions` (A,), both on the host, and return logits (A, V)."""

@@ -87,7 +87,32 @@ PUBLISHED_PEAKS = {
 }
 
 
+# Bytes of memory as the makers publish them, by the same words; A100s of 40 GB are not told apart.
+PUBLISHED_MEMORY = {
+    "B200": 180e9,
+    "H200 NVL": 141e9,
+    "H200": 141e9,
+    "H100 NVL": 94e9,
+    "H100 PCIe": 80e9,
+    "H100": 80e9,
+    "A100": 80e9,
+    "L40S": 48e9,
+    "L4": 24e9,
+    "A10": 24e9,
+    "RTX 4090": 24e9,
+}
+
+
+def _of_device(table: dict[str, float], device_name: str) -> float | None:
+    fits = (value for name, value in table.items() if re.search(rf"\b{name}\b", device_name, re.IGNORECASE))
+    return next(fits, None)
+
+
 def published_peak(device_name: str) -> float | None:
     """Return a GPU's published dense bf16 FLOP/s, None when it is not listed."""
-    fits = (peak for name, peak in PUBLISHED_PEAKS.items() if re.search(rf"\b{name}\b", device_name, re.IGNORECASE))
-    return next(fits, None)
+    return _of_device(PUBLISHED_PEAKS, device_name)
+
+
+def published_memory(device_name: str) -> float | None:
+    """Return a GPU's published memory in bytes, None when it is not listed."""
+    return _of_device(PUBLISHED_MEMORY, device_name)

@@ -31,6 +31,8 @@ class GPTShape(Protocol):
     @property
     def layers(self) -> int: ...
     @property
+    def num_classes(self) -> int | None: ...
+    @property
     def num_parameters(self) -> int: ...
 
 
@@ -97,9 +99,8 @@ def cache_bytes(*, layers: int, rows: int, width: int, positions: int, value_byt
 def gpt_cache_bytes(shape: GPTShape, images: int, *, guided: bool, value_bytes: int) -> int:
     """Return the bytes that caches of a batch take with the baseline or, not guided, an entropy model."""
     rows = (2 if guided else 1) * images
-    return cache_bytes(
-        layers=shape.layers, rows=rows, width=shape.width, positions=shape.tokens, value_bytes=value_bytes
-    )  # fmt: skip
+    positions = shape.tokens + (0 if shape.num_classes is None else 1)
+    return cache_bytes(layers=shape.layers, rows=rows, width=shape.width, positions=positions, value_bytes=value_bytes)
 
 
 def dpar_cache_bytes(
@@ -121,6 +122,12 @@ def dpar_cache_bytes(
     asked = gpt_cache_bytes(gate, images, guided=False, value_bytes=gate_bytes) if gate else 0
     encoder = stack(shape.encoder_layers, images, shape.tokens) + stack(shape.encoder_layers, images, longest_patch)
     return asked + encoder + stack(shape.patch_layers + shape.decoder_layers, rows, shape.tokens)
+
+
+def sampling_weights(shape: GPTShape, gate: GPTShape | None = None, *, value_bytes: int) -> float:
+    """Return the bytes of the networks that sampling holds: in float32 as read, and laid out in the precision of steps."""
+    asked = 0 if gate is None else (4 + 4) * gate.num_parameters
+    return (4 + value_bytes) * shape.num_parameters + asked
 
 
 def fitting_images(wanted: float, images: int, free: float) -> int:

@@ -299,7 +299,9 @@ def most_images(config: VQConfig, image_size: int) -> int:
     """Return how many images of this side in pixels one call may encode: past it a tensor has 2^31 elements or more."""
     widths = [config.base_width * multiplier for multiplier in config.channel_multipliers]
     widths[0] = max(widths[0], config.base_width)
-    largest = max(width * (image_size // 2**level) ** 2 for level, width in enumerate(widths))
+    sides = [image_size // 2**level + 1 for level in range(len(widths))]  # one more: what a stride-2 conv reads is padded
+    sides[-1] -= 1
+    largest = max(width * side**2 for width, side in zip(widths, sides))
     return LARGEST_TENSOR // largest
 
 

@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
 from dpar_core.files import atomic_write
+from dpar_core.models import memory
+from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.gpt import GPTConfig
+from dpar_core.models.sizes import FFN_MULTIPLE, GATE_SIZES, MODEL_SIZES
+from pipeline.presets.published import PATCHES, published
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 300, 256
-# size: width, heads, encoder + patch transformer + decoder layers
-SIZES = {
-    "b": (768, 12, (1, 8, 3)),
-    "l": (1024, 16, (1, 19, 4)),
-    "xl": (1280, 20, (1, 30, 5)),
-    "xxl": (1536, 24, (1, 41, 6)),
-}
 THRESHOLDS = {256: 7.8, 384: 7.9}
-CFG = {256: {"b": 2.1, "l": 1.9, "xl": 2.0}, 384: {"b": 2.1, "l": 1.9, "xl": 1.9, "xxl": 1.75}}
-FID = {
-    ("dpar", 256): {"b": 3.98, "l": 2.93, "xl": 2.67},
-    ("dpar", 384): {"b": 4.29, "l": 2.79, "xl": 2.60, "xxl": 2.30},
-    ("llamagen", 256): {"b": 5.46, "l": 3.80, "xl": 3.39},
-    ("llamagen", 384): {"b": 6.09, "l": 3.07, "xl": 2.62, "xxl": 2.34},
-}
 DEFAULT_CFG = 2.0  # where none is published
+WORKERS, GPU_MEMORY = 8, 80e9  # GPUs, and bytes of each
+FAMILIES = {"dpar": "DPAR", "llamagen": "LlamaGen"}
 
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "token": ("one token a patch", {"patching.mode": "token"}),
@@ -64,16 +57,16 @@ def paper_presets(demo: str) -> dict[str, str]:
     texts = {}
     for pixels in (256, 384):
         for family in ("dpar", "llamagen"):
-            for size in SIZES:
-                fid = FID[family, pixels].get(size)
-                told = f"published FID {fid:.2f}" if fid else "no FID published"
-                name = f"imagenet{pixels}-{family}-{size}"
+            for size in MODEL_SIZES:
+                row = published(FAMILIES[family], size, pixels)
+                told = "no FID published" if row is None else f"published FID {row.fid:.2f}"
+                name = f"imagenet{pixels}-{family}-{size.lower()}"
                 model = "DPAR" if family == "dpar" else "LlamaGen twin of DPAR"
-                title = f"{model}-{size.upper()} at {pixels} pixels, {told}"
+                title = f"{model}-{size} at {pixels} pixels, {told}"
                 goal = f"dvc repro score_{family}"
                 texts[name] = _text(demo, f"ImageNet, {title}. Run: {goal}.", _imagenet(pixels, size, epochs=EPOCHS))
     for name, (told, changes) in ABLATIONS.items():
-        values = {**_imagenet(256, "l", epochs=50, precision="auto"), **changes}
+        values = {**_imagenet(256, "L", epochs=50, precision="auto"), **changes}
         head = f"Ablation (DPAR-L, 256 pixels, 50 epochs): {told}. Run: dvc repro score_dpar."
         if name in PATCH_RULE_ROWS:
             head += ENCODING_NOTE
@@ -82,37 +75,75 @@ def paper_presets(demo: str) -> dict[str, str]:
 
 
 def _imagenet(pixels: int, size: str, *, epochs: int, precision: str = "bf16") -> dict[str, Any]:
-    width, heads, (encoder, patch, decoder) = SIZES[size]
+    shape, gate = MODEL_SIZES[size], GATE_SIZES["B"]
+    fits = _fitting(pixels, size)
+    dpar = published("DPAR", size, pixels)
     steps = round(epochs * IMAGES / BATCH)
     recipe = {
-        "steps": steps, "batch_size": BATCH, "accumulate": 1, "lr": 1e-4, "lr_schedule": "constant", "warmup_steps": 0,
-        "precision": precision, "compile": True, "workers": 8, "cpus_per_worker": 8, "gpus_per_worker": 1,
+        "steps": steps, "batch_size": BATCH, "lr": 1e-4, "lr_schedule": "constant", "warmup_steps": 0,
+        "precision": precision, "compile": True, "workers": WORKERS, "cpus_per_worker": 8, "gpus_per_worker": 1,
         "validate_every": 5000, "validation_images": 10000, "checkpoint_every": 5000, "log_every": 100,
     }  # fmt: skip
-    large = size in ("xl", "xxl")
     values = {
         "data.source": "imagefolder", "data.train": "imagenet/train", "data.validation": "imagenet/val",
         "data.classes": "imagenet", "data.image_size": pixels, "data.views": "ten_crop_both",
         "tokenizer.weights": "weights/vq_ds16_c2i.pt", "tokenizer.codebook_size": 16384, "tokenizer.codebook_dim": 8,
         "tokenizer.base_width": 128, "tokenizer.channel_multipliers": [1, 1, 2, 2, 4], "tokenizer.z_channels": 256,
         "tokenizer.residual_blocks": 2, "tokenizer.norm_groups": 32,
-        "tokenize_images.shard_images": 5000, "tokenize_images.batch_size": 160,
-        "entropy_model.size": "B", "entropy_model.width": 768, "entropy_model.heads": 12, "entropy_model.layers": 12,
-        "entropy_model.ffn_multiple": 256,
+        "tokenize_images.shard_images": 5000, "tokenize_images.batch_size": {256: 160, 384: 100}[pixels],
+        "tokenize_images.precision": "tf32", "tokenize_images.workers": WORKERS,
+        "entropy_model.size": "B", "entropy_model.width": gate.width, "entropy_model.heads": gate.heads,
+        "entropy_model.layers": gate.layers, "entropy_model.ffn_multiple": FFN_MULTIPLE,
+        "entropy_model.train.accumulate": 1, "entropies.workers": WORKERS,
         "patching.threshold": THRESHOLDS[pixels], "patching.target_mean_length": None,
-        "model.width": width, "model.heads": heads, "model.encoder_layers": encoder, "model.patch_layers": patch,
-        "model.decoder_layers": decoder, "model.ffn_multiple": 256,
-        "train.strategy": "fsdp" if large else "ddp",
-        "train.activation_checkpointing": size == "xxl",
-        "sample.images": 50_000, "sample.plan": "random", "sample.batch_size": 256, "sample.precision": precision,
+        "model.width": shape.width, "model.heads": shape.heads, "model.encoder_layers": shape.encoder_layers,
+        "model.patch_layers": shape.patch_layers, "model.decoder_layers": shape.decoder_layers,
+        "model.ffn_multiple": FFN_MULTIPLE,
+        "train.strategy": "ddp", "train.activation_checkpointing": False, "train.accumulate": fits.accumulate,
+        "sample.images": 50_000, "sample.plan": "random", "sample.batch_size": fits.sample_batch,
+        "sample.precision": precision, "sample.workers": WORKERS,
         "tokenizer.precision": precision,
-        "sample.cfg_scale": CFG[pixels].get(size, DEFAULT_CFG), "sample.resize": 256 if pixels == 384 else None,
+        "sample.cfg_scale": DEFAULT_CFG if dpar is None or dpar.cfg is None else dpar.cfg,
+        "sample.resize": 256 if pixels == 384 else None,
         "score.features": "inception", "score.features_file": "weights/inception-2015-12-05.pt",
         "score.reference": "weights/VIRTUAL_imagenet256_labeled.npz", "score.images": 50_000, "score.splits": 10,
+        "score.workers": WORKERS,
     }  # fmt: skip
     for name, value in recipe.items():
         values[f"train.{name}"] = values[f"entropy_model.train.{name}"] = value
     return values
+
+
+class Fitting(NamedTuple):
+    """What of a recipe follows from the memory of a GPU: neither changes what is trained for or which images come out."""
+
+    accumulate: int
+    sample_batch: int
+
+
+def _fitting(pixels: int, size: str) -> Fitting:
+    """Return the fewest micro-batches and the largest sampling batch that fit a GPU, for DPAR and its baseline alike."""
+    common: dict[str, Any] = {"codebook_size": 16384, "row_width": pixels // 16}
+    shape = MODEL_SIZES[size]
+    dpar = DPARConfig(**common, **shape._asdict(), num_classes=1000)
+    twin = GPTConfig(**common, width=shape.width, heads=shape.heads, layers=shape.layers, num_classes=1000)
+    gate = GPTConfig(**common, **GATE_SIZES["B"]._asdict())
+    patches = PATCHES[dpar.tokens, THRESHOLDS[pixels]]
+    most = min(
+        memory.training_memory(model, count, bf16=True).largest_batch(GPU_MEMORY)
+        for model, count in ((dpar, patches), (twin, None))
+    )
+    accumulate = next(count for count in (1, 2, 4, 8, 16, 32) if BATCH // WORKERS // count <= most)
+
+    def caches(images: int) -> float:
+        options: dict[str, Any] = {"guided": True, "value_bytes": 2}
+        of_dpar = memory.dpar_cache_bytes(dpar, images, longest_patch=4, gate=gate, **options)
+        return max(of_dpar, memory.gpt_cache_bytes(twin, images, **options))
+
+    weights = memory.sampling_weights(dpar, gate, value_bytes=2)
+    free = GPU_MEMORY - memory.RUNTIME - weights
+    batch = next(count for count in (256, 128, 64, 32, 16) if caches(count) <= memory.CACHE_SHARE * free)
+    return Fitting(accumulate, batch)
 
 
 def _text(demo: str, head: str, values: dict[str, Any]) -> str:

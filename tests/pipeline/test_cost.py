@@ -7,9 +7,14 @@ from ruamel.yaml import YAML
 from typer import Typer
 from typer.testing import CliRunner
 
+from dpar_core.data.images import VIEW_COUNTS
 from dpar_core.data.shards import Sample, TokenMeta, write_shard
+from dpar_core.models import memory
+from dpar_core.models.vq import VQConfig, most_images
 from pipeline.cost import Prices, cost, costs
+from stages.entropy_model import entropy_config
 from stages.params import load_params, parse_params
+from stages.train import dpar_config, llamagen_config
 from tests.helpers.paths import ROOT
 
 A100 = Prices("A100", 0.4, 2.0)
@@ -94,7 +99,7 @@ ABLATIONS = {
 def test_an_ablation_changes_one_thing_and_trains_for_fifty_epochs(name):
     def flat(params) -> dict:
         return {f"{section}.{key}": value for section, values in params.model_dump().items() if isinstance(values, dict)
-                for key, value in values.items()}  # fmt: skip
+                for key, value in values.items() if key != "precision"}  # fmt: skip
 
     base, ablation = (load_params(ROOT / "params" / f"{n}.yaml") for n in ("imagenet256-dpar-l", f"ablation-{name}"))
     of_base, changed = flat(base), flat(ablation)
@@ -134,19 +139,19 @@ def test_token_shards_have_the_size_that_was_told(tmp_path):
     raw["data"] |= {"image_size": 128}
     raw["tokenizer"] |= {"channel_multipliers": [1, 2, 2, 4]}
     told = costs(parse_params(raw), prices=A100, images=40)
-    assert told["tokens_an_image"] == 256
+    assert told["tokens_per_image"] == 256
     assert 0 <= (tmp_path / "a.tar").stat().st_size - told["disk_gb"]["token_shards"] * 1e9 <= 10_240
 
 
 @pytest.mark.parametrize(("mode", "patches"), [("token", 256), ("static", 128)])
 def test_patches_of_fixed_rules_are_known(mode, patches):
-    assert costs(paper("l", 256, mode=mode), prices=A100)["patches_an_image"] == patches
+    assert costs(paper("l", 256, mode=mode), prices=A100)["patches_per_image"] == patches
 
 
 def test_unknown_patch_counts_are_asked_for():
     with pytest.raises(ValueError, match="give --patches"):
         costs(paper("l", 256, threshold=8.0), prices=A100)
-    assert costs(paper("l", 256, threshold=8.0), prices=A100, patches=120)["patches_an_image"] == 120
+    assert costs(paper("l", 256, threshold=8.0), prices=A100, patches=120)["patches_per_image"] == 120
     with pytest.raises(ValueError, match="must lie between 1 and the 256 tokens"):
         costs(paper("l", 256), prices=A100, patches=300)
 
@@ -164,10 +169,56 @@ def test_the_command_prints_a_table_or_json(monkeypatch):
     app.command()(cost)
     table = CliRunner().invoke(app, ["demo"])
     assert table.exit_code == 0 and "DPAR saves" in table.output and "GPU-hours" in table.output
+    assert "assumed MFU of 40%" in table.output and max(map(len, table.output.splitlines())) <= 80
     told = json.loads(CliRunner().invoke(app, ["params/demo.yaml", "--json"]).output)
     assert f"{told['models']['dpar']['parameters']:,}" in table.output
     whole = told["models"]["dpar"]["forward_gflops"] + told["models"]["entropy_model"]["forward_gflops"]
-    row = next(
-        line for line in table.output.splitlines() if line.strip().startswith("and the entropy model, as to generate")
-    )
+    row = next(line for line in table.output.splitlines() if line.strip().startswith("and the entropy model, to generate"))
     assert float(row.split()[-1].replace(",", "")) == pytest.approx(whole, abs=0.005)
+
+
+PAPER = [f"imagenet{pixels}-{kind}-{size}" for pixels in (256, 384) for kind in ("dpar", "llamagen") for size in SIZES]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_preset_trains_and_samples_within_80_gb_as_it_is(name):
+    """By the estimates that `dpar-cli cost` and the check before sampling use."""
+    params = load_params(ROOT / "params" / f"{name}.yaml")
+    told = costs(params, prices=A100)["models"]
+    for model in told.values():
+        assert model["memory_gb_per_worker"] <= 80 * memory.TRAINING_SHARE
+        assert model["accumulate"] == model["accumulate_that_fits"] and model["micro_batch"] <= model["largest_micro_batch"]
+    shape = {"codebook_size": 16384, "row_width": params.data.image_size // 16}
+    dpar = dpar_config(params.model, **shape, num_classes=1000)
+    twin = llamagen_config(params.model, **shape, num_classes=1000)
+    gate = entropy_config(params.entropy_model, **shape)
+    images, options = params.sample.batch_size, {"guided": True, "value_bytes": 2}
+    caches = {
+        "dpar": memory.dpar_cache_bytes(dpar, images, longest_patch=4, gate=gate, **options),
+        "llamagen": memory.gpt_cache_bytes(twin, images, **options),
+    }
+    free = 80e9 - memory.RUNTIME - memory.sampling_weights(dpar, gate, value_bytes=2)
+    for wanted in caches.values():
+        assert memory.fitting_images(wanted, images, free) == images
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_preset_uses_all_its_gpus_and_trains_no_classifier(name):
+    params = load_params(ROOT / "params" / f"{name}.yaml")
+    gpus = params.train.workers * params.train.gpus_per_worker
+    assert gpus == 8 == params.entropy_model.train.workers
+    assert {getattr(params, section).workers for section in ("tokenize_images", "entropies", "sample", "score")} == {gpus}
+    assert params.score.features == "inception"
+    views = params.tokenize_images.batch_size // VIEW_COUNTS[params.data.views] * VIEW_COUNTS[params.data.views]
+    assert views <= most_images(VQConfig(16384, 8, 128, (1, 1, 2, 2, 4), 256), params.data.image_size)
+
+
+def test_a_micro_batch_that_does_not_fit_gets_the_accumulate_that_does(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    app = Typer()
+    app.command()(cost)
+    output = CliRunner().invoke(app, ["imagenet384-dpar-xl", "--gpu", "L40S"]).output
+    told = json.loads(CliRunner().invoke(app, ["imagenet384-dpar-xl", "--gpu", "L40S", "--json"]).output)["models"]["dpar"]
+    fits = told["accumulate_that_fits"]
+    assert f"set train.accumulate to {fits}." in output and fits > 1 and max(map(len, output.splitlines())) <= 80
+    assert 32 // fits <= told["largest_micro_batch"] < 32

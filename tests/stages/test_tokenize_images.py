@@ -109,6 +109,7 @@ def test_bf16_states_the_share_of_tokens_it_moves_or_is_refused(project, tmp_pat
     monkeypatch.setattr(tokenize_images, "MOST_MOVED", 1.0)
     other = copy_of(project, tmp_path / "other", tokenize_images={"precision": "bf16"}).tokenize()
     stated = json.loads((other.root / "tokens.json").read_text())["tokens/bf16_moved_share"]
+    assert [TokenShards(root / "tokens", "train").meta.precision for root in (project.root, other.root)] == ["fp32", "bf16"]
     moved = []  # a batch holds 3 images of 2 views: those at the head of each shard are measured
     for split in ("train", "validation"):
         both = [TokenShards(root / "tokens", split) for root in (project.root, other.root)]
@@ -140,6 +141,11 @@ def test_bf16_is_measured_on_evenly_spaced_shards_and_looks_past_bad_images(tmp_
         rows = list(manifest.rows.take(plan[number].indices))[first : first + 2]
         assert np.array_equal(found, np.concatenate([views(opener(row), SIZE, "adm_center_flip") for row in rows]))
     assert len(batches) == 4 and all(np.array_equal(batches[i], batches[i + 1]) for i in (0, 2))
+
+
+def test_tf32_is_refused_where_there_is_none(project, tmp_path):
+    with pytest.raises(ValueError, match="precision tf32 needs an NVIDIA GPU, and this run is on cpu: set it to fp32"):
+        copy_of(project, tmp_path / "other", tokenize_images={"precision": "tf32"}).tokenize()
 
 
 def test_float32_is_whole_while_encoding_and_as_before_afterwards(project, monkeypatch):

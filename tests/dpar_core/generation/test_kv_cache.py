@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpar_core.generation.kv_cache import KVCache, cache_bytes, capacity
+from dpar_core.generation.kv_cache import KVCache, capacity
 from dpar_core.generation.stepping import Matrix, can_pack
+from dpar_core.models.memory import cache_bytes
 
 ROWS, HEADS, HEAD_DIM, LIMIT = 5, 2, 8, 70
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_capacity_grows_in_steps_up_to_the_limit():
     assert [capacity(n, 70) for n in (1, 32, 33, 64, 65, 70)] == [32, 32, 64, 64, 80, 80]
     assert capacity(1, 4) == 16
     cache, _, _ = filled([70, 1, 1, 1, 1])
-    assert cache.nbytes == cache_bytes(layers=1, rows=ROWS, width=HEADS * HEAD_DIM, limit=LIMIT)
+    assert cache.nbytes == cache_bytes(layers=1, rows=ROWS, width=HEADS * HEAD_DIM, positions=LIMIT, value_bytes=4)
 
 
 def test_a_position_beyond_the_limit_is_refused():

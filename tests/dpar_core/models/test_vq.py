@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dpar_core.models import vq as tokenizer
 from dpar_core.models.published import read_vq
-from dpar_core.models.vq import UNUSED_BUFFER, VQ, Quantizer, VQConfig, config_of, to_float, to_uint8
+from dpar_core.models.vq import UNUSED_BUFFER, VQ, Quantizer, VQConfig, config_of, encode_at, most_images, to_float, to_uint8
 from tests.helpers.paths import GOLDEN
 
 GOLDEN_CONFIG = VQConfig(64, 8, 32, (2, 1), 32, 2)
@@ -212,3 +212,25 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, capsys):
         with pytest.raises(ValueError, match="is refused"):
             read_vq(tmp_path / name)
     assert "never be printed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("multipliers", [(1, 2), (1, 1, 4), (3, 1)])
+def test_the_images_that_fit_32_bit_indices_follow_from_the_largest_tensor(multipliers):
+    """Watched at what every module reads and returns while one image is encoded."""
+    model = VQ(VQConfig(16, 4, 8, multipliers, 8, residual_blocks=1, norm_groups=4)).eval()
+    sizes = []
+    for module in model.encoder.modules():
+        module.register_forward_hook(lambda _, given, out: sizes.extend((given[0].numel(), out.numel())))
+    model.latents(torch.zeros(1, 3, 16, 16))
+    assert most_images(model.config, 16) == (2**31 - 1) // max(sizes)
+
+
+def test_tf32_is_on_inside_the_network_and_off_in_the_lookup(monkeypatch):
+    model, seen = VQ(VQConfig(16, 4, 8, (1, 2), 8, residual_blocks=1, norm_groups=4)).eval(), []
+    for owner, name in ((VQ, "latents"), (Quantizer, "lookup")):
+        real = getattr(owner, name)
+        spy = lambda self, x, real=real: (seen.append(torch.backends.cudnn.allow_tf32), real(self, x))[1]  # noqa: E731
+        monkeypatch.setattr(owner, name, spy)
+    for precision in ("fp32", "tf32"):
+        encode_at(model, torch.zeros(1, 3, 8, 8), precision)
+    assert seen == [False, False, True, False]
