@@ -229,6 +229,18 @@ def data(device: torch.device | str, *, tiny: bool, budget_s: float, write: Writ
     return result
 
 
+def run(device: torch.device, tiny: bool, budget_s: float, write: Write) -> Row:
+    """Measure data as a part of benchmarks/gpu.py; `write` gets all rows so far, each row is printed as it comes."""
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        print(line(row), flush=True)
+        rows.append(row)
+        write({"rows_so_far": rows})
+
+    return data(device, tiny=tiny, budget_s=budget_s, write=keep)
+
+
 def line(row: Row) -> str:
     """Lay a row out for reading."""
     return ", ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())

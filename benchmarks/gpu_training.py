@@ -18,6 +18,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.train_step import CLASSES, plans
 from dpar_core.models import flops, loss
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig, next_token_loss
@@ -33,7 +33,7 @@ from dpar_core.models.layers import PackedCausal, has_ragged_attention
 from dpar_core.models.memory import RUNTIME, TRAINING_SHARE, training_memory
 from dpar_core.models.sizes import MODEL_SIZES, ModelSize
 from dpar_core.patches.layout import PatchLayout
-from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts_numpy
+from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts_numpy, threshold_for_mean_length
 from dpar_core.training.meters import peak_flops
 from dpar_core.training.optim import OptimSettings, adamw, clip_gradients
 from dpar_core.training.parallel import compile_blocks
@@ -41,6 +41,7 @@ from dpar_core.training.parallel import compile_blocks
 Row = dict[str, Any]
 Write = Callable[[Row], None]
 
+CLASSES, MEAN = 1000, 1.81  # classes; tokens per patch
 MOST_IMAGES = 128  # per step: past it nothing gets faster, and steps get long
 MULTIPLE = 8  # of images per step
 ROUNDS = 4  # batches that steps take in turns
@@ -105,10 +106,12 @@ class Setup:
 
     def lengths(self, images: int) -> list[list[np.ndarray]]:
         """Return the patch lengths of a batch for every round."""
-        if not self.tiny:
-            return plans(images, ROUNDS, 2)
-        entropies = np.random.default_rng(2).normal(size=(ROUNDS * images, self.tokens)).astype(np.float32)
-        starts = patch_starts_numpy(entropies, PatchRule("entropy_rows", self.row_width, 0.0, 4))
+        rng, count = np.random.default_rng(2), max(ROUNDS * images, 256)
+        # An image's entropies share an offset as wide as their noise, see benchmarks/train_step.py.
+        entropies = (rng.normal(size=(count, self.tokens)) + rng.normal(size=(count, 1))).astype(np.float32)
+        rule = PatchRule("entropy_rows", self.row_width, 0.0, 4)
+        threshold = threshold_for_mean_length(entropies, rule, MEAN)
+        starts = patch_starts_numpy(entropies, replace(rule, threshold=float(threshold)))
         return [lengths_from_starts(starts[n * images : (n + 1) * images]) for n in range(ROUNDS)]
 
     def batches(self, images: int) -> list[tuple[Tensor, Tensor, PatchLayout]]:
@@ -376,7 +379,7 @@ def training(device: torch.device | str, *, tiny: bool, budget_s: float, write: 
             if late(name, 12.0 if not tiny else 0.0):
                 continue
             config = setup.config(family, size)
-            patches = setup.tokens / 1.81 if family == "dpar" else None
+            patches = setup.tokens / MEAN if family == "dpar" else None
             with _out_of_memory() as caught:
                 trainee, found = largest_batch(setup, config, patches=patches)
                 keep("rows", train_row(setup, trainee, {"model": family, "size": size_name, "compiled": False, **found}))
@@ -409,6 +412,18 @@ def training(device: torch.device | str, *, tiny: bool, budget_s: float, write: 
             setup.free()
     result["seconds"] = time.perf_counter() - began
     return result
+
+
+def run(device: torch.device, tiny: bool, budget_s: float, write: Write) -> Row:
+    """Measure training as a part of benchmarks/gpu.py; `write` gets all rows so far, each row is printed as it comes."""
+    rows: list[Row] = []
+
+    def keep(row: Row) -> None:
+        print(line(row), flush=True)
+        rows.append(row)
+        write({"rows_so_far": rows})
+
+    return training(device, tiny=tiny, budget_s=budget_s, write=keep)
 
 
 def ratios(rows: list[Row], write: Write) -> list[Row]:

@@ -81,11 +81,11 @@ def training_memory(
         positions = (dpar.encoder_layers + dpar.decoder_layers) * shape.tokens + dpar.patch_layers * (patches + 1)
     kept = positions * (4 * shape.width if checkpointing else block)
     if checkpointing:
-        kept += shape.tokens * block / max(shape.tokens, 1)
+        kept += shape.tokens * block  # of the block that is computed again
     copies = (2 if bf16 else 0) * shape.num_parameters
     states = 3 * shape.tokens * shape.width * 4  # the last norm's input and output, and the gradient of the latter
     return TrainingMemory(
-        state=(STATE * shape.num_parameters + copies) / shards,
+        state=STATE * shape.num_parameters / shards + copies,
         activations=(1.0 if bf16 else 1.5) * kept + states,
         loss=(10 if bf16 else 12) * LOGITS_BLOCK + 4 * shape.codebook_size * shape.width,
     )

@@ -133,7 +133,7 @@ class _Run:
             parallel.compile_blocks(self.model)
         if settings.activation_checkpointing:
             parallel.checkpoint_activations(self.model)
-        self.module = parallel.spread(self.model, settings.strategy, ranks, bf16=self.bf16)
+        self.module = parallel.spread(self.model, settings.strategy, ranks)
         self.parameters = list(self.model.parameters())
         self.optimizer = adamw(self.model.named_parameters(), settings.optim)
         self.peak = peak_flops(ranks.device, bf16=self.bf16)

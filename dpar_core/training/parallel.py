@@ -7,8 +7,10 @@ strategy. Every function marked "collective" must be called by all ranks togethe
 from __future__ import annotations
 
 import inspect
+import itertools
+import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,22 +82,22 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
         block.forward = torch.compile(block.forward, dynamic=id(block) in packed, backend=backend)
 
 
-def spread(model: nn.Module, strategy: Strategy, ranks: Ranks, *, bf16: bool) -> nn.Module:
+def spread(model: nn.Module, strategy: Strategy, ranks: Ranks) -> nn.Module:
     """Return the module whose forward pass runs over all ranks; `model` keeps the (maybe sharded) parameters.
 
-    ddp on one rank is the model itself. fsdp shards every block and the rest (FSDP2); on CUDA with bf16, blocks
-    gather their weights in bf16, gradients are summed in float32.
+    ddp on one rank is the model itself. fsdp shards every block and the rest (FSDP2) within a node and replicates them
+    across nodes. Blocks gather their weights in float32 and autocast rounds them, so that norms, products and sums of
+    gradients have the precision they have in ddp.
     """
     if strategy == "fsdp":
         # Imported where it is used, as below: with sympy and all it is 0.4 s of the start of every process.
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import fully_shard
 
-        policy = MixedPrecisionPolicy()
-        if bf16 and ranks.device.type == "cuda":
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
+        shape = mesh_shape(ranks)
+        names = ("replicate", "shard") if len(shape) == 2 else ("shard",)
+        mesh = dist.device_mesh.init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
         for block in transformer_blocks(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     if ranks.world == 1:
         return model
@@ -104,6 +106,26 @@ def spread(model: nn.Module, strategy: Strategy, ranks: Ranks, *, bf16: bool) ->
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False})
+
+
+def mesh_shape(ranks: Ranks) -> tuple[int, ...]:
+    """Return (nodes, ranks per node), or (ranks,) where that is not one mesh of several nodes and ranks; collective."""
+    nodes: list[Any] = [None] * ranks.world
+    dist.all_gather_object(nodes, platform.node())
+    return shape_of_nodes(nodes)
+
+
+def shape_of_nodes(nodes: Sequence[str]) -> tuple[int, ...]:
+    """Return the mesh of ranks whose nodes have these names, rank by rank.
+
+    Sharding stays within a node, whose links are the fast ones, when every node has the same number of consecutive ranks
+    and more than one of them; otherwise all ranks shard together.
+    """
+    runs = [len(list(group)) for _, group in itertools.groupby(nodes)]
+    regular = len(runs) == len(set(nodes)) and len(set(runs)) == 1
+    if not regular or len(runs) == 1 or runs[0] == 1:
+        return (len(nodes),)
+    return (len(runs), runs[0])
 
 
 def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager:

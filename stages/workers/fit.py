@@ -346,8 +346,8 @@ def _cause(error: BaseException) -> str:
 def _ran_out(where: str) -> str:
     return (
         f"{where} ran out of memory, and with it a worker ended: raise `accumulate`, lower `workers` or free memory "
-        "there, and run the same command again, it goes on from its last checkpoint (a smaller `batch_size` helps as "
-        "well, but starts the run afresh)"
+        "there, and run the same command again, it goes on from its last checkpoint (`dpar-cli cost --gpu NAME` says how "
+        "many images fit in a GPU; a smaller `batch_size` helps as well, but starts the run afresh)"
     )
 
 

@@ -41,6 +41,7 @@ def run(root: Path, ranks: Ranks, *, poisoned: bool = False, crash_after: int | 
 SCENARIOS = {
     "ddp": {"accumulate": 2},
     "fsdp": {"strategy": "fsdp", "accumulate": 2},
+    "hybrid": {"strategy": "fsdp", "accumulate": 2},
     "broken ddp": {"crash_after": 7},
     "broken fsdp": {"strategy": "fsdp", "crash_after": 7},
     "begun alone": {"strategy": "fsdp"},
@@ -52,7 +53,9 @@ SCENARIOS = {
 def worker(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    real = parallel.mesh_shape
     for name, changes in SCENARIOS.items():
+        parallel.mesh_shape = real if name != "hybrid" else lambda ranks: (2, 1)
         try:
             run(folder / name, Ranks(rank, world), **changes)
         except TrainingStopped as stopped:
@@ -90,7 +93,7 @@ def furthest(one, other) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hybrid"])
 def test_two_ranks_train_the_model_that_one_would(alone, together, strategy):
     """Gradients are summed in another order, and Adam divides by small numbers: 1e-3 of weights of size 0.02 to 1."""
     assert furthest(weights(together / strategy), weights(alone)) < 1e-3
@@ -117,6 +120,12 @@ def test_a_bad_loss_of_one_rank_stops_all_before_the_update(together, strategy):
     sentences = {(together / f"bad {strategy}-{rank}").read_text() for rank in (0, 1)}
     assert len(sentences) == 1 and "stopped at step 8, before its update" in sentences.pop()
     assert tiny.tiny_store(together / f"bad {strategy}", "dpar").newest().step == 5
+
+
+def test_shards_stay_within_a_node_and_nodes_hold_copies():
+    assert parallel.shape_of_nodes(["a"] * 4 + ["b"] * 4) == (2, 4)
+    for nodes in (["a"] * 4, ["a", "b", "c"], ["a", "a", "b"], ["a", "b", "a", "b"], ["a"]):
+        assert parallel.shape_of_nodes(nodes) == (len(nodes),)
 
 
 def test_sharded_blocks_are_those_of_the_model():
