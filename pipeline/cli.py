@@ -85,9 +85,10 @@ def ui(
     from pipeline.tracking.store import connect, store_root, tracking_uri
 
     root = _root()
-    connect(root)
+    _, experiment = connect(root)
     uri = tracking_uri(root)
-    print(f"MLflow on http://127.0.0.1:{port} (store {redacted(uri)}); Ctrl-C stops it", flush=True)
+    print(f"runs        http://127.0.0.1:{port}/#/experiments/{experiment}/runs  (there in about 15 s; Ctrl-C stops it)")
+    print(f"store       {redacted(uri)}", flush=True)
     # -P: not the code of the current folder. The address goes through the environment: it may hold a password.
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     artifacts = (store_root(root) / "mlartifacts").as_uri()

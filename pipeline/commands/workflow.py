@@ -101,6 +101,8 @@ class Plan:
         )
 
     def _time(self, due: list[str], about: Callable[[float], str]) -> str:
+        from pipeline.presets.use import preset_of
+
         seconds = self.left(due)
         if seconds is not None:
             return f"about {about(seconds)} on this machine"
@@ -108,7 +110,7 @@ class Plan:
         fresh = sum(self._seconds[name] is None for name in due)
         if fresh < len(due):
             return f"{about(sum(known))} and what {fresh} take that never ran here"
-        preset = _preset(self.root)
+        preset = preset_of(self.root)
         return f"about {about(FIRST_RUN[preset])} on two cores" if preset in FIRST_RUN else "of unknown duration at first"
 
     def _disk(self) -> str:
@@ -116,12 +118,6 @@ class Plan:
 
         total = sum(state.size for state in self.states)
         return f"{size(total)} of artifacts" if total else "0.5 GB of artifacts for the demo"
-
-
-def _preset(root: Path) -> str:
-    """Return the name of the preset that params.yaml is, an empty text when it is none."""
-    text = (root / "params.yaml").read_text()
-    return next((file.stem for file in sorted((root / "params").glob("*.yaml")) if file.read_text() == text), "")
 
 
 class Narrator:

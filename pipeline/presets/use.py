@@ -28,6 +28,14 @@ def preset_lines(root: Path) -> list[str]:
     return found
 
 
+def preset_of(root: Path) -> str:
+    """Return the name of the preset that params.yaml is, "own params" when it is none."""
+    file = root / "params.yaml"
+    text = file.read_text() if file.exists() else ""
+    same = (name for name in preset_names(root) if preset_file(root, name).read_text() == text)
+    return next(same, "own params")
+
+
 def preset_file(root: Path, name: str) -> Path:
     """Return the file of a preset. Raises ValueError with the nearest names."""
     file = root / "params" / f"{name}.yaml"

@@ -25,6 +25,7 @@ from dpar_core.secrets import redacted
 from pipeline.tracking import store
 from pipeline.tracking.journal import Event, Reader, bury
 from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, TrackingError
+from pipeline.tracking.summary import WORST_TAG
 
 SENT = "sent.json"
 KEY_TAG = "dpar.key"
@@ -199,7 +200,8 @@ class Outbox:
             for name, value in data.items():
                 self._client.set_tag(run, name, value)
         elif event.op == "end":
-            self._client.set_terminated(run, data["status"], end_time=event.time)
+            worst = self._client.get_run(run).data.tags.get(WORST_TAG, data["status"])
+            self._client.set_terminated(run, worst, end_time=event.time)
 
     def _open(self, event: Event) -> str:
         """Return the id of an event's run; it is made where it is not there. One that is there goes on."""

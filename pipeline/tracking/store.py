@@ -91,7 +91,9 @@ def _experiment(client: Any, root: Path, here: str | None) -> str:
     """Return the experiment's id. here: where its artifacts belong, None where the store decides."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
-        return client.create_experiment(EXPERIMENT, artifact_location=here)
+        # Without this tag the pages open as those of a product for language models.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return client.create_experiment(EXPERIMENT, artifact_location=here, tags=kind)
     if experiment.lifecycle_stage == "deleted":
         raise TrackingError(
             f"the MLflow experiment {EXPERIMENT!r} was deleted: bring it back with "

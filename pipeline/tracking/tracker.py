@@ -17,10 +17,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dpar_core.files import digest_of
+from dpar_core.files import digest_of, sha256_file
+from pipeline.presets.use import preset_of
+from pipeline.tracking import summary
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.outbox import journal_folder
 from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, store_root
+from stages.artifacts import FOLDER, OUTPUTS, REPORT_PAGE, SAMPLE_GRID, SAMPLES
 from stages.tracker import LineProgress, Progress, rate_words
 from stages.workers.child import command
 
@@ -44,7 +47,7 @@ def pass_identity(root: Path) -> tuple[str, str, Any]:
                     process = ancestor
                     break
     started = process.create_time()
-    name = time.strftime("pass %Y-%m-%d %H:%M:%S", time.localtime(started))
+    name = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
     copy = "" if store_root(root) == root.resolve() else f"-{root.resolve().name}"
     return f"{socket.gethostname()}-{process.pid}-{started:.2f}{copy}", name, process
 
@@ -171,14 +174,33 @@ def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterato
 
     identity, name, process = pass_identity(root)
     with recording(root, stage) as records:
-        parent = records.run(digest_of(identity), name, tags={PASS_TAG: identity, **process_tags(process)})
+        preset = preset_of(root)
+        name = f"{preset} · {name}"
+        tags = {PASS_TAG: identity, **process_tags(process), **summary.source_tags(root)}
+        parent = records.run(digest_of(identity), name, tags=tags)
         records.params(parent, flattened(params))
         tags = {"dpar.stage": stage, **process_tags()}
-        run = records.run(records.journal.folder.name, stage, tags=tags, parent=parent)
+        run = records.run(records.journal.folder.name, summary.child_name(stage, list(OUTPUTS)), tags=tags, parent=parent)
         tracker = MlflowTracker(records, run, parent, stage)
         tracker.log_params(_flatten(plain(chosen)))
         with tracker.ending():
             yield tracker
+            lock = root / "dvc.lock"
+            if lock.exists():
+                records.tags(parent, {"dpar.dvc_lock": sha256_file(lock)[:16]})
+            if stage == "report" and (headline := summary.read_headline(root)):
+                _show_results(records, parent, preset, headline, root)
+
+
+def _show_results(records: Recording, parent: str, preset: str, headline: dict[str, Any], root: Path) -> None:
+    """Give a pipeline run its name, note, speeds and pictures once the report is there."""
+    note = summary.note(preset, headline)
+    records.tags(parent, {"mlflow.runName": summary.run_name(preset, headline), "mlflow.note.content": note})
+    if speeds := summary.speed_metrics(headline):
+        records.metrics(parent, speeds)
+    for path in (REPORT_PAGE.below(root / FOLDER), SAMPLES["dpar"].below(root / FOLDER) / SAMPLE_GRID):
+        if path.exists():
+            records.artifact(parent, path)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -236,7 +258,7 @@ class MlflowTracker:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """End the run as the block ends, and copy its last values to the parent under the stage's name."""
+        """End the run as the block ends, and give the parent what it shows of this stage."""
         try:
             yield
         except BaseException as error:
@@ -246,11 +268,12 @@ class MlflowTracker:
         self._end("FINISHED")
 
     def _end(self, status: str) -> None:
-        kept = {f"{self.stage}/{n}": v for n, v in self._last.items() if not n.startswith(("perf/", "train/"))}
-        if kept:
+        if kept := summary.short_metrics(self.stage, self._last):
             self.records.metrics(self.parent, kept)
+        if status != "FINISHED":
+            self.records.tags(self.parent, {summary.WORST_TAG: status})
         self.records.end(self.run, status)
-        # The parent has no end of its own: it is as far as its latest stage.
+        # The parent has no end of its own: it is as far as its latest stage, and ended as its worst one did.
         self.records.end(self.parent, status)
 
 

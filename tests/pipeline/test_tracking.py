@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.runner import load_stage
-from pipeline.tracking import outbox, store, tracker
+from pipeline.tracking import outbox, store, summary, tracker
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.outbox import Away, Outbox, sync
 from stages.params import load_params, select
@@ -68,8 +68,8 @@ def test_stages_of_one_pass_hang_under_one_parent_with_their_numbers(project):
             one.log_picture(root / "p.png")
     client, found = runs(root)
     assert len(found) == 3
-    parent = next(run for name, run in found.items() if name.startswith("pass "))
-    for stage in ("data", "features"):
+    parent = next(run for run in found.values() if "mlflow.parentRunId" not in run.data.tags)
+    for stage in ("01 data", "03 features"):
         run = found[stage]
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == "FINISHED"
@@ -77,7 +77,7 @@ def test_stages_of_one_pass_hang_under_one_parent_with_their_numbers(project):
         assert run.inputs.dataset_inputs[0].dataset.digest == "abc123"
         assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["p.png"]
         assert run.data.params["data.source"] == "builtin"
-    assert parent.data.metrics["data/eval/x"] == 2.0
+    assert not parent.data.metrics and parent.data.tags["mlflow.source.name"] == "dvc repro"
     assert parent.data.params["sample.cfg_scale"] == str(params.sample.cfg_scale)
 
 
@@ -416,3 +416,21 @@ def test_a_module_in_the_current_folder_is_not_run_in_place_of_ours(tmp_path):
     line = command("pipeline.tracking.outbox")
     found = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "IndexError" in found.stderr, "it got as far as looking for the journal's name"
+
+
+def test_a_pipeline_run_ends_as_its_worst_stage_did(project):
+    root, *_ = project
+    journal = Journal(outbox.journal_folder(root), "train")
+    for key, stage, status in (("one", "data", "FAILED"), ("two", "features", "FINISHED")):
+        journal.write("run", "parent", {"name": "whole", "tags": {}, "parent": None, "once": False})
+        journal.write("run", key, {"name": stage, "tags": {}, "parent": "parent", "once": False})
+        if status != "FINISHED":
+            journal.write("tags", "parent", {summary.WORST_TAG: status})
+        for run in (key, "parent"):
+            journal.write("end", run, {"status": status})
+    journal.close()
+    sync(Outbox(root, print))
+    _, found = runs(root)
+    assert {name: run.info.status for name, run in found.items()} == {
+        "whole": "FAILED", "data": "FAILED", "features": "FINISHED",
+    }  # fmt: skip

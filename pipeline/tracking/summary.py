@@ -1,0 +1,115 @@
+"""What a pipeline run shows in MLflow's table of runs: a readable name, a few short metrics, tags, and a note.
+
+The children hold everything else. Names here are stable: tables and charts of MLflow are saved by them.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import HEADLINE
+
+WORST_TAG = "dpar.worst"  # how the worst stage of a pipeline run ended, where that is not FINISHED
+# (stage, what its metric begins with) -> name at the parent
+_SHORT = {
+    ("tokenizer", "tokenizer/psnr_db"): "psnr_db",
+    ("patch_maps", "patch/patches_per_image"): "patches_per_image",
+    ("train_dpar", "validation/loss"): "dpar_loss",
+    ("train_llamagen", "validation/loss"): "baseline_loss",
+    ("score_dpar", "eval/fid"): "dpar_distance",
+    ("score_dpar", "eval/fd_"): "dpar_distance",
+    ("score_llamagen", "eval/fid"): "baseline_distance",
+    ("score_llamagen", "eval/fd_"): "baseline_distance",
+}
+
+
+def short_metrics(stage: str, last: Mapping[str, float]) -> dict[str, float]:
+    """Return what of a stage's last metrics belongs to the pipeline run, under short names.
+
+    Where a stage has several of a kind, as the baseline's scores at equal steps and at equal time, the first counts.
+    """
+    found: dict[str, float] = {}
+    for (owner, start), short in _SHORT.items():
+        values = [value for name, value in last.items() if owner == stage and name.startswith(start)]
+        if values:
+            found.setdefault(short, values[0])
+    return found
+
+
+def child_name(stage: str, stages: list[str]) -> str:
+    """Return the name of a stage's run: sorted by name, the runs stand in the order of the workflow."""
+    return f"{stages.index(stage) + 1:02d} {stage}" if stage in stages else stage
+
+
+def source_tags(root: Path) -> dict[str, str]:
+    """Return who started a run, from what, and at which commit (with `-dirty` where files differ from it)."""
+    tags = {"mlflow.source.name": "dvc repro", "mlflow.source.type": "PROJECT"}
+    with suppress(KeyError, OSError):  # a user id without a name, as in some containers
+        tags["mlflow.user"] = getpass.getuser()
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit:
+        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
+        tags["mlflow.source.git.commit"] = commit
+        tags["dpar.git"] = f"{commit[:12]}{'-dirty' if dirty else ''}"
+    return tags
+
+
+def _git(root: Path, *words: str) -> str:
+    try:
+        found = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def read_headline(root: Path) -> dict[str, Any] | None:
+    """Return what the report says in short, None when there is none."""
+    try:
+        return json.loads((root / HEADLINE.path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def losses(headline: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the validation losses of DPAR and its baseline at equal steps."""
+    row = headline["verdicts"][0]["rows"][0]
+    return row["dpar"]["value"], row["baseline"]["value"]
+
+
+def run_name(preset: str, headline: Mapping[str, Any]) -> str:
+    """Return the name of a finished pipeline run: `demo · DPAR 2.79 / baseline 2.86 nats`."""
+    dpar, baseline = losses(headline)
+    return f"{preset} · DPAR {dpar:.2f} / baseline {baseline:.2f} nats"
+
+
+def speed_metrics(headline: Mapping[str, Any]) -> dict[str, float]:
+    """Return the measured speed ratios that the report shows; one in doubt is left out."""
+    ratios = {name: headline[name]["ratio"] for name in ("training_speed", "sampling_speed")}
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+
+
+def note(preset: str, headline: Mapping[str, Any]) -> str:
+    """Return the note of a pipeline run as Markdown: badge, verdicts, the table, how to make it again."""
+    lines = [f"**{headline['headline']}**", "", headline["badge"], ""]
+    for verdict in headline["verdicts"]:
+        lines += [f"- *{verdict['title']}.* {verdict['sentence']}"]
+    lines += ["", "| at equal steps | DPAR | baseline |", "|---|---|---|"]
+    for row in headline["verdicts"][0]["rows"]:
+        lines.append(f"| {row['words']} | {_estimate(row['dpar'])} | {_estimate(row['baseline'])} |")
+    for name in ("training", "sampling"):
+        speed = headline[f"{name}_speed"]
+        words = speed["doubt"] or f"DPAR {speed['ratio']:.2f} times the baseline"
+        lines.append(f"\nSpeed of {name}: {words}")
+    again = f"dpar-cli params use {preset}" if preset != "own params" else "the params of this run"
+    return "\n".join([*lines, "", f"Again: `{again}`, then `dpar-cli run`. The page is the artifact index.html."])
+
+
+def _estimate(one: Mapping[str, Any]) -> str:
+    ends = one["interval"]
+    return f"{one['value']:.4g}" + ("" if ends is None else f" ({ends[0]:.4g} to {ends[1]:.4g})")
