@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.boundary import carry_errors, guarded
 from pipeline.commands.data import data_app, patches_app
 from pipeline.commands.probe import probe
 from pipeline.commands.runs import runs_app
@@ -107,17 +108,18 @@ def verify(
     Reads .npz and .safetensors of the folder; prints the largest difference and the tolerance of every case. Exit 1 when
     one fails.
     """
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from dpar_core.evaluation.golden import verify_folder
+    from pipeline.terminal import plain_console
 
     table = Table("case", "largest difference", "tolerance", "verdict")
     cases = verify_folder(folder)
     for case in cases:
-        verdict = "[green]agrees[/]" if case.passed else "[red]differs[/]"
+        verdict = Text("agrees", style="green") if case.passed else Text("differs", style="red")
         table.add_row(case.name, f"{case.difference:.3g}", f"{case.tolerance:.3g}", verdict)
-    Console(width=100).print(table)
+    plain_console(least_width=100).print(table)
     failed = sum(not case.passed for case in cases)
     print(f"{len(cases) - failed} of {len(cases)} cases agree")
     if failed:
@@ -209,20 +211,16 @@ def _root() -> Path:
 
 
 def main() -> None:
-    """Run a command; what users can mend gets one sentence and exit 1, Ctrl-C exit 130."""
+    """Run dpar-cli; pipeline/boundary.py says how it ends."""
+    guarded(start)
+
+
+def start() -> None:
+    """Enter the project and run the command line's command; errors come out as they are."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        keep_caches_writable()
-        started = enter_project()
-        if started not in (None, Path.cwd()):
-            follow_paths(app, started)
-        app()
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("DPAR_DEBUG") == "1":
-            raise
-        colour, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-        print(f"{colour}{error}{end}\n(DPAR_DEBUG=1 shows where this was raised)", file=sys.stderr)
-        raise SystemExit(1) from None
+    keep_caches_writable()
+    started = enter_project()
+    if started not in (None, Path.cwd()):
+        follow_paths(app, started)
+    carry_errors(app)
+    app()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import textwrap
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDTH = 80
 _COLOURS = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
@@ -56,3 +60,21 @@ def size(count: float) -> str:
 def shortened(text: str, width: int) -> str:
     """Cut a text to a width, with an ellipsis where something is missing."""
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def plain_console(*, least_width: int = 90, file: Any = None) -> Console:
+    """Return a console that prints text as it is: `[/b]` and `:dog:` in a name mean nothing.
+
+    least_width: columns, also where the terminal has fewer. file: what to print to, standard output when None.
+    """
+    from rich.console import Console
+
+    width = max(least_width, Console().width)
+    return Console(width=width, file=file, markup=False, emoji=False, highlight=False)
+
+
+def table_text(table: Any, *, least_width: int = 90) -> str:
+    """Return a table as lines of text without trailing space."""
+    stream = io.StringIO()
+    plain_console(least_width=least_width, file=stream).print(table)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())

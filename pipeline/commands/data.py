@@ -59,10 +59,10 @@ def patches_stats(
     Reads artifacts/tokens and artifacts/entropies (made by `dvc repro entropies`); trains and changes nothing. To take a
     threshold over: set patching.threshold in params.yaml, then `dvc repro`.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from pipeline.report.curves import draw_curves
+    from pipeline.terminal import plain_console
     from stages.artifacts import ENTROPIES, TOKENS
     from stages.tools.patch_stats import parse_max_lengths, parse_range, patch_stats
 
@@ -80,7 +80,7 @@ def patches_stats(
             f"{cell.patches:.1f}", f"{cell.low:.0f}", f"{cell.high:.0f}", f"{cell.fewest.name} {cell.fewest.patches:.1f}",
             f"{cell.most.name} {cell.most.patches:.1f}",
         )  # fmt: skip
-    Console(width=max(100, Console().width)).print(table)
+    plain_console(least_width=100).print(table)
     draw_curves(stats, out)
     print(out)
 

@@ -256,12 +256,10 @@ def _reference(
 
 
 def _table(names: Sequence[str], found: Sequence[Scores], *, spreads: Mapping[str, Any] | None = None) -> str:
-    import io
-
-    from rich.console import Console
     from rich.table import Table
 
     from pipeline.report.verdicts import score_name
+    from pipeline.terminal import table_text
 
     table = Table("score", *names, *(["mean", "sd over sets"] if spreads else []))
     for key in dict.fromkeys(key for one in found for key in one.values):
@@ -273,9 +271,7 @@ def _table(names: Sequence[str], found: Sequence[Scores], *, spreads: Mapping[st
         if spreads:
             cells += [f"{spreads[key].mean:.4g}", f"{spreads[key].deviation:.2g}"] if key in spreads else ["", ""]
         table.add_row(score_name(key), *cells)
-    console = Console(width=max(90, Console().width), record=True, file=io.StringIO())
-    console.print(table)
-    return console.export_text().rstrip()
+    return table_text(table)
 
 
 def _note(sentence: str) -> None:
@@ -294,17 +290,13 @@ def _protocol_lines(found: Scores) -> str:
 
 
 def _verdicts(checks: Sequence[Any]) -> str:
-    import io
-
-    from rich.console import Console
     from rich.table import Table
 
     from pipeline.report.verdicts import score_name
+    from pipeline.terminal import table_text
 
     table = Table("score", "expected", "got", "tolerance", "verdict")
     for one in checks:
         verdict = "agrees" if one.holds else "DIFFERS"
         table.add_row(score_name(one.name), f"{one.expected:g}", f"{one.got:.4g}", f"{one.tolerance:.3g}", verdict)
-    console = Console(width=max(90, Console().width), record=True, file=io.StringIO())
-    console.print(table)
-    return console.export_text().rstrip()
+    return table_text(table)

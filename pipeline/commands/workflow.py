@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pipeline.boundary import INTERRUPTED, TERMINATED, Terminated
 
 if TYPE_CHECKING:
     from pipeline.state import StageState
@@ -190,19 +193,31 @@ def _follow(command: list[str], narrator: Narrator, *, verbose: bool) -> int:
                 if verbose and _CHATTER.match(line):
                     print(line, end="", flush=True)
             code = process.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if isinstance(stopped, Terminated):  # SIGTERM reached us alone, and DVC would leave its stage running
+                _terminate(process.pid)
             try:
                 process.wait(LEAVING)
             except subprocess.TimeoutExpired:
                 process.terminate()
             print(f"\n{narrator.stopped('stopped')}", file=sys.stderr)
-            return 130
+            return TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
     if code:
         print(narrator.stopped("failed"), file=sys.stderr)
         return 1
     narrator.finish()
     return 0
+
+
+def _terminate(process: int) -> None:
+    """Send SIGTERM to a process and all that it started."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        for child in (*psutil.Process(process).children(recursive=True), psutil.Process(process)):
+            with suppress(psutil.NoSuchProcess):
+                child.terminate()
 
 
 def _verdict(root: Path) -> str:

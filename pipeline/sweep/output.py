@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dpar_core.files import atomic_path, atomic_write, write_json
 from pipeline.report.charts import Scatter, scatter_chart
 from pipeline.report.pictures import file_uri
+from pipeline.terminal import table_text
 from stages.shared.sampler import Files
 from stages.tools.sweep import Outcome
 
@@ -236,7 +237,6 @@ def draw_pareto(facts: Facts, path: Path) -> None:
 
 def table(facts: Facts) -> str:
     """Return the finals (or the best of the search) and the failures as text for a terminal."""
-    from rich.console import Console
     from rich.table import Table
 
     results = sorted(facts.outcome.finals or facts.outcome.search, key=lambda one: one[facts.distance])[:10]
@@ -249,10 +249,7 @@ def table(facts: Facts) -> str:
             f"{one[facts.distance]:.4g}", f"{low:.3g} to {high:.3g}", f"{one['patch/patches_per_image']:.1f}",
             f"{one['perf/images_per_s']:.3g}",
         )  # fmt: skip
-    console = Console(width=max(90, Console().width), record=True, file=io.StringIO())
-    if results:
-        console.print(shown)
-    lines = [console.export_text().rstrip()]
+    lines = [table_text(shown) if results else ""]
     if chance := within_chance(facts):
         lines.append(f"within chance of the best: {', '.join(label(one) for one in chance)}")
     lines += [f"failed: {one_line(one)}" for one in facts.outcome.failed]

@@ -285,7 +285,8 @@ def _rich_bar():
             return "" if task.speed is None else rate_words(task.speed, task.fields["unit"])
 
     return rich.Progress(
-        rich.TextColumn("[bold]{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), Rate(),
+        rich.TextColumn("{task.description}", style="bold", markup=False),
+        rich.BarColumn(), rich.MofNCompleteColumn(), Rate(),
         rich.TextColumn("{task.fields[values]}"), rich.TimeElapsedColumn(), rich.TextColumn("left"),
         rich.TimeRemainingColumn(),
     )  # fmt: skip

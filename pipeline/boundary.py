@@ -1,0 +1,170 @@
+"""The edge of the program: above it there are no tracebacks.
+
+What users can mend gets one sentence and exit 1; an error that nobody foresaw one sentence, a file with the details and
+exit 70; Ctrl-C exit 130 and SIGTERM 143. DPAR_DEBUG=1 lets tracebacks through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+UNEXPECTED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 70, 130, 143, 141
+
+# What readers raise on a file that is damaged or of another format, by name: nothing is imported to find out.
+_DAMAGE = {
+    "BadZipFile": "is no intact zip file (as .npz and .pt are)",
+    "SafetensorError": "is no intact safetensors file",
+    "JSONDecodeError": "is no intact JSON",
+    "ReadError": "is no intact tar file",
+    "EOFError": "ends too early",
+    "IncompleteRead": "ended in the middle of a transfer",
+    "UnpicklingError": "is no intact checkpoint",
+    "UnicodeDecodeError": "is not text in UTF-8",
+    "UnidentifiedImageError": "is no image",
+    "DecompressionBombError": "is an image of too many pixels",
+    "ArrowInvalid": "is no intact Parquet or Arrow file",
+    "zlib.error": "holds damaged compressed data",
+    "LZMAError": "holds damaged compressed data",
+    "struct.error": "is cut short",
+    "YAMLError": "is no valid YAML",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: everything ends as on Ctrl-C."""
+
+
+class Carried(BaseException):
+    """Brings what a command raised past typer, which has ways of its own to end on some errors."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def main() -> None:
+    """Run dpar-cli."""
+    guarded(_start)
+
+
+def _start() -> None:
+    from pipeline.cli import start
+
+    start()
+
+
+def guarded(run: Callable[[], None]) -> None:
+    """Run it, and end the process as the errors that come out of it ask for."""
+    try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
+            threading.excepthook = _in_a_thread
+        run()
+    except (Exception, KeyboardInterrupt, Carried) as caught:
+        error = caught.error if isinstance(caught, Carried) else caught
+        if os.environ.get("DPAR_DEBUG") == "1" and not isinstance(error, KeyboardInterrupt):
+            raise error from None
+        sentence, status = verdict(error)
+        say(sentence, colour=status not in (INTERRUPTED, TERMINATED))
+        raise SystemExit(status) from None
+
+
+def carry_errors(app: Any) -> None:
+    """Let errors of all commands of a typer app come out as they are."""
+    for command in app.registered_commands:
+        if command.callback is not None:
+            command.callback = _carrying(command.callback)
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            carry_errors(group.typer_instance)
+
+
+def _carrying(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(**values: Any) -> Any:
+        try:
+            return function(**values)
+        except (ValueError, OSError, RuntimeError, EOFError, KeyboardInterrupt) as error:
+            if type(error).__module__.startswith(("typer", "click")):  # how they end a command on purpose
+                raise
+            raise Carried(error) from None
+
+    return call
+
+
+def verdict(error: BaseException) -> tuple[str, int]:
+    """Return the sentence for an error that reached the edge, and the exit status."""
+    from dpar_core.secrets import redacted
+
+    stopped = _stopped_by(error)
+    if stopped is not None:
+        status = TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
+        return "\nstopped; run the same command again to go on from here", status
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        # Whoever read our output has left, as `head` does.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return "", PIPE_CLOSED
+    sentence = _known(error)
+    if sentence is not None:
+        return f"{redacted(sentence)}\n(DPAR_DEBUG=1 shows where this was raised)", 1
+    from stages.crash import crash_sentence
+
+    return crash_sentence(error, doing=redacted(" ".join(["dpar-cli", *sys.argv[1:]]))), UNEXPECTED
+
+
+def _stopped_by(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the KeyboardInterrupt behind an error: libraries that are interrupted while they start raise others over it."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        if isinstance(one, KeyboardInterrupt):
+            return one
+        seen.add(id(one))
+        one = one.__cause__ or one.__context__
+    return None
+
+
+def _known(error: BaseException) -> str | None:
+    """Return the sentence of an error that somebody foresaw, None for any other."""
+    from stages.crash import file_at_work, ours
+
+    text = str(error)
+    names = {name for one in type(error).__mro__ for name in (one.__name__, f"{one.__module__}.{one.__name__}")}
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
+        where = f" while at work on {file}" if (file := file_at_work(error)) else ""
+        return f"memory ran out{where}: free some, or lower batch sizes and workers ({text or 'MemoryError'})"
+    if isinstance(error, ValueError | OSError | RuntimeError) and ours(error) and not hasattr(error, "__notes__"):
+        return text or None
+    for name, meaning in _DAMAGE.items():
+        if name in names and (file := file_at_work(error)) is not None:
+            return f"{file} {meaning} ({text or name}): make it again, or fetch it again if it came from outside"
+    if isinstance(error, OSError) and error.strerror:
+        return text
+    return None
+
+
+def say(sentence: str, *, colour: bool = True) -> None:
+    """Print a sentence to standard error, red on a terminal."""
+    if not sentence:
+        return
+    begin, end = ("\033[31m", "\033[0m") if colour and sys.stderr.isatty() else ("", "")
+    with contextlib.suppress(OSError):  # nobody is there to read it; the exit status says the rest
+        print(f"{begin}{sentence}{end}", file=sys.stderr, flush=True)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what ends now must not be stopped from ending
+    raise Terminated
+
+
+def _in_a_thread(hook: Any) -> None:
+    """Print the sentence of an error that ended a thread."""
+    if hook.exc_value is not None and not isinstance(hook.exc_value, SystemExit):
+        say(verdict(hook.exc_value)[0])

@@ -1,0 +1,191 @@
+"""No traceback above dpar-cli: a sentence, an exit status, and the details in a file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from http.client import IncompleteRead
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from safetensors import safe_open
+
+from dpar_core.secrets import redacted
+from pipeline import boundary
+from stages import crash
+from tests.helpers.paths import ROOT
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DPAR_DEBUG", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["dpar-cli", "stage", "s3://KEY:hunter2@bucket"])
+    return tmp_path
+
+
+def ended(run, capsys) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(run)
+    boundary.carry_errors(app)
+    with pytest.raises(SystemExit) as caught:
+        boundary.guarded(lambda: app([], standalone_mode=True))
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "Aborted" not in said and "hunter2" not in said
+    return caught.value.code, said
+
+
+def raises(error):
+    def command():
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), RecursionError(), ZeroDivisionError("division by zero"), IncompleteRead(b"ab")]
+)
+def test_an_error_that_nobody_foresaw_is_one_sentence_and_a_file(project, capsys, monkeypatch, error):
+    monkeypatch.setattr(crash, "_ROOMS", (str(ROOT / "stages"),))  # this test is not one of our rooms
+    status, said = ended(raises(error), capsys)
+    (file,) = (project / "work").glob("crash-*.txt")
+    assert status == 70 and len(said.splitlines()) == 1
+    assert type(error).__name__ in said and str(file) in said
+    details = file.read_text()
+    assert "Traceback" in details and "in command" in details and "hunter2" not in details
+
+
+def test_what_a_library_says_is_not_taken_for_our_sentence(project, capsys):
+    def command():
+        np.zeros(3) + np.zeros(4)
+
+    status, said = ended(command, capsys)
+    assert status == 70 and "operands could not be broadcast" in said
+
+
+def test_a_sentence_of_ours_is_shown_as_it_is_without_its_passwords(project, capsys, monkeypatch):
+    monkeypatch.setattr(crash, "_ROOMS", (str(Path(__file__).parent),))
+    status, said = ended(raises(ValueError("cannot read http://me:hunter2@host/x: set another address")), capsys)
+    assert status == 1 and said.startswith("cannot read http://***@host/x: set another address\n")
+    assert not (project / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "read", "words"),
+    [
+        ("a.npz", b"PK\x03\x04 cut short", lambda path: zipfile.ZipFile(path), "is no intact zip file"),
+        ("b.json", b"", lambda path: json.loads(path.read_text()), "is no intact JSON"),
+        ("c.safetensors", b"\x08", lambda path: safe_open(path, framework="pt"), "is no intact safetensors file"),
+        ("d.txt", b"\xff\xfe\xfa", lambda path: path.read_text(encoding="utf-8"), "is not text in UTF-8"),
+    ],
+)
+def test_a_damaged_file_is_named(project, capsys, monkeypatch, name, content, read, words):
+    monkeypatch.setattr(crash, "_ROOMS", (str(Path(__file__).parent),))
+    path = project / name
+    path.write_bytes(content)
+
+    def command():
+        reader(path)
+
+    def reader(path: Path):
+        return read(path)
+
+    status, said = ended(command, capsys)
+    assert status == 1 and said.startswith(f"{path} {words} (")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (boundary.Terminated(), 143), (EOFError("cut"), 70), (MemoryError(), 1)],
+)
+def test_what_stops_a_command_has_its_exit_status(project, capsys, monkeypatch, error, status):
+    monkeypatch.setattr(crash, "_ROOMS", (str(ROOT / "stages"),))
+    assert ended(raises(error), capsys)[0] == status
+
+
+def test_what_a_library_raises_when_it_is_interrupted_is_an_interruption(project, capsys):
+    def command():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise UnboundLocalError("cannot access local variable 'node'")  # noqa: B904
+
+    assert ended(command, capsys)[0] == 130
+
+
+def test_a_crash_file_that_cannot_be_written_does_not_hide_the_error(project, capsys):
+    (project / "work").write_text("no folder")
+    status, said = ended(raises(KeyError("lost shard")), capsys)
+    assert status == 70 and "lost shard" in said and "could not be written" in said
+
+
+def test_a_reader_of_our_output_that_leaves_is_no_error():
+    line = f"{sys.executable} -P -c 'from pipeline.boundary import main; main()' cost --help"
+    pipe = f"set -o pipefail; {line} | head -c1"
+    found = subprocess.run(["bash", "-c", pipe], capture_output=True, cwd=ROOT)
+    assert b"Traceback" not in found.stderr and b"Broken" not in found.stderr
+
+
+def test_sigterm_ends_a_command_with_a_sentence(tmp_path):
+    code = "from pipeline import boundary, cli\nimport time\n"
+    code += "def start():\n    print('ready', flush=True)\n    time.sleep(60)\nboundary._start = start\nboundary.main()"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", code], text=True, cwd=tmp_path, **pipes)
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGTERM)
+    said = child.communicate(timeout=30)[1]
+    assert child.returncode == 143 and "stopped; run the same command again" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://KEY:hunter2@bucket/x", "s3://***@bucket/x"),
+        ("s3://KEY:hun/ter2@bucket/x", "s3://***@bucket/x"),
+        ("postgresql://u:hunter2@host:5432/db?password=hunter2&a=1", "postgresql://***@host:5432/db?password=***&a=1"),
+        ("https://hunter2@host/x", "https://***@host/x"),
+        ("read http://a:hunter2@c/d, then s3://e:hunter2@g: why", "read http://***@c/d, then s3://***@g: why"),
+        ("https://host/x?X-Amz-Signature=hunter2&part=1", "https://host/x?X-Amz-Signature=***&part=1"),
+        ("http://127.0.0.1:5000/#/runs", "http://127.0.0.1:5000/#/runs"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+        ("git@github.com:a/b", "git@github.com:a/b"),
+    ],
+)
+def test_credentials_of_addresses_are_redacted_and_nothing_else(text, shown):
+    assert redacted(text) == shown
+
+
+def test_names_with_brackets_are_printed_as_they_are(capsys):
+    from rich.table import Table
+
+    from pipeline.terminal import plain_console, table_text
+
+    table = Table("cat [/b]", "[red]x")
+    table.add_row(":dog: [/b]", "[bold]1[/bold]")
+    for text in (table_text(table), (plain_console().print(table), capsys.readouterr().out)[1]):
+        for name in ("cat [/b]", "[red]x", ":dog: [/b]", "[bold]1[/bold]"):
+            assert name in text
+
+
+def test_ctrl_c_while_the_program_starts_is_no_traceback():
+    child = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-c", "from pipeline.boundary import main; main()", "--help"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    lines = []
+    for line in child.stderr:
+        lines.append(line)
+        if line.split("|")[-1].strip() == "pipeline.boundary":
+            time.sleep(0.05)
+            child.send_signal(signal.SIGINT)
+            break
+    rest = child.stderr.read()
+    assert child.wait() in (130, 0)
+    assert "Traceback" not in rest
