@@ -11,6 +11,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -337,6 +338,7 @@ def sync(outbox: Outbox, *, leave: Path | None = None) -> int:
 def main() -> None:
     """Deliver the journal of the process that started this one, after those that earlier ones left."""
     root, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all of a stage: its end is still to be delivered
     os.chdir(root)
     store.quiet_environment()
     with held(folder) as mine:
