@@ -22,6 +22,7 @@ from pipeline.tracking.tracker import open_tracker
 from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
 from stages.params import Compute, Section, load_params, plain, precision_lines, section_of, select, settled
+from stages.workers.tasks import remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
         for field in dataclasses.fields(outputs):
             getattr(outputs, field.name).parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(work, *vars(outputs).values())
         started = time.time()
         with open_tracker(name, params, chosen, root=root) as tracker:
             stage.run(chosen, inputs, outputs, tracker, device=device, work=work)

@@ -14,7 +14,8 @@ set -euo pipefail
 stage=${1:-train_dpar}
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 export PATH="$PWD/.venv/bin:$PATH" RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-ray get-auth-token --generate > /dev/null   # in ~/.ray, which all nodes share
+(umask 077; ray get-auth-token --generate > /dev/null)   # in ~/.ray, which all nodes share
+chmod 600 ~/.ray/auth_token
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')

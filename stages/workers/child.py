@@ -2,7 +2,7 @@
 
 `python -m` would put the current folder first on the path: a `stages.py` or `safetensors.py` that lies there would be run,
 and two checkouts would mix. This file is started by its path instead, takes the path of the process that starts it, and
-takes our packages from the folder it lies in. It needs the standard library alone.
+takes our packages from the folder it lies in. An error that nobody foresaw is a sentence here too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,15 @@ def main() -> None:
     sys.path[:] = paths.split("\n")
     sys.argv[:] = [module, *arguments]
     pin(Path(__file__).resolve().parents[2])
-    import_module(module).main()
+    try:
+        import_module(module).main()
+    except Exception as error:
+        if os.environ.get("DPAR_DEBUG") == "1":
+            raise
+        from stages.crash import crash_sentence
+
+        print(crash_sentence(error, doing=f"the process of {module}"), file=sys.stderr, flush=True)
+        sys.exit(70)
 
 
 if __name__ == "__main__":

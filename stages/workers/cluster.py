@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shutil
+import socket
+import subprocess
 import sys
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from dpar_core.secrets import redacted
 from dpar_core.system import cpus
+from stages.workers.child import command
 
 # What Ray reads at import or start. A value the user has set in the environment wins.
 QUIET = {
@@ -23,6 +33,10 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 25.0  # to reach a cluster's port; to be let into the cluster
+_FOLDER = "dpar-ray"
+_LONGEST_FOLDER = 45  # characters: the paths of Ray's sockets below it end at 107
+_CODE = Path(__file__).resolve().parents[2]
 _OBJECT_STORE_BYTES = 200 * 2**20  # stages pass addresses and counts through Ray, not data
 
 
@@ -60,49 +74,175 @@ def connected() -> Iterator[list[Node]]:
     """Connect to Ray and yield the cluster's nodes; on leaving, disconnect (an own cluster ends).
 
     Inside a Ray process, or when the caller is connected already, that connection is used and left alone.
-    Raises ConnectionError in one sentence when RAY_ADDRESS does not answer.
+    Raises ConnectionError in one sentence when RAY_ADDRESS does not answer or does not let us in, RuntimeError when Ray
+    cannot start here.
     """
     _quiet()
     import ray
 
-    mine = not ray.is_initialized()
-    if mine:
-        _start(os.environ.get("RAY_ADDRESS"))
-    try:
-        yield [
-            Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]
-        ]
-    finally:
-        if mine:
-            ray.shutdown()
+    if ray.is_initialized():
+        yield _nodes()
+        return
+    with _started(os.environ.get("RAY_ADDRESS")):
+        yield _nodes()
+
+
+def _nodes() -> list[Node]:
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive]
 
 
 def _quiet() -> None:
     """Set what Ray reads; before it is imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS"):
+        _keep_token_private()
 
 
-def _start(address: str | None) -> None:
+def _keep_token_private() -> None:
+    """Make the token of an own cluster readable for this user alone: Ray itself writes it with the rights of any file."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as stream:
+                stream.write(uuid.uuid4().hex)
+        except FileExistsError:
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+    except OSError:  # a home that cannot be written: a token for this process and its children
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+
+
+@contextmanager
+def _started(address: str | None) -> Iterator[None]:
+    """Start or join a cluster, and leave nothing of it behind."""
     import ray
 
-    quiet = {"logging_config": ray.LoggingConfig(log_level="ERROR"), "log_to_driver": False}
     if address is None:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=local_cpus(),
-            object_store_memory=_OBJECT_STORE_BYTES,
-            **quiet,
-        )
-        return
+        folder = _own_folder()
+        options = {
+            "address": "local", "include_dashboard": False, "num_cpus": local_cpus(),
+            "object_store_memory": _OBJECT_STORE_BYTES, **({"_temp_dir": str(folder)} if folder else {}),
+        }  # fmt: skip
+    else:
+        _ask(address)
+        folder, options = None, {"address": address}
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError) as error:
-        raise ConnectionError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): start it, or unset "
-            "RAY_ADDRESS to work on this machine alone"
-        ) from error
+        try:
+            # Ray puts the current folder first on the path of its workers: they run our code, not what lies there.
+            with contextlib.chdir(_CODE):
+                ray.init(logging_config=ray.LoggingConfig(log_level="ERROR"), log_to_driver=False, **options)
+        except Exception as error:
+            raise _refusal(address, type(error).__name__, str(error)) from error
+        yield
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_folder() -> Path | None:
+    """Return a new folder for an own cluster's session, which Ray would leave in /tmp/ray; None where paths are too long.
+
+    Folders of processes that were killed are removed.
+    """
+    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    mine = f"{_FOLDER}-{os.getuid()}-"
+    for old in base.glob(f"{mine}*"):
+        with contextlib.suppress(OSError, ValueError):
+            if old.stat().st_uid == os.getuid() and not _is_alive(int(old.name.removeprefix(mine).split("-")[0])):
+                shutil.rmtree(old, ignore_errors=True)
+    if len(str(base)) + len(mine) + 16 > _LONGEST_FOLDER:
+        return None
+    return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=base))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _ask(address: str) -> None:
+    """Raise ConnectionError when the cluster at an address does not let us in within seconds.
+
+    Ray's own ways end after minutes, or end the process: its port is tried first, then a process beside this one joins.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        except OSError as error:
+            raise _refusal(address, type(error).__name__, str(error)) from error
+    try:
+        found = subprocess.run(
+            command(__name__, address), capture_output=True, text=True, timeout=ANSWER_SECONDS, stdin=subprocess.DEVNULL,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise _refusal(address, "TimeoutError", f"no answer within {ANSWER_SECONDS:g} s") from None
+    lines = [line for line in found.stdout.splitlines() if line.startswith("{")]
+    answer = json.loads(lines[-1]) if lines else {"kind": "RaySystemError", "text": _last_line(found.stderr)}
+    if answer:
+        raise _refusal(address, answer["kind"], answer["text"])
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
+def main() -> None:
+    """Join the cluster that is named, leave it, and print {} or what Ray said as JSON."""
+    address = sys.argv[1]
+    _quiet()
+    import ray
+
+    answer = {}
+    try:
+        ray.init(address=address, logging_config=ray.LoggingConfig(log_level="ERROR"), log_to_driver=False)
+        ray.shutdown()
+    except Exception as error:
+        answer = {"kind": type(error).__name__, "text": str(error)}
+    print(json.dumps(answer), flush=True)
+    os._exit(0)  # Ray's threads may hang where its cluster does
+
+
+def _refusal(address: str | None, kind: str, text: str) -> OSError | RuntimeError:
+    """Return the error for what Ray said, in one sentence with the way out."""
+    first = redacted(" ".join(text.split()))[:250].rstrip(" .:")
+    if address is None:
+        return RuntimeError(
+            f"Ray could not start on this machine ({kind}: {first}): free memory and processors, look at `ulimit -n` and "
+            "`ulimit -u`, or use one worker, which needs no Ray cluster"
+        )
+    shown = redacted(address)
+    if "Authentication" in kind or "nauthenticated" in text or "auth_token" in text or "InvalidAuthToken" in text:
+        return ConnectionError(
+            f"the Ray cluster at RAY_ADDRESS={shown} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+            "RAY_AUTH_TOKEN_PATH) to the token of the cluster, which `ray get-auth-token` prints on its head"
+        )
+    if "ersion mismatch" in text:
+        return ConnectionError(
+            f"the Ray cluster at RAY_ADDRESS={shown} runs other versions ({first}): install the same on all nodes, with "
+            "`-c constraints.txt`"
+        )
+    return ConnectionError(
+        f"no Ray cluster answers at RAY_ADDRESS={shown} ({first}): start it, or unset RAY_ADDRESS to work on this machine "
+        "alone"
+    )
 
 
 def require(nodes: list[Node], *, workers: int, cpus: float, gpus: float, section: str, option: str | None = None) -> None:

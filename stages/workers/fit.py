@@ -129,9 +129,7 @@ def _fit_here(
     return thread.outcome()
 
 
-def _follow(
-    thread: threading.Thread, events: Path, silence: _Silence | None, on_event: Callable[[Event], None]
-) -> None:
+def _follow(thread: threading.Thread, events: Path, silence: _Silence | None, on_event: Callable[[Event], None]) -> None:
     """Pass events on until the thread ends."""
     with open(events, "rb") as stream:
         tail = _Tail(stream)

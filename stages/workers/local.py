@@ -21,6 +21,7 @@ from typing import Any
 
 from dpar_core.files import write_json
 from dpar_core.training import allocator
+from stages.workers.child import command
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,12 @@ class LocalFit(threading.Thread):
         super().__init__(name="ray-train", daemon=True)
         self._call = call
         call.returned.unlink(missing_ok=True)
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         # A session of its own: Ctrl-C reaches this process alone, which then ends the other.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            command(__name__),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env={**os.environ, **allocator.ENVIRONMENT, "PYTHONPATH": paths},
+            env={**os.environ, **allocator.ENVIRONMENT},
             start_new_session=True,
         )
         self.start()
@@ -99,7 +99,3 @@ def main() -> None:
 def _leave_with_parent() -> None:
     os.read(sys.stdin.fileno(), 1)  # not through sys.stdin, whose lock Python asks for when it ends
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

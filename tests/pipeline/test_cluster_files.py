@@ -56,3 +56,19 @@ def test_the_slurm_steps_ask_for_their_cpus_and_the_log_needs_no_folder():
     assert len(steps) == 3 and all('--cpus-per-task="$SLURM_CPUS_PER_TASK"' in line for line in steps)
     (log,) = [line.split("=", 1)[1] for line in lines if line.startswith("#SBATCH --output=")]
     assert "/" not in log  # sbatch makes no folder, and without one the job ends without a word
+
+
+def test_every_process_of_ray_asks_for_a_token():
+    assert load("rayjob.yaml")["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}  # KubeRay makes and mounts it
+    up = load("ray-up.yaml")
+    starts = [line for key in ("head", "worker") for line in up[f"{key}_start_ray_commands"] if "ray start" in line]
+    assert len(starts) == 2 and all(line.startswith("export RAY_AUTH_MODE=token; ") for line in starts)
+    assert up["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert any("chmod 600 ~/.ray/auth_token" in line for line in up["setup_commands"])
+    commands = [line for line in (FOLDER / "ray-up.yaml").read_text().splitlines() if "ray exec" in line]
+    assert commands and all("RAY_AUTH_MODE=token" in line for line in commands)
+    slurm = (FOLDER / "slurm.sh").read_text()
+    first = min(slurm.index(word) for word in ("ray get-auth-token", "ray start", "ray status", "ray.init"))
+    exports = [line for line in slurm[:first].splitlines() if line.startswith("export ")]
+    assert any("RAY_AUTH_MODE=token" in line.split() for line in exports)
+    assert "(umask 077; ray get-auth-token --generate" in slurm and "chmod 600 ~/.ray/auth_token" in slurm
