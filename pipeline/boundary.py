@@ -49,17 +49,6 @@ class Carried(BaseException):
         self.error = error
 
 
-def main() -> None:
-    """Run dpar-cli."""
-    guarded(_start)
-
-
-def _start() -> None:
-    from pipeline.cli import start
-
-    start()
-
-
 def guarded(run: Callable[[], None]) -> None:
     """Run it, and end the process as the errors that come out of it ask for."""
     try:

@@ -127,15 +127,15 @@ def test_a_crash_file_that_cannot_be_written_does_not_hide_the_error(project, ca
 
 
 def test_a_reader_of_our_output_that_leaves_is_no_error():
-    line = f"{sys.executable} -P -c 'from pipeline.boundary import main; main()' cost --help"
+    line = f"{sys.executable} -P -c 'from pipeline.main import main; main()' cost --help"
     pipe = f"set -o pipefail; {line} | head -c1"
     found = subprocess.run(["bash", "-c", pipe], capture_output=True, cwd=ROOT)
     assert b"Traceback" not in found.stderr and b"Broken" not in found.stderr
 
 
 def test_sigterm_ends_a_command_with_a_sentence(tmp_path):
-    code = "from pipeline import boundary, cli\nimport time\n"
-    code += "def start():\n    print('ready', flush=True)\n    time.sleep(60)\nboundary._start = start\nboundary.main()"
+    code = "from pipeline import main\nimport time\n"
+    code += "def start():\n    print('ready', flush=True)\n    time.sleep(60)\nmain._start = start\nmain.main()"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child = subprocess.Popen([sys.executable, "-c", code], text=True, cwd=tmp_path, **pipes)
     assert child.stdout.readline() == "ready\n"
@@ -176,7 +176,7 @@ def test_names_with_brackets_are_printed_as_they_are(capsys):
 
 def test_ctrl_c_while_the_program_starts_is_no_traceback():
     child = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-c", "from pipeline.boundary import main; main()", "--help"],
+        [sys.executable, "-X", "importtime", "-c", "from pipeline.main import main; main()", "--help"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     lines = []

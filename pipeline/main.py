@@ -1,0 +1,16 @@
+"""Where `dpar-cli` begins: nothing is imported yet, so that Ctrl-C is no traceback while the rest is."""
+
+from __future__ import annotations
+
+from pipeline.boundary import guarded
+
+
+def main() -> None:
+    """Run dpar-cli; pipeline/boundary.py says how it ends."""
+    guarded(_start)
+
+
+def _start() -> None:
+    from pipeline.cli import start
+
+    start()
