@@ -13,7 +13,7 @@ import torch
 from dpar_core.files import read_record, write_record
 from dpar_core.turns import Turns
 
-SECONDS = 20.0  # of turns, start-up and warm-up left out
+SECONDS = 12.0  # of turns, start-up and warm-up left out
 
 
 @dataclass(frozen=True)
