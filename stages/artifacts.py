@@ -78,6 +78,7 @@ MODELS = {"dpar": TRAINED_DPAR["model"], "llamagen": TRAINED_LLAMAGEN["model"], 
 SAMPLES = {name: Artifact(f"samples/{name}", "sample_dpar" if name == "dpar" else "sample_llamagen") for name in MODELS}
 SCORES = {name: _scores(name, "score_dpar" if name == "dpar" else "score_llamagen") for name in MODELS}
 REPORT = Artifact("report", "report")
+SUMMARY_METRICS = Artifact("metrics.json", "report")
 REPORT_PAGE, HEADLINE = Artifact("report/index.html", "report"), Artifact("report/headline.json", "report")
 # Folders that hold artifacts of several stages, or all of one: what the report reads.
 TOKENIZER_FOLDER, ENTROPY_MODEL_FOLDER = Artifact("tokenizer", "tokenizer"), Artifact("entropy_model", "entropy_model")
@@ -105,7 +106,7 @@ OUTPUTS: dict[str, dict[str, Artifact]] = {
         "equal_time": SCORES["llamagen_equal_time"]["scores"],
         "equal_time_metrics": SCORES["llamagen_equal_time"]["metrics"],
     },
-    "report": {"report": REPORT},
+    "report": {"report": REPORT, "metrics": SUMMARY_METRICS},
 }
 
 INPUTS: dict[str, dict[str, Artifact]] = {

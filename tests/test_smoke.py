@@ -1,5 +1,6 @@
 """The whole workflow on the smoke preset, as a user runs it: once, again, and after a change."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -74,6 +75,16 @@ def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(proje
     assert would_run(project) == {"patch_maps", "train_dpar", "time_training"} | sampling
     params.write_text(text)
     assert would_run(project) == set()
+
+    metrics = json.loads(dvc(project, "metrics", "show", "--json", "artifacts/metrics.json"))
+    shown = metrics[""]["data"]["artifacts/metrics.json"]["data"]
+    assert {"dpar_loss", "baseline_loss", "patches_per_image"} < set(shown) and len(shown) <= 12
+    dvc(project, "remote", "add", "--default", "store", str(project.parent / "store"))
+    dvc(project, "push")
+    shutil.rmtree(artifacts)
+    shutil.rmtree(project / ".dvc" / "cache")
+    dvc(project, "pull")
+    assert "up to date" in dvc(project, "status")
 
     from mlflow import MlflowClient
 

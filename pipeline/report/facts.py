@@ -201,6 +201,7 @@ class EqualTime:
 
     steps: DPAR's. model: which of the baseline's models is compared: its last, or the one kept for equal time.
     step: when that was. needed: the step at which the baseline had trained as long as DPAR.
+    spread: by how much the interval of the speed ratio reaches from the ratio, as a share.
     at: both steps at which the shorter of the two trainings ended; losses: both validation curves read there.
     """
 
@@ -210,6 +211,7 @@ class EqualTime:
     needed: float
     at: dict[str, float]
     losses: dict[str, float]
+    spread: float = 0.0
 
     @property
     def difference(self) -> float:
@@ -224,6 +226,11 @@ class EqualTime:
     @property
     def obstacle(self) -> str:
         """Why this is no comparison at equal time; an empty text when it is one."""
+        if self.spread > UNEQUAL:
+            return (
+                f"the ratio of speeds is known to within {100 * self.spread:.0f} % only, too little to tell equal times "
+                f"(at most {100 * UNEQUAL:.0f} %): run `dvc repro -f time_training` on a machine that is not busy"
+            )
         if self.is_equal:
             return ""
         more = "longer" if self.difference > 0 else "less"
@@ -247,7 +254,8 @@ def equal_time(trainings: dict[str, Training], models: Path, training: Speed) ->
     shorter = min(baseline.steps, needed)
     at = {"dpar": dpar.steps * shorter / needed, "llamagen": shorter}
     losses = {name: trained.loss_at(at[name]) for name, trained in trainings.items()}
-    return EqualTime(dpar.steps, name, kept[name], needed, at, losses)
+    spread = max(abs(end / training.ratio - 1) for end in training.interval)
+    return EqualTime(dpar.steps, name, kept[name], needed, at, losses, spread)
 
 
 def contests(

@@ -83,6 +83,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Outputs:
     report: Path
+    metrics: Path
 
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
@@ -151,6 +152,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         for place, one in enumerate(shown):
             save_png(one.overview(maps.rule.threshold), folder / f"patches-{place:02d}.png")
         write_json(folder / Path(HEADLINE.name).name, headline(facts["badge"], rounds, patches, costs, times, speeds))
+    write_json(outputs.metrics, summary_metrics(rounds, patches, costs, times, speeds, facts["tokenizer"]))
     for place in range(min(len(shown), 3)):
         tracker.log_picture(outputs.report / f"patches-{place:02d}.png")
     tracker.log_artifact(outputs.report / PAGE)
@@ -402,6 +404,29 @@ def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
         sections.append((field.name, walk("", value.model_dump(mode="json")) if isinstance(value, P.Section)
                          else walk(field.name, value)))  # fmt: skip
     return sections
+
+
+def summary_metrics(
+    rounds: tuple[Contest, Contest],
+    patches: Patches,
+    costs: Costs,
+    times: EqualTime,
+    speeds: Speeds,
+    tokenizer: Mapping[str, float],
+) -> dict[str, float]:
+    """Return the dozen numbers of a run under plain names, for `dvc metrics` and `dvc exp`. A speed in doubt is left out."""
+    by_steps, by_time = rounds
+    loss, distance = by_steps.rows[0], by_steps.rows[1]
+    found = {
+        "psnr_db": tokenizer["tokenizer/psnr_db"], "patches_per_image": patches.mean,
+        "flops_saved": costs.saved("forward"), "dpar_loss": loss.dpar.value, "baseline_loss": loss.baseline.value,
+        "baseline_loss_equal_time": by_time.rows[0].baseline.value, "dpar_distance": distance.dpar.value,
+        "baseline_distance": distance.baseline.value, "equal_time_step": times.step,
+    }  # fmt: skip
+    for speed in (speeds.training, speeds.sampling):
+        if not speed.doubt:
+            found[f"{speed.what}_speed"] = speed.ratio
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def headline(

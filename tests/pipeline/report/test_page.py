@@ -60,7 +60,7 @@ def report_inputs():
 
 
 def render(inputs, folder, params, tracker=None):
-    outputs = report.Outputs(folder)
+    outputs = report.Outputs(folder, folder.parent / f"{folder.name}.json")
     report.run(select(params, report.Params), inputs, outputs, tracker or NullTracker(), device="cpu", work=folder)
     return (folder / "index.html").read_text()
 
@@ -341,6 +341,9 @@ def test_equal_time_takes_the_model_of_the_baseline_that_trained_about_as_long(m
     slow = found(0.8)
     assert (slow.model, slow.step, slow.needed) == ("llamagen", 500, pytest.approx(625))
     assert slow.at == {"dpar": pytest.approx(400), "llamagen": pytest.approx(500)}
+    unsure = Pace("step", 32, Turns((1.0,) * 6, (0.9, 1.04, 1.04, 1.04, 1.04, 1.3)))
+    vague = equal_time(trainings, made / "artifacts/models", Speed("training", unsure, 2.0))
+    assert vague.is_equal and "known to within 25 % only" in vague.obstacle
     assert "20 % less than DPAR" in slow.obstacle and "would have needed 625 steps" in slow.obstacle
 
 
@@ -383,3 +386,11 @@ def test_intervals_are_written_so_that_their_ends_differ():
     assert report.written(other) == [("120", "100 – 140")]
     assert report.written(one, other)[1] == ("120.000", "100.000 – 140.000")
     assert report.written(Estimate(0.5), Estimate(1.5)) == [("0.500", ""), ("1.50", "")]
+
+
+def test_a_dozen_numbers_go_to_dvc_and_a_speed_in_doubt_is_none_of_them(inputs, params, tmp_path):
+    write_speed(inputs.speed / "sampling.json", [0.1] * 6 + [0.14] * 3, [0.1] * 9)
+    render(inputs, tmp_path / "r", params)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["training_speed"] == 1.04 and "sampling_speed" not in found and len(found) <= 12
+    assert found["dpar_distance"] == 20.0 and found["equal_time_step"] == 480
