@@ -11,6 +11,7 @@ import typer
 
 from pipeline.boundary import carry_errors, guarded
 from pipeline.commands.data import data_app, patches_app
+from pipeline.commands.init import init
 from pipeline.commands.probe import probe
 from pipeline.commands.runs import runs_app
 from pipeline.commands.score import calibrate, compare, fetch, score
@@ -55,7 +56,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(patches_app, name="patches")
 app.add_typer(sweep_app, name="sweep")
 app.add_typer(runs_app, name="runs")
-for command in (run, status, doctor, cost):
+for command in (init, run, status, doctor, cost):
     app.command()(command)
 app.command()(probe)
 for command in (score, compare, fetch, calibrate):
