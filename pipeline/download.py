@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from dpar_core.files import atomic_path
+from dpar_core.files import atomic_path, sha256_file
 from stages.tracker import LineProgress
 
 CHUNK = 1 << 20
@@ -19,7 +20,7 @@ def download(url: str, to: Path, *, sha256: str | None = None) -> str:
     Raises ConnectionError when the address does not answer, ValueError when the digest is another; then nothing is left.
     """
     if to.exists():
-        digest = hashlib.sha256(to.read_bytes()).hexdigest()
+        digest = sha256_file(to)
         if sha256 is None or digest == sha256.lower():
             return digest
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -40,4 +41,7 @@ def download(url: str, to: Path, *, sha256: str | None = None) -> str:
                 raise ValueError(f"{url} has SHA-256 {found.hexdigest()}, expected {sha256.lower()}: it is another file")
     except urllib.error.URLError as error:
         raise ConnectionError(f"{url} does not answer ({error.reason}): fetch it elsewhere and put it at {to}") from None
+    except (http.client.HTTPException, ConnectionResetError, TimeoutError) as error:
+        what = str(error) or type(error).__name__
+        raise ConnectionError(f"{url} broke off ({what}): run the same command again, or put the file at {to}") from None
     return found.hexdigest()

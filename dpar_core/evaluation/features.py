@@ -59,14 +59,32 @@ class FeatureNetwork:
         columns: list[list[np.ndarray]] = [[], [], []]
         for first in range(0, len(images), batch_size):
             batch = torch.from_numpy(np.ascontiguousarray(images[first : first + batch_size])).to(self.device)
-            with whole_float32:
-                parts = self.compute(batch.permute(0, 3, 1, 2).float())
+            parts = self._parts(batch.permute(0, 3, 1, 2).float())
             for column, part in zip(columns, parts):
                 if part is not None:
                     column.append(part.float().cpu().numpy())
             if done is not None:
                 done(len(batch))
         return Features(*(np.concatenate(column) if column else None for column in columns))
+
+    def _parts(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute the features of one batch and check their form. Raises ValueError where a file has another interface."""
+        way_out = f"{self.file} is not a {self.name} network as expected here"
+        try:
+            with whole_float32:
+                parts = self.compute(images)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AttributeError, TypeError) as error:  # a script of another interface, or of another input size
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise ValueError(
+                f"{way_out}: it fails on {tuple(images.shape)} images ({lines[-1][:200] if lines else error})"
+            ) from None
+        for part in parts:
+            if part is not None and (not isinstance(part, Tensor) or part.ndim != 2 or len(part) != len(images)):
+                what = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"{way_out}: it gives {what} for {len(images)} images, expected (n, features)")
+        return parts
 
 
 def flatten_spatial(maps: Tensor) -> Tensor:

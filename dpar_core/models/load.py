@@ -18,6 +18,7 @@ from dpar_core.files import Weights, load_weights, read_weights_header
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.models.vq import VQ, VQConfig
+from dpar_core.models.weights import check_finite
 
 Role = Literal["tokenizer", "entropy_model", "dpar", "llamagen"]
 Config = VQConfig | GPTConfig | DPARConfig
@@ -77,6 +78,7 @@ class Trained:
                 f"{self.path} does not fit its own config ({len(wrong)} tensors, first {wrong[0]}): "
                 f"run `dvc repro -f {_KINDS[self.role].stage}`"
             )
+        check_finite(state, self.path)
         model.load_state_dict(state)
         return model.to(device, dtype).eval().requires_grad_(False)
 

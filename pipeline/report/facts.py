@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from dpar_core import files
+from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.shards import TokenShards
 from dpar_core.files import read_weights_header, sha256_file
 from dpar_core.models import flops
@@ -183,7 +184,7 @@ def held_out_losses(weights: Path, shards: TokenShards, maps: PatchMaps, *, devi
     chosen, found = fixed_subset(len(shards), LOSS_IMAGES), []
     for first in range(0, len(chosen), LOSS_BATCH):
         picks = chosen[first : first + LOSS_BATCH]
-        views = np.zeros(len(picks), dtype=np.int64)
+        views = np.full(len(picks), CENTER_VIEWS[shards.meta.views])
         tokens = torch.from_numpy(shards.tokens(picks, views).astype(np.int64)).to(device)
         labels = torch.from_numpy(shards.labels[picks].astype(np.int64)).to(device)
         if role == "dpar":

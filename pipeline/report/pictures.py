@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.manifest import Manifest
 from dpar_core.data.shards import TokenShards
 from dpar_core.models.load import read_trained
@@ -89,7 +90,7 @@ class Example:
 def examples(
     manifest: Manifest, tokenizer: Path, shards: TokenShards, entropies: EntropyMaps, maps: PatchMaps, *, count: int
 ) -> list[Example]:
-    """Return `count` validation images, of as many classes as there are, first views. Raises BadImage.
+    """Return `count` validation images, of as many classes as there are, centre crops. Raises BadImage.
 
     For every class the image whose number of patches is the middle one of (up to 64 of) its images is taken, so that
     examples are neither the best nor the worst.
@@ -104,7 +105,7 @@ def examples(
     vq = trained.build()
     found = []
     for index in _typical(shards, maps, count):
-        at = (np.array([index]), np.array([0]))
+        at = (np.array([index]), np.array([CENTER_VIEWS[meta.views]]))
         tokens = torch.from_numpy(shards.tokens(*at).astype(np.int64)).view(1, meta.row_width, -1)
         with torch.inference_mode():
             decoded = to_uint8(vq.decode(tokens))[0].numpy()
@@ -127,7 +128,7 @@ def _typical(shards: TokenShards, maps: PatchMaps, count: int) -> list[int]:
             of_class[int(label)].append(index)
     ranked = []
     for _, indices in sorted(of_class.items()):
-        lengths = maps.lengths(np.array(indices), np.zeros(len(indices), dtype=np.int64))
+        lengths = maps.lengths(np.array(indices), np.full(len(indices), CENTER_VIEWS[shards.meta.views]))
         order = sorted(range(len(indices)), key=lambda i: (len(lengths[i]), i))
         middle = len(order) // 2
         ranked.append([indices[order[i]] for i in sorted(range(len(order)), key=lambda i: abs(i - middle))])
@@ -136,10 +137,10 @@ def _typical(shards: TokenShards, maps: PatchMaps, count: int) -> list[int]:
 
 
 def _entropies(entropies: EntropyMaps, index: int) -> np.ndarray:
-    """Return the entropies of a sample's first view, reading its shard only."""
+    """Return the entropies of a sample's centre crop, reading its shard only."""
     shards = entropies.shards
     name, part = next((name, part) for name, part in shards.shards() if part.start <= index < part.stop)
-    row = (index - part.start) * shards.meta.num_views
+    row = (index - part.start) * shards.meta.num_views + CENTER_VIEWS[shards.meta.views]
     return entropies.shard(name)[row]
 
 

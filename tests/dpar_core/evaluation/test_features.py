@@ -3,10 +3,11 @@
 import io
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
-from dpar_core.evaluation.features import DemoClassifier, demo_network, load_script
+from dpar_core.evaluation.features import DemoClassifier, demo_network, dinov2_network, inception_network, load_script
 from dpar_core.files import save_weights
 
 
@@ -54,3 +55,25 @@ def test_a_zip_without_a_program_is_refused(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="zip archive without a TorchScript program"):
         load_script(tmp_path / "x.pt", "cpu")
+
+
+class Maps(torch.nn.Module):
+    """Gives feature maps where features are expected; has a class layer, as Inception has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = torch.nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("maker", "words"),
+    [(dinov2_network, r"gives \(2, 3, 224, 224\) for 2 images"), (inception_network, r"fails on \(2, 3, 8, 8\) images")],
+)
+def test_a_script_of_another_interface_is_refused(tmp_path, maker, words):
+    torch.jit.script(Maps()).save(str(tmp_path / "x.pt"))
+    with pytest.raises(ValueError, match=words) as caught:
+        maker(tmp_path / "x.pt", "cpu")(np.zeros((2, 8, 8, 3), np.uint8))
+    assert "\n" not in str(caught.value)

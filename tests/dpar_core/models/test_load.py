@@ -72,3 +72,12 @@ def test_a_flipped_bit_in_the_tensors_is_refused(tmp_path):
     file.write_bytes(content)
     with pytest.raises(Damaged, match="its tensors are not what its digest says"):
         read_trained(file, "entropy_model")
+
+
+def test_a_model_that_diverged_is_refused(tmp_path):
+    model = GPT(UNCONDITIONAL)
+    torch.nn.init.constant_(model.norm.weight, float("nan"))
+    meta = {"tokenizer": "a" * 16, "tokens": "b" * 16}
+    save_weights(tmp_path / "m.safetensors", model.state_dict(), kind="gpt", config=asdict(UNCONDITIONAL), meta=meta)
+    with pytest.raises(ValueError, match=r"not finite in 1 of \d+ tensors \(norm\.weight\)"):
+        read_trained(tmp_path / "m.safetensors", "entropy_model").build()

@@ -134,6 +134,28 @@ def test_a_download_says_where_from_and_where_to_and_checks_its_digest(place, se
     assert sorted(path.name for path in Path("w").iterdir()) == ["net.pt"]
 
 
+def test_a_download_that_breaks_off_gets_a_sentence_and_leaves_nothing(tmp_path):
+    class Short(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"ffff\r\nonly this")
+            self.close_connection = True
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Short) as one:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        with pytest.raises(ConnectionError, match="broke off"):
+            download(f"http://127.0.0.1:{one.server_port}/net.pt", tmp_path / "w" / "net.pt")
+        one.shutdown()
+    assert not list((tmp_path / "w").iterdir())
+
+
 def test_a_published_checkpoint_is_drawn_and_scored_against_what_is_expected(place):
     torch.manual_seed(1)
     gpt = GPT(GPTConfig(64, 4, 32, 2, 2, ffn_multiple=32, num_classes=5))
