@@ -18,7 +18,7 @@ SCALE = np.array([(12, 20, 58), (72, 35, 116), (150, 44, 112), (221, 81, 76), (2
 
 
 @cache
-def font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Return Pillow's own typeface at a size in pixels."""
     return ImageFont.load_default(size)
 
@@ -62,7 +62,7 @@ def labelled_grid(
     return canvas
 
 
-def patch_borders(lengths: Sequence[int], row_width: int) -> list[tuple[int, int, int, int]]:
+def patch_borders(lengths: Sequence[int] | np.ndarray, row_width: int) -> list[tuple[int, int, int, int]]:
     """Return the border segments between tokens of different patches, in token units: (x0, y0, x1, y1) each.
 
     Segments of one line that touch are joined, so a border is drawn in one stroke. A patch that goes on in the next row
@@ -80,7 +80,9 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
     return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
 
 
-def draw_borders(image: np.ndarray | Image.Image, lengths: Sequence[int], row_width: int, *, side: int) -> Image.Image:
+def draw_borders(
+    image: np.ndarray | Image.Image, lengths: Sequence[int] | np.ndarray, row_width: int, *, side: int
+) -> Image.Image:
     """Fit a square image (h, w, 3) into `side` pixels and draw the borders of its patches over it: white on a dark edge."""
     picture = fit(image, side)
     draw = ImageDraw.Draw(picture)
@@ -117,7 +119,7 @@ def colour_bar(width: int, height: int) -> Image.Image:
 def patch_overview(
     image: np.ndarray | Image.Image,
     entropies: np.ndarray,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | np.ndarray,
     row_width: int,
     *,
     threshold: float | None,

@@ -102,7 +102,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     stage = load_stage(name)
     device = device_of(asked.compute)
     params = settled(asked, device)
-    chosen = select(params, stage.params)
+    chosen: Any = select(params, stage.params)
     inputs, outputs = stage.bind(root)
     made_by = _made_by(name, stage.identity(chosen), inputs, root)
     # One work folder for one set of params and inputs: a rerun after a crash continues, changed params start afresh.

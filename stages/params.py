@@ -262,7 +262,7 @@ def select(params: Params, stage_params: type[StageParams]) -> StageParams:
     return stage_params(**chosen)
 
 
-def section_of(field: dataclasses.Field) -> str:
+def section_of(field: dataclasses.Field[Any]) -> str:
     """Return the dotted name, in params.yaml, of what a field of a stage's Params holds."""
     return field.metadata.get("section", field.name)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -142,7 +143,7 @@ def make_rule(patching: P.Patching, maps: EntropyMaps) -> tuple[PatchRule, int]:
     return rule, len(sample.entropies)
 
 
-def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict, tracker: Tracker) -> Histograms:
+def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict[str, Any], tracker: Tracker) -> Histograms:
     """Write the maps of a split into the work folder, as far as they are missing; return how long patches are."""
     parts = dict(maps.shards.shards())
     todo = [name for name in parts if finished_unit(work, name) is None]
@@ -165,7 +166,7 @@ def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict, tr
     return total
 
 
-def make_map(maps: EntropyMaps, name: str, part: slice, rule: PatchRule, work: Path, made_by: dict) -> None:
+def make_map(maps: EntropyMaps, name: str, part: slice, rule: PatchRule, work: Path, made_by: dict[str, Any]) -> None:
     """Write the maps of one shard: lengths, boundaries as bits, and last how long its patches are."""
     starts = patch_starts_numpy(maps.shard(name), rule)
     write_lengths(work / parquet_name(name), maps.shards, part, starts, made_by=made_by)

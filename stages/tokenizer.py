@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,7 +150,7 @@ def _batch(images: CenterCrops, order: DataOrder, step: int, device: str) -> Ten
     return to_float(torch.from_numpy(images.batch(picks.indices, picks.views)).to(device))
 
 
-def _jsonable(config: VQConfig) -> dict:
+def _jsonable(config: VQConfig) -> dict[str, Any]:
     return {**asdict(config), "channel_multipliers": list(config.channel_multipliers)}
 
 
@@ -206,7 +207,7 @@ def measure(
 
 
 def _one_a_class(rows: list[Row], classes: Sequence[str], most: int = 12) -> np.ndarray:
-    first = {}
+    first: dict[int, int] = {}
     for place, row in enumerate(rows):
         first.setdefault(row.label, place)
     return np.array([first[label] for label in sorted(first)][:most])

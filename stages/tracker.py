@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +35,7 @@ class Tracker(Protocol):
     def log_artifact(self, path: Path) -> None:
         """Keep a small file."""
 
-    def progress(self, total: int, description: str, *, done: int = 0, unit: str = "it"):
+    def progress(self, total: int, description: str, *, done: int = 0, unit: str = "it") -> AbstractContextManager[Progress]:
         """Open a context manager that yields a `Progress`; `done` units are there from an earlier, interrupted run."""
 
 

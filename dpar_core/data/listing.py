@@ -160,7 +160,9 @@ def find_files(root: Path, split: str, ending: str, listing: Listing) -> list[st
     """
     if not root.is_dir():
         return [root.name]
-    names, others, seen = [], [], set()
+    names: list[str] = []
+    others: list[str] = []
+    seen: set[tuple[int, int]] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link that leads back, or to a folder that was walked

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from dpar_core.files import atomic_path, sha256_file
 
@@ -46,7 +47,7 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         """Return a small file's bytes as they are now, or None when it is missing. Raises OSError."""
         if not self.remote:
-            path = self.address / name
+            path = Path(self.address) / name
             return path.read_bytes() if path.exists() else None
         filesystem, root = self._filesystem()
         try:
@@ -62,7 +63,7 @@ class Folder:
         """
         if not self.remote:
             self._check(name, sha256)
-            return self.address / name
+            return Path(self.address) / name
         copy = self.cache / sha256[:2] / f"{sha256}{Path(name).suffix}"
         if not copy.exists():
             self._fetch(name, sha256, copy)
@@ -70,7 +71,7 @@ class Folder:
 
     def _check(self, name: str, sha256: str) -> None:
         """Hold a local file against its digest, unless a note says that this was done."""
-        path = self.address / name
+        path = Path(self.address) / name
         mend = "run `dpar-cli data check --repair`"
         try:
             found = path.stat()
@@ -105,7 +106,7 @@ class Folder:
                     "copy the folder there again"
                 )
 
-    def _filesystem(self):
+    def _filesystem(self) -> tuple[Any, str]:
         try:
             import fsspec
         except ImportError:

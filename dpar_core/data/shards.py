@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def write_index(
     shards: Sequence[tuple[str, str]],
     *,
     contents: Sequence[ShardContents] | None = None,
-    extra: dict | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> str:
     """Index the shards of a folder, given as (file name, split), and return the digest of the whole.
 
@@ -231,9 +231,10 @@ class OpenFiles:
     def __init__(self, limit: int | None = None) -> None:
         if limit is None:
             limit = max(min(open_files_limit() // 2, 4096), 16)
-        self.limit, self._files = limit, OrderedDict()
+        self.limit = limit
+        self._files: OrderedDict[object, _File] = OrderedDict()
 
-    def get(self, key: object, open_file) -> _File:
+    def get(self, key: object, open_file: Callable[[], Path]) -> _File:
         """Return the open file of a key, opened by open_file() -> Path where it is not; many threads may call."""
         file = self._files.get(key)
         if file is None:
@@ -343,10 +344,10 @@ class TokenShards:
             f"run `dpar-cli data check --repair` (looked in {self.folder})"
         )
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "split": self.split, "cache": self._place.cache}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["folder"], state["split"], cache=state["cache"])
 
 

@@ -53,6 +53,7 @@ def _image_means(states: Tensor, batch: Batch) -> Tensor:
     """Average (B, n, D), or packed (P, D) by the layout of the batch (spare rows after them), over positions: (B, D)."""
     if states.dim() == 3:
         return states.mean(1)
+    assert batch.layout is not None
     states = states[: batch.layout.patches]
     counts = batch.layout.offsets.diff()
     image = torch.repeat_interleave(torch.arange(len(counts), device=states.device), counts, output_size=len(states))

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -200,7 +201,7 @@ def _rotary_difference(rotary, layout: PatchLayout, expected: np.ndarray) -> flo
     return worst
 
 
-def _dpar_plans(model: DPAR, tokens: Tensor, labels: Tensor, z: dict) -> Iterator[Case]:
+def _dpar_plans(model: DPAR, tokens: Tensor, labels: Tensor, z: dict[str, Any]) -> Iterator[Case]:
     for plan in ("token", "static2", "entropy_nomax"):
         layout = PatchLayout.from_lengths(z[f"patch_lengths_alt_{plan}"], row_width=8)
         found = model(tokens, labels, layout)
@@ -210,7 +211,7 @@ def _dpar_plans(model: DPAR, tokens: Tensor, labels: Tensor, z: dict) -> Iterato
     yield Case("DPAR 4d, first 20 tokens: logits", _largest(found, z["prefix20_logits_4d"]), LOGITS)
 
 
-def _gradients(folder: Path, model: DPAR, z: dict) -> Iterator[Case]:
+def _gradients(folder: Path, model: DPAR, z: dict[str, Any]) -> Iterator[Case]:
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     worst = max(_largest(gradients[n.removeprefix("grad_4d/")], z[n]) for n in z if n.startswith("grad_4d/"))
     yield Case("DPAR 4d: gradients", worst, 1e-5)
@@ -223,7 +224,7 @@ def _gradients(folder: Path, model: DPAR, z: dict) -> Iterator[Case]:
         yield Case(f"DPAR 4d: gradient norms of {len(known)} parameters, relative", worst, 1e-3)
 
 
-def _training_trace(folder: Path, tokens: Tensor, labels: Tensor, layout: PatchLayout, z: dict) -> Iterator[Case]:
+def _training_trace(folder: Path, tokens: Tensor, labels: Tensor, layout: PatchLayout, z: dict[str, Any]) -> Iterator[Case]:
     model = _dpar_model(folder, "4d")  # in eval mode, as recorded
     optimizer = adamw(model.named_parameters(), OptimSettings(lr=1e-3))
     losses, norms = [], []
@@ -238,7 +239,7 @@ def _training_trace(folder: Path, tokens: Tensor, labels: Tensor, layout: PatchL
     yield Case("DPAR 4d: gradient norms of ten training steps", _largest(np.array(norms), z["train_gradnorm_trace"]), 1e-2)
 
 
-def _generation(folder: Path, gate: GPT, run: str, rule: PatchRule, z: dict) -> Iterator[Case]:
+def _generation(folder: Path, gate: GPT, run: str, rule: PatchRule, z: dict[str, Any]) -> Iterator[Case]:
     encoding, _, scale = run.partition("_cfg")
     labels = _tensor(z[f"gen_labels_{run}"])
     settings = _greedy(float(scale), rule)

@@ -174,6 +174,9 @@ class DPAR(nn.Module):
         self.register_buffer("rotary_sin", table.sin, persistent=False)
         initialize(self, output=self.output)
 
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
     @property
     def rotary(self) -> Rotary:
         """The decoder's table, start vector first: (1 + T, hd / 2); the encoder's is the same without the start."""

@@ -68,6 +68,9 @@ class GPT(nn.Module):
         self.register_buffer("rotary_sin", table.sin, persistent=False)
         initialize(self, output=self.output)
 
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
     @property
     def rotary(self) -> Rotary:
         """The table of all positions: ((1 +) T, hd / 2)."""

@@ -7,7 +7,7 @@ A block does not know how its positions are laid out: the `attend` object it is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,7 @@ class PackedCausal:
         return F.pad(out.transpose(1, 2).flatten(0, 1)[self.slots_N], (0, 0, 0, 0, 0, spare))
 
 
-def _ragged_kernel() -> Callable[..., Tensor]:
+def _ragged_kernel() -> Callable[..., Any]:
     # Imported here, as it brings torch's compiler along: a second of every start, for a kernel that only CUDA has.
     from torch.nn.attention.varlen import varlen_attn
 

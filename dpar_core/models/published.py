@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return 1 + max((int(match[1]) for match in map(pattern.match, state) if match), default=-1)
 
 
-def _common(state: Mapping[str, Tensor], *, heads: int, row_width: int) -> dict:
+def _common(state: Mapping[str, Tensor], *, heads: int, row_width: int) -> dict[str, Any]:
     try:
         codebook_size, width = state["tok_embeddings.weight"].shape
         hidden = state["layers.0.feed_forward.w1.weight"].shape[0]

@@ -20,7 +20,7 @@ class Rotary(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def at(self, index) -> Rotary:
+    def at(self, index: Tensor | slice | int) -> Rotary:
         """Return the entries at these positions (a slice, or integer indices of any shape)."""
         return Rotary(self.cos[index], self.sin[index])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,8 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
 def _start_at_zero(layer: nn.Conv2d) -> None:
     """Let a residual branch begin as nothing: small networks learn several times faster (docs/log.md)."""
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 class ResidualBlock(nn.Module):
@@ -145,7 +146,7 @@ def _level(channels: int, out_channels: int, groups: int, *, blocks: int, attent
     return level
 
 
-def _run_level(level: nn.Module, x: Tensor) -> Tensor:
+def _run_level(level: Any, x: Tensor) -> Tensor:
     for index, block in enumerate(level.res):
         x = block(x)
         if len(level.attn):
@@ -178,6 +179,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
+        level: Any
         for level in self.conv_blocks:
             x = _run_level(level, x)
             x = level.downsample(x) if hasattr(level, "downsample") else x
@@ -208,6 +210,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z)
         for block in self.mid:
             x = block(x)
+        level: Any
         for level in self.conv_blocks:
             x = _run_level(level, x)
             x = level.upsample(x) if hasattr(level, "upsample") else x

@@ -64,7 +64,7 @@ def _check_order(table: pa.Table, keys: pa.Array, views: pa.Array, path: str, sh
 
 
 def _write(
-    path: Path, shards: TokenShards, part: slice, name: str, values: pa.Array, *, made_by: dict, **encoding: Any
+    path: Path, shards: TokenShards, part: slice, name: str, values: pa.Array, *, made_by: dict[str, Any], **encoding: Any
 ) -> None:
     keys, views = _expected(shards, part)
     table = pa.table({"key": keys, "view": views, name: values})
@@ -82,7 +82,7 @@ def write_entropies(path: Path, shards: TokenShards, part: slice, entropies: np.
     _write(path, shards, part, "entropies", values, made_by={"entropy_model": entropy_model}, **encoding)
 
 
-def write_lengths(path: Path, shards: TokenShards, part: slice, starts: np.ndarray, *, made_by: dict) -> None:
+def write_lengths(path: Path, shards: TokenShards, part: slice, starts: np.ndarray, *, made_by: dict[str, Any]) -> None:
     """Write the patch lengths of boundaries (samples * views, T) bool of the samples `part` of a shard."""
     lengths, counts = flat_lengths(starts)
     offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
@@ -90,7 +90,9 @@ def write_lengths(path: Path, shards: TokenShards, part: slice, starts: np.ndarr
     _write(path, shards, part, "lengths", values, made_by=made_by)
 
 
-def write_summary(folder: Path, files: Iterable[str], *, made_by: dict, facts: dict | None = None) -> str:
+def write_summary(
+    folder: Path, files: Iterable[str], *, made_by: dict[str, Any], facts: dict[str, Any] | None = None
+) -> str:
     """Record the digests of a folder's files and of what made them; return the digest of the whole.
 
     facts: numbers about the content for readers, no part of its identity.
@@ -119,7 +121,7 @@ def read_summary(folder: Path | Folder, *, stage: str) -> dict[str, Any]:
     return summary
 
 
-def check_tokens(summary: dict, shards: TokenShards, folder: object, *, stage: str) -> None:
+def check_tokens(summary: dict[str, Any], shards: TokenShards, folder: object, *, stage: str) -> None:
     """Raise ValueError unless the folder was made from these very shards."""
     found = summary["made_by"]["tokens"]
     if found != shards.digest:
@@ -196,7 +198,7 @@ class EntropyMaps:
         return EntropySample(np.concatenate(entropies), np.concatenate(labels), whole)
 
 
-def _read_parquet(place: Folder, name: str, summary: dict, *, columns: list[str], stage: str) -> pa.Table:
+def _read_parquet(place: Folder, name: str, summary: dict[str, Any], *, columns: list[str], stage: str) -> pa.Table:
     if name not in summary["files"]:
         raise FileNotFoundError(f"{place} has no {name}: run `dvc repro -f {stage}`")
     try:
@@ -229,7 +231,7 @@ def read_rule(path: Path, *, entropy_model: str | None = None) -> PatchRule:
     return rule
 
 
-def write_rule(path: Path, rule: PatchRule, *, made_by: dict, facts: dict | None = None) -> None:
+def write_rule(path: Path, rule: PatchRule, *, made_by: dict[str, Any], facts: dict[str, Any] | None = None) -> None:
     """Write a rule, the digests of what it was made with, and what was found with it (facts), as a record with a digest."""
     write_record(path, {"rule": asdict(rule), "made_by": made_by, **(facts or {})})
 
@@ -291,10 +293,10 @@ class PatchMaps:
         """Return the patch lengths of each map asked for: n arrays (M,) uint16 that sum to T."""
         return lengths_from_starts(self.starts(indices, views))
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "shards": self.shards, "cache": self._place.cache}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["folder"], state["shards"], cache=state["cache"])
 
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,7 +289,7 @@ class _Folder:
         return [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
 
     @contextmanager
-    def create(self, name: str):
+    def create(self, name: str) -> Iterator[Path]:
         for left in [*self.root.glob(".step-*.tmp"), *self.root.glob(".snapshot-*.tmp")]:
             shutil.rmtree(left)  # of a writer that was killed; there is one writer a run
         with atomic_folder(self.root / name) as folder:
@@ -332,7 +332,7 @@ class _Remote:
         return [name for name, state in zip(names, states) if state.type == fs.FileType.File]
 
     @contextmanager
-    def create(self, name: str):
+    def create(self, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=self.cache.name) as temporary:
             folder = Path(temporary)
             yield folder

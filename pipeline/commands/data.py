@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,7 +16,7 @@ data_app = typer.Typer(
 class _ImageByDefault(TyperGroup):
     """`patches FILE` means `patches image FILE`."""
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = ["image", *args]
         return super().parse_args(ctx, args)
@@ -118,7 +118,8 @@ def data_check(
     from stages.tools.check_data import check_data, repair_data
     from stages.tracker import PrintTracker
 
-    artifacts, mended = _artifacts(), []
+    artifacts = _artifacts()
+    mended: list[str] = []
     if repair:
         from pipeline.runner import device_of, set_threads
         from stages.params import load_params

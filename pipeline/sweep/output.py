@@ -140,7 +140,7 @@ def _write_tables(rows: list[dict[str, Any]], target: Path) -> Path:
     return target.with_suffix(".parquet")
 
 
-def _figure(width: float, height: float, columns: int = 1):
+def _figure(width: float, height: float, columns: int = 1) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -204,7 +204,7 @@ def _show_results(records: Recording, parent: str, preset: str, headline: dict[s
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
@@ -277,7 +277,7 @@ class MlflowTracker:
         self.records.end(self.parent, status)
 
 
-def _rich_bar():
+def _rich_bar() -> Any:
     from rich import progress as rich
 
     class Rate(rich.ProgressColumn):

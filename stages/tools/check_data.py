@@ -129,7 +129,7 @@ def _strangers(places: Artifacts, folder: Path, known: set[str]) -> Iterator[Pro
             yield Problem(places.name(path), "does not belong there: remove it")
 
 
-def _bad_images(places: Artifacts, manifest: Manifest | None, summary: dict) -> Iterator[Problem]:
+def _bad_images(places: Artifacts, manifest: Manifest | None, summary: dict[str, Any]) -> Iterator[Problem]:
     """Yield what is wrong with the list of images that have no tokens. It has no digest: its form and count are known."""
     path = places.tokens / BAD_IMAGES
     try:
@@ -182,7 +182,11 @@ def _size(path: Path) -> int:
 
 
 def _relations(
-    places: Artifacts, manifest: Manifest | None, summary: dict | None, made: dict, weights: dict[Path, str | None]
+    places: Artifacts,
+    manifest: Manifest | None,
+    summary: dict[str, Any] | None,
+    made: dict[str, Any],
+    weights: dict[Path, str | None],
 ) -> Iterator[Problem]:
     """Yield what was made from something else than what is there now."""
 
@@ -249,7 +253,7 @@ def _put(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def _tokens(places: Artifacts, params: P.Params, broken: dict, work: Path, device: str) -> Iterator[str]:
+def _tokens(places: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
     summary = read_summary(Folder(places.tokens))
     meta = TokenMeta(**{**summary["meta"], "classes": tuple(summary["meta"]["classes"])})
     shards = [name for name in broken if name not in (INDEX, BAD_IMAGES)]
@@ -305,7 +309,7 @@ def _try_again(
                 )
 
 
-def _entropies(places: Artifacts, params: P.Params, broken: dict, work: Path, device: str) -> Iterator[str]:
+def _entropies(places: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
     make = entropies.ShardEntropies(places.tokens, places.entropy_model, params.entropies, work, device)
     made_by = read_maps_summary(places.entropies, stage="entropies")["made_by"]
     if made_by != {"tokens": make.shards["train"].digest, "entropy_model": make.digest}:
@@ -316,7 +320,7 @@ def _entropies(places: Artifacts, params: P.Params, broken: dict, work: Path, de
             yield unit.name
 
 
-def _maps(places: Artifacts, params: P.Params, broken: dict, work: Path, device: str) -> Iterator[str]:
+def _maps(places: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
     made_by = read_maps_summary(places.patch_maps, stage="patch_maps")["made_by"]
     maps = {split: EntropyMaps(places.entropies, TokenShards(places.tokens, split)) for split in SPLITS}
     train = maps["train"]

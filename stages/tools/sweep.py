@@ -430,17 +430,17 @@ def _trainable() -> type:
     class SweepTrial(tune.Trainable):
         """Runs one trial a config; its process and the networks in it serve the next one too."""
 
-        def setup(self, config: dict, *, subject: Subject, trial, folder: Path, work: Path, threads: int) -> None:
+        def setup(self, config: dict[str, Any], *, subject: Subject, trial, folder: Path, work: Path, threads: int) -> None:
             torch.set_num_threads(threads)
             self.subject, self.trial, self.folder, self.place = subject, trial, folder, work
 
-        def reset_config(self, new_config: dict) -> bool:
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
             return True
 
-        def save_checkpoint(self, checkpoint_dir: str) -> dict:
+        def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
             return {}  # a trial's result is its file, and its batches are kept where it works
 
-        def load_checkpoint(self, checkpoint: dict | None) -> None:
+        def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
             pass
 
         def step(self) -> dict[str, Any]:
