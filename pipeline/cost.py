@@ -69,7 +69,6 @@ def fitting(training: Any, memory: TrainingMemory, gpu: float) -> dict[str, Any]
     share = training.batch_size // training.workers
     images = share // training.accumulate
     largest = memory.largest_batch(gpu)
-    counts = (count for count in range(training.accumulate, share + 1) if share % count == 0 and share // count <= largest)
     return {
         "state_gb_per_worker": (memory.state + memory.fixed + memory.loss) / GIGA,
         "activations_gb_per_worker": images * memory.activations / GIGA,
@@ -77,7 +76,7 @@ def fitting(training: Any, memory: TrainingMemory, gpu: float) -> dict[str, Any]
         "micro_batch": images,
         "largest_micro_batch": largest,
         "accumulate": training.accumulate,
-        "accumulate_that_fits": next(counts, None),
+        "accumulate_that_fits": memory.micro_batches(share, gpu, at_least=training.accumulate),
     }
 
 

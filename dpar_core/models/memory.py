@@ -65,6 +65,15 @@ class TrainingMemory:
         """Return the images per micro-batch that fit in `share` of a device's memory; 0 when none does."""
         return max(int((share * memory - self.total(0)) // self.activations), 0)
 
+    def micro_batches(self, images: int, memory: float, *, at_least: int = 1) -> int | None:
+        """Return the fewest micro-batches, `at_least` or more, that a worker's share of a batch can be cut into to fit.
+
+        images: of a step on this worker. memory: bytes of its device. None where not even single images fit.
+        """
+        largest = self.largest_batch(memory)
+        counts = (count for count in range(at_least, images + 1) if images % count == 0 and images // count <= largest)
+        return next(counts, None)
+
 
 def training_memory(
     shape: GPTShape, patches: float | None, *, bf16: bool, checkpointing: bool = False, shards: int = 1

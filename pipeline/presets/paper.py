@@ -129,11 +129,12 @@ def _fitting(pixels: int, size: str) -> Fitting:
     twin = GPTConfig(**common, width=shape.width, heads=shape.heads, layers=shape.layers, num_classes=1000)
     gate = GPTConfig(**common, **GATE_SIZES["B"]._asdict())
     patches = PATCHES[dpar.tokens, THRESHOLDS[pixels]]
-    most = min(
-        memory.training_memory(model, count, bf16=True).largest_batch(GPU_MEMORY)
+    pieces = [
+        memory.training_memory(model, count, bf16=True).micro_batches(BATCH // WORKERS, GPU_MEMORY)
         for model, count in ((dpar, patches), (twin, None))
-    )
-    accumulate = next(count for count in (1, 2, 4, 8, 16, 32) if BATCH // WORKERS // count <= most)
+    ]
+    assert None not in pieces, f"{size} at {pixels} pixels does not fit {GPU_MEMORY / 1e9:g} GB even image by image"
+    accumulate = max(count for count in pieces if count)
 
     def caches(images: int) -> float:
         options: dict[str, Any] = {"guided": True, "value_bytes": 2}

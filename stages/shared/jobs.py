@@ -30,6 +30,7 @@ from dpar_core.files import (
 from dpar_core.models import flops
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig, next_token_loss
+from dpar_core.models.memory import training_memory
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.training.checkpoint import Architecture, Checkpoint, CheckpointStore
@@ -171,11 +172,36 @@ def build(config: GPTConfig | DPARConfig, seed: int) -> nn.Module:
 def train_job(job: Job, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[str, Any]:
     """Train on one rank, inside a Ray worker."""
     data = JobData(job, ranks)
+    if ranks.first and ranks.device.type == "cuda":
+        device = torch.cuda.get_device_properties(ranks.device)
+        if (line := memory_line(job, data, device.total_memory)) is not None:
+            print(line, flush=True)
     progress = train(
         build(job.config, job.seed), JobObjective(job.config), data, job.settings(), _store(job, root), hooks=hooks,
         ranks=ranks,
     )  # fmt: skip
     return {"step": progress.step}
+
+
+def memory_line(job: Job, data: JobData, device_bytes: float) -> str | None:
+    """Return what to expect when a micro-batch is estimated not to fit a worker's GPU, None when it is.
+
+    An estimate does not stop a run; and `accumulate` is not raised by itself, as that changes the draws of dropout.
+    """
+    training, batch = job.training, data.micro_batch(0, 0)
+    images = len(batch.tokens)
+    told = training_memory(
+        job.config, None if batch.layout is None else batch.layout.patches / images, bf16=training.precision == "bf16",
+        checkpointing=training.activation_checkpointing, shards=training.workers if training.strategy == "fsdp" else 1,
+    )  # fmt: skip
+    if images <= told.largest_batch(device_bytes):
+        return None
+    fits = told.micro_batches(images * training.accumulate, device_bytes, at_least=training.accumulate)
+    way_out = f"raise `accumulate` to {fits}" if fits else "set `strategy: fsdp`, or use more workers"
+    return (
+        f"training {images} images at a time is estimated to take {told.total(images) / 1e9:.0f} GB of this GPU's "
+        f"{device_bytes / 1e9:.0f} GB: if memory runs out, {way_out}"
+    )
 
 
 def _store(job: Job, root: str) -> CheckpointStore:

@@ -6,9 +6,22 @@ import pytest
 from dpar_core.data.images import CENTER_VIEWS, VIEW_COUNTS
 from dpar_core.data.shards import Sample, TokenMeta, write_index, write_shard
 from dpar_core.models.gpt import GPTConfig
+from dpar_core.models.memory import TRAINING_SHARE, training_memory
 from dpar_core.training.parallel import Ranks
-from stages.shared.jobs import Job, JobData
-from tests.helpers.tiny_shards import tiny_params
+from stages.shared.jobs import Job, JobData, memory_line
+from tests.helpers.tiny_shards import CODES, GRID, tiny_params, write_tokens
+
+
+def test_a_micro_batch_that_is_estimated_not_to_fit_is_announced_with_the_way_out(tmp_path):
+    tokens = write_tokens(tmp_path / "tokens")
+    training = tiny_params().train.model_copy(update={"batch_size": 8, "accumulate": 1, "precision": "fp32"})
+    job = Job("llamagen", GPTConfig(CODES, GRID, 32, 2, 1, num_classes=2), training, 0, tokens)
+    told = training_memory(job.config, None, bf16=False)
+    data = JobData(job, Ranks())
+    assert memory_line(job, data, 1.01 * told.total(8) / TRAINING_SHARE) is None
+    line = memory_line(job, data, told.total(5) / TRAINING_SHARE)
+    assert "training 8 images at a time" in line and "raise `accumulate` to 2" in line
+    assert "strategy: fsdp" in memory_line(job, data, told.total(0))
 
 
 @pytest.mark.parametrize("name", VIEW_COUNTS)
