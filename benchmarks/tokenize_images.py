@@ -100,7 +100,8 @@ def main() -> None:
         })  # fmt: skip
         made = data.Outputs(place / "manifest.parquet", place / "data.json")
         (place / "work").mkdir()
-        data.run(data.Params(params.seed, section), data.Inputs(), made, tracker, device="cpu", work=place / "work")
+        inputs = data.Inputs(place / "images.json")
+        data.run(data.Params(params.seed, section), inputs, made, tracker, device="cpu", work=place / "work")
         torch.manual_seed(0)
         config = asdict(shape.tokenizer)
         save_weights(place / "vq.safetensors", VQ(shape.tokenizer).state_dict(), kind="vq", config=config, meta={})

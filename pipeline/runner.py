@@ -46,6 +46,7 @@ def _stage(name: str, module: str, run: str = "run", *, kind: str = "") -> Stage
 
 
 STAGES: dict[str, StageSpec] = {
+    "sources": _stage("sources", "stages.sources"),
     "data": _stage("data", "stages.data"),
     "tokenizer": _stage("tokenizer", "stages.tokenizer"),
     "features": _stage("features", "stages.features"),
@@ -100,6 +101,10 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     """Run a stage as dvc does. Raises ParamsError, StageError, or what the stage says is wrong."""
     asked = load_params(params_file)
     stage = load_stage(name)
+    if name == "sources":  # a look on every run: no network, no tracking, nothing that takes time to import
+        inputs, outputs = stage.bind(root)
+        stage.run(select(asked, stage.params), inputs, outputs, None, device="cpu", work=root / "work" / name)
+        return
     device = device_of(asked.compute)
     params = settled(asked, device)
     chosen: Any = select(params, stage.params)

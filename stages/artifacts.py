@@ -54,6 +54,10 @@ def _scores(name: str, stage: str) -> dict[str, Artifact]:
     return {"scores": Artifact(f"scores/{name}.json", stage), "metrics": Artifact(f"scores/{name}_metrics.json", stage)}
 
 
+# What stage sources saw of what a run reads from outside. Of user data it holds times, which differ between machines.
+IMAGES_SEEN, WEIGHTS_SEEN, SCORING_SEEN = (
+    Artifact(f"sources/{name}.json", "sources") for name in ("images", "weights", "scoring")
+)
 MANIFEST, DATA_METRICS = Artifact("data/manifest.parquet", "data"), Artifact("data/metrics.json", "data")
 TOKENIZER = Artifact("tokenizer/tokenizer.safetensors", "tokenizer")
 TOKENIZER_METRICS = Artifact("tokenizer/metrics.json", "tokenizer")
@@ -87,6 +91,7 @@ MODELS_FOLDER, SPEED_FOLDER, SAMPLES_FOLDER, SCORES_FOLDER = (
 )
 
 OUTPUTS: dict[str, dict[str, Artifact]] = {
+    "sources": {"images": IMAGES_SEEN, "weights": WEIGHTS_SEEN, "scoring": SCORING_SEEN},
     "data": {"manifest": MANIFEST, "metrics": DATA_METRICS},
     "tokenizer": {"weights": TOKENIZER, "metrics": TOKENIZER_METRICS, "picture": RECONSTRUCTIONS},
     "features": {"weights": CLASSIFIER, "metrics": CLASSIFIER_METRICS},
@@ -110,8 +115,9 @@ OUTPUTS: dict[str, dict[str, Artifact]] = {
 }
 
 INPUTS: dict[str, dict[str, Artifact]] = {
-    "data": {},
-    "tokenizer": {"manifest": MANIFEST},
+    "sources": {},
+    "data": {"images": IMAGES_SEEN},
+    "tokenizer": {"manifest": MANIFEST, "weights_seen": WEIGHTS_SEEN},
     "features": {"manifest": MANIFEST},
     "tokenize_images": {"manifest": MANIFEST, "tokenizer": TOKENIZER},
     "entropy_model": {"tokens": TOKENS},
@@ -131,10 +137,10 @@ INPUTS: dict[str, dict[str, Artifact]] = {
         "model": MODELS["dpar"], "entropy_model": ENTROPY_MODEL, "tokenizer": TOKENIZER, "patch_rule": PATCH_RULE,
     },
     "sample_llamagen": {"model": MODELS["llamagen"], "equal_time": EQUAL_TIME, "tokenizer": TOKENIZER},
-    "score_dpar": {"manifest": MANIFEST, "features": CLASSIFIER, "samples": SAMPLES["dpar"]},
+    "score_dpar": {"manifest": MANIFEST, "features": CLASSIFIER, "samples": SAMPLES["dpar"], "seen": SCORING_SEEN},
     "score_llamagen": {
         "manifest": MANIFEST, "features": CLASSIFIER, "samples": SAMPLES["llamagen"],
-        "equal_time": SAMPLES["llamagen_equal_time"],
+        "equal_time": SAMPLES["llamagen_equal_time"], "seen": SCORING_SEEN,
     },
     "report": {
         "manifest": MANIFEST, "tokenizer": TOKENIZER_FOLDER, "tokens": TOKENS, "entropy_model": ENTROPY_MODEL_FOLDER,

@@ -12,12 +12,12 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from dpar_core.data import sources
+from dpar_core.data.contents import content_digest, contents_of
 from dpar_core.data.folders import list_folder
 from dpar_core.data.image_parquet import list_parquet
 from dpar_core.data.image_tars import list_ilsvrc_train, list_ilsvrc_validation, list_webdataset
@@ -29,20 +29,9 @@ from dpar_core.data.synsets import IMAGENET_SYNSETS, check_imagenet_classes
 from dpar_core.data.tars import members
 from dpar_core.files import digest_of, write_json
 from stages import params as P
+from stages.sources import PHOTOGRAPHS, photograph_file
 from stages.tracker import Tracker
 
-# Photographs that ship inside scikit-image (CC0 or public domain) and scikit-learn (CC BY 2.0).
-PHOTOGRAPHS = {
-    "astronaut": ("skimage.data", "astronaut.png"),
-    "chelsea": ("skimage.data", "chelsea.png"),
-    "china": ("sklearn.datasets.images", "china.jpg"),
-    "coffee": ("skimage.data", "coffee.png"),
-    "flower": ("sklearn.datasets.images", "flower.jpg"),
-    "hubble_deep_field": ("skimage.data", "hubble_deep_field.jpg"),
-    "ihc": ("skimage.data", "ihc.png"),
-    "retina": ("skimage.data", "retina.jpg"),
-    "rocket": ("skimage.data", "rocket.jpg"),
-}
 SYNSET_LISTS = ("ILSVRC2012_validation_synsets.txt", "imagenet_2012_validation_synset_labels.txt")
 SOLUTION, GROUND_TRUTH = "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt"
 _MOST_COMPARED, _MOST_BYTES = 20_000, 2 << 30  # images, and bytes of them, that are compared between the splits here
@@ -57,7 +46,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Inputs:
-    pass
+    images: Path  # what stage sources saw: not read, but when it changes the images are listed again
 
 
 @dataclass(frozen=True)
@@ -69,6 +58,7 @@ class Outputs:
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Write the manifest of the training and validation images, and print what was found."""
     manifest = make_manifest(params.data, seed=params.seed)
+    manifest = with_contents(manifest, work.parent / "contents.parquet", tracker)
     both = images_in_both_splits(manifest)
     write_manifest(outputs.manifest, manifest)
     for line in describe(manifest, params.data, both):
@@ -90,6 +80,16 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     write_json(outputs.metrics, counts)
     tracker.log_metrics(counts)
     tracker.log_params({"manifest.digest": manifest.digest, "manifest.class_list": manifest.notes["class_list"]})
+
+
+def with_contents(manifest: Manifest, cache: Path, tracker: Tracker) -> Manifest:
+    """Return the manifest with the digest of every image file. cache: digests of files that have not changed since."""
+    opener = ImageOpener(manifest)
+    if all(source.partition(":")[0] in opener.loaders for source in manifest.rows.table["source"].unique().to_pylist()):
+        digests = {f"builtin:{name}": content_digest(photograph_file(name).read_bytes()) for name in manifest.classes}
+        return manifest.with_contents([digests[source] for source in manifest.rows.table["source"].to_pylist()])
+    with tracker.progress(len(manifest.rows), "data: digests of the images", unit="images") as progress:
+        return manifest.with_contents(contents_of(manifest, opener, cache, progress.advance))
 
 
 def describe(manifest: Manifest, data: P.Data, both: list[tuple[str, str]] | None) -> list[str]:
@@ -334,8 +334,7 @@ def photograph(name: str) -> np.ndarray:
     """Return a built-in photograph: (height, width, 3) uint8. Raises ValueError for another name."""
     if name not in PHOTOGRAPHS:
         raise ValueError(f"there is no built-in photograph {name!r}: expected one of {', '.join(PHOTOGRAPHS)}")
-    package, file = PHOTOGRAPHS[name]
-    return decode_image(resources.files(package).joinpath(file).read_bytes())
+    return decode_image(photograph_file(name).read_bytes())
 
 
 class ImageOpener(sources.ImageOpener):

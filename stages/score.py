@@ -13,6 +13,7 @@ from dpar_core.files import read_json, write_json, write_record
 from stages import params as P
 from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL, artifact_digest
 from stages.shared.scoring import make_reference, measure_with_progress, settings_of
+from stages.sources import check_file
 from stages.tracker import Tracker
 
 
@@ -28,6 +29,7 @@ class Inputs:
     manifest: Path
     features: Path
     samples: Path
+    seen: Path  # what stage sources saw of score.reference and score.features_file
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class TwinInputs:
     features: Path
     samples: Path
     equal_time: Path
+    seen: Path
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ def _score_all(
     """work_list: samples, their score file with all that made it, and the same scores bare, as a table of DVC shows them."""
     section = params.score
     file = inputs.features if section.features == "demo" else Path(section.features_file)
+    if section.features_file is not None:
+        check_file(inputs.seen, "score.features_file", file)
+    if Path(section.reference).is_file():
+        check_file(inputs.seen, "score.reference", Path(section.reference))
     network = feature_network(section.features, file, device)
     settings = settings_of(section)
     reference = make_reference(section, params.data, inputs.manifest, network, tracker, cache=work)

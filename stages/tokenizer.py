@@ -28,6 +28,7 @@ from dpar_core.training.order import DataOrder, fixed_subset
 from stages import params as P
 from stages.data import ImageOpener
 from stages.shared.crops import CenterCrops
+from stages.sources import check_file
 from stages.tracker import Tracker
 
 CHECKPOINT_EVERY, LOG_EVERY, RESTART_EVERY = 100, 10, 20
@@ -44,6 +45,7 @@ class Params:
 @dataclass(frozen=True)
 class Inputs:
     manifest: Path
+    weights_seen: Path  # what stage sources saw of tokenizer.weights
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         images = CenterCrops(manifest.split("train"), opener, params.data.image_size)
         state = train(config, settings, images, tracker, seed=params.seed, device=device, work=work)
     else:
+        source = check_file(inputs.weights_seen, "tokenizer.weights", Path(settings.weights))
         state = read_vq(Path(settings.weights), expected=config)
     model = VQ(config).to(device).eval()
     model.load_state_dict(state)
@@ -85,6 +88,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     meta = {"image_size": params.data.image_size, "imported": settings.weights is not None, "manifest": manifest.digest}
     if settings.weights is None:
         meta["precision"] = settings.precision
+    if settings.weights is not None:
+        meta["weights"] = source
     save_weights(outputs.weights, state, kind="vq", config=asdict(config), meta=meta)
     tracker.log_picture(outputs.picture)
 

@@ -2,7 +2,8 @@
 
 Columns: key (string, unique), split ("train" or "validation"), source (string, where the image is: see
 `dpar_core/data/sources.py`), box (x0, y0, x1, y1 in pixels, cut out before the views; null: the whole image), label (int32),
-class_name (string). Rows stay in Arrow columns until they are asked for: 1.28 million take about 150 MB.
+class_name (string), content (string: 16 hex digits of the SHA-256 of the file's bytes; null: they could not be read). Rows
+stay in Arrow columns until they are asked for: 1.28 million take about 200 MB.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dpar_core.files import atomic_path, canonical_json
+from dpar_core.files import Damaged, atomic_path, canonical_json, digest_of
 
 SPLITS = ("train", "validation")
 SCHEMA = pa.schema(
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
         ("box", pa.list_(pa.int32())),
         ("label", pa.int32()),
         ("class_name", pa.string()),
+        ("content", pa.string()),
     ]
 )
 _CHUNK = 100_000
@@ -37,7 +39,7 @@ _CHUNK = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image of a manifest."""
+    """One image of a manifest. content: digest of the image file's bytes, None where it could not be read."""
 
     key: str
     split: str
@@ -45,6 +47,7 @@ class Row:
     box: tuple[int, int, int, int] | None
     label: int
     class_name: str
+    content: str | None = None
 
 
 class Rows(Sequence[Row]):
@@ -104,12 +107,18 @@ class Manifest:
         notes: dict[str, object] | None = None,
     ) -> Manifest:
         """Make a manifest. Its digest names rows and classes; the roots are left out, so that a data set may move."""
-        columns = list(zip(*((r.key, r.split, r.source, r.box, r.label, r.class_name) for r in rows)))
+        columns = list(zip(*((r.key, r.split, r.source, r.box, r.label, r.class_name, r.content) for r in rows)))
         columns = columns or [[] for _ in SCHEMA]
         arrays = [pa.array(list(column), type=field.type) for column, field in zip(columns, SCHEMA)]
         table = Rows(pa.table(arrays, schema=SCHEMA))
         _refuse_doubles(table)
         return cls(table, tuple(classes), dict(roots or {}), _digest(table, classes), dict(notes or {}))
+
+    def with_contents(self, contents: Sequence[str | None]) -> Manifest:
+        """Return the manifest with the digest of each row's image file; they are part of its own digest."""
+        at = self.rows.table.schema.get_field_index("content")
+        table = Rows(self.rows.table.set_column(at, SCHEMA.field("content"), pa.array(contents, pa.string())))
+        return replace(self, rows=table, digest=_digest(table, self.classes))
 
     def split(self, name: str) -> Rows:
         """Return the rows of a split. Raises ValueError when it has none."""
@@ -130,6 +139,28 @@ class Manifest:
 
 
 def _digest(rows: Rows, classes: Sequence[str]) -> str:
+    """Return what names rows and classes: column by column, in bytes that do not depend on how Arrow cut them."""
+    if rows.table["content"].null_count == len(rows):  # as version 0.1.0 named them
+        return _digest_of_rows(rows, classes)
+    whole = hashlib.sha256(canonical_json(list(classes)).encode())
+    for name in rows.table.schema.names:
+        column = rows.table[name].combine_chunks()
+        array = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+        if pa.types.is_list(array.type):
+            lengths, values = pc.fill_null(pc.list_value_length(array), -1), pc.list_flatten(array).to_numpy()
+            content = values.astype("<i4").tobytes()
+        elif pa.types.is_string(array.type):
+            lengths = pc.fill_null(pc.binary_length(array), -1)
+            content = "".join(array.drop_null().to_pylist()).encode()
+        else:
+            lengths, content = array, b""
+        whole.update(canonical_json([name, len(array), len(content)]).encode())
+        whole.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+        whole.update(content)
+    return whole.hexdigest()[:16]
+
+
+def _digest_of_rows(rows: Rows, classes: Sequence[str]) -> str:
     whole = hashlib.sha256(canonical_json(list(classes)).encode())
     for row in rows:
         whole.update(canonical_json([row.key, row.split, row.source, row.box, row.label]).encode())
@@ -152,12 +183,14 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "digest": manifest.digest,
         "notes": json.dumps(manifest.notes, sort_keys=True),
     }
+    header["seal"] = digest_of(header)
     with atomic_path(path) as temporary:
         pq.write_table(manifest.rows.table.replace_schema_metadata(header), temporary, compression="zstd")
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest. Raises FileNotFoundError or ValueError with the way out."""
+    """Read a manifest and hold rows and notes against the digests in it. Raises FileNotFoundError, or ValueError with the
+    way out."""
     if not path.exists():
         raise FileNotFoundError(f"no manifest at {path}: run `dvc repro data`")
     try:
@@ -165,8 +198,17 @@ def read_manifest(path: Path) -> Manifest:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): run `dvc repro -f data`") from None
     header = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if table.schema.names == SCHEMA.names[:-1]:  # of version 0.1.0, which knew no contents
+        table = table.append_column(SCHEMA.field("content"), pa.nulls(len(table), pa.string()))
     if table.schema.names != SCHEMA.names or not header.keys() >= {"classes", "roots", "digest", "notes"}:
         raise ValueError(f"{path} is no manifest: expected columns {SCHEMA.names}, found {table.schema.names}")
-    loaded = {name: json.loads(header[name]) for name in ("classes", "roots", "notes")}
+    damaged = Damaged(f"{path} is damaged or was edited (its rows are not those its digest names): run `dvc repro -f data`")
+    seal = header.pop("seal", None)
+    try:
+        loaded = {name: json.loads(header[name]) for name in ("classes", "roots", "notes")}
+    except ValueError:
+        raise damaged from None
     rows = Rows(table.replace_schema_metadata(None))
+    if seal not in (None, digest_of(header)) or _digest(rows, loaded["classes"]) != header["digest"]:
+        raise damaged
     return Manifest(rows, tuple(loaded["classes"]), loaded["roots"], header["digest"], loaded["notes"])

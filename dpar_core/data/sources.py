@@ -8,6 +8,7 @@ own, as builtin:NAME, is opened by a loader the caller gives.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -41,6 +42,10 @@ def size_of(source: str, roots: Mapping[str, Path]) -> int | None:
     return int(match["b"]) if match["kind"] == "+" else os.stat(roots[match["root"]] / match["rest"]).st_size
 
 
+class SourceChanged(ValueError):
+    """An image file is not the one that the manifest lists; the message is the whole sentence."""
+
+
 class ImageOpener:
     """Opens the image of a manifest row: decoded, and cut to its box. Safe to call from many threads.
 
@@ -52,9 +57,13 @@ class ImageOpener:
         self._parquet = ParquetImages()
 
     def __call__(self, row: Row) -> np.ndarray:
-        """Return (height, width, 3) uint8. Raises BadImage with the reason, ValueError for a source it does not know."""
+        """Return (height, width, 3) uint8.
+
+        Raises BadImage with the reason, SourceChanged when the file's bytes are not those the manifest lists, ValueError
+        for a source it does not know.
+        """
         scheme, _, rest = row.source.partition(":")
-        image = self.loaders[scheme](rest) if scheme in self.loaders else decode_image(self.content(row.source))
+        image = self.loaders[scheme](rest) if scheme in self.loaders else decode_image(self._same(row))
         if row.box is None:
             return image
         x0, y0, x1, y1 = row.box
@@ -62,6 +71,23 @@ class ImageOpener:
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise BadImage(f"its box {row.box} lies outside {width} x {height} pixels")
         return image[y0:y1, x0:x1]
+
+    def _same(self, row: Row) -> bytes:
+        content = self.content(row.source)
+        if row.content is not None and (found := hashlib.sha256(content).hexdigest()[:16]) != row.content:
+            raise SourceChanged(
+                f"image {row.source} has changed since the manifest was made (digest {found}, listed {row.content}): "
+                "run `dvc repro`"
+            )
+        return content
+
+    def file(self, source: str) -> Path:
+        """Return the file that an image's bytes lie in. Raises ValueError for a source it does not know."""
+        match = _PLACE.fullmatch(source)
+        if match is None or match["root"] not in self.roots:
+            raise ValueError(f"no image source {source!r}: expected one of {', '.join([*self.roots, *self.loaders])}")
+        root = self.roots[match["root"]]
+        return root / match["rest"] if match["kind"] is None else _below(root, match["rest"])
 
     def content(self, source: str) -> bytes:
         """Return the bytes of an image file. Raises BadImage, ValueError."""

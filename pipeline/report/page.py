@@ -325,7 +325,7 @@ def dag() -> str:
         read = STAGES[name].inputs.values()
         return sorted({maker for path, maker in makers.items() for r in read if _touches(path, r)} - {name})
 
-    lanes = {name: 2.0 if name.endswith("llamagen") else 0.0 if name == "features" else 1.0 for name in STAGES}
+    lanes = {name: 2.0 if name.endswith("llamagen") else 0.0 if name in ("features", "sources") else 1.0 for name in STAGES}
     return graph({name: needs(name) for name in STAGES}, lanes)
 
 

@@ -94,7 +94,7 @@ class Project:
 
     def data(self) -> Project:
         outputs = data.Outputs(self.root / "manifest.parquet", self.root / "data.json")
-        self._run("data", data, data.Inputs(), outputs, None)
+        self._run("data", data, data.Inputs(self.root / "images.json"), outputs, None)
         save_tokenizer(self.root / "tokenizer.safetensors")
         return self
 

@@ -164,5 +164,6 @@ def test_a_folder_with_nothing_but_damage_says_so(tmp_path):
     project = make_project(tmp_path, data={"max_bad_share": 1.0})
     for path in (tmp_path / "images" / "validation").rglob("*.png"):
         path.write_bytes(bomb(20_000))
+    project.data()
     with pytest.raises(ValueError, match="no validation image can be read"):
         project.tokenize()

@@ -30,7 +30,7 @@ def params(**changes: object) -> data.Params:
 
 def run(folder: Path, **changes: object) -> data.Outputs:
     outputs = data.Outputs(folder / "manifest.parquet", folder / "metrics.json")
-    data.run(params(**changes), data.Inputs(), outputs, NullTracker(), device="cpu", work=folder)
+    data.run(params(**changes), data.Inputs(folder / "images.json"), outputs, NullTracker(), device="cpu", work=folder)
     return outputs
 
 

@@ -35,7 +35,7 @@ def place(tmp_path):
 
 
 def run(folder, params):
-    inputs = score.Inputs(folder / "manifest.parquet", folder / "c.safetensors", folder / "dpar")
+    inputs = score.Inputs(folder / "manifest.parquet", folder / "c.safetensors", folder / "dpar", folder / "seen.json")
     outputs = score.Outputs(folder / "dpar.json", folder / "dpar_metrics.json")
     score.run_dpar(params, inputs, outputs, NullTracker(), device="cpu", work=folder / "work")
     return json.loads((folder / "dpar.json").read_text())

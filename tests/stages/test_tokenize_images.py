@@ -70,7 +70,7 @@ def test_bad_images_are_counted_and_listed_and_the_others_are_all_there(tmp_path
     images = tmp_path / "p" / "images" / "train"
     (images / "a" / "000.png").write_bytes(b"")
     (images / "b" / "001.png").write_bytes(b"<html>gone</html>")
-    project.tokenize()
+    project.data().tokenize()
     listed = json.loads((tmp_path / "p" / "tokens" / "bad_images.json").read_text())
     assert sorted((bad["source"], bad["reason"].split(" (")[0]) for bad in listed) == [
         ("train:a/000.png", "the file is empty"), ("train:b/001.png", "not an image"),
@@ -86,10 +86,10 @@ def test_too_many_bad_images_fail_and_mended_ones_are_read_again(tmp_path):
     for path in good:
         path.write_bytes(good[path][:50])
     with pytest.raises(ValueError, match=r"of 19 images cannot be read, more than data.max_bad_share 0.1 allows"):
-        project.tokenize()
+        project.data().tokenize()
     for path, content in good.items():
         path.write_bytes(content)
-    project.tokenize()
+    project.data().tokenize()
     assert json.loads((tmp_path / "p" / "tokens.json").read_text())["tokens/bad_images"] == 0
     clean = make_project(tmp_path / "q").tokenize()
     assert project.bytes("tokens").keys() == clean.bytes("tokens").keys()
@@ -98,7 +98,7 @@ def test_too_many_bad_images_fail_and_mended_ones_are_read_again(tmp_path):
 def test_bad_neighbours_do_not_change_the_tokens_of_an_image(project, tmp_path):
     other = make_project(tmp_path / "p")
     (tmp_path / "p" / "images" / "train" / "a" / "004.png").write_bytes(b"")
-    other.tokenize()
+    other.data().tokenize()
     mine, sound = (TokenShards(root / "tokens", "train") for root in (other.root, project.root))
     assert len(mine) == len(sound) - 1
     for index in range(len(mine)):
@@ -129,6 +129,7 @@ def test_bf16_is_measured_on_evenly_spaced_shards_and_looks_past_bad_images(tmp_
     assert [len(shard.indices) for shard in plan] == [5, 5, 4, 5]
     for row in list(manifest.rows.take(plan[2].indices))[:2]:
         (project.root / "images" / row.source.replace(":", "/")).write_bytes(b"")
+    project.data()
     batches = []
     real = tokenize_images.ShardTokenizer.encode
     spy = lambda self, images, **given: (batches.append(images), real(self, images, **given))[1]  # noqa: E731
@@ -171,7 +172,7 @@ def test_images_too_narrow_for_views_count_as_handled_until_they_are_mended(tmp_
     narrow = project.root / "images" / "train" / "a" / "000.png"
     sound = narrow.read_bytes()
     Image.fromarray(photo(0, 40, 1)).save(narrow)
-    project.tokenize()
+    project.data().tokenize()
     (bad,) = json.loads((project.root / "tokens" / "bad_images.json").read_text())
     assert bad["source"] == "train:a/000.png" and "1 x 40 pixels are too narrow for a square of 8" in bad["reason"]
     made = []
@@ -181,7 +182,7 @@ def test_images_too_narrow_for_views_count_as_handled_until_they_are_mended(tmp_
     project.tokenize()
     assert made == []
     narrow.write_bytes(sound)
-    project.tokenize()
+    project.data().tokenize()
     assert len(made) == 1 and json.loads((project.root / "tokens" / "bad_images.json").read_text()) == []
 
 
@@ -206,9 +207,9 @@ def test_a_class_whose_images_are_all_bad_is_refused_unless_such_classes_are_kep
     for path in (project.root / "images" / "train" / "b").iterdir():
         path.write_bytes(b"<html>gone</html>")
     with pytest.raises(ValueError, match=r"none of the training images of 1 of 2 classes can be read .b.: .*empty_classes"):
-        project.tokenize()
+        project.data().tokenize()
     changes = {"max_bad_share": 0.6, "empty_classes": "keep"}
-    kept = Project(project.root, tiny_params(project.root / "images", data=changes)).tokenize()
+    kept = Project(project.root, tiny_params(project.root / "images", data=changes)).data().tokenize()
     shards = TokenShards(kept.root / "tokens", "train")
     assert shards.meta.classes == ("a", "b") and set(shards.labels.tolist()) == {0}
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dpar_core.data.images import BadImage
 from dpar_core.data.manifest import write_manifest
-from dpar_core.files import load_weights
+from dpar_core.files import load_weights, sha256_file, write_record
 from dpar_core.models.vq import VQ, VQConfig, to_float
 from dpar_core.training.codebook import latents_on_sphere, place_codes, restart_dead_codes
 from dpar_core.training.order import DataOrder
@@ -79,7 +79,10 @@ def run_stage(folder: Path, manifest, tokenizer: P.Tokenizer, tracker=None, *, w
     outputs = stage.Outputs(folder / "tokenizer.safetensors", folder / "metrics.json", folder / "reconstructions.png")
     params = stage.Params(seed=seed, data=data, tokenizer=tokenizer)
     tracker = tracker or NullTracker()
-    stage.run(params, stage.Inputs(path), outputs, tracker, device="cpu", work=work or folder / "work")
+    seen = folder / "weights_seen.json"
+    weights = {"sha256": sha256_file(tokenizer.weights)} if tokenizer.weights else None
+    write_record(seen, {"tokenizer.weights": weights})
+    stage.run(params, stage.Inputs(path, seen), outputs, tracker, device="cpu", work=work or folder / "work")
     return outputs
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import dpar_core.data.images
+from dpar_core.data.manifest import read_manifest, write_manifest
 from dpar_core.data.shards import TokenShards
 from dpar_core.files import sha256_file
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
@@ -101,7 +102,7 @@ def test_what_comes_out_differently_is_not_put_in_place(project, artifacts):
     try:
         for path in victims:
             path.write_bytes(other)
-        with pytest.raises(ValueError, match=r"train-000001\.tar: made again, it has digest .* run `dvc repro"):
+        with pytest.raises(ValueError, match=r"image train:.* has changed since the manifest was made .* run `dvc repro`"):
             repair(project, artifacts)
     finally:
         for path, content in victims.items():
@@ -180,7 +181,7 @@ def test_the_list_of_bad_images_is_checked_and_repaired_to_the_same_bytes(tmp_pa
     images = project.root / "images" / "train"
     for name, content in (("a/000.png", b""), ("b/001.png", b"<html>gone</html>"), ("a/004.png", b"x" * 99)):
         (images / name).write_bytes(content)
-    project.tokenize().entropies().patch_maps()
+    project.data().tokenize().entropies().patch_maps()
     artifacts = as_artifacts(project, tmp_path / "artifacts")
     assert check_data(artifacts).problems == ()
     path, before = artifacts / "tokens" / "bad_images.json", contents(artifacts)
@@ -201,7 +202,7 @@ def test_the_list_of_bad_images_is_checked_and_repaired_to_the_same_bytes(tmp_pa
     assert contents(artifacts) == before
     path.unlink()
     (images / "a" / "000.png").write_bytes((images / "a" / "002.png").read_bytes())
-    with pytest.raises(ValueError, match=r"image train:a/000.png can be used now, but has no tokens: run `dvc repro -f"):
+    with pytest.raises(ValueError, match=r"image train:a/000.png has changed since the manifest was made"):
         repair(project, artifacts)
 
 
@@ -247,6 +248,8 @@ def test_inspect_shows_an_image_that_no_views_can_be_cut_from(project, artifacts
     sound = path.read_bytes()
     try:
         Image.fromarray(photo(1, 1, 100)).save(path)
+        manifest = read_manifest(artifacts / "data" / "manifest.parquet")
+        write_manifest(artifacts / "data" / "manifest.parquet", manifest.with_contents([None] * len(manifest.rows)))
         found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
         assert found.image.shape == (1, 100, 3) and found.views is None and found.tokens is not None
         assert "the image cannot be used: 100 x 1 pixels are too narrow for a square of 8" in describe(found)
