@@ -3,6 +3,7 @@
 # make lint      ruff, codespell, mypy            make format    rewrite the sources as `make lint` wants them
 # make coverage  the tests again, with the lines that they reach; slower, so `make test` leaves it out
 # make docs      the documentation site in site/, readable without a network
+# make browser   the report in Chromium, which has to be installed; not part of `make test`
 # make clean     remove what the workflow made (not the environment)
 #
 # Outside git and in folders below the project, `make` and `dpar-cli` work as well; `make environment` only installs.
@@ -18,7 +19,7 @@ PYTEST      := -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # --no-compile: byte-compiling all 20,000 files takes 80 of 200 seconds, and a run imports a part of them.
-.PHONY: demo test lint format types coverage docs environment clean
+.PHONY: demo test lint format types coverage docs browser environment clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -40,6 +41,9 @@ types: $(VENV)/.tested
 format: $(VENV)/.tested
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+browser: $(VENV)/.tested
+	@$(BIN)/python -m pytest tests/browser/check_report.py -o python_functions='check_*'
 
 coverage: $(VENV)/.tested
 	@$(BIN)/coverage erase

@@ -2,11 +2,75 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-runs_app = typer.Typer(no_args_is_help=True, help="Look after the MLflow runs.")
+runs_app = typer.Typer(help="List the pipeline runs in MLflow, show one, or send what MLflow missed.")
+_METRICS = ("dpar_loss", "baseline_loss", "dpar_distance", "baseline_distance", "training_speed", "sampling_speed")
+
+
+@runs_app.callback(invoke_without_command=True)
+def list_runs(context: typer.Context) -> None:
+    """List the pipeline runs in MLflow, newest first; `dpar-cli runs show ID` has one with its params.
+
+    Reads the store. ID is the beginning of MLflow's run id.
+    """
+    if context.invoked_subcommand is None:
+        print("\n".join(run_lines(_pipeline_runs())))
+
+
+@runs_app.command("show")
+def show_run(identity: Annotated[str, typer.Argument(help="Run id, or its beginning.")]) -> None:
+    """Show one pipeline run: its name, status, metrics, and the params in which it differs from params.yaml.
+
+    Reads the store and params.yaml.
+    """
+    from stages.params import flattened, load_params
+
+    found = [run for run in _pipeline_runs() if run.info.run_id.startswith(identity)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} runs begin with {identity!r}, expected one: `dpar-cli runs` lists them")
+    now = {name: str(value) for name, value in flattened(load_params(Path("params.yaml"))).items()}
+    print("\n".join(show_lines(found[0], now)))
+
+
+def _pipeline_runs() -> list[Any]:
+    """Return the runs that are no stage of another, newest first."""
+    from pipeline.tracking.store import connect
+    from pipeline.tracking.tracker import PASS_TAG
+
+    client, experiment = connect(Path.cwd())
+    found = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=1000)
+    return [run for run in found if PASS_TAG in run.data.tags]
+
+
+def run_lines(runs: Sequence[Any]) -> list[str]:
+    """Return a table of pipeline runs for 80 columns."""
+    from pipeline.terminal import shortened
+
+    if not runs:
+        return ["no pipeline run yet: dpar-cli run"]
+    lines = [f"{'id':8}  {'started':11}  {'status':8}  {'DPAR':>6} {'base':>6} {'speed':>6}  name"]
+    for run in runs:
+        cells = [run.data.metrics.get(name) for name in ("dpar_loss", "baseline_loss", "training_speed")]
+        numbers = " ".join(f"{'' if cell is None else f'{cell:.2f}':>6}" for cell in cells)
+        started = time.strftime("%m-%d %H:%M", time.localtime(run.info.start_time / 1000))
+        name = (run.info.run_name or "").partition(" · ")[0]
+        lines.append(shortened(f"{run.info.run_id[:8]}  {started}  {run.info.status:8}  {numbers}  {name}", 80))
+    return lines
+
+
+def show_lines(run: Any, params: Mapping[str, str]) -> list[str]:
+    """Return one pipeline run. params: those of params.yaml, by dotted name."""
+    lines = [f"{run.info.run_name}  ({run.info.status}, {run.info.run_id})"]
+    lines += [f"  {name:18} {run.data.metrics[name]:.4g}" for name in _METRICS if name in run.data.metrics]
+    other = {name: value for name, value in run.data.params.items() if name in params and params[name] != value}
+    lines.append("params as in params.yaml" if not other else "params that differ from params.yaml (run, params.yaml):")
+    return [*lines, *(f"  {name} {value}, {params[name]}" for name, value in sorted(other.items()))]
 
 
 @runs_app.command("sync")
