@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpar_core.choices import EncodePrecision
 from dpar_core.float32 import tensor_float32, whole_float32
 from dpar_core.models.gpt import GPT, GPTConfig, entropies_of
 from dpar_core.models.sizes import GATE_SIZES
-from dpar_core.models.vq import VQ, EncodePrecision, VQConfig, encode_at, most_images, to_uint8
+from dpar_core.models.vq import VQ, VQConfig, encode_at, most_images, to_uint8
 
 Row = dict[str, Any]
 Write = Callable[[Row], None]

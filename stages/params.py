@@ -13,6 +13,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from dpar_core.choices import (
+    EncodePrecisionChoice,
+    Gate,
+    GuidanceSchedule,
+    LearningRateSchedule,
+    PatchMode,
+    PositionEncoding,
+    Strategy,
+    ViewSet,
+)
 from dpar_core.models.sizes import FFN_MULTIPLE, GATE_SIZES
 from dpar_core.precision import PrecisionChoice, multiplies_bf16, settle, slowdown
 
@@ -68,7 +78,7 @@ class Data(Section):
     image_key: str | None
     label_key: str | None
     image_size: Annotated[int, Field(ge=8)]
-    views: Literal["adm_center_flip", "ten_crop_1.1", "ten_crop_1.05", "ten_crop_both"]
+    views: ViewSet
     max_bad_share: Share
     builtin: BuiltinData
 
@@ -98,7 +108,7 @@ class Tokenizer(Section):
 class TokenizeImages(Section):
     shard_images: Count
     batch_size: Count
-    precision: PrecisionChoice | Literal["tf32"]
+    precision: EncodePrecisionChoice
     workers: OrZero
 
 
@@ -109,7 +119,7 @@ class Training(Section):
     batch_size: Count
     accumulate: Count
     lr: Positive
-    lr_schedule: Literal["constant", "cosine"]
+    lr_schedule: LearningRateSchedule
     warmup_steps: OrZero
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[float, Field(ge=0)]
@@ -117,7 +127,7 @@ class Training(Section):
     precision: PrecisionChoice
     compile: bool
     activation_checkpointing: bool
-    strategy: Literal["ddp", "fsdp"]
+    strategy: Strategy
     workers: Count
     cpus_per_worker: Count
     gpus_per_worker: OrZero
@@ -165,7 +175,7 @@ class Entropies(Section):
 
 
 class Patching(Section):
-    mode: Literal["entropy_rows", "entropy", "static", "token"]
+    mode: PatchMode
     threshold: Annotated[Finite, Field(ge=0)] | None
     target_mean_length: Annotated[Finite, Field(ge=1)] | None
     max_patch_length: Count | None
@@ -179,7 +189,7 @@ class Model(Section):
     patch_layers: Count
     decoder_layers: Count
     ffn_multiple: Count
-    position_encoding: Literal["4d", "3d", "1d"]
+    position_encoding: PositionEncoding
     dropout: Dropout
     class_dropout: Dropout
 
@@ -196,12 +206,12 @@ class Sample(Section):
     precision: PrecisionChoice
     seed: OrZero
     cfg_scale: Annotated[Finite, Field(ge=1)]
-    cfg_schedule: Literal["constant", "linear", "interval"]
+    cfg_schedule: GuidanceSchedule
     cfg_interval: Annotated[list[Share], Field(min_length=2, max_length=2)]
     temperature: Positive
     top_k: OrZero
     top_p: Annotated[float, Field(gt=0, le=1)]
-    gate: Literal["entropy_model", "decoder"]
+    gate: Gate
     threshold: Annotated[Finite, Field(ge=0)] | None
     max_patch_length: Count | None
     resize: Count | None

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpar_core.choices import EncodePrecision
 from dpar_core.data.images import VIEW_COUNTS, BadImage, views
 from dpar_core.data.manifest import SPLITS, Manifest, Row, Rows, read_manifest
 from dpar_core.data.shards import Sample, ShardContents, TokenMeta, write_index, write_shard
@@ -24,7 +25,7 @@ from dpar_core.data.sources import block_of
 from dpar_core.data.splits import first_few
 from dpar_core.files import atomic_folder, write_json
 from dpar_core.models.load import read_trained
-from dpar_core.models.vq import VQ, EncodePrecision, encode_at, most_images, to_float
+from dpar_core.models.vq import VQ, encode_at, most_images, to_float
 from stages import params as P
 from stages.data import ImageOpener
 from stages.tracker import Tracker

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dpar_core.choices import ViewSet
+
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are refused as decompression bombs (Pillow warns there)
-VIEW_COUNTS = {"adm_center_flip": 2, "ten_crop_1.1": 10, "ten_crop_1.05": 10, "ten_crop_both": 20}
+VIEW_COUNTS: dict[ViewSet, int] = {"adm_center_flip": 2, "ten_crop_1.1": 10, "ten_crop_1.05": 10, "ten_crop_both": 20}
 CENTER_VIEWS = {"adm_center_flip": 0, "ten_crop_1.1": 4, "ten_crop_1.05": 4, "ten_crop_both": 4}  # the first centre crop
 
 # Formats of photographs. Others that Pillow knows hold no pixels of their own, or start programs (EPS).

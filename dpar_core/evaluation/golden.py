@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from dpar_core.choices import PositionEncoding
 from dpar_core.evaluation import metrics
 from dpar_core.evaluation.features import flatten_spatial
 from dpar_core.generation.generate import generate_dpar, generate_gpt
@@ -104,7 +105,7 @@ def _gpt(folder: Path, name: str) -> GPT:
     return model
 
 
-def _dpar_model(folder: Path, encoding: str) -> DPAR:
+def _dpar_model(folder: Path, encoding: PositionEncoding) -> DPAR:
     path = folder / "dpar_reference.safetensors"
     heads, row_width = _heads(path)
     state, config = published.read_dpar(path, heads=heads, row_width=row_width, position_encoding=encoding)

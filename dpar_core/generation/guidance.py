@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dpar_core.choices import Gate, GuidanceSchedule
 from dpar_core.generation.sampling import filter_logits
 from dpar_core.patches.rule import PatchRule
 
@@ -28,12 +28,12 @@ class SampleSettings:
     """
 
     cfg_scale: float = 1.0
-    cfg_schedule: Literal["constant", "linear", "interval"] = "constant"
+    cfg_schedule: GuidanceSchedule = "constant"
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    gate: Literal["entropy_model", "decoder"] = "entropy_model"
+    gate: Gate = "entropy_model"
     rule: PatchRule | None = None
     greedy: bool = False
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpar_core.choices import PositionEncoding
 from dpar_core.models.layers import Block, LabelEmbedder, PackedCausal, RMSNorm, ffn_width, initialize
 from dpar_core.models.loss import output_loss
 from dpar_core.models.rope import Rotary, patch_rotary, token_rotary
@@ -37,7 +38,7 @@ class DPARConfig:
     decoder_layers: int
     num_classes: int
     ffn_multiple: int = 256
-    position_encoding: str = "4d"
+    position_encoding: PositionEncoding = "4d"
     dropout: float = 0.0
     class_dropout: float = 0.0
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpar_core.choices import PositionEncoding
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.models.vq import VQ, VQConfig, config_of
@@ -84,7 +85,7 @@ def read_gpt(path: Path | str, *, heads: int, row_width: int) -> tuple[dict[str,
 
 
 def read_dpar(
-    path: Path | str, *, heads: int, row_width: int, position_encoding: str = "4d"
+    path: Path | str, *, heads: int, row_width: int, position_encoding: PositionEncoding = "4d"
 ) -> tuple[dict[str, Tensor], DPARConfig]:
     """Read DPAR weights; position_encoding is not told by weights either. Raises ValueError when names or shapes differ."""
     state = read_state(path)

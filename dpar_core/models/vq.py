@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpar_core.choices import EncodePrecision
 from dpar_core.float32 import tensor_float32, whole_float32
 
-EncodePrecision = Literal["fp32", "tf32", "bf16"]
 LARGEST_TENSOR = 2**31 - 1  # elements that kernels address with 32-bit indices
 
 GROUP_EPS = 1e-6

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Mode = Literal["entropy_rows", "entropy", "static", "token"]
+from dpar_core.choices import PatchMode
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PatchRule:
     Raises ValueError for values that make no rule.
     """
 
-    mode: Mode
+    mode: PatchMode
     row_width: int
     threshold: float | None = None
     max_patch_length: int | None = None

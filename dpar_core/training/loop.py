@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpar_core.choices import Strategy
 from dpar_core.models import flops
 from dpar_core.precision import Precision
 from dpar_core.training import parallel
@@ -75,7 +76,7 @@ class TrainSettings:
     precision: Precision = "fp32"
     compile: bool = False
     activation_checkpointing: bool = False
-    strategy: parallel.Strategy = "ddp"
+    strategy: Strategy = "ddp"
     validate_every: int = 100
     checkpoint_every: int = 100
     log_every: int = 10

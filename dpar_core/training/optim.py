@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from dpar_core.choices import LearningRateSchedule
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class OptimSettings:
     """AdamW, its schedule and the clipping norm (0: gradients are not clipped, their norm is measured all the same)."""
 
     lr: float
-    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr_schedule: LearningRateSchedule = "constant"
     warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8

@@ -43,6 +43,7 @@ def test_the_shipped_params_are_valid():
         ("data.train", "photos", "source builtin reads no path"),
         ("data.source", "imagefolder", "needs the path of its train images"),
         ("sample.threshold", 99.0, "above ln V"),
+        ("tokenize_images.precision", "half", "expected one of 'auto', 'fp32', 'tf32' or 'bf16'"),
         ("model.heads", 7, "does not divide"),
         ("entropy_model.size", "B", "size B has 768"),
         ("train.batch_size", 33, None),

@@ -1,0 +1,18 @@
+"""The choices that params and the core share, once: what a value may be, spelled as in params.yaml.
+
+Plain types: no torch, so that checking a params file does not wait for it. Precisions are in dpar_core.precision.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+PatchMode = Literal["entropy_rows", "entropy", "static", "token"]  # where patches begin, see patches.rule
+PositionEncoding = Literal["4d", "3d", "1d"]  # rotary encoding of patches, see models.rope
+ViewSet = Literal["adm_center_flip", "ten_crop_1.1", "ten_crop_1.05", "ten_crop_both"]  # crops of an image, see data.images
+EncodePrecision = Literal["fp32", "tf32", "bf16"]  # of the tokenizer's network, see models.vq
+EncodePrecisionChoice = Literal["auto", "fp32", "tf32", "bf16"]
+LearningRateSchedule = Literal["constant", "cosine"]  # see training.optim
+Strategy = Literal["ddp", "fsdp"]  # how a model is spread over ranks, see training.parallel
+GuidanceSchedule = Literal["constant", "linear", "interval"]  # see generation.guidance
+Gate = Literal["entropy_model", "decoder"]  # whose entropies cut patches while sampling, see generation.guidance
