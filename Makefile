@@ -32,6 +32,7 @@ test: lint
 
 lint: $(VENV)/.tested
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/codespell
 	@$(BIN)/mypy
 

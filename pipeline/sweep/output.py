@@ -280,7 +280,10 @@ def page(facts: Facts, folder: Path) -> str:
     values = [one[facts.distance] for one in search]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     environment = Environment(
-        loader=PackageLoader("pipeline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("pipeline.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=StrictUndefined,
     )
     environment.filters |= {"g": lambda value: f"{value:.3g}", "trial": label}

@@ -59,9 +59,7 @@ def outputs_in(kind, folder: Path):
     return kind(
         **{
             name: folder
-            / {"model": "model.safetensors", "snapshots": "snapshots", "curve": "curve.csv"}.get(
-                name, f"{name}.json"
-            )
+            / {"model": "model.safetensors", "snapshots": "snapshots", "curve": "curve.csv"}.get(name, f"{name}.json")
             for name in kind.__dataclass_fields__
         }
     )

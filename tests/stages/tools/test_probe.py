@@ -1,6 +1,5 @@
 """The linear probe of frozen features."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -279,9 +279,7 @@ def test_a_run_survives_a_killed_node(tmp_path):
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, head_node_args=small)
     lost = nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-    script = STAGE.format(
-        data=str(tmp_path), out=str(tmp_path / "out"), work=str(tmp_path / "work")
-    )
+    script = STAGE.format(data=str(tmp_path), out=str(tmp_path / "out"), work=str(tmp_path / "work"))
     environment = {**os.environ, "RAY_ADDRESS": nodes.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1"}
     try:
         with open(tmp_path / "told", "w") as told:
