@@ -49,6 +49,8 @@ def _scan(descriptor: int, position: int, end: int, where: str) -> Iterator[Memb
     first, long_name, pax = position, None, {}
     while True:
         header = os.pread(descriptor, BLOCK, position) if position + BLOCK <= end else b""
+        if position == first:
+            _refuse_others(os.pread(descriptor, 32, position) if position < end else b"", where)
         if len(header) < BLOCK:
             raise BadTar(f"tar {where} ends without its end mark at byte {position}: it is cut off, copy it again")
         if not header.strip(b"\0"):
@@ -83,6 +85,21 @@ def _scan(descriptor: int, position: int, end: int, where: str) -> Iterator[Memb
             yield Member(name, position, size)
             position += -(-size // BLOCK) * BLOCK
         long_name, pax = None, {}
+
+
+def _refuse_others(head: bytes, where: str) -> None:
+    """Name what is often found in place of a tar."""
+    found = {
+        b"version https://git-lfs": "a Git LFS pointer: fetch the real file with `git lfs pull`",
+        b"\x1f\x8b": "compressed by gzip: unpack it", b"BZh": "compressed by bzip2: unpack it",
+        b"\xfd7zXZ": "compressed by xz: unpack it", b"(\xb5/\xfd": "compressed by zstd: unpack it",
+        b"PK\x03\x04": "a zip file: pack it as a tar",
+    }  # fmt: skip
+    for start, words in found.items():
+        if head.startswith(start):
+            raise BadTar(f"{where} is no tar, but {words}")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise BadTar(f"{where} is no tar, but a web page: download it again")
 
 
 def _number(field: bytes, where: str) -> int:
