@@ -17,6 +17,7 @@ from typing import Any
 
 from dpar_core.files import digest_of, write_json
 from dpar_core.system import cpus
+from pipeline.code import code_identity
 from pipeline.state import LAST
 from pipeline.tracking.tracker import open_tracker
 from stages import artifacts
@@ -124,7 +125,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         with open_tracker(name, params, chosen, root=root) as tracker:
             stage.run(chosen, inputs, outputs, tracker, device=device, work=work)
         ended = time.time()
-        write_json(work.parent / LAST, {"finished": ended, "seconds": max(ended - started, 0.0)})
+        write_json(work.parent / LAST, {"finished": ended, "seconds": max(ended - started, 0.0), "code": code_identity()})
         for old in work.parent.iterdir():
             if old.is_dir() and old != work:
                 shutil.rmtree(old)

@@ -136,7 +136,8 @@ class Narrator:
         """Take one line of output."""
         if found := _RUNNING.match(text):
             self.finish()
-            self.begin(found[1])
+            if found[1] != "sources":  # a look that takes a second, on every run
+                self.begin(found[1])
         elif found := _CACHED.match(text):
             self.finish()
             self.begin(found[1])

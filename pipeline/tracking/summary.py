@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.code import code_identity
 from stages.artifacts import HEADLINE
 
 WORST_TAG = "dpar.worst"  # how the worst stage of a pipeline run ended, where that is not FINISHED
@@ -50,6 +51,7 @@ def child_name(stage: str, stages: list[str]) -> str:
 def source_tags(root: Path) -> dict[str, str]:
     """Return who started a run, from what, and at which commit (with `-dirty` where files differ from it)."""
     tags = {"mlflow.source.name": "dvc repro", "mlflow.source.type": "PROJECT"}
+    tags |= {f"dpar.code.{name}": value for name, value in code_identity().items()}
     with suppress(KeyError, OSError):  # a user id without a name, as in some containers
         tags["mlflow.user"] = getpass.getuser()
     commit = _git(root, "rev-parse", "HEAD")

@@ -180,7 +180,8 @@ def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterato
         parent = records.run(digest_of(identity), name, tags=tags)
         records.params(parent, flattened(params))
         tags = {"dpar.stage": stage, **process_tags()}
-        run = records.run(records.journal.folder.name, summary.child_name(stage, list(OUTPUTS)), tags=tags, parent=parent)
+        tracked = [name for name in OUTPUTS if name != "sources"]  # which looks on every run, and has nothing to track
+        run = records.run(records.journal.folder.name, summary.child_name(stage, tracked), tags=tags, parent=parent)
         tracker = MlflowTracker(records, run, parent, stage)
         tracker.log_params(_flatten(plain(chosen)))
         with tracker.ending():
