@@ -59,8 +59,8 @@ app.add_typer(runs_app, name="runs")
 for command in (init, run, status, doctor, cost):
     app.command()(command)
 app.command()(probe)
-for command in (score, compare, fetch, calibrate):
-    app.command()(command)
+for scoring in (score, compare, fetch, calibrate):
+    app.command()(scoring)
 
 PARAMS = Path("params.yaml")
 ParamsFile = Annotated[Path, typer.Option("--params", help="Params file to read.")]

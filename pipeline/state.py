@@ -51,7 +51,7 @@ def project_state(root: Path) -> list[StageState]:
             late = [need for need in needs if states[need].state != "fresh"]
             newer = [need for need in needs if _after(states[need].finished, last.get("finished"))]
             why = f"{late[0]} is to run before it" if late else f"{newer[0]} has run since" if newer else ""
-        state = "never run" if recorded is None else "stale" if why else "fresh"
+        state: Literal["fresh", "stale", "never run"] = "never run" if recorded is None else "stale" if why else "fresh"
         total = sum(int(one.get("size") or 0) for one in (recorded or {}).get("outs", []))
         states[name] = StageState(name, needs, state, why, last.get("finished"), last.get("seconds"), total)
     return list(states.values())
@@ -63,7 +63,8 @@ def _after(one: float | None, other: float | None) -> bool:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises ValueError in a sentence."""
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     try:
         content = YAML(typ="safe").load(path.read_text())

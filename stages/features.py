@@ -5,15 +5,15 @@ Where scores come from a file (`score.features: inception`), nothing is trained:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dpar_core.data.manifest import Row, read_manifest
+from dpar_core.data.manifest import read_manifest
 from dpar_core.evaluation.features import DemoClassifier
 from dpar_core.files import save_weights, write_json
 from dpar_core.training.order import DataOrder
@@ -83,7 +83,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
 
 
 @torch.inference_mode()
-def _accuracy(model: DemoClassifier, rows: Sequence[Row], opener: ImageOpener, size: int, *, device: str) -> float:
+def _accuracy(model: DemoClassifier, rows: Any, opener: ImageOpener, size: int, *, device: str) -> float:
     model.eval()
     images, right = CenterCrops(rows, opener, size), 0
     for first in range(0, len(rows), 64):

@@ -158,11 +158,12 @@ def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict[str
         with ThreadPoolExecutor(local_cpus()) as pool:
             for name in pool.map(make, todo):
                 progress.advance(parts[name].stop - parts[name].start)
-    total = None
+    total: Histograms | None = None
     for name in parts:
         record = facts_of_unit(work, name)
         one = Histograms(*(np.array(record[field], np.int64) for field in ("lengths", "counts")))
         total = one if total is None else total + one
+    assert total is not None, "a split has at least one shard"
     return total
 
 
@@ -193,7 +194,7 @@ def _metrics(rule: PatchRule, found: Mapping[str, Histograms], *, tokens: int) -
         "patch/share_of_tokens": train.patches / train.maps / tokens,
         "patch/validation_mean_length": tokens * validation.maps / validation.patches,
     }
-    if rule.reads_entropies:
+    if rule.threshold is not None and rule.reads_entropies:
         metrics["patch/threshold_nats"] = float(rule.threshold)
     return metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dpar_core.evaluation.features import feature_network
 from dpar_core.evaluation.image_sets import read_image_set
@@ -72,7 +73,7 @@ def run_llamagen(
 
 
 def _score_all(
-    params: Params, inputs, work_list: list[tuple[Path, Path, Path]], tracker: Tracker, *, device: str, work: Path
+    params: Params, inputs: Any, work_list: list[tuple[Path, Path, Path]], tracker: Tracker, *, device: str, work: Path
 ) -> None:
     """work_list: samples, their score file with all that made it, and the same scores bare, as a table of DVC shows them."""
     section = params.score

@@ -107,7 +107,9 @@ class Manifest:
         notes: dict[str, object] | None = None,
     ) -> Manifest:
         """Make a manifest. Its digest names rows and classes; the roots are left out, so that a data set may move."""
-        columns = list(zip(*((r.key, r.split, r.source, r.box, r.label, r.class_name, r.content) for r in rows)))
+        columns: list[Sequence[Any]] = list(
+            zip(*((r.key, r.split, r.source, r.box, r.label, r.class_name, r.content) for r in rows))
+        )
         columns = columns or [[] for _ in SCHEMA]
         arrays = [pa.array(list(column), type=field.type) for column, field in zip(columns, SCHEMA)]
         table = Rows(pa.table(arrays, schema=SCHEMA))

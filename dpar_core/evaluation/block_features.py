@@ -5,6 +5,8 @@ Shapes: B images, n positions, P packed patch rows, D width, L blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ def block_features(model: GPT | DPAR, batch: Batch) -> Tensor:
     """
     outputs: list[Tensor] = []
 
-    def keep(_: nn.Module, __: tuple, output: Tensor) -> None:
+    def keep(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         outputs.append(_image_means(output.float(), batch))
 
     images = len(batch.tokens)

@@ -65,7 +65,10 @@ class FeatureNetwork:
                     column.append(part.float().cpu().numpy())
             if done is not None:
                 done(len(batch))
-        return Features(*(np.concatenate(column) if column else None for column in columns))
+        pool, probabilities, spatial = (np.concatenate(column) if column else None for column in columns)
+        if pool is None:
+            raise ValueError("expected at least one image; got none")
+        return Features(pool, probabilities, spatial)
 
     def _parts(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Compute the features of one batch and check their form. Raises ValueError where a file has another interface."""

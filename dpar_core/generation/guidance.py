@@ -133,7 +133,7 @@ class Drawer:
         if self.logits is not None:
             self.logits[lanes, positions] = logits
         tokens = draw(logits, self.uniforms[lanes, positions], self.settings)
-        if self.num_given:
+        if self.given is not None and self.num_given:
             known = positions < self.num_given
             tokens = torch.where(known, self.given[lanes, positions.clamp_max(self.num_given - 1)], tokens)
         self.tokens[lanes, positions] = tokens

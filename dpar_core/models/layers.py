@@ -110,6 +110,7 @@ class PackedCausal:
 
     def ragged(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Let every image attend to its own rows in one kernel, without padding."""
+        assert self.kernel is not None
         causal_window = (-1, 0)
         return self.kernel(q, k, v.contiguous(), self.bounds, self.bounds, self.limit, self.limit, window_size=causal_window)
 

@@ -110,7 +110,14 @@ def read_vq(path: Path | str, *, expected: VQConfig | None = None) -> dict[str, 
     state = read_state(path)
     config = config_of(state)
     if expected is not None:
-        names = ("codebook_size", "codebook_dim", "base_width", "channel_multipliers", "z_channels", "residual_blocks")
+        names: tuple[str, ...] = (
+            "codebook_size",
+            "codebook_dim",
+            "base_width",
+            "channel_multipliers",
+            "z_channels",
+            "residual_blocks",
+        )
         names += ("norm_groups",)  # not told by weights: LlamaGen's are 32, and others would load and decode rubbish
         wrong = [
             f"tokenizer.{name} is {getattr(expected, name)} but the weights have {getattr(config, name)}"

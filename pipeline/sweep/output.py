@@ -266,7 +266,9 @@ def one_line(failed: dict[str, Any]) -> str:
 def within_chance(facts: Facts) -> list[dict[str, Any]]:
     """Return the other finals whose interval overlaps the winner's: chance may have put them behind."""
     winner = facts.outcome.winner(facts.distance)
-    high = winner["intervals"].get(facts.distance, (0.0, -1.0))[1] if winner else -1.0
+    if winner is None:
+        return []
+    high = winner["intervals"].get(facts.distance, (0.0, -1.0))[1]
     others = [one for one in facts.outcome.finals if one["key"] != winner["key"]]
     return [one for one in others if one["intervals"].get(facts.distance, (high + 1, 0.0))[0] <= high]
 

@@ -123,6 +123,7 @@ class Recording:
     def close(self) -> None:
         """Let the rest be delivered, for some seconds; what is left then is kept and named."""
         self.journal.close()
+        assert self._outbox.stdin is not None  # a pipe, as asked for
         with suppress(OSError):
             self._outbox.stdin.close()
         try:
@@ -141,6 +142,7 @@ class Recording:
             )
 
     def _listen(self) -> None:
+        assert self._outbox.stdout is not None
         for line in self._outbox.stdout:
             self._say(line.rstrip("\n"))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,8 @@ def _by_workers(
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_measure_piece)
         identity = (network.name, str(network.file.resolve()), network.digest, network.device)
         found: dict[int, Measured] = {}
-        waiting, running = list(range(len(parts))), {}
+        waiting = list(range(len(parts)))
+        running: dict[Any, int] = {}
         while waiting or running:
             while waiting and len(running) < workers:
                 number = waiting.pop(0)

@@ -51,6 +51,7 @@ class LocalFit(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        assert self._process.stdin is not None  # a pipe, as asked for
         try:
             pickle.dump(self._call, self._process.stdin)
             self._process.stdin.flush()

@@ -82,7 +82,7 @@ def _by_actors(
             ray.kill(actor)
 
 
-def _raise_what_it_raised(reference) -> None:
+def _raise_what_it_raised(reference: Any) -> None:
     import ray
 
     try:
