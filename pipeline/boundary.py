@@ -55,6 +55,9 @@ def guarded(run: Callable[[], None]) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
             threading.excepthook = _in_a_thread
+            from stages.crash import plain_warnings
+
+            plain_warnings()
         run()
     except (Exception, KeyboardInterrupt, Carried) as caught:
         error = caught.error if isinstance(caught, Carried) else caught

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 from types import FrameType
 
@@ -31,6 +32,15 @@ def crash_sentence(error: BaseException, *, doing: str) -> str:
     except OSError as failed:
         return f"{said}; its details could not be written ({failed}): DPAR_DEBUG=1 shows them"
     return f"{said}; the details are in {path}"
+
+
+def plain_warnings() -> None:
+    """Print warnings as sentences, without the line of code that gave them."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"warning: {redacted(str(message))}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show
 
 
 def ours(error: BaseException) -> bool:

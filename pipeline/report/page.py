@@ -18,6 +18,7 @@ from dpar_core.evaluation.scores import DISTANCE_NAMES
 from dpar_core.files import atomic_folder, read_weights_header, write_json
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import colour_bar, save_png
+from dpar_core.secrets import redacted
 from pipeline.presets.published import PUBLISHED
 from pipeline.report.charts import Dot, Series, bar_chart, difference_plot, dot_chart, graph, interval_plot, line_chart
 from pipeline.report.facts import (
@@ -148,7 +149,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     environment.filters |= {"number": number, "flop": flop, "plain": plain, "percent": lambda share: f"{100 * share:.0f} %"}
     page = environment.get_template("report.html.j2").render(**facts)
     with atomic_folder(outputs.report) as folder:
-        (folder / PAGE).write_text(page)
+        (folder / PAGE).write_text(redacted(page))  # an address in params may hold a password
         for place, one in enumerate(shown):
             save_png(one.overview(maps.rule.threshold), folder / f"patches-{place:02d}.png")
         write_json(folder / Path(HEADLINE.name).name, headline(facts["badge"], rounds, patches, costs, times, speeds))

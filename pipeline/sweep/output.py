@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpar_core.files import atomic_path, atomic_write, write_json
+from dpar_core.secrets import redacted
 from pipeline.report.charts import Scatter, scatter_chart
 from pipeline.report.pictures import file_uri
 from pipeline.terminal import table_text
@@ -98,7 +99,7 @@ def write(facts: Facts, folder: Path) -> Written:
         draw_pareto(facts, folder / "pareto.png")
         atomic_write(folder / "dvc.yaml", DVC_FILE.format(distance=facts.distance))
         tracked += [folder / name for name in ("heatmap.png", "pareto.png", "results.parquet")]
-    atomic_write(folder / "index.html", page(facts, folder))
+    atomic_write(folder / "index.html", redacted(page(facts, folder)))
     return Written([*tracked, folder / "index.html"], metrics)
 
 

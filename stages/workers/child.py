@@ -44,13 +44,14 @@ def main() -> None:
     sys.path[:] = paths.split("\n")
     sys.argv[:] = [module, *arguments]
     pin(Path(__file__).resolve().parents[2])
+    from stages.crash import crash_sentence, plain_warnings
+
+    plain_warnings()
     try:
         import_module(module).main()
     except Exception as error:
         if os.environ.get("DPAR_DEBUG") == "1":
             raise
-        from stages.crash import crash_sentence
-
         print(crash_sentence(error, doing=f"the process of {module}"), file=sys.stderr, flush=True)
         sys.exit(70)
 

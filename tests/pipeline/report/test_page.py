@@ -39,7 +39,7 @@ from tests.helpers.report_artifacts import edit_json, tiny_params, write_artifac
 
 @pytest.fixture(scope="module")
 def params():
-    return tiny_params()
+    return tiny_params(train={"storage": "s3://KEY:hunter2@bucket/runs"})
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,10 @@ def test_the_page_needs_nothing_from_outside(page):
     assert not re.search(r"https?://|@import|url\(", page)
     anchors = {link[1:] for link in parsed.links if link.startswith("#")}
     assert all(f'id="{name}"' in page for name in anchors)
+
+
+def test_the_page_shows_no_password(page):
+    assert "hunter2" not in page and "s3://***@bucket/runs" in page
 
 
 def test_the_same_artifacts_give_the_same_bytes(inputs, params, tmp_path):
