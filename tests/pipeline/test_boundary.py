@@ -189,3 +189,28 @@ def test_ctrl_c_while_the_program_starts_is_no_traceback():
     rest = child.stderr.read()
     assert child.wait() in (130, 0)
     assert "Traceback" not in rest
+
+
+def test_what_a_kill_left_half_published_is_removed_by_the_next_start(tmp_path, monkeypatch):
+    from contextlib import nullcontext
+
+    from pipeline import runner
+    from stages.tracker import NullTracker
+
+    monkeypatch.chdir(tmp_path)
+    stage = runner.load_stage("data")
+    for file in vars(stage.bind(tmp_path)[0]).values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    for output in vars(stage.bind(tmp_path)[1]).values():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        left = output.with_name(f".{output.name}.abc123.tmp")
+        left.mkdir()
+        (left / "copy").write_bytes(b"half")
+    (tmp_path / "artifacts" / "data" / "keep.tmp").write_text("a user's own")
+    monkeypatch.setattr(runner, "open_tracker", lambda *_, **__: nullcontext(NullTracker()))
+    monkeypatch.setattr(
+        runner, "load_stage", lambda name: runner.LoadedStage(**{**vars(stage), "run": lambda *_, **__: None})
+    )
+    runner.run_stage("data", root=tmp_path, params_file=ROOT / "params.yaml")
+    assert [path.name for path in (tmp_path / "artifacts").rglob("*.tmp")] == ["keep.tmp"]
