@@ -31,6 +31,7 @@ _RUNNING = re.compile(r"Running stage '(?:dvc\.yaml:)?([^']+)'")
 _CACHED = re.compile(r"Stage '(?:dvc\.yaml:)?([^']+)' is cached")
 # Seconds that a preset took on two AVX2 cores, where nothing has run on this machine yet.
 FIRST_RUN = {"demo": 900.0, "smoke": 150.0}
+LOOK = "sources"  # the stage that runs every time, for a second: nothing to announce
 LEAVING = 30.0  # seconds that stages have to end after Ctrl-C
 
 
@@ -128,7 +129,7 @@ class Narrator:
 
     def __init__(self, plan: Plan, say: Callable[[str], object], *, clock: Callable[[], float] = time.monotonic) -> None:
         self.plan, self.say, self.clock = plan, say, clock
-        self.waiting = plan.due
+        self.waiting = [name for name in plan.due if name != LOOK]
         self.total, self.begun, self.ended = len(self.waiting), 0, 0
         self.stage, self.since = "", 0.0
 
@@ -136,7 +137,7 @@ class Narrator:
         """Take one line of output."""
         if found := _RUNNING.match(text):
             self.finish()
-            if found[1] != "sources":  # a look that takes a second, on every run
+            if found[1] != LOOK:
                 self.begin(found[1])
         elif found := _CACHED.match(text):
             self.finish()

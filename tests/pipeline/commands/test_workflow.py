@@ -118,12 +118,18 @@ def test_the_plan_says_how_long_where_earlier_runs_tell(project):
 
 def test_a_run_is_told_in_a_line_when_a_stage_begins_and_one_when_it_ends(project):
     said, now = [], [0.0]
-    states = [state("tokenizer", "stale", 60.0), state("entropies", "stale", 30.0), state("report", "stale", 9.0)]
+    states = [
+        state("sources", "stale", 1.0),
+        state("tokenizer", "stale", 60.0),
+        state("entropies", "stale", 30.0),
+        state("report", "stale", 9.0),
+    ]
     narrator = Narrator(Plan(project, states), said.append, clock=lambda: now[0])
     metrics = {"tokenizer/psnr_db": 25.11, "tokenizer/codes_used": 419, "tokenizer/codebook_use": 419 / 512}
     (project / TOKENIZER_METRICS.path).parent.mkdir(parents=True)
     (project / TOKENIZER_METRICS.path).write_text(json.dumps(metrics))
     lines = [
+        "Running stage 'sources':", "> dpar-cli stage sources",  # looks on every run: not announced
         "'data/x.dvc' didn't change, skipping", "Running stage 'tokenizer':", "> dpar-cli stage tokenizer",
         "tokenizer.precision: auto is fp32 here", "Updating lock file 'dvc.lock'", "",
         "Stage 'entropies' is cached - skipping run, checking out outputs", "Running stage 'report':",
