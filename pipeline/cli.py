@@ -130,10 +130,10 @@ def verify(
 @app.command()
 def sample(
     classes: Annotated[str, typer.Option(help="Class ids or names, separated by commas; a row of the grid each.")],
-    seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i alone.")] = 0,
+    seed: Annotated[int, typer.Option(help="Image i depends on seed + i alone.")] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
-    model: Annotated[str, typer.Option(help="dpar, or llamagen: its twin.")] = "dpar",
-    count: Annotated[int, typer.Option(help="Images a class.")] = 4,
+    model: Annotated[str, typer.Option(help="dpar, or llamagen: the baseline.")] = "dpar",
+    count: Annotated[int, typer.Option(help="Images per class.")] = 4,
     cfg_scale: Annotated[
         float | None, typer.Option(help="Guidance: 1 is off, 2 is usual; sample.cfg_scale of params.yaml when left out.")
     ] = None,
@@ -144,7 +144,7 @@ def sample(
     ] = None,
     keep_rows: Annotated[int, typer.Option(help="Rows of tokens of --given to keep: 1 to all but one.")] = 0,
 ) -> None:
-    """Draw a few pictures with the trained models.
+    """Sample a few images with the trained models.
 
     Reads the models under artifacts/ and the sample section of params.yaml; writes one PNG. The same seed gives the same
     pictures. A whole set with its scores: `dpar-cli run score_dpar`.
@@ -188,7 +188,7 @@ def params_use(
 
 @params_app.command("check")
 def params_check(params: ParamsFile = PARAMS) -> None:
-    """Say everything that is wrong with params.yaml, a sentence each; exit 1 when something is."""
+    """List everything that is wrong with params.yaml, one sentence each; exit 1 when something is."""
     from stages.params import load_params
 
     load_params(params)

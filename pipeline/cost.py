@@ -206,17 +206,17 @@ _ROWS = [
 def cost(
     preset: Annotated[str | None, typer.Argument(help="A preset of params/, or a params file; else params.yaml.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
-    patches: Annotated[float | None, typer.Option(help="Patches an image, where only the data can tell.")] = None,
+    patches: Annotated[float | None, typer.Option(help="Patches per image, where only the data can tell.")] = None,
     images: Annotated[int | None, typer.Option(help="Training images; ImageNet's when left out.")] = None,
     classes: Annotated[int | None, typer.Option(help="Classes; ImageNet's when left out.")] = None,
     gpu: Annotated[str, typer.Option(help="GPU, as H200 or A100.")] = "A100",
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
     price: Annotated[float, typer.Option(help="Price of a GPU-hour.")] = 2.0,
 ) -> None:
-    """Say what a preset costs before it is started.
+    """Estimate what a preset costs before it is started.
 
     Reads a params file only. Prints parameters, FLOPs with and without the entropy model, memory, checkpoints, disk and
-    GPU-hours for DPAR, its LlamaGen twin and the entropy model. To go on: `dpar-cli params use PRESET`.
+    GPU-hours for DPAR, its LlamaGen baseline and the entropy model. To go on: `dpar-cli params use PRESET`.
     """
     from stages.params import load_params
 

@@ -63,7 +63,7 @@ def draw_samples(
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out is {out}, expected a name that ends in .png")
     if borders and model != "dpar":
-        raise ValueError("--borders shows patches, and the LlamaGen twin has none: use --model dpar")
+        raise ValueError("--borders shows patches, and the LlamaGen baseline has none: use --model dpar")
     params = P.load_params(params_file)
     section, device = params.sample, params.compute.device
     if cfg_scale is not None:
@@ -106,7 +106,7 @@ def draw_samples(
         save_png(labelled_grid(grid, [sampler.class_names[c] for c in chosen], title=title), temporary)
     patches = ""
     if drawn.patch_lengths:
-        patches = f", {np.mean([len(one) for one in drawn.patch_lengths]):.0f} patches an image"
+        patches = f", {np.mean([len(one) for one in drawn.patch_lengths]):.0f} patches per image"
     tokens = sampler.config.tokens
     return f"{out}: {len(labels)} images of {tokens} tokens{patches}, {len(labels) / seconds:.2f} images/s"
 

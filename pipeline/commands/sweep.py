@@ -24,9 +24,9 @@ Cfg = Annotated[str, typer.Option(help="Guidance scales: FIRST:LAST:STEP, or num
 MaxLength = Annotated[
     int | None, typer.Option(min=1, help="Longest patch in tokens while sampling; else as in params.yaml.")
 ]
-Images = Annotated[int, typer.Option(min=2, help="Images a trial of the search.")]
+Images = Annotated[int, typer.Option(min=2, help="Images per trial of the search.")]
 FinalImages = Annotated[int | None, typer.Option(min=0, help="Images of a final; else sample.images. 0: no finals.")]
-Finalists = Annotated[int, typer.Option(min=1, help="Best trials of the search that are drawn again, with fresh seeds.")]
+Finalists = Annotated[int, typer.Option(min=1, help="Best trials of the search that are sampled again, with fresh seeds.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Trials at once. They share CPUs evenly; a GPU serves one.")]
 SearchName = Annotated[str, typer.Option("--search", help="grid, or within its corners: random | optuna.")]
 Trials = Annotated[int, typer.Option(min=1, help="Trials of a random or optuna search.")]
@@ -56,7 +56,7 @@ def sweep_threshold(
     """Sweep DPAR's sampling threshold and guidance scale, and say which pair is best.
 
     Reads the models under artifacts/ (made by `dpar-cli run`) and params.yaml; without --retrain nothing is trained.
-    Writes sweeps/NAME/: index.html, results.parquet, pictures; and an MLflow run with one run a trial (`dpar-cli ui`).
+    Writes sweeps/NAME/: index.html, results.parquet, pictures; and an MLflow run with one run per trial (`dpar-cli ui`).
     Stopped or killed, the same command goes on. Example: `dpar-cli sweep threshold --thresholds 7.6:8.2:0.1
     --cfg 1.0:3.0:0.25 --apply`, then `dvc repro` for the final scores.
     """
@@ -83,7 +83,7 @@ def sweep_cfg(
     name: Name = None,
     apply: Apply = False,
 ) -> None:
-    """Sweep the guidance scale alone, of DPAR at its threshold or of its LlamaGen twin.
+    """Sweep the guidance scale alone, of DPAR at its threshold or of its LlamaGen baseline.
 
     Reads, writes and goes on as `dpar-cli sweep threshold` does; the folder is sweeps/cfg-MODEL/ unless named.
     """
@@ -253,7 +253,7 @@ def apply_winner(path: Path, winner: dict[str, Any], *, with_threshold: bool) ->
     parse_params(YAML(typ="safe").load(text), where=path.name)
     atomic_write(path, text)
     told = ", ".join(f"sample.{key} {'null' if value is None else value}" for key, value in values.items())
-    return f"{path.name} now has {told}: `dvc repro` draws and scores with it"
+    return f"{path.name} now has {told}: `dvc repro` samples and scores with it"
 
 
 def set_values(text: str, section: str, values: dict[str, Any]) -> str:

@@ -181,7 +181,7 @@ class Narrator:
 
 
 def _follow(command: list[str], narrator: Narrator, *, verbose: bool) -> int:
-    """Run DVC, its lines told by the narrator; return the exit status for the shell.
+    """Run DVC and let the narrator take its lines; return the exit status for the shell.
 
     Ctrl-C reaches DVC and the stage as well: they are waited for, so that what they have is safe.
     """

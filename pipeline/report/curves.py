@@ -1,4 +1,4 @@
-"""The curves of `dpar-cli patches stats` as a PNG: patches an image over the threshold, one curve a maximum length."""
+"""The curves of `dpar-cli patches stats` as a PNG: patches per image over the threshold, one curve per maximum length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stages.tools.patch_stats import PatchStats
 
 
 def draw_curves(stats: PatchStats, path: Path) -> None:
-    """Draw mean patches an image with the 5 to 95 per cent band, and the mean length on the right-hand scale."""
+    """Draw mean patches per image with the 5 to 95 per cent band, and the mean length on the right-hand scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,7 +23,7 @@ def draw_curves(stats: PatchStats, path: Path) -> None:
         axes.plot(over, [cell.patches for cell in cells], marker="o", markersize=4, color=f"C{number}", label=name)
         axes.fill_between(over, [c.low for c in cells], [c.high for c in cells], color=f"C{number}", alpha=0.12, linewidth=0)
     axes.set_xlabel("threshold, nats")
-    axes.set_ylabel(f"patches an image of {stats.tokens} tokens")
+    axes.set_ylabel(f"patches per image of {stats.tokens} tokens")
     axes.set_ylim(0, stats.tokens * 1.04)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, title="patch length")

@@ -59,7 +59,7 @@ class Written(NamedTuple):
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the numbers of the points that no other beats in both values; small is good in both. In order of the first."""
+    """Return the numbers of the Pareto-optimal points; small is good in both values. In order of the first."""
     order = sorted(range(len(points)), key=lambda place: points[place])
     front, best = [], float("inf")
     for place in order:
@@ -70,7 +70,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one flat row a trial."""
+    """Return one flat row per trial."""
     rows = []
     for result in results:
         row = {name: result[name] for name in COLUMNS}
@@ -195,16 +195,16 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
         axes.set_yticks(range(len(thresholds)), ["training" if t is None else f"{t:g}" for t in thresholds])
     axes.set_xlabel("cfg scale")
     axes.set_ylabel("threshold, nats")
-    axes.set_title(f"{facts.short}, {facts.settings['images']} images a trial; small is good", loc="left", fontsize=10)
+    axes.set_title(f"{facts.short}, {facts.settings['images']} images per trial; lower is better", loc="left", fontsize=10)
     figure.colorbar(dots, ax=axes)
     _save(figure, path)
 
 
 def fronts(facts: Facts) -> list[Scatter]:
-    """Return the two trade-offs: distance against patches an image, and against measured images/s."""
+    """Return the two trade-offs: distance against patches per image, and against measured images/s."""
     found = []
     for name, words, sign in (
-        ("patch/patches_per_image", "patches an image", 1),
+        ("patch/patches_per_image", "patches per image", 1),
         ("perf/images_per_s", "images/s", -1),
     ):
         points = [(one[name], one[facts.distance]) for one in facts.outcome.search]
@@ -221,7 +221,7 @@ def label(result: dict[str, Any]) -> str:
 
 
 def draw_pareto(facts: Facts, path: Path) -> None:
-    """Draw both trade-offs with the trials that none beats in both."""
+    """Draw both trade-offs with their Pareto-optimal trials."""
     figure, both = _figure(11, 4.4, columns=2)
     for axes, one in zip(both, fronts(facts)):
         axes.scatter(*zip(*one.points), color="#9aa1ae", s=28, zorder=2)
@@ -230,7 +230,7 @@ def draw_pareto(facts: Facts, path: Path) -> None:
         for place in one.front:
             axes.annotate(one.labels[place], one.points[place], textcoords="offset points", xytext=(5, 6), fontsize=8)
         axes.set_xlabel(one.x)
-        axes.set_ylabel(f"{one.y} (small is good)")
+        axes.set_ylabel(f"{one.y} (lower is better)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -40,7 +40,7 @@ def draw(root: Path, classes="1,2", seed=7, **changes) -> str:
 
 def test_classes_by_id_or_name_become_rows_of_a_grid(root):
     said = draw(root, "0,cow", count=3)
-    assert "6 images of 16 tokens" in said and "patches an image" in said
+    assert "6 images of 16 tokens" in said and "patches per image" in said
     by_name = np.asarray(Image.open(root / "grid.png"))
     draw(root, "ape, 2", count=3)
     assert np.array_equal(by_name, np.asarray(Image.open(root / "grid.png")))
@@ -78,7 +78,7 @@ def test_borders_are_drawn_over_the_pictures(root):
         (dict(classes="dog"), "class 'dog' does not exist"),
         (dict(classes="-1"), "class '-1' does not exist"),
         (dict(model="gan"), "expected dpar or llamagen"),
-        (dict(model="llamagen", borders=True), "the LlamaGen twin has none"),
+        (dict(model="llamagen", borders=True), "the LlamaGen baseline has none"),
         (dict(count=0), "--count must be at least 1"),
         (dict(keep_rows=2), "name the image with --given"),
         (dict(given=ROOT / "nowhere.png", keep_rows=2), "no image at"),
