@@ -142,7 +142,7 @@ def test_a_gate_trained_on_another_tokenizer_is_refused(tmp_path):
 def test_a_model_of_another_kind_or_a_missing_one_is_refused(artifacts):
     with pytest.raises(ValueError, match="holds weights of kind 'gpt', expected 'dpar'"):
         Sampler(replace(artifacts.dpar_files, model=artifacts.twin), sample_section(), device="cpu")
-    with pytest.raises(FileNotFoundError, match="no weights at"):
+    with pytest.raises(FileNotFoundError, match="no trained model at"):
         Sampler(Files(Path("nowhere"), artifacts.tokenizer), sample_section(), device="cpu")
 
 
