@@ -69,11 +69,12 @@ class Npz:
                     f"{self.path}: {name} needs {header.size / 2**30:.1f} GiB of memory, more than there is: "
                     "score it in parts or on a larger machine"
                 ) from None
-            view, done = memoryview(flat.view(np.uint8)), 0
+            held, done = flat.view(np.uint8), 0
             while done < header.size:
-                if not (read := stream.readinto(view[done : done + CHUNK])):
+                if not (chunk := stream.read(min(CHUNK, header.size - done))):
                     raise EOFError(f"{name} ends after {done:,} of {header.size:,} bytes")
-                done += read
+                held[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+                done += len(chunk)
             stream.read(1)  # at the end of an entry its checksum is compared
         return flat.reshape(header.shape, order="F" if header.fortran_order else "C")
 

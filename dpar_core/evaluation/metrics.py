@@ -72,8 +72,9 @@ def _root(sigma: np.ndarray) -> np.ndarray:
         raise ScoreError("a covariance is not finite: check the images and the feature network")
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     if values[0] < -1e-6 * max(values[-1], 1e-12):
-        raise ScoreError(f"a matrix is no covariance: its eigenvalues reach from {values[0]:.3g} to {values[-1]:.3g}")
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        raise ScoreError(f"a matrix is not a covariance: its eigenvalues reach from {values[0]:.3g} to {values[-1]:.3g}")
+    root: np.ndarray = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return root
 
 
 def inception_score(probabilities: np.ndarray, *, splits: int | None = None, split_size: int = 5000) -> float:

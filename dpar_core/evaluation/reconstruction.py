@@ -27,7 +27,8 @@ class Reconstructed(NamedTuple):
 def reconstruct(model: VQ, images: np.ndarray, *, device: str, batch_size: int = 32) -> Reconstructed:
     """Encode and decode images (n, S, S, 3) uint8."""
     copies, codes = [], []
-    for part in torch.from_numpy(images).split(batch_size):
+    for first in range(0, len(images), batch_size):
+        part = torch.from_numpy(images[first : first + batch_size])
         grid = model.encode(to_float(part.to(device)))
         codes.append(grid.flatten().cpu())
         copies.append(to_uint8(model.decode(grid)).cpu().numpy())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def reference_of_images(
     pictures = images()
     found = measure(pictures)
     size = pictures.shape[1:3]
-    arrays = {
+    arrays: dict[str, Any] = {
         "pool": found.features.pool, "mu": found.pool.mean, "sigma": found.pool.covariance, "size": np.array(size),
     }  # fmt: skip
     if found.spatial is not None:
