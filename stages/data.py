@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 import json
 import os
 import subprocess
@@ -15,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 
 from dpar_core.data import sources
 from dpar_core.data.contents import content_digest, contents_of
 from dpar_core.data.folders import list_folder
 from dpar_core.data.image_parquet import list_parquet
 from dpar_core.data.image_tars import list_ilsvrc_train, list_ilsvrc_validation, list_webdataset
-from dpar_core.data.images import BadImage, decode_image
+from dpar_core.data.images import decode_image
 from dpar_core.data.listing import Listing, is_litter, join_listings
 from dpar_core.data.manifest import SPLITS, Manifest, Row, write_manifest
 from dpar_core.data.splits import first_few
@@ -34,8 +34,6 @@ from stages.tracker import Tracker
 
 SYNSET_LISTS = ("ILSVRC2012_validation_synsets.txt", "imagenet_2012_validation_synset_labels.txt")
 SOLUTION, GROUND_TRUTH = "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt"
-_MOST_COMPARED, _MOST_BYTES = 20_000, 2 << 30  # images, and bytes of them, that are compared between the splits here
-_PARQUET_IMAGE = 100_000  # bytes, for want of a better figure
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         counts[f"data/{split}_median_class"] = float(np.median(per_class))
         counts[f"data/{split}_largest_class"] = int(per_class.max())
     counts["data/files_left_out"] = len(manifest.notes["left_out"])
-    if both is not None:
-        counts["data/images_in_both_splits"] = len(both)
+    counts["data/images_in_both_splits"] = len(both)
     write_json(outputs.metrics, counts)
     tracker.log_metrics(counts)
     tracker.log_params({"manifest.digest": manifest.digest, "manifest.class_list": manifest.notes["class_list"]})
@@ -92,10 +89,10 @@ def with_contents(manifest: Manifest, cache: Path, tracker: Tracker) -> Manifest
         return manifest.with_contents(contents_of(manifest, opener, cache, progress.advance))
 
 
-def describe(manifest: Manifest, data: P.Data, both: list[tuple[str, str]] | None) -> list[str]:
+def describe(manifest: Manifest, data: P.Data, both: list[tuple[str, str]]) -> list[str]:
     """Return what a person should see of a data set, a line each: splits, classes, choices, what was left out and why.
 
-    both: sources of the same image in validation and training, or None where they were not compared.
+    both: sources of the same image in validation and training.
     """
     classes = manifest.classes
     lines = [f"data: {data.source}, {len(classes):,} classes: {_ends(classes)}"]
@@ -136,40 +133,20 @@ def _name(classes: Sequence[str], number: int) -> str:
     return f"class {number}" if classes[number] == str(number) else f"{number} {classes[number]}"
 
 
-def images_in_both_splits(manifest: Manifest) -> list[tuple[str, str]] | None:
-    """Return the sources (validation, training) of images that are the same byte by byte, or None for large data sets.
+def images_in_both_splits(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return the sources (validation, training) of images that are the same byte by byte, by the digests in the manifest.
 
-    Files are read only where one of the other split has the same size, as far as sizes are known beforehand (not in
-    Parquet). More than 20,000 images, or 2 GB to read, are left to tokenize_images, which reads every image anyway.
+    Crops out of one file (the built-in photographs) are not compared. tokenize_images compares pixels.
     """
-    if len(manifest.rows) > _MOST_COMPARED:
-        return None
-    roots = {name: Path(root) for name, root in manifest.roots.items()}
-    opener = ImageOpener(manifest)
-    rows = [row for row in manifest.rows if row.source.partition(":")[0] not in opener.loaders]
-    sizes: dict[str, int | None] = {}
-    for row in rows:
-        try:
-            sizes[row.key] = sources.size_of(row.source, roots)
-        except OSError:
-            continue  # a bad image, of which tokenize_images tells
-    there = {split: {sizes[row.key] for row in rows if row.split == split and row.key in sizes} for split in SPLITS}
-    shared = set.intersection(*there.values())
-    rows = [row for row in rows if row.key in sizes and sizes[row.key] in shared]
-    if sum(sizes[row.key] or _PARQUET_IMAGE for row in rows) > _MOST_BYTES:
-        return None
-    first: dict[bytes, str] = {}
-    pairs = []
-    for row in sorted(rows, key=lambda row: SPLITS.index(row.split)):
-        try:
-            name = hashlib.blake2b(opener.content(row.source), digest_size=16).digest()
-        except BadImage:
-            continue
-        if row.split == "train":
-            first.setdefault(name, row.source)
-        elif name in first:
-            pairs.append((row.source, first[name]))
-    return pairs
+    table = manifest.rows.table
+    whole = table.filter(pc.and_(pc.is_valid(table["content"]), pc.is_null(table["box"])))
+    validation, train = (whole.filter(pc.equal(whole["split"], split)) for split in ("validation", "train"))
+    train = train.filter(pc.is_in(train["content"], value_set=validation["content"].combine_chunks()))
+    first: dict[str, str] = {}
+    for content, source in zip(train["content"].to_pylist(), train["source"].to_pylist()):
+        first.setdefault(content, source)
+    pairs = zip(validation["content"].to_pylist(), validation["source"].to_pylist())
+    return [(source, first[content]) for content, source in pairs if content in first]
 
 
 def make_manifest(data: P.Data, *, seed: int) -> Manifest:

@@ -34,14 +34,6 @@ def block_of(source: str) -> str | None:
     return f"{match['root']}@{match['a']}:{match['rest']}"
 
 
-def size_of(source: str, roots: Mapping[str, Path]) -> int | None:
-    """Return the bytes of an image file where that is known without reading it, else None. Raises OSError."""
-    match = _PLACE.fullmatch(source)
-    if match is None or match["root"] not in roots or match["kind"] == ".":
-        return None
-    return int(match["b"]) if match["kind"] == "+" else os.stat(roots[match["root"]] / match["rest"]).st_size
-
-
 class SourceChanged(ValueError):
     """An image file is not the one that the manifest lists; the message is the whole sentence."""
 

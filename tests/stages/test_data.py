@@ -255,15 +255,10 @@ def test_what_was_found_is_printed(tmp_path, capsys):
     assert json.loads(outputs.metrics.read_text())["data/images_in_both_splits"] == 1
 
 
-def test_images_in_both_splits_are_found_in_parquet_and_left_to_tokenizing_where_they_are_many(
-    tmp_path, capsys, monkeypatch
-):
+def test_images_in_both_splits_are_found_in_parquet_too(tmp_path, capsys):
     tree = put_parquet(tmp_path / "p", None)
     assert json.loads(run(tmp_path, **tree).metrics.read_text())["data/images_in_both_splits"] == 1000
     assert "warning: 1,000 validation images are in the training set as well" in capsys.readouterr().out
-    monkeypatch.setattr(data, "_MOST_COMPARED", 1999)
-    assert "data/images_in_both_splits" not in json.loads(run(tmp_path, **tree).metrics.read_text())
-    assert "not looked for here, tokenize_images counts them" in capsys.readouterr().out
 
 
 def test_empty_classes_are_refused_or_kept_as_the_params_say(tmp_path):

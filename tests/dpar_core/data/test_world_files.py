@@ -14,7 +14,7 @@ from dpar_core.data.image_tars import list_webdataset
 from dpar_core.data.images import BadImage
 from dpar_core.data.listing import join_listings
 from dpar_core.data.manifest import Row
-from dpar_core.data.sources import ImageOpener, block_of, size_of
+from dpar_core.data.sources import ImageOpener, block_of
 from tests.dpar_core.data.test_sources import photo, png, put, tar_of
 
 NUMBERS = [0, 1, 2]
@@ -224,14 +224,6 @@ def test_folders_of_shards_are_walked_once_though_links_lead_round(tmp_path):
     (tmp_path / "a/train/round").symlink_to(tmp_path / "a")
     (tmp_path / "linked").symlink_to(tmp_path / "a")
     assert len(list_webdataset(tmp_path / "linked", "train").keys) == 1
-
-
-def test_the_size_of_an_image_is_known_without_reading_it(tmp_path):
-    put(tmp_path, {"a/1.png": png(1), "0.tar": tar_of({"x.png": png(0), "x.cls": b"0"})})
-    roots = {"train": tmp_path}
-    assert size_of("train:a/1.png", roots) == len(png(1))
-    assert size_of(list_webdataset(tmp_path, "train").sources[0], roots) == len(png(0))
-    assert size_of("train@0.1:a.parquet", roots) is None and size_of("builtin:chelsea", roots) is None
 
 
 def test_class_names_of_the_hub_belong_to_the_column_of_the_labels(tmp_path):
