@@ -128,7 +128,7 @@ def _script() -> bytes:
         (_npz(), "is an npz of NumPy arrays"),
         (_zip(), r"is a zip archive without weights \(it holds readme.txt\)"),
         (_script(), "is a TorchScript program"),
-        (gzip.compress(b"x"), "is compressed with gzip: unpack it first"),
+        (gzip.compress(b"x", mtime=0), "is compressed with gzip: unpack it first"),
         (bytes(4096), "holds zeros only"),
         (b"\x89HDF\r\n\x1a\nabc", "is an HDF5 file"),
         (saved(STATE)[:400], "is damaged or cut short"),
