@@ -92,6 +92,7 @@ def sync_runs() -> None:
     if not waiting:
         print(f"nothing waits for MLflow at {sender.uri}")
         return
-    print(f"sent {count} records of {waiting - left} processes to MLflow at {sender.uri}")
+    who = "1 process" if waiting - left == 1 else f"{waiting - left} processes"
+    print(f"sent {count} records of {who} to MLflow at {sender.uri}")
     if left:
         print(f"{left} more belong to processes that are still at work, which send them themselves")

@@ -64,6 +64,7 @@ class Outbox:
     """The way from the journals of one project to its store."""
 
     def __init__(self, root: Path, say: Say) -> None:
+        store.quiet_environment()  # before anything of MLflow is imported
         self.root, self.say = root, say
         self.uri = redacted(store.tracking_uri(root))
         self.asked = float("inf")  # when the request began that is not answered yet
