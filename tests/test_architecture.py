@@ -13,6 +13,7 @@ FORBIDDEN = {
     "stages": {"pipeline", "mlflow", "dvc", "typer"},
 }
 GROUND = {"torch", "numpy", "pyarrow", "PIL", "safetensors", "fsspec", "dpar_core"}
+GROUND |= {"triton"}  # comes with torch for CUDA, imported there alone
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from dpar_core.generation.guidance import Drawer, SampleSettings
 from dpar_core.generation.lanes import Lanes, longest_patch
+from dpar_core.generation.static import Schedule, StaticDPAR, StaticGPT, static_dpar_bytes, static_gpt_bytes
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
-from dpar_core.models.dpar import DPAR
+from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT
 from dpar_core.models.memory import dpar_cache_bytes, gpt_cache_bytes
 from dpar_core.patches.rule import lengths_from_starts
@@ -95,15 +96,28 @@ def _checked(
 class GPTGenerator:
     """Draws images from the LlamaGen twin; weights are laid out once for many batches."""
 
-    def __init__(self, model: GPT, settings: SampleSettings, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        settings: SampleSettings,
+        *,
+        dtype: torch.dtype = torch.float32,
+        static: bool | None = None,
+        capture: bool = True,
+    ) -> None:
+        """Lay out the weights. static, capture: as in `DPARGenerator`."""
         if model.config.num_classes is None:
             raise ValueError("this GPT has no class token, it cannot draw images of a class: give the twin's weights")
         self.config, self.settings, self.dtype = model.config, settings, dtype
         self.stepper = GPTStepper(model, dtype)
         self.guided = settings.guided(model.config.tokens)
+        self.static, self.capture = runs_static(self.stepper.tokens.device, static), capture
+        self.engine: StaticGPT | None = None
 
     def cache_bytes(self, images: int) -> int:
-        """Return the most bytes that the caches of a batch can take."""
+        """Return the most bytes that the caches of a batch can take; of the static decoder, its working memory too."""
+        if self.static:
+            return static_gpt_bytes(self.stepper, images=images, halves=2 if self.guided else 1, dtype=self.dtype)
         return gpt_cache_bytes(self.config, images, guided=self.guided, value_bytes=self.dtype.itemsize)
 
     @torch.inference_mode()
@@ -127,6 +141,14 @@ class GPTGenerator:
             labels, seeds, given,
             num_classes=config.num_classes, tokens=config.tokens, codebook_size=config.codebook_size,
         )  # fmt: skip
+        if self.static:
+            if not fits(self.engine, images, keep_logits):
+                self.engine = None  # its memory is free before the next one takes some
+                self.engine = StaticGPT(
+                    stepper, self.settings, images=images, dtype=self.dtype, keep_logits=keep_logits, capture=self.capture
+                )
+            self.engine.run(labels, seeds, given, progress)
+            return generated_by(self.engine, images)
         drawer = Drawer(
             self.settings, seeds, given,
             tokens=config.tokens, codebook_size=config.codebook_size, device=device, keep_logits=keep_logits,
@@ -157,14 +179,20 @@ class DPARGenerator:
         settings: SampleSettings,
         *,
         dtype: torch.dtype = torch.float32,
+        gate_dtype: torch.dtype = torch.float32,
         patience: int = 1,
+        static: bool | None = None,
+        schedule: Schedule | None = None,
+        capture: bool = True,
     ) -> None:
         """Lay out the weights.
 
-        dtype: of the model's matrices and caches; the entropy model stays in float32, as rounding moves boundaries.
-        patience: launches of the token networks after which the patch transformer steps for the lanes that wait for it
-        (1: after each); a schedule, it never changes an image. Raises ValueError for a rule that is missing or does not
-        fit, or an entropy model that does not.
+        dtype: of the model's matrices and caches. gate_dtype: the entropy model's; rounding moves boundaries, so it is that
+        of the entropies the patches were trained on. patience: launches of the token networks after which the patch
+        transformer steps for the lanes that wait for it (1: after each); a schedule, it never changes an image. static: use
+        the static decoder (None: on CUDA); then `schedule` says what becomes of rows that begin no patch (None: what was
+        measured to be fastest), and capture False replays no graph. Raises ValueError for a rule that is missing or does
+        not fit, or an entropy model that does not.
         """
         config, rule = model.config, settings.rule
         if rule is None or rule.row_width != config.row_width:
@@ -187,13 +215,22 @@ class DPARGenerator:
                     f"{gate.num_classes or 'no'} classes; expected {config.codebook_size}, {config.row_width}, no"
                 )
         self.config, self.settings, self.rule = config, settings, rule
-        self.dtype, self.patience = dtype, patience
+        self.dtype, self.gate_dtype, self.patience = dtype, gate_dtype, patience
         self.stepper = DPARStepper(model, dtype)
-        self.gate = GPTStepper(entropy_model, torch.float32) if self.asks_model else None
+        self.gate = GPTStepper(entropy_model, gate_dtype) if self.asks_model and entropy_model else None
         self.guided = settings.guided(config.tokens)
+        self.static = runs_static(self.stepper.tokens.device, static)
+        self.schedule, self.capture = schedule, capture
+        self.engine: StaticDPAR | None = None
 
     def cache_bytes(self, images: int) -> int:
-        """Return the most bytes that the caches of a batch can take (every token a patch of its own)."""
+        """Return the most bytes that the caches of a batch can take (every token a patch of its own); of the static
+        decoder, its working memory too."""
+        if self.static:
+            return static_dpar_bytes(
+                self.stepper, self.gate, images=images, halves=2 if self.guided else 1,
+                longest=longest_patch(self.rule, self.config.tokens), dtype=self.dtype, gate_dtype=self.gate_dtype,
+            )  # fmt: skip
         return dpar_cache_bytes(
             self.config, images, guided=self.guided, value_bytes=self.dtype.itemsize,
             longest_patch=longest_patch(self.rule, self.config.tokens), gate=self.gate.config if self.gate else None,
@@ -217,6 +254,8 @@ class DPARGenerator:
             labels, seeds, given,
             num_classes=config.num_classes, tokens=config.tokens, codebook_size=config.codebook_size,
         )  # fmt: skip
+        if self.static:
+            return self._generate_static(labels, seeds, given, progress, keep_logits)
         drawer = Drawer(
             self.settings, seeds, given, tokens=config.tokens, codebook_size=config.codebook_size,
             device=self.stepper.tokens.device, keep_logits=keep_logits,
@@ -240,3 +279,45 @@ class DPARGenerator:
                 break
         lengths = lengths_from_starts(state.starts.numpy())
         return Generated(drawer.tokens, lengths, state.entropies, drawer.logits)
+
+    def _generate_static(
+        self, labels: Tensor, seeds: Sequence[int], given: Tensor | None, progress: Progress | None, keep_logits: bool
+    ) -> Generated:
+        if not fits(self.engine, len(labels), keep_logits):
+            self.engine = None  # its memory is free before the next one takes some
+            self.engine = StaticDPAR(
+                self.stepper, self.gate, self.settings, images=len(labels), dtype=self.dtype, gate_dtype=self.gate_dtype,
+                longest=longest_patch(self.rule, self.config.tokens), keep_logits=keep_logits, capture=self.capture,
+                schedule=self.schedule or fastest_schedule(self.config, len(labels)),
+            )  # fmt: skip
+        self.engine.run(labels, seeds, given, progress)
+        return generated_by(self.engine, len(labels))
+
+
+def runs_static(device: torch.device, wanted: bool | None) -> bool:
+    """Decide between the static decoder, which a GPU's queue of launches needs, and the ragged one, which saves rows."""
+    return device.type == "cuda" if wanted is None else wanted
+
+
+def fastest_schedule(config: DPARConfig, images: int) -> Schedule:
+    """Return how rows that begin no patch are best handled in a batch, as measured on an H200 (docs/gpu.md).
+
+    Leaving rows out pays where a launch is bound by its matrices or its keys and values; where a middle-sized batch of a
+    small model is bound by launches, it pays more not to wait for the gate.
+    """
+    return "ahead" if 16 <= images <= 128 and config.patch_layers <= 12 else "buckets"
+
+
+def fits(engine: StaticDPAR | StaticGPT | None, images: int, keep_logits: bool) -> bool:
+    """Whether a batch can be sampled by an engine that is there: a smaller batch is filled up, which keeps its kernels."""
+    return engine is not None and images <= engine.images and keep_logits == (engine.logits is not None)
+
+
+def generated_by(engine: StaticDPAR | StaticGPT, images: int) -> Generated:
+    """Return what the static decoder sampled last."""
+    tokens = engine.tokens[:images].clone()
+    logits = None if engine.logits is None else engine.logits[:images].clone()
+    if isinstance(engine, StaticGPT):
+        return Generated(tokens, [], torch.full(tokens.shape, float("nan")), logits)
+    lengths = lengths_from_starts(engine.starts_on_host()[:images])
+    return Generated(tokens, lengths, engine.entropies[:images, : engine.length].cpu(), logits)

@@ -34,6 +34,7 @@ class Networks(Protocol):
     config: DPARConfig
     rule: PatchRule
     dtype: torch.dtype
+    gate_dtype: torch.dtype
     stepper: DPARStepper
     gate: GPTStepper | None
     guided: bool
@@ -84,7 +85,7 @@ class Lanes:
         self.member_cache = stepper.new_cache(config.encoder_layers, lanes, longest, dtype)
         self.patch_cache = stepper.new_cache(config.patch_layers, rows, config.tokens, dtype)
         self.decoder_cache = stepper.new_cache(config.decoder_layers, rows, config.tokens, dtype)
-        self.gate_cache = networks.gate.new_cache(lanes, torch.float32) if networks.gate else None
+        self.gate_cache = networks.gate.new_cache(lanes, networks.gate_dtype) if networks.gate else None
 
     def refill(self) -> None:
         """Put the next images into lanes whose image is finished. What the caches hold of it is never seen again."""

@@ -1,26 +1,38 @@
 """Generation on a device that is not the CPU, made of CPU memory: run as a script, prints what came out as JSON.
 
-A GPU refuses tensors of two devices in one operation and is waited for whenever a value is read. This device refuses the
-same and counts the readings, so what is wrong there is found without a GPU. It is registered with torch for the whole
+A GPU refuses tensors of two devices in one operation, is waited for whenever a value is read or memory of the host is
+copied to it, and runs a kernel for every operation that is more than a view. This device refuses the same and counts the
+readings, copies and kernels, so what is wrong there is found without a GPU. It is registered with torch for the whole
 process: tests run this file as a process of its own.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from dpar_core.generation import static
 from dpar_core.generation.generate import DPARGenerator, GPTGenerator
 from dpar_core.generation.guidance import SampleSettings
+from dpar_core.generation.static import Static, StaticDPAR
 from dpar_core.patches.rule import PatchRule
 from tests.helpers.generation_fixtures import CODES, GRID, tiny_dpar, tiny_gate, tiny_twin
 
 NAME = "elsewhere"
+VIEWS = (
+    "view", "_unsafe_view", "expand", "slice", "select", "transpose", "permute", "unsqueeze", "squeeze", "t", "split",
+    "chunk", "unbind", "detach", "alias", "view_as_complex", "view_as_real", "as_strided", "empty", "empty_like",
+    "new_empty", "_reshape_alias", "split_with_sizes", "is_same_size",
+)  # fmt: skip
+ORIGINALS = {"launch": Static.launch, "read_count": StaticDPAR.read_count}
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # the host waits for their result
 
 
@@ -43,11 +55,15 @@ class There(torch.Tensor):
 
 
 class Elsewhere(TorchDispatchMode):
-    """Runs every operation; refuses those that mix the devices, as CUDA does. waits: how often the host had to wait."""
+    """Runs every operation; refuses those that mix the devices, as CUDA does.
+
+    waits: how often the host had to wait for a value; copies: how often its memory was copied there; kernels: operations
+    there that are more than a view.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits = 0
+        self.waits = self.copies = self.kernels = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -60,6 +76,8 @@ class Elsewhere(TorchDispatchMode):
         if here and name not in ("_to_copy", "copy_"):
             raise RuntimeError(f"{func}: a tensor {tuple(here[0].shape)} is on the CPU, others are on the other device")
         self.waits += name in READS or wanted == "cpu"
+        self.copies += bool(here) or (wanted == NAME and name == "_to_copy" and not isinstance(tensors[0], There))
+        self.kernels += name not in VIEWS
         if wanted:
             kwargs["device"] = "cpu"
         args, kwargs = tree_map(lambda x: x.held if isinstance(x, There) else x, (args, kwargs))
@@ -79,16 +97,57 @@ def compared(make, **arguments) -> dict:
     expected = generate(make("cpu"), labels, seeds, keep_logits=True, **arguments)
     with Elsewhere() as mode:
         generator = make(NAME)
-        mode.waits = 0
+        mode.waits = mode.copies = mode.kernels = 0
+        steps = watched(mode, generator)
         found = generate(generator, labels, seeds, keep_logits=True, **arguments)
-        waits = mode.waits
+        counts = {name: getattr(mode, name) for name in steps}
         tokens, logits = found.tokens.cpu(), found.logits.cpu()
     return {
         "same_tokens": torch.equal(tokens, expected.tokens),
         "same_patches": [x.tolist() for x in found.patch_lengths] == [x.tolist() for x in expected.patch_lengths],
         "difference": float((logits - expected.logits).abs().max()),
-        "waits": waits,
+        **(steps if generator.static else counts),
     }
+
+
+def watched(mode: Elsewhere, generator) -> dict:
+    """Count what happens in the steps of a static decoder: in all that it launches, and in what the host reads between."""
+    steps = {"waits": 0, "copies": 0, "kernels": 0}
+
+    def counted(original):
+        def wrapped(*arguments):
+            before = {name: getattr(mode, name) for name in steps}
+            result = original(*arguments)
+            for name in steps:
+                steps[name] += getattr(mode, name) - before[name]
+            return result
+
+        return wrapped
+
+    if generator.static:
+        Static.launch, StaticDPAR.read_count = (counted(ORIGINALS[name]) for name in ("launch", "read_count"))
+    return steps
+
+
+def triton_kernels(make) -> int:
+    """Count the kernels of all steps on CUDA: launches of Triton's, none of which runs, and of torch's between them."""
+    language = SimpleNamespace(constexpr=lambda value: value)  # nothing is compiled here, so that names are enough
+    names = SimpleNamespace(jit=lambda f: f, language=language, next_power_of_2=lambda n: 1 << (n - 1).bit_length())
+    with patch.dict(sys.modules, {"triton": names, "triton.language": language}):
+        from dpar_core.generation.triton_ops import TritonOps
+
+    with Elsewhere() as mode:
+
+        class Counted(TritonOps):
+            def go(self, *arguments, **constants):
+                mode.kernels += 1
+
+        generator = make(NAME)
+        steps, labels, seeds = watched(mode, generator), torch.tensor([3, 0, 4, 1, 2]), [11, 5, 900, 12, 13]
+        with patch.object(static, "ops_for", lambda device: Counted()):
+            torch.no_grad()(type(generator).generate.__wrapped__)(generator, labels, seeds)
+    assert steps["waits"] == steps["copies"] == 0
+    return steps["kernels"]
 
 
 def main() -> None:
@@ -98,23 +157,38 @@ def main() -> None:
     guided = SampleSettings(cfg_scale=2.0, rule=rows)
     interval = replace(guided, cfg_schedule="interval", cfg_interval=(0.0, 0.7))
     decoder = replace(interval, gate="decoder", rule=replace(rows, threshold=1.2))
-    static = replace(guided, rule=PatchRule("static", GRID, static_length=3), top_k=5, top_p=0.9)
+    fixed = replace(guided, rule=PatchRule("static", GRID, static_length=3), top_k=5, top_p=0.9)
     given = torch.randint(CODES, (5, GRID * GRID), generator=torch.Generator().manual_seed(4))
     some = given[:, :6]
 
-    def dpar(settings, dtype=torch.float32):
-        return lambda device: DPARGenerator(tiny_dpar().to(device), tiny_gate().to(device), settings, dtype=dtype)
+    def dpar(settings, dtype=torch.float32, **how):
+        def make(device):
+            here = {} if device == "cpu" else how  # the CPU's ragged decoder is what all are compared with
+            return DPARGenerator(tiny_dpar().to(device), tiny_gate().to(device), settings, dtype=dtype, **here)
 
-    def twin(settings):
-        return lambda device: GPTGenerator(tiny_twin().to(device), settings)
+        return make
 
+    def twin(settings, **how):
+        return lambda device: GPTGenerator(tiny_twin().to(device), settings, **({} if device == "cpu" else how))
+
+    kernels = {
+        "entropy model": triton_kernels(dpar(guided, static=True, schedule="ahead")),
+        "decoder": triton_kernels(dpar(decoder, static=True, schedule="ahead")),
+        "twin": triton_kernels(twin(interval, static=True)),
+    }
     print(json.dumps({
+        "kernels on CUDA": kernels,
         "entropy model": compared(dpar(guided), given=some),
         "two lanes, guidance that ends": compared(dpar(interval), lanes=2),
         "decoder": compared(dpar(decoder)),
         "bfloat16": compared(dpar(guided, torch.bfloat16), given=given),  # all tokens, so that rounding turns none
-        "static patches": compared(dpar(static)),
+        "static patches": compared(dpar(fixed)),
         "twin": compared(twin(interval), given=some),
+        "static decoder, ahead": compared(dpar(guided, static=True, schedule="ahead"), given=some),
+        "static decoder, buckets": compared(dpar(guided, static=True, schedule="buckets"), given=some),
+        "static decoder, top-k and top-p": compared(dpar(fixed, static=True)),
+        "static decoder, decoder's entropy": compared(dpar(decoder, static=True, schedule="ahead")),
+        "static decoder, twin": compared(twin(interval, static=True), given=some),
     }))  # fmt: skip
 
 

@@ -230,6 +230,7 @@ def test_on_another_device_everything_is_there_and_the_host_waits_once_a_token()
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     cases = json.loads(done.stdout)
+    on_cuda = cases.pop("kernels on CUDA")
     for name, case in cases.items():
         assert case["same_tokens"] and case["same_patches"], name
         # Other sums: attention of selected rows. In bfloat16 products have eight significant bits there, on guided logits
@@ -238,6 +239,15 @@ def test_on_another_device_everything_is_there_and_the_host_waits_once_a_token()
     assert cases["entropy model"]["waits"] == TOKENS - 1
     assert cases["two lanes, guidance that ends"]["waits"] == 3 * (TOKENS - 1)  # five images, two at a time
     assert cases["static patches"]["waits"] == cases["twin"]["waits"] == 0
+    steps = {name.removeprefix("static decoder, "): case for name, case in cases.items() if name.startswith("static dec")}
+    assert {name: case["waits"] for name, case in steps.items()} == {
+        "ahead": 0, "buckets": TOKENS, "top-k and top-p": 0, "decoder's entropy": 0, "twin": 0,
+    }  # fmt: skip
+    assert not any(case["copies"] for case in steps.values())
+    for name, kernels in on_cuda.items():
+        before = cases[name]["kernels"]
+        print(f"kernels per token, {name}: {before / TOKENS:.0f} of the ragged decoder, {kernels / TOKENS:.0f} on CUDA")
+        assert 3 * kernels <= before
 
 
 def test_seed_and_label_change_an_image_and_nothing_else_does():

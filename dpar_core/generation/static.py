@@ -1,0 +1,487 @@
+"""Generation in steps of fixed shape, for devices that launch work from a queue: on CUDA captured once and replayed.
+
+All images are at the same token. One step is: where a patch begins, close the open one and step the patch transformer;
+decode and sample; encode the token; ask the gate and apply the rule to the next token. The gate needs nothing of the
+encoder, so the two run side by side. Tokens, caches, positions, boundaries and random numbers stay on the device. Rows
+that begin no patch are handled in one of two ways (`Schedule`):
+
+- "ahead": nothing is read by the host. The patch transformer does not wait for the gate either: it steps for all rows as
+  if each began a patch, and what it finds is dropped where none begins. A row's keys and values lie where its next patch
+  belongs, so the next step overwrites them. (Where the decoder's entropy decides, it has to be waited for.)
+- "buckets": the host reads one number of four bytes per token, how many images begin a patch, and launches the patch
+  transformer for at least as many (one captured graph per bucket), or not at all.
+
+Both give the images of the ragged decoder (lanes.py) up to rounding: the random numbers are the same.
+
+Shapes: B images, T tokens per image, D width, V codebook entries, k images of a bucket, hd head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpar_core.generation.guidance import SampleSettings, uniforms
+from dpar_core.generation.static_ops import Opened, StaticCache, TorchOps, static_cache_bytes
+from dpar_core.generation.stepping import DPARStepper, GPTStepper
+from dpar_core.models.rope import frequencies
+from dpar_core.patches.rule import BoundaryState, PatchRule
+
+Schedule = Literal["ahead", "buckets"]
+
+BUCKETS = 8  # sizes of a launch of the patch transformer
+SMALLEST_BUCKET = 8
+SPINS = 100_000  # how often the host looks for a count before it asks whether the device still runs
+
+
+def bucket_sizes(images: int) -> list[int]:
+    """Return how many images a launch of the patch transformer may have, smallest first; the last is all of them."""
+    step = max(SMALLEST_BUCKET, -(-images // BUCKETS))
+    return [*range(step, images, step), images]
+
+
+def ops_for(device: torch.device) -> Any:
+    """Return the operations of a device: Triton's where CUDA and Triton are there, plain torch elsewhere."""
+    if device.type == "cuda":
+        try:
+            from dpar_core.generation.triton_ops import TritonOps
+        except ImportError:  # CUDA without Triton (Windows)
+            return TorchOps()
+        return TritonOps()
+    return TorchOps()
+
+
+class Static:
+    """What both models share: state of a batch, the loop, and the captured parts.
+
+    images: B. position: (1,) int64, the token that is sampled next. current: (B,) int64, the last token. given: (B, T)
+    int64, -1 where nothing is given.
+    """
+
+    def __init__(
+        self, settings: SampleSettings, *, images: int, tokens: int, codebook_size: int, device: torch.device,
+        keep_logits: bool, ops: Any, capture: bool,
+    ) -> None:  # fmt: skip
+        self.settings, self.images, self.length, self.device = settings, images, tokens, device
+        self.ops = ops_for(device) if ops is None else ops
+        scales = settings.scales(tokens)
+        guided = torch.nonzero(scales != 1).flatten().tolist()
+        self.last_guided = max(guided, default=-1)
+        self.halves = 2 if guided else 1
+        self.scales = scales.to(device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.current = torch.zeros(images, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(images, tokens, dtype=torch.int64, device=device)
+        self.given = torch.full((images, tokens), -1, dtype=torch.int64, device=device)
+        self.uniforms = torch.zeros(images, tokens, dtype=torch.float64, device=device)
+        self.logits = torch.zeros(images, tokens, codebook_size, device=device) if keep_logits else None
+        self.all_rows = torch.arange(2 * images, device=device)
+        self.capture = capture and device.type == "cuda"
+        self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
+
+    def parts(self) -> dict[tuple[Any, ...], Callable[[], None]]:
+        """Return all parts that the loop may launch, by name."""
+        raise NotImplementedError
+
+    def phases(self) -> list[int]:
+        """Halves (conditional, unconditional) that tokens may need: all the same, or both kinds."""
+        if self.halves == 2 and self.last_guided < self.length - 1:
+            return [2, 1]
+        return [self.halves]
+
+    def halves_at(self, token: int) -> int:
+        """Return how many halves the token at a position needs: the unconditional one up to the last guided token."""
+        return 2 if token <= self.last_guided else 1
+
+    def prepare(self) -> None:
+        """Capture every part. Each runs once before, so that kernels are compiled and handles made."""
+        self.functions = self.parts()
+        if not self.capture:
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for function in self.functions.values():
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        pool = torch.cuda.graph_pool_handle()
+        for name, function in self.functions.items():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                function()
+            self.graphs[name] = graph
+
+    def launch(self, *name: Any) -> None:
+        """Run a part: replay it where it is captured."""
+        if self.capture:
+            self.graphs[name].replay()
+        else:
+            self.functions[name]()
+
+    def begin(self, seeds: Sequence[int], given: Tensor | None) -> None:
+        """Set the state of a batch to its first token. Seeds and given tokens of fewer images are filled up."""
+        self.position.zero_()
+        self.current.zero_()
+        numbers = uniforms(list(seeds), self.length)
+        self.uniforms.copy_(F.pad(numbers, (0, 0, 0, self.images - len(numbers))))
+        self.given.fill_(-1)
+        if given is not None and given.numel():
+            self.given[: len(given), : given.shape[1]] = given.to(self.device)
+
+
+class StaticGPT(Static):
+    """The LlamaGen twin in steps of fixed shape."""
+
+    def __init__(
+        self, stepper: GPTStepper, settings: SampleSettings, *, images: int, dtype: torch.dtype, keep_logits: bool = False,
+        ops: Any = None, capture: bool = True,
+    ) -> None:  # fmt: skip
+        config = stepper.config
+        super().__init__(
+            settings, images=images, tokens=config.tokens, codebook_size=config.codebook_size,
+            device=stepper.tokens.device, keep_logits=keep_logits, ops=ops, capture=capture,
+        )  # fmt: skip
+        self.stepper, self.config = stepper, config
+        rows = self.halves * images
+        self.table = torch.view_as_real(stepper.table).contiguous()
+        self.classes = torch.zeros(rows, config.width, device=self.device)
+        self.cache = StaticCache(
+            layers=config.layers, rows=rows, heads=config.heads, head_dim=config.width // config.heads,
+            positions=len(stepper.table), device=self.device, dtype=dtype,
+        )  # fmt: skip
+        self.prepare()
+
+    def parts(self) -> dict[tuple[Any, ...], Callable[[], None]]:
+        return {("step", halves): lambda halves=halves: self.step(halves) for halves in self.phases()}
+
+    def step(self, halves: int) -> None:
+        """Sample one token of every image."""
+        x = self.ops.embed_or_class(self, halves)
+        place = self.ops.lockstep(self.cache, self.position, self.table, shift=0)
+        for layer, block in enumerate(self.stepper.blocks):
+            x = self.ops.block(block, x, self.cache, layer, place)
+        self.ops.sample(self, self.ops.project(self.stepper.head.output, x), halves)
+        self.position.add_(1)
+
+    def run(
+        self, labels: Tensor, seeds: Sequence[int], given: Tensor | None, progress: Callable[[int], None] | None
+    ) -> None:
+        """Sample a batch into `tokens`. labels: (B or fewer,) int64 on the host."""
+        self.begin(seeds, given)
+        self.classes.copy_(_class_vectors(self.stepper.classes, labels, self.images, self.halves))
+        for token in range(self.length):
+            self.launch("step", self.halves_at(token))
+            if progress:
+                progress(len(labels))
+
+
+class StaticDPAR(Static):
+    """DPAR in steps of fixed shape.
+
+    begins: (B,) bool, images whose next token begins a patch. lanes: (B,) int64, those first. count: (1,) int32, how many.
+    first, index: (B,) int64, first token and number of the open patch. last_gate: (B,) int64, as in BoundaryState.
+    entropies, starts: (B, T + 1), what the gate said and where patches begin. state: (B or 2 B, D), x' of the last token,
+    once per half. peak: (B, D), maximum of x' in the open patch. copied: (B or 2 B, layers D), what decoder layers add from
+    the patch's state.
+    """
+
+    def __init__(
+        self, stepper: DPARStepper, gate: GPTStepper | None, settings: SampleSettings, *, images: int, dtype: torch.dtype,
+        gate_dtype: torch.dtype, longest: int, schedule: Schedule, keep_logits: bool = False, ops: Any = None,
+        capture: bool = True,
+    ) -> None:  # fmt: skip
+        config, rule = stepper.config, settings.rule
+        assert rule is not None
+        super().__init__(
+            settings, images=images, tokens=config.tokens, codebook_size=config.codebook_size,
+            device=stepper.tokens.device, keep_logits=keep_logits, ops=ops, capture=capture,
+        )  # fmt: skip
+        self.stepper, self.gate, self.config, self.rule = stepper, gate, config, rule
+        self.asks_decoder = rule.reads_entropies and settings.gate == "decoder"
+        self.known = None if rule.reads_entropies else _known_starts(rule, config.tokens)
+        self.reads_count = schedule == "buckets" and self.known is None
+        self.ahead = schedule == "ahead" and self.known is None and not self.asks_decoder
+        self.buckets = bucket_sizes(images) if self.reads_count else [images]
+        device, rows, width, tokens = self.device, self.halves * images, config.width, config.tokens
+
+        def whole(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        self.begins, self.lanes = whole(1, images, dtype=torch.bool), torch.arange(images, device=device)
+        self.count = whole(images, 1, dtype=torch.int32)
+        self.count_host = torch.full((1,), -1, dtype=torch.int32, pin_memory=self.capture)
+        self.side = torch.cuda.Stream() if device.type == "cuda" else None
+        self.first, self.index, self.last_gate = (whole(0, images) for _ in range(3))
+        self.entropies = torch.full((images, tokens + 1), float("nan"), device=device)
+        self.starts = whole(0, images, tokens + 1, dtype=torch.bool)
+        self.fixed = torch.from_numpy(rule.fixed_gates(tokens + 1)).to(device)
+        threshold = float("nan") if rule.threshold is None else rule.threshold
+        self.threshold = torch.full((1,), threshold, dtype=torch.float32, device=device)
+        self.state, self.peak = torch.zeros(rows, width, device=device), torch.zeros(images, width, device=device)
+        self.copied = torch.zeros(rows, config.decoder_layers * width, device=device)
+        self.classes = torch.zeros(rows, width, device=device)
+        self.table = torch.view_as_real(stepper.table).contiguous()
+        self.turns, self.turn_source = (x.to(device) for x in _patch_turns(stepper.head_dim, config))
+        self.pair = torch.arange(stepper.head_dim // 2, device=device)
+
+        def cache(layers: int, rows: int, positions: int) -> StaticCache:
+            return StaticCache(
+                layers=layers, rows=rows, heads=config.heads, head_dim=stepper.head_dim, positions=positions,
+                device=device, dtype=dtype,
+            )  # fmt: skip
+
+        self.scratch = tokens
+        self.encoder_cache = cache(config.encoder_layers, images, tokens)
+        self.members = cache(config.encoder_layers, images, longest)
+        self.patch_cache = cache(config.patch_layers, rows, tokens + 1)
+        self.decoder_cache = cache(config.decoder_layers, rows, tokens)
+        if gate is not None:
+            self.gate_table = torch.view_as_real(gate.table).contiguous()
+            self.gate_cache = StaticCache(
+                layers=len(gate.blocks), rows=images, heads=gate.config.heads,
+                head_dim=gate.config.width // gate.config.heads, positions=tokens, device=device, dtype=gate_dtype,
+            )  # fmt: skip
+        self.probed: dict[int, Tensor] = {}
+        self.restart()
+        self.prepare()
+
+    def parts(self) -> dict[tuple[Any, ...], Callable[[], None]]:
+        parts: dict[tuple[Any, ...], Callable[[], None]] = {}
+        for halves in self.phases():
+            for images in self.buckets:
+                parts["patch", images, halves] = lambda images=images, halves=halves: self.patch(images, halves)
+            if self.asks_decoder:
+                parts["probe", halves] = lambda halves=halves: self.probe(halves)
+                parts["keep", halves] = lambda halves=halves: self.keep(halves)
+            parts["token", halves] = lambda halves=halves: self.token(halves)
+        return parts
+
+    def patch(self, images: int, halves: int) -> None:
+        """Close the open patch of the first `images` of `lanes` and get the state of the next, where one begins."""
+        opened = self.ops.open(self, images, halves, ahead=False)
+        self.ops.keep_copies(self, self.transformed(opened, halves), opened, halves)
+
+    def patch_ahead(self, halves: int) -> Tensor:
+        """Do so for all images as if each began a patch at the next token; `commit` keeps what counts."""
+        return self.transformed(self.ops.open(self, self.images, halves, ahead=True), halves)
+
+    def transformed(self, opened: Opened, halves: int) -> Tensor:
+        """Return what decoder layers add from the state of the opened patches: (halves k, layers D)."""
+        ops, stepper = self.ops, self.stepper
+        q = ops.pooled(self, opened)
+        for layer, reader in enumerate(stepper.readers):
+            q = ops.read(reader, q, self, layer, opened)
+        x = ops.spread(self, q, opened, halves)
+        for layer, block in enumerate(stepper.patch_blocks):
+            x = ops.block(block, x, self.patch_cache, layer, opened.place)
+        return ops.project(stepper.copies, x)
+
+    def decode(self, halves: int) -> Tensor:
+        """Return the logits of the token at the position, given the state of the open patch: (halves B, V)."""
+        ops, width = self.ops, self.config.width
+        x = self.state[: halves * self.images]
+        place = ops.lockstep(self.decoder_cache, self.position, self.table, shift=0)
+        for layer, block in enumerate(self.stepper.decoder):
+            copied = self.copied[: len(x), layer * width : (layer + 1) * width]
+            x = ops.block(block, x, self.decoder_cache, layer, place, copied)
+        return ops.project(self.stepper.head.output, x)
+
+    def token(self, halves: int) -> None:
+        """Sample the token at the position, take it up, and decide which images begin a patch after it."""
+        self.ops.sample(self, self.decode(halves), halves)
+        self.take_up(halves)
+
+    def take_up(self, halves: int) -> None:
+        """Encode the sampled token beside the gate, and go on to the next position."""
+        main = None if self.side is None else torch.cuda.current_stream()
+        if self.side is not None:
+            self.side.wait_stream(main)
+        with nullcontext() if self.side is None else torch.cuda.stream(self.side):
+            self.decide_next()
+        self.encode()
+        copies = self.patch_ahead(halves) if self.ahead else None
+        if main is not None:
+            main.wait_stream(self.side)
+        if copies is not None:
+            self.ops.commit(self, copies, halves)
+        self.position.add_(1)
+
+    def decide_next(self) -> None:
+        """Ask the entropy model about the next token and apply the rule; the decoder is asked later (`probe`)."""
+        if self.asks_decoder or self.known is not None:
+            return
+        ops, gate = self.ops, self.gate
+        assert gate is not None
+        x = ops.embed(gate.tokens, self.current)
+        place = ops.lockstep(self.gate_cache, self.position, self.gate_table, shift=0)
+        for layer, block in enumerate(gate.blocks):
+            x = ops.block(block, x, self.gate_cache, layer, place)
+        ops.decide(self, ops.project(gate.head.output, x), 1)
+        self.send_count()
+
+    def probe(self, halves: int) -> None:
+        """Ask the decoder's entropy: its logits as if the token stayed in the open patch, which are kept if it does."""
+        logits = self.probed[halves] = self.decode(halves)
+        self.ops.decide(self, logits[: self.images], 0)
+        self.send_count()
+
+    def keep(self, halves: int) -> None:
+        """Sample from the logits of the probe, where no image begins a patch, and take the token up."""
+        self.ops.sample(self, self.probed[halves], halves)
+        self.take_up(halves)
+
+    def send_count(self) -> None:
+        """Send the number of images that begin a patch to the host, which waits for it in `read_count`."""
+        if self.reads_count and self.capture:
+            self.count_host.copy_(self.count, non_blocking=True)
+
+    def read_count(self) -> int:
+        """Wait for the number of images that begin a patch. Raises RuntimeError when the device has stopped without it."""
+        if not self.capture:
+            return int(self.count)
+        seen, spins = self.count_host.numpy(), 0
+        while seen[0] < 0:
+            spins += 1
+            if spins % SPINS == 0 and torch.cuda.current_stream().query() and seen[0] < 0:
+                raise RuntimeError("the device has ended its work without saying how many images begin a patch")
+        count, seen[0] = int(seen[0]), -1
+        return count
+
+    def encode(self) -> None:
+        """Turn the sampled token into x', and keep it for the patch that holds it."""
+        ops, stepper = self.ops, self.stepper
+        x = ops.embed(stepper.tokens, self.current)
+        place = ops.lockstep(self.encoder_cache, self.position, self.table, shift=1)
+        first_x, members = x, []
+        for layer, (block, reader) in enumerate(zip(stepper.encoder, stepper.readers)):
+            x = ops.block(block, x, self.encoder_cache, layer, place)
+            first_x = x if layer == 0 else first_x
+            members.append(ops.project(reader.wkv, x))
+        ops.take_up(self, x, first_x, members)
+
+    def restart(self) -> None:
+        """Set boundaries and vectors to those of an image without tokens: its first token begins a patch."""
+        self.begins.fill_(True)
+        self.lanes.copy_(self.all_rows[: self.images])
+        self.count.fill_(self.images)
+        self.count_host.fill_(-1)
+        self.first.zero_()
+        self.index.fill_(-1)
+        self.last_gate.zero_()
+        self.entropies.fill_(float("nan"))
+        self.starts.zero_()
+        self.starts[:, 0] = True
+        self.state.copy_(self.stepper.start.expand_as(self.state))
+        self.peak.zero_()
+
+    def run(
+        self, labels: Tensor, seeds: Sequence[int], given: Tensor | None, progress: Callable[[int], None] | None
+    ) -> None:
+        """Sample a batch into `tokens`, `starts` and `entropies`. labels: (B or fewer,) int64 on the host."""
+        self.begin(seeds, given)
+        self.restart()
+        self.classes.copy_(_class_vectors(self.stepper.classes, labels, self.images, self.halves))
+        for token in range(self.length):
+            halves = self.halves_at(token)
+            begin = self.images
+            if token and self.known is not None:
+                begin = self.images if self.known[token] else 0
+            elif token and self.ahead:
+                begin = 0
+            elif token:
+                if self.asks_decoder:
+                    self.launch("probe", halves)
+                if self.reads_count:
+                    begin = self.read_count()
+            self.launch_patch(begin, halves)
+            self.launch("keep" if self.asks_decoder and not begin else "token", halves)
+            if progress:
+                progress(len(labels))
+        if self.reads_count and not self.asks_decoder:
+            self.read_count()  # that of the token behind the last one
+
+    def launch_patch(self, begin: int, halves: int) -> None:
+        """Launch the patch transformer for at least `begin` images, if any."""
+        if begin:
+            self.launch("patch", next(size for size in self.buckets if size >= begin), halves)
+
+    def starts_on_host(self) -> np.ndarray:
+        """Return where patches begin: (B, T) bool."""
+        if self.known is not None:
+            return np.broadcast_to(np.array(self.known), (self.images, self.length)).copy()
+        return self.starts[:, : self.length].cpu().numpy()
+
+
+def static_gpt_bytes(stepper: GPTStepper, *, images: int, halves: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a `StaticGPT`'s state: its cache, and what one step makes of all rows at most."""
+    c = stepper.config
+    cache = static_cache_bytes(
+        layers=c.layers, rows=halves * images, width=c.width, positions=len(stepper.table), dtype=dtype
+    )
+    return cache + _working_bytes(images, halves * images, c.tokens, c.codebook_size, c.hidden)
+
+
+def static_dpar_bytes(
+    stepper: DPARStepper, gate: GPTStepper | None, *, images: int, halves: int, longest: int, dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+) -> int:  # fmt: skip
+    """Return the bytes of a `StaticDPAR`'s state: its caches, and what one step makes of all rows at most."""
+    c, rows = stepper.config, halves * images
+
+    def cache(layers: int, rows: int, positions: int) -> int:
+        return static_cache_bytes(layers=layers, rows=rows, width=c.width, positions=positions, dtype=dtype)
+
+    total = cache(c.encoder_layers, images, c.tokens) + cache(c.encoder_layers, images, longest)
+    total += cache(c.patch_layers, rows, c.tokens + 1) + cache(c.decoder_layers, rows, c.tokens)
+    total += 4 * rows * c.decoder_layers * c.width
+    if gate is not None:
+        g = gate.config
+        total += static_cache_bytes(
+            layers=len(gate.blocks), rows=images, width=g.width, positions=c.tokens, dtype=gate_dtype
+        )
+        total += 4 * images * c.codebook_size
+    return total + _working_bytes(images, rows, c.tokens, c.codebook_size, c.hidden)
+
+
+def _working_bytes(images: int, rows: int, tokens: int, codebook_size: int, hidden: int) -> int:
+    per_image = tokens * (8 + 8 + 8 + 4 + 1)  # tokens, given, random numbers, entropies, starts
+    # Logits in float32, guided ones and a filter's copies beside them; a block's widest layer and its inputs.
+    per_row = codebook_size * 4 * 3 + hidden * 4 * 6
+    return images * per_image + rows * per_row
+
+
+def _class_vectors(table: Tensor, labels: Tensor, images: int, halves: int) -> Tensor:
+    """Return the class vectors of all rows, the null class for the unconditional half and for images that fill up."""
+    null = len(table) - 1
+    labels = F.pad(labels.cpu(), (0, images - len(labels)), value=null)
+    if halves == 2:
+        labels = torch.cat([labels, torch.full_like(labels, null)])
+    return F.embedding(labels.to(table.device), table)
+
+
+def _known_starts(rule: PatchRule, tokens: int) -> list[bool]:
+    """Return where patches begin under a rule that reads no entropies: one bool per token."""
+    boundaries = BoundaryState(rule, 1)
+    return [bool(boundaries.step(t, torch.full((1,), float("nan")))[0]) for t in range(tokens)]
+
+
+def _patch_turns(head_dim: int, config: Any) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of every value times every pair's frequency, (n, hd / 2, 2) float32, and which value turns each
+    pair, (hd / 2,) int64: 0 row, 1 first column, 2 last column, 3 number of the patch (see rope.patch_rotary)."""
+    sources = {"1d": [3], "3d": [0, 1, 2], "4d": [0, 1, 2, 2, 1]}[config.position_encoding]
+    if sources == [3]:
+        counts = [head_dim // 2]
+    else:
+        columns = len(sources) - 1
+        counts = [head_dim // 4, *[head_dim // (4 * columns)] * columns]
+    f = torch.cat([frequencies(count) for count in counts])
+    angles = torch.arange(config.tokens + 1)[:, None] * f
+    source = torch.cat([torch.full((count,), source) for source, count in zip(sources, counts)])
+    return torch.stack([angles.cos(), angles.sin()], dim=-1), source
