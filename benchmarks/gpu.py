@@ -331,7 +331,10 @@ def seconds_of(generator: Any, tokens: Tensor, device: torch.device) -> tuple[fl
 def sampling(
     device: torch.device, tiny: bool, budget_s: float, write: Write, *, schedules: tuple[str | None, ...] = (None,)
 ) -> dict[str, Any]:
-    """Part 2. The baseline and DPAR take turns, at the largest batch they follow each other; medians. schedules: of the static decoder (None: its own choice)."""
+    """Part 2. The baseline and DPAR take turns, at the largest batch they follow each other; medians.
+
+    schedules: of the static decoder (None: its own choice).
+    """
     scale, until = TINY if tiny else REAL, time.monotonic() + budget_s
     rows: list[dict[str, Any]] = []
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -159,7 +160,7 @@ class StaticGPT(Static):
         self.prepare()
 
     def parts(self) -> dict[tuple[Any, ...], Callable[[], None]]:
-        return {("step", halves): lambda halves=halves: self.step(halves) for halves in self.phases()}
+        return {("step", halves): partial(self.step, halves) for halves in self.phases()}
 
     def step(self, halves: int) -> None:
         """Sample one token of every image."""
@@ -175,6 +176,7 @@ class StaticGPT(Static):
     ) -> None:
         """Sample a batch into `tokens`. labels: (B or fewer,) int64 on the host."""
         self.begin(seeds, given)
+        assert self.stepper.classes is not None
         self.classes.copy_(_class_vectors(self.stepper.classes, labels, self.images, self.halves))
         for token in range(self.length):
             self.launch("step", self.halves_at(token))
@@ -256,11 +258,11 @@ class StaticDPAR(Static):
         parts: dict[tuple[Any, ...], Callable[[], None]] = {}
         for halves in self.phases():
             for images in self.buckets:
-                parts["patch", images, halves] = lambda images=images, halves=halves: self.patch(images, halves)
+                parts["patch", images, halves] = partial(self.patch, images, halves)
             if self.asks_decoder:
-                parts["probe", halves] = lambda halves=halves: self.probe(halves)
-                parts["keep", halves] = lambda halves=halves: self.keep(halves)
-            parts["token", halves] = lambda halves=halves: self.token(halves)
+                parts["probe", halves] = partial(self.probe, halves)
+                parts["keep", halves] = partial(self.keep, halves)
+            parts["token", halves] = partial(self.token, halves)
         return parts
 
     def patch(self, images: int, halves: int) -> None:
@@ -300,15 +302,14 @@ class StaticDPAR(Static):
 
     def take_up(self, halves: int) -> None:
         """Encode the sampled token beside the gate, and go on to the next position."""
-        main = None if self.side is None else torch.cuda.current_stream()
         if self.side is not None:
-            self.side.wait_stream(main)
+            self.side.wait_stream(torch.cuda.current_stream())
         with nullcontext() if self.side is None else torch.cuda.stream(self.side):
             self.decide_next()
         self.encode()
         copies = self.patch_ahead(halves) if self.ahead else None
-        if main is not None:
-            main.wait_stream(self.side)
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
         if copies is not None:
             self.ops.commit(self, copies, halves)
         self.position.add_(1)

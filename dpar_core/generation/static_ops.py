@@ -131,6 +131,7 @@ class TorchOps:
             rows = rows_of(place, len(x))
             held.transpose(2, 3)[:, rows, place.slots] = new
             k, v = held[0].index_select(0, rows), held[1].index_select(0, rows)
+        assert place.seen is not None
         out = attend(turned[:, 0], k, v, place.seen)
         x = self.add_linear(x, block.wo, out.flatten(1))
         gate, up = block.w13(self.normalized(x)).chunk(2, dim=-1)
