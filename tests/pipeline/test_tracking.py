@@ -277,7 +277,7 @@ def test_while_the_store_is_silent_a_stage_does_not_wait_and_the_next_brings_all
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with tracker.open_tracker("features", params, chosen, root=root):
         pass
-    assert history(root, "data") == [float(step) for step in range(2000)]
+    assert history(root, "01 data") == [float(step) for step in range(2000)]
     _, found = runs(root)
     assert {run.info.status for run in found.values()} == {"FINISHED"} and len(found) == 3
 
@@ -309,7 +309,7 @@ def test_runs_of_a_killed_process_end_by_themselves(project):
     child.wait()
     delivered(root)  # nobody started anything: the process beside the killed one did it
     assert {run.info.status for run in runs(root)[1].values()} == {"KILLED"}
-    assert history(root, "data") == [1.0]
+    assert history(root, "01 data") == [1.0]
 
 
 def test_a_copied_project_keeps_its_artifacts_in_itself(project):
