@@ -119,6 +119,7 @@ class TorchOps:
         self, block: BlockStepper, x: Tensor, cache: StaticCache, layer: int, place: Place, add: Tensor | None = None
     ) -> Tensor:
         """Run one position of each row through a transformer block: x (A, D) -> (A, D). add: (A, D), added to x first."""
+        assert place.turn is not None and place.seen is not None
         x = x if add is None else x + add
         qkv = block.wqkv(self.normalized(x)).unflatten(-1, (3, block.heads, -1, 2))  # (A, 3, H, hd / 2, 2)
         turned = torch.view_as_real(torch.view_as_complex(qkv) * place.turn).flatten(-2)  # v is turned by 1
@@ -131,7 +132,6 @@ class TorchOps:
             rows = rows_of(place, len(x))
             held.transpose(2, 3)[:, rows, place.slots] = new
             k, v = held[0].index_select(0, rows), held[1].index_select(0, rows)
-        assert place.seen is not None
         out = attend(turned[:, 0], k, v, place.seen)
         x = self.add_linear(x, block.wo, out.flatten(1))
         gate, up = block.w13(self.normalized(x)).chunk(2, dim=-1)
