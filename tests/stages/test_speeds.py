@@ -101,5 +101,5 @@ def test_a_damaged_or_missing_file_of_speeds_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="run `dvc repro time_training`"):
         pace.read_pace(tmp_path / "training.json")
     (tmp_path / "sampling.json").write_text('{"unit": "image", "images": 4, "turns": {"dpar": [1.0], "llamagen": [1.0]}}')
-    with pytest.raises(ValueError, match=r"is damaged .*run `dvc repro -f time_sampling`"):
+    with pytest.raises(ValueError, match=r"is damaged.*run `dvc repro -f time_sampling`"):
         pace.read_pace(tmp_path / "sampling.json")
