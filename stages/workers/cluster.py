@@ -181,7 +181,8 @@ def _ask(address: str) -> None:
     Ray's own ways end after minutes, or end the process: its port is tried first, then a process beside this one joins.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
+    reached = bool(host) and port.isdigit()
+    if reached:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
         except OSError as error:
@@ -192,11 +193,11 @@ def _ask(address: str) -> None:
             check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise _refusal(address, "TimeoutError", f"no answer within {ANSWER_SECONDS:g} s") from None
+        raise _refusal(address, "TimeoutError", f"no answer within {ANSWER_SECONDS:g} s", reached=reached) from None
     lines = [line for line in found.stdout.splitlines() if line.startswith("{")]
     answer = json.loads(lines[-1]) if lines else {"kind": "RaySystemError", "text": _last_line(found.stderr)}
     if answer:
-        raise _refusal(address, answer["kind"], answer["text"])
+        raise _refusal(address, answer["kind"], answer["text"], reached=reached)
 
 
 def _last_line(text: str) -> str:
@@ -220,8 +221,8 @@ def main() -> None:
     os._exit(0)  # Ray's threads may hang where its cluster does
 
 
-def _refusal(address: str | None, kind: str, text: str) -> OSError | RuntimeError:
-    """Return the error for what Ray said, in one sentence with the way out."""
+def _refusal(address: str | None, kind: str, text: str, *, reached: bool = False) -> OSError | RuntimeError:
+    """Return the error for what Ray said, in one sentence with the way out. reached: something listens at the address."""
     first = redacted(" ".join(text.split()))[:250].rstrip(" .:")
     if address is None:
         return RuntimeError(
@@ -238,6 +239,12 @@ def _refusal(address: str | None, kind: str, text: str) -> OSError | RuntimeErro
         return ConnectionError(
             f"the Ray cluster at RAY_ADDRESS={shown} runs other versions ({first}): install the same on all nodes, with "
             "`-c constraints.txt`"
+        )
+    if reached:  # without a token, or with a wrong one, Ray speaks of time alone
+        return ConnectionError(
+            f"something listens at RAY_ADDRESS={shown}, but does not let us into a Ray cluster ({first}): if the "
+            "cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the one that "
+            "`ray get-auth-token` prints on its head; else look at it, or unset RAY_ADDRESS to work on this machine alone"
         )
     return ConnectionError(
         f"no Ray cluster answers at RAY_ADDRESS={shown} ({first}): start it, or unset RAY_ADDRESS to work on this machine "

@@ -268,16 +268,16 @@ def test_while_the_store_is_silent_a_stage_does_not_wait_and_the_next_brings_all
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://user:hunter2@"))
         with tracker.open_tracker("data", params, chosen, root=root) as one:
             began = time.monotonic()
-            for step in range(2000):
+            for step in range(200):
                 one.log_metrics({"loss": float(step)}, step=step)
             seconds = time.monotonic() - began
-        assert seconds < 5, "2000 local lines, no request"
+        assert seconds < 5, "200 local lines, no request"
         said = capfd.readouterr().err
         assert said.count("MLflow at") == 1 and "dpar-cli runs sync" in said and "hunter2" not in said
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with tracker.open_tracker("features", params, chosen, root=root):
         pass
-    assert history(root, "01 data") == [float(step) for step in range(2000)]
+    assert history(root, "01 data") == [float(step) for step in range(200)]
     _, found = runs(root)
     assert {run.info.status for run in found.values()} == {"FINISHED"} and len(found) == 3
 

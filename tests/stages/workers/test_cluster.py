@@ -43,7 +43,8 @@ def test_a_dead_address_is_a_sentence_at_once(address, words):
 
 def test_an_address_that_never_answers_is_a_sentence_within_seconds(monkeypatch):
     monkeypatch.setattr(cluster, "ANSWER_SECONDS", 3.0)
-    with silent_server() as uri, pytest.raises(ConnectionError, match=r"no answer within 3 s.*unset RAY_ADDRESS"):
+    words = r"no answer within 3 s.*set RAY_AUTH_MODE=token.*unset RAY_ADDRESS"
+    with silent_server() as uri, pytest.raises(ConnectionError, match=words):
         cluster._ask(uri.removeprefix("http://"))
 
 
