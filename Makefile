@@ -1,5 +1,5 @@
 # make demo      environment, then the whole workflow on the built-in photographs, then what to look at
-# make test      the same environment with the test extras, then lint, types and the whole test suite
+# make test      the same environment with the test extras, then ruff and the whole test suite
 # make lint      ruff, codespell, mypy            make format    rewrite the sources as `make lint` wants them
 # make coverage  the tests again, with the lines that they reach; slower, so `make test` leaves it out
 # make docs      the documentation site in site/, readable without a network
@@ -27,7 +27,8 @@ demo: $(VENV)/.installed
 
 environment: $(VENV)/.installed
 
-test: lint
+test: $(VENV)/.tested
+	@$(BIN)/ruff check .
 	@OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(TESTS)
 
 lint: $(VENV)/.tested

@@ -106,7 +106,7 @@ def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(proje
     metrics = json.loads(dvc(project, "metrics", "show", "--json", "artifacts/metrics.json"))
     shown = metrics[""]["data"]["artifacts/metrics.json"]["data"]
     assert {"dpar_loss", "baseline_loss", "patches_per_image"} < set(shown) and len(shown) <= 12
-    dvc(project, "remote", "add", "--default", "store", str(project.parent / "store"))
+    dvc(project, "remote", "add", "--default", "store", "../store")  # DVC writes no umlaut under a C locale
     dvc(project, "push")
     shutil.rmtree(artifacts)
     shutil.rmtree(project / ".dvc" / "cache")
