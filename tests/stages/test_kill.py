@@ -31,7 +31,7 @@ def run_stage(root: Path, images: Path, stage: str) -> None:
 def processes():
     """Processes that start fast: torch and the stages are imported once, in a server that forks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_data"])
+    context.set_forkserver_preload(["tests.helpers.tiny_data"])
     return context
 
 
