@@ -60,10 +60,11 @@ class LineProgress:
         if now - self.printed >= self.interval or self.done >= self.total:
             self.printed = now
             rate = (self.done - self.first) / max(now - self.started, 1e-9)
-            left = int((self.total - self.done) / rate) if rate > 0 else 0
+            total = max(self.total, self.done)  # a total in seconds is a plan that slow work may exceed
+            left = int((total - self.done) / rate) if rate > 0 else 0
             shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
             print(
-                f"{self.description} {self.done}/{self.total} {self.unit} {100 * self.done / max(self.total, 1):.0f} % "
+                f"{self.description} {self.done}/{total} {self.unit} {100 * self.done / max(total, 1):.0f} % "
                 f"{rate_words(rate, self.unit)} ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} {shown}".rstrip(),
                 file=sys.stderr,
                 flush=True,
