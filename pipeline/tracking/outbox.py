@@ -32,7 +32,10 @@ SENT = "sent.json"
 KEY_TAG = "dpar.key"
 LARGEST_BATCH, LONGEST_VALUE = 900, 500  # MLflow takes 1000 metrics and 100 params a request
 POLL_SECONDS, LONGEST_PAUSE = 2.0, 30.0  # between looks at the journal; between tries while the store is away
-PATIENCE = 20.0  # seconds without an answer until that is said
+PATIENCE = 20.0  # seconds without an answer of a server until that is said
+# A database on this machine is made while MLflow is imported for the first time and models train beside it: 20 to 30 s on
+# two cores. One that is locked, read-only, damaged or full answers at once.
+LOCAL_PATIENCE = 60.0
 LEAVE_SECONDS = 20.0  # that an outbox goes on when its writer is gone
 _REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
 
@@ -399,10 +402,11 @@ class _Courier:
 
     def _watch(self) -> None:
         """Say that the store does not answer while a request hangs."""
+        patience = LOCAL_PATIENCE if self.outbox.uri.startswith("sqlite:") else PATIENCE
         while not self.away:
             time.sleep(0.5)
-            if time.monotonic() - self.outbox.asked > PATIENCE:
-                self._tell(f"MLflow at {self.outbox.uri} has not answered for {PATIENCE:g} s")
+            if time.monotonic() - self.outbox.asked > patience:
+                self._tell(f"MLflow at {self.outbox.uri} has not answered for {patience:g} s")
 
 
 def _say(sentence: str) -> None:
