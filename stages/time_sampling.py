@@ -9,7 +9,7 @@ from pathlib import Path
 from dpar_core.turns import take_turns
 from stages import params as P
 from stages.artifacts import artifact_digest
-from stages.shared.pace import SECONDS, Pace, machine_words, write_pace
+from stages.shared.pace import SECONDS, Pace, machine_words, wait_for_helpers, write_pace
 from stages.shared.sampler import Files, Sampler
 from stages.time_training import waits_for, whole_seconds
 from stages.tracker import Tracker
@@ -58,6 +58,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         if spent <= LONGEST:
             break
         images = max(int(images * LONGEST / (2 * spent)), 1)
+    wait_for_helpers()
     with tracker.progress(int(SECONDS), "time sampling in turns", unit="s") as bar:
         turns = take_turns(
             lambda: draw(models[0]), lambda: draw(models[1]), seconds=SECONDS, units=images, wait=waits_for(device),

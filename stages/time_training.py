@@ -22,7 +22,7 @@ from dpar_core.training.parallel import Ranks
 from dpar_core.turns import take_turns
 from stages import params as P
 from stages.shared.jobs import Job, JobData, JobObjective, build, copy_whole
-from stages.shared.pace import SECONDS, Pace, machine_words, write_pace
+from stages.shared.pace import SECONDS, Pace, machine_words, wait_for_helpers, write_pace
 from stages.tracker import Tracker
 
 BATCHES = 4  # steps of data that the turns go round: the number of patches differs between them
@@ -65,6 +65,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         job = Job(name, trained.config, params.train, params.seed, tokens, patch_maps=maps)
         steps.append(training_step(job, torch.device(device)))
         del trained
+    wait_for_helpers()
     with tracker.progress(int(SECONDS), "time training in turns", unit="s") as bar:
         turns = take_turns(*steps, seconds=SECONDS, wait=waits_for(device), progress=whole_seconds(bar.advance))
     pace = Pace("step", params.train.batch_size // params.train.workers, turns, machine_words(device))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import platform
 import statistics
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from dpar_core.files import read_record, write_record
@@ -40,6 +43,20 @@ class Pace:
         """Images per second at the median pace, by model."""
         per_unit = self.images if self.unit == "step" else 1
         return {name: per_unit / seconds for name, seconds in self.seconds.items()}
+
+
+def wait_for_helpers(*, longest: float = 30.0, busy: float = 0.2, look: float = 0.5) -> None:
+    """Wait until the processes that this one started rest, so that they do not slow what is timed.
+
+    The one that delivers to MLflow imports it for some seconds at the start of a stage. Goes on after `longest` seconds
+    in any case: the drift of the turns tells then. busy: share of a core below which a process rests.
+    """
+    helpers = psutil.Process().children(recursive=True)
+    until = time.monotonic() + longest
+    for helper in helpers:
+        with suppress(psutil.Error):  # it has ended
+            while helper.cpu_percent(look) > 100 * busy and time.monotonic() < until:
+                pass
 
 
 def machine_words(device: str) -> str:

@@ -1,6 +1,9 @@
 """The stages that time the two models in turns, and the choice of the baseline's model at equal training time."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,22 @@ def test_a_damaged_or_missing_file_of_speeds_says_what_to_run(tmp_path):
     (tmp_path / "sampling.json").write_text('{"unit": "image", "images": 4, "turns": {"dpar": [1.0], "llamagen": [1.0]}}')
     with pytest.raises(ValueError, match=r"is damaged.*run `dvc repro -f time_sampling`"):
         pace.read_pace(tmp_path / "sampling.json")
+
+
+def test_timing_waits_for_a_helper_that_works_but_not_for_ever():
+    code = "import time\nuntil = time.monotonic() + 60\nwhile time.monotonic() < until: pass"
+    busy = subprocess.Popen([sys.executable, "-c", code])
+    resting = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        started = time.monotonic()
+        pace.wait_for_helpers(longest=1.0, look=0.1)
+        assert time.monotonic() - started >= 1.0
+        busy.kill()
+        busy.wait()
+        started = time.monotonic()
+        pace.wait_for_helpers(longest=60.0, look=0.1)
+        assert time.monotonic() - started < 30
+    finally:
+        for helper in (busy, resting):
+            helper.kill()
+            helper.wait()
