@@ -62,9 +62,13 @@ def train_gate(name: str, params: P.Params, tokens: Path, folder: Path) -> Gate:
     (folder / "work").mkdir(parents=True, exist_ok=True)
     files = [folder / file for file in ("model.safetensors", "metrics.json", "curve.csv", "timings.json")]
     entropy_model.run(
-        entropy_model.Params(params.seed, section), entropy_model.Inputs(tokens), entropy_model.Outputs(*files),
-        PrintTracker(), device="cpu", work=folder / "work",
-    )  # fmt: skip
+        entropy_model.Params(params.seed, section),
+        entropy_model.Inputs(tokens),
+        entropy_model.Outputs(*files),
+        PrintTracker(),
+        device="cpu",
+        work=folder / "work",
+    )
     return read_gate(name, folder)
 
 
@@ -107,10 +111,15 @@ def measure(gate: Gate, subject: Subject, images: int, folder: Path) -> dict[str
     found = run_trial(subject, trial, folder, folder / "work")
     name = subject.distance
     row = {
-        "gate": gate.name, "parameters": gate.parameters, "threshold": gate.threshold,
-        "agreement": gate.agreement, "mean_length": found["patch/mean_length"], "distance": found[name],
-        "interval": found["intervals"][name], "images_per_s": found["perf/images_per_s"],
-    }  # fmt: skip
+        "gate": gate.name,
+        "parameters": gate.parameters,
+        "threshold": gate.threshold,
+        "agreement": gate.agreement,
+        "mean_length": found["patch/mean_length"],
+        "distance": found[name],
+        "interval": found["intervals"][name],
+        "images_per_s": found["perf/images_per_s"],
+    }
     if gate.model:
         row["validation_loss"] = gate.loss
     low, high = row["interval"]

@@ -51,9 +51,12 @@ CODES, ROW, CLASSES, MEAN, MAX = 16384, 16, 1000, 1.81, 4
 TOKENS = ROW * ROW
 # width, heads, encoder + patch transformer + decoder layers
 SIZES = {
-    "384": (384, 6, (1, 5, 2)), "B": (768, 12, (1, 8, 3)), "XL/3": (1280, 20, (1, 9, 2)),
-    "L": (1024, 16, (1, 19, 4)), "XL": (1280, 20, (1, 30, 5)),
-}  # fmt: skip
+    "384": (384, 6, (1, 5, 2)),
+    "B": (768, 12, (1, 8, 3)),
+    "XL/3": (1280, 20, (1, 9, 2)),
+    "L": (1024, 16, (1, 19, 4)),
+    "XL": (1280, 20, (1, 30, 5)),
+}
 GATES = {"B": (768, 12, 12), "S": (384, 6, 6), "XS": (256, 4, 3)}
 RECOMMENDED = "XS"
 clock = time.perf_counter
@@ -168,12 +171,21 @@ def ratios(cases: list[Case], repeats: int, dtype: torch.dtype, device: torch.de
             allowed = flop_ratio(dpar, twin, models[name], drawn[name])
             ratio = other / mine
             patches = sum(map(len, drawn[name].patch_lengths)) / batch
-            rows.append({
-                "size": size, "batch": batch, "gate": name, "dpar_images_per_s": batch / mine,
-                "llamagen_images_per_s": batch / other, "ratio": ratio, "flop_ratio": allowed,
-                "efficiency": ratio / allowed, "mean_length": TOKENS / patches,
-                "spread": [round(x, 2) for x in seconds[name]], "twin_spread": [round(x, 2) for x in seconds["twin"]],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "size": size,
+                    "batch": batch,
+                    "gate": name,
+                    "dpar_images_per_s": batch / mine,
+                    "llamagen_images_per_s": batch / other,
+                    "ratio": ratio,
+                    "flop_ratio": allowed,
+                    "efficiency": ratio / allowed,
+                    "mean_length": TOKENS / patches,
+                    "spread": [round(x, 2) for x in seconds[name]],
+                    "twin_spread": [round(x, 2) for x in seconds["twin"]],
+                }
+            )
             print(
                 f"{size:5} batch {batch:3} gate {name:8} {batch / mine:8.4f} images/s, twin {batch / other:8.4f}, "
                 f"ratio {ratio:.3f} of {allowed:.3f} ({100 * ratio / allowed:.0f} %), {rows[-1]['spread']} "
@@ -220,18 +232,23 @@ class Stopwatch:
     """Exclusive seconds of each part of a run, by wrapping the functions that do it; the gate is one whole."""
 
     PARTS = (
-        ("decoder", lanes_module.Lanes, "decode"), ("encoder", lanes_module.Lanes, "encode"),
-        ("patch transformer", lanes_module.Lanes, "patch_launch"), ("sampling", guidance.Drawer, "__call__"),
+        ("decoder", lanes_module.Lanes, "decode"),
+        ("encoder", lanes_module.Lanes, "encode"),
+        ("patch transformer", lanes_module.Lanes, "patch_launch"),
+        ("sampling", guidance.Drawer, "__call__"),
         ("output layer", stepping.Head, "__call__"),
-        ("gate", stepping.GPTStepper, "__call__"), ("gate", lanes_module.Lanes, "probe_launch"),
+        ("gate", stepping.GPTStepper, "__call__"),
+        ("gate", lanes_module.Lanes, "probe_launch"),
         *(("scheduling", lanes_module.Lanes, name) for name in ("settle", "refill", "ready", "waiting")),
         ("scheduling", kv_cache.KVCache, "plan"),
-    )  # fmt: skip
+    )
     KINDS = (
-        ("matrices", stepping.Matrix, "__call__"), ("attention", kv_cache.KVCache, "attend"),
-        ("cache writes", kv_cache.KVCache, "write"), ("cache growth", kv_cache.KVCache, "_grow"),
+        ("matrices", stepping.Matrix, "__call__"),
+        ("attention", kv_cache.KVCache, "attend"),
+        ("cache writes", kv_cache.KVCache, "write"),
+        ("cache growth", kv_cache.KVCache, "_grow"),
         ("step plans", kv_cache.KVCache, "plan"),
-    )  # fmt: skip
+    )
 
     def __init__(self, parts, *, whole: str = "") -> None:
         self.parts, self.whole, self.seconds = parts, whole, defaultdict(float)

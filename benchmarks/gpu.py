@@ -74,9 +74,14 @@ class Scale:
 
 
 REAL = Scale(
-    16384, 16, {name: MODEL_SIZES[name] for name in ("B", "XL")}, {name: GATE_SIZES[name] for name in ("XS", "B")},
-    (1, 64, 256), 3, torch.bfloat16,
-)  # fmt: skip
+    16384,
+    16,
+    {name: MODEL_SIZES[name] for name in ("B", "XL")},
+    {name: GATE_SIZES[name] for name in ("XS", "B")},
+    (1, 64, 256),
+    3,
+    torch.bfloat16,
+)
 TINY = Scale(16, 4, {"tiny": ModelSize(32, 2, 1, 2, 1)}, {"XS": GateSize(16, 1, 1)}, (1, 9), 1, torch.float32)
 
 
@@ -153,9 +158,7 @@ def unexplained(found: Tensor, expected: Generated, seeds: list[int], settings: 
         first = int((found[image] != tokens[image]).nonzero()[0])
         logits = expected.logits[image, first].cpu()
         if settings is not None:
-            logits = filter_logits(
-                logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-            )  # fmt: skip
+            logits = filter_logits(logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
         cumulative = logits.double().softmax(-1).cumsum(-1)
         low, high = sorted((int(found[image, first]), int(tokens[image, first])))
         border = cumulative[low:high]  # of tokens in between, if any, the probability is nearly nothing
@@ -217,12 +220,20 @@ def correctness(device: torch.device, tiny: bool, budget_s: float, write: Write)
     kinds = {
         "gate entropy_model": ("4d", rows),
         "batch 1": ("4d", rows),
-        "interval, top-k, top-p": ("3d", replace(
-            rows, cfg_schedule="interval", cfg_interval=(0.1, 0.7), top_k=codes // 2, top_p=0.95, temperature=0.9,
-        )),
+        "interval, top-k, top-p": (
+            "3d",
+            replace(
+                rows,
+                cfg_schedule="interval",
+                cfg_interval=(0.1, 0.7),
+                top_k=codes // 2,
+                top_p=0.95,
+                temperature=0.9,
+            ),
+        ),
         "gate decoder": ("4d", replace(rows, gate="decoder", rule=replace(rows.rule, threshold=median - 0.3))),
         "static patches, 1d": ("1d", replace(rows, rule=PatchRule("static", grid, static_length=3))),
-    }  # fmt: skip
+    }
     for name, (encoding, settings) in list(kinds.items())[: 2 if tiny else None]:
         if time.monotonic() > until:
             cases[f"{name}: not run, out of time"] = (1, 0)
@@ -236,10 +247,11 @@ def correctness(device: torch.device, tiny: bool, budget_s: float, write: Write)
 
         expected = uncached(model, by_model, some.to(device), few, settings)
         ways = {
-            "ragged": sampled(static=False), "buckets": sampled(static=True, schedule="buckets"),
+            "ragged": sampled(static=False),
+            "buckets": sampled(static=True, schedule="buckets"),
             "ahead": sampled(static=True, schedule="ahead"),
             "not captured": sampled(static=True, schedule="buckets", capture=False),
-        }  # fmt: skip
+        }
         for way, drawn in ways.items():
             differ = unexplained(drawn.tokens, expected, few, settings)
             cases[f"{name}, {way}: images that differ from uncached"] = (differ, 0)
@@ -376,9 +388,11 @@ def sampling(
             drawn: dict[str, Generated] = {}
 
             def repeat(
-                runs: dict[str, Any] = runs, tokens: dict[str, Tensor] = tokens, drawn: dict[str, Generated] = drawn,
+                runs: dict[str, Any] = runs,
+                tokens: dict[str, Tensor] = tokens,
+                drawn: dict[str, Generated] = drawn,
                 taken: dict[str, list[float]] = taken,
-            ) -> None:  # fmt: skip
+            ) -> None:
                 for _ in range(scale.repeats):
                     for name, generator in runs.items():
                         seconds, drawn[name] = seconds_of(generator, tokens[name], device)
@@ -403,11 +417,18 @@ def sampling(
                 gate_config = gates[name.split(", ")[1].split()[1]].config if patches else None
                 costs = image_costs(config if patches else twin.config, gate_config, patches, batch)
                 row = {
-                    "size": size_name, "batch": batch, "model": name, "images_per_s": batch / median, "ratio": base / median,
-                    "flop_ratio": allowed[0] / costs[0], "byte_ratio": allowed[1] / costs[1],
-                    "mean_length": config.tokens / patches if patches else None, "seconds": taken[name],
-                    "ms_per_token": 1000 * median / config.tokens, "ready_s": ready[name],
-                }  # fmt: skip
+                    "size": size_name,
+                    "batch": batch,
+                    "model": name,
+                    "images_per_s": batch / median,
+                    "ratio": base / median,
+                    "flop_ratio": allowed[0] / costs[0],
+                    "byte_ratio": allowed[1] / costs[1],
+                    "mean_length": config.tokens / patches if patches else None,
+                    "seconds": taken[name],
+                    "ms_per_token": 1000 * median / config.tokens,
+                    "ready_s": ready[name],
+                }
                 rows.append(row)
                 say(
                     f"{size_name:3} batch {batch:3} {name:19} {row['images_per_s']:8.2f} images/s, ratio {row['ratio']:.2f} "
@@ -422,9 +443,14 @@ def sampling(
                         if time.monotonic() > until:
                             continue
                         seconds, _ = seconds_of(makers[name](**options), tokens[name], device)
-                        rows.append({
-                            "size": size_name, "batch": batch, "model": f"{name}, {how}", "images_per_s": batch / seconds,
-                        })  # fmt: skip
+                        rows.append(
+                            {
+                                "size": size_name,
+                                "batch": batch,
+                                "model": f"{name}, {how}",
+                                "images_per_s": batch / seconds,
+                            }
+                        )
                         say(f"{size_name:3} batch {batch:3} {name}, {how}: {batch / seconds:.2f} images/s")
                 write({"rows": rows})
         del dpar, twin, make, make_twin, makers
@@ -485,10 +511,11 @@ def driver() -> str | None:
 def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """Return the sampling table in Markdown."""
     lines = [
-        f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['date']}", "",
+        f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['date']}",
+        "",
         "| size | batch | model | images/s | ratio | FLOPs allow | bytes allow | mean length |",
         "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for row in rows:
         cells = [row["size"], str(row["batch"]), row["model"], f"{row['images_per_s']:.2f}"]
         cells += [f"{row[key]:.2f}" if row.get(key) else "" for key in ("ratio", "flop_ratio", "byte_ratio", "mean_length")]

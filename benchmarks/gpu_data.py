@@ -124,10 +124,16 @@ def encode_row(
     seconds = setup.seconds_of(lambda: encode_at(model, images, precision))
     codes = encode_at(model, images, precision)
     return {
-        "part": "tokenizer", "precision": precision, "channels_last": channels_last, "compiled": compiled,
-        "views": setup.views, "views_per_s": setup.views / seconds, "memory_gb": setup.memory_gb(),
-        "codes_that_differ": float((codes != expected).float().mean()), "codes_in_use": len(codes.unique()),
-    }  # fmt: skip
+        "part": "tokenizer",
+        "precision": precision,
+        "channels_last": channels_last,
+        "compiled": compiled,
+        "views": setup.views,
+        "views_per_s": setup.views / seconds,
+        "memory_gb": setup.memory_gb(),
+        "codes_that_differ": float((codes != expected).float().mean()),
+        "codes_in_use": len(codes.unique()),
+    }
 
 
 def decode_row(setup: Setup, precision: EncodePrecision, *, channels_last: bool, expected: Tensor) -> Row:
@@ -148,10 +154,14 @@ def decode_row(setup: Setup, precision: EncodePrecision, *, channels_last: bool,
         expected.set_(images)
     difference = (images.int() - expected.int()).abs()
     return {
-        "part": "decoder", "precision": precision, "channels_last": channels_last, "images": count,
-        "images_per_s": count / seconds, "largest_difference": int(difference.max()),
+        "part": "decoder",
+        "precision": precision,
+        "channels_last": channels_last,
+        "images": count,
+        "images_per_s": count / seconds,
+        "largest_difference": int(difference.max()),
         "bytes_that_differ": float((difference > 0).float().mean()),
-    }  # fmt: skip
+    }
 
 
 def gate_row(
@@ -177,10 +187,16 @@ def gate_row(
     whole = expected.setdefault((name, views), found)
     threshold = whole.median()
     return {
-        "part": "entropies", "gate": name, "precision": precision, "views": views, "views_per_s": views / seconds,
-        "memory_gb": setup.memory_gb(), "largest_difference_nats": float((found - whole).abs().max()),
-        "spread_nats": float(whole.std()), "flips": float(((found > threshold) != (whole > threshold)).float().mean()),
-    }  # fmt: skip
+        "part": "entropies",
+        "gate": name,
+        "precision": precision,
+        "views": views,
+        "views_per_s": views / seconds,
+        "memory_gb": setup.memory_gb(),
+        "largest_difference_nats": float((found - whole).abs().max()),
+        "spread_nats": float(whole.std()),
+        "flips": float(((found > threshold) != (whole > threshold)).float().mean()),
+    }
 
 
 def data(device: torch.device | str, *, tiny: bool, budget_s: float, write: Write) -> Row:
@@ -205,10 +221,12 @@ def data(device: torch.device | str, *, tiny: bool, budget_s: float, write: Writ
     for name in ("B", "XS"):
         for views in GATE_VIEWS[: 1 if tiny or name == "XS" else 2]:
             for precision in precisions:
-                work.append((
-                    f"entropies {name} {precision}",
-                    lambda n=name, p=precision, v=4 if tiny else views: gate_row(setup, n, p, v, entropies),
-                ))  # fmt: skip
+                work.append(
+                    (
+                        f"entropies {name} {precision}",
+                        lambda n=name, p=precision, v=4 if tiny else views: gate_row(setup, n, p, v, entropies),
+                    )
+                )
     for channels_last in (False, True):
         for precision in precisions:
             options = {"channels_last": channels_last, "expected": pixels}

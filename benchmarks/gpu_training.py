@@ -95,9 +95,15 @@ class Setup:
     def config(self, family: str, size: ModelSize) -> DPARConfig | GPTConfig:
         """Return the config of a DPAR or of its baseline."""
         shape: dict[str, Any] = {
-            "codebook_size": self.codes, "row_width": self.row_width, "width": size.width, "heads": size.heads,
-            "num_classes": CLASSES, "dropout": 0.1, "class_dropout": 0.1, "ffn_multiple": 32 if self.tiny else 256,
-        }  # fmt: skip
+            "codebook_size": self.codes,
+            "row_width": self.row_width,
+            "width": size.width,
+            "heads": size.heads,
+            "num_classes": CLASSES,
+            "dropout": 0.1,
+            "class_dropout": 0.1,
+            "ffn_multiple": 32 if self.tiny else 256,
+        }
         if family == "llamagen":
             return GPTConfig(**shape, layers=size.layers)
         return DPARConfig(
@@ -251,9 +257,13 @@ def largest_batch(setup: Setup, config: DPARConfig | GPTConfig, *, patches: floa
             trainee.take(images)
             continue
         found = {
-            "images": images, "tried": tried, "memory_gb": peak / 1e9, "expected_gb": told.total(images) / 1e9,
-            "activations_mb_per_image": measured / 1e6, "expected_mb_per_image": told.activations / 1e6,
-        }  # fmt: skip
+            "images": images,
+            "tried": tried,
+            "memory_gb": peak / 1e9,
+            "expected_gb": told.total(images) / 1e9,
+            "activations_mb_per_image": measured / 1e6,
+            "expected_mb_per_image": told.activations / 1e6,
+        }
         return trainee, found
 
 
@@ -262,10 +272,15 @@ def train_row(setup: Setup, trainee: Trainee, row: Row) -> Row:
     seconds = trainee.timed()
     per_image = flops.training_flops(trainee.forward_flops())
     return {
-        **row, "images": trainee.images, "step_s": seconds, "images_per_s": trainee.images / seconds,
-        "mfu": per_image * trainee.images / seconds / setup.peak, "gflops_per_image": per_image / 1e9,
-        "patches_per_image": trainee.patches, **trainee.shares(),
-    }  # fmt: skip
+        **row,
+        "images": trainee.images,
+        "step_s": seconds,
+        "images_per_s": trainee.images / seconds,
+        "mfu": per_image * trainee.images / seconds / setup.peak,
+        "gflops_per_image": per_image / 1e9,
+        "patches_per_image": trainee.patches,
+        **trainee.shares(),
+    }
 
 
 def kernels_of(setup: Setup, trainee: Trainee, *, most: int = 16) -> Row:
@@ -437,8 +452,12 @@ def ratios(rows: list[Row], write: Write) -> list[Row]:
         ratio = dpar["images_per_s"] / baseline["images_per_s"]
         promised = baseline["gflops_per_image"] / dpar["gflops_per_image"]
         row = {
-            "size": dpar["size"], "compiled": compiled, "ratio": ratio, "promised": promised, "efficiency": ratio / promised,
-        }  # fmt: skip
+            "size": dpar["size"],
+            "compiled": compiled,
+            "ratio": ratio,
+            "promised": promised,
+            "efficiency": ratio / promised,
+        }
         write(row)
         found.append(row)
     return found

@@ -148,18 +148,29 @@ def main() -> None:
         flops, peak = training_flops_of_image(), PUBLISHED_PEAKS["H200"]
         needed = UTILISATION * peak / flops
         found = {
-            "samples": options.samples, "index_seconds": large["opened"], "maps_seconds": large["maps_opened"],
-            "memory_growth_mb": (large["grown"] - small["grown"]) / 1e6, "samples_per_s": large["per_s"],
-            "samples_per_s_first_pass": large["first_per_s"], "read_bytes_per_sample": read_bytes,
-            "share_of_cat": large["per_s"] * read_bytes / speed, "cat_gb_per_s": speed / 1e9,
-            "h200_images_per_s": needed, "times_h200": large["per_s"] / needed, "shard_bytes_per_sample": shard_bytes,
-            "uint16_bytes_per_sample": 2 * options.views * TOKENS, "least_bytes_per_sample": least,
-            "map_bytes_per_sample": map_bytes, "map_parquet_bytes_per_sample": parquet,
+            "samples": options.samples,
+            "index_seconds": large["opened"],
+            "maps_seconds": large["maps_opened"],
+            "memory_growth_mb": (large["grown"] - small["grown"]) / 1e6,
+            "samples_per_s": large["per_s"],
+            "samples_per_s_first_pass": large["first_per_s"],
+            "read_bytes_per_sample": read_bytes,
+            "share_of_cat": large["per_s"] * read_bytes / speed,
+            "cat_gb_per_s": speed / 1e9,
+            "h200_images_per_s": needed,
+            "times_h200": large["per_s"] / needed,
+            "shard_bytes_per_sample": shard_bytes,
+            "uint16_bytes_per_sample": 2 * options.views * TOKENS,
+            "least_bytes_per_sample": least,
+            "map_bytes_per_sample": map_bytes,
+            "map_parquet_bytes_per_sample": parquet,
             "least_map_bytes_per_sample": options.views * (TOKENS - 1) / 8,
-        }  # fmt: skip
-        print(f"medians of {options.repeats} repeats of {options.read:,} samples, warm cache; training DPAR-B takes "
-              f"{flops / 1e9:.1f} GFLOP an image of {TOKENS} tokens at {MEAN_LENGTH} a patch, so an H200 trains "
-              f"{UTILISATION} x {peak / 1e12:.0f}e12 / {flops / 1e9:.1f}e9 = {needed:,.0f} images/s")  # fmt: skip
+        }
+        print(
+            f"medians of {options.repeats} repeats of {options.read:,} samples, warm cache; training DPAR-B takes "
+            f"{flops / 1e9:.1f} GFLOP an image of {TOKENS} tokens at {MEAN_LENGTH} a patch, so an H200 trains "
+            f"{UTILISATION} x {peak / 1e12:.0f}e12 / {flops / 1e9:.1f}e9 = {needed:,.0f} images/s"
+        )
         for name, value in found.items():
             print(f"{name:30} {value:14,.3f}")
         print("RESULT " + json.dumps(found))

@@ -72,9 +72,17 @@ def main() -> None:
     print(f"{options.maps:,} maps of {options.tokens} tokens, mean length {mean:.2f}, one core, {options.repeats} repeats")
     print(f"  vectorised   {seconds:8.2f} s a million")
     print(f"  plain Python {plain:8.2f} s a million ({WALKED:,} maps walked), {plain / seconds:.1f} times as long")
-    print("RESULT " + json.dumps({
-        "seconds_per_million": seconds, "plain_seconds_per_million": plain, "ratio": plain / seconds, "mean_length": mean,
-    }))  # fmt: skip
+    print(
+        "RESULT "
+        + json.dumps(
+            {
+                "seconds_per_million": seconds,
+                "plain_seconds_per_million": plain,
+                "ratio": plain / seconds,
+                "mean_length": mean,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -63,10 +63,17 @@ def main() -> None:
             bare.append(time.perf_counter() - started)
         size = sum(file.stat().st_size for file in entropies.glob("*.parquet"))
     again, baseline = statistics.median(seconds[1:]), statistics.median(bare)
-    print(f"{len(stats.cells)} rules on {stats.maps:,} of {SHARDS * SHARD * options.views:,} views of {SHARDS} shards, "
-          f"{size / 1e9:.2f} GB: first {seconds[0]:.1f} s, again {again:.1f} s; reading alone {baseline:.1f} s")  # fmt: skip
-    found = {"views": options.views, "first_seconds": seconds[0], "seconds": again, "read_seconds": baseline,
-             "ratio": again / baseline}  # fmt: skip
+    print(
+        f"{len(stats.cells)} rules on {stats.maps:,} of {SHARDS * SHARD * options.views:,} views of {SHARDS} shards, "
+        f"{size / 1e9:.2f} GB: first {seconds[0]:.1f} s, again {again:.1f} s; reading alone {baseline:.1f} s"
+    )
+    found = {
+        "views": options.views,
+        "first_seconds": seconds[0],
+        "seconds": again,
+        "read_seconds": baseline,
+        "ratio": again / baseline,
+    }
     print("RESULT " + json.dumps(found))
 
 

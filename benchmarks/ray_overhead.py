@@ -177,10 +177,16 @@ def make_job(size: str, batch: int, steps: int, data: Path) -> Job:
     config = GPTConfig(CODES, GRID, width, heads, layers, num_classes=len(meta.classes), dropout=0.1)
     training = settled(load_params(ROOT / "params" / "demo.yaml"), "cpu").train.model_copy(
         update={
-            "steps": steps, "batch_size": batch, "log_every": EVERY, "validate_every": 10**6,
-            "checkpoint_every": 10**6, "validation_images": batch, "workers": 1, "accumulate": 1,
+            "steps": steps,
+            "batch_size": batch,
+            "log_every": EVERY,
+            "validate_every": 10**6,
+            "checkpoint_every": 10**6,
+            "validation_images": batch,
+            "workers": 1,
+            "accumulate": 1,
         }
-    )  # fmt: skip
+    )
     return Job("llamagen", config, training, 0, data / "tokens")
 
 
@@ -208,9 +214,7 @@ def main() -> None:
         job = make_job(*asked, data)
         scale = ray_train.Scale.of(job.training, device="cpu")
         words = [sys.executable, __file__, *zip_words(asked), "--plain-on", str(data), "--driver", str(os.getpid())]
-        beside = subprocess.Popen(
-            words, env={**os.environ, **allocator.ENVIRONMENT}, stdout=subprocess.PIPE, text=True
-        )  # fmt: skip
+        beside = subprocess.Popen(words, env={**os.environ, **allocator.ENVIRONMENT}, stdout=subprocess.PIPE, text=True)
         try:
             meter, root = Meter(beside), str(data / "run")
             function = partial(importlib.import_module("ray_overhead").with_ray, job, root, data)  # found by its name
@@ -241,10 +245,16 @@ def main() -> None:
         f"{slower:+.1%} (95 % interval {low - 1:+.1%} to {high - 1:+.1%})"
     )
     result = {
-        "ray_share_of_cpu": round(share, 4), "step_s": round(within, 3), "plain_step_s": round(without, 3),
-        "slower_by": round(slower, 4), "slower_by_interval": [round(low - 1, 4), round(high - 1, 4)], "pairs": pairs,
-        "size": options.size, "batch": options.batch, "cluster": options.cluster,
-    }  # fmt: skip
+        "ray_share_of_cpu": round(share, 4),
+        "step_s": round(within, 3),
+        "plain_step_s": round(without, 3),
+        "slower_by": round(slower, 4),
+        "slower_by_interval": [round(low - 1, 4), round(high - 1, 4)],
+        "pairs": pairs,
+        "size": options.size,
+        "batch": options.batch,
+        "cluster": options.cluster,
+    }
     print("RESULT", json.dumps(result))
 
 

@@ -80,8 +80,10 @@ def main() -> None:
             load = os.getloadavg()[0]
             runs.append({**watch(folder), "load average before": load})
     count = cpus()
-    print(f"python benchmarks/ray_start.py --repeats {repeats}: Ray {ray.__version__}, Python {platform.python_version()}, "
-          f"{count} CPUs; seconds from the start of the command, cold, no warm-up")  # fmt: skip
+    print(
+        f"python benchmarks/ray_start.py --repeats {repeats}: Ray {ray.__version__}, Python {platform.python_version()}, "
+        f"{count} CPUs; seconds from the start of the command, cold, no warm-up"
+    )
     print(f"{'':24}" + "".join(f"{f'run {number}':>10}" for number in range(repeats)) + f"{'median':>10}")
     for name in runs[0]:
         values = [run[name] for run in runs]

@@ -111,11 +111,20 @@ def main() -> None:
         ratios[name] = plain_s / ours_s
         print(f"  {name:22} {ours_s:8.1f} s, plain {plain_s:8.1f} s, {ratios[name]:.2f} times as fast")
         print(f"  {'':22} {ours_value} and {plain_value}")
-    print("RESULT " + json.dumps({
-        "images": options.images, "dimensions": options.dimensions, "seconds": sum(seconds.values()), "by_metric": seconds,
-        "peak_gib": peak, "ratio_frechet": ratios["Frechet distance"],
-        "ratio_precision_recall": ratios["precision and recall"],
-    }))  # fmt: skip
+    print(
+        "RESULT "
+        + json.dumps(
+            {
+                "images": options.images,
+                "dimensions": options.dimensions,
+                "seconds": sum(seconds.values()),
+                "by_metric": seconds,
+                "peak_gib": peak,
+                "ratio_frechet": ratios["Frechet distance"],
+                "ratio_precision_recall": ratios["precision and recall"],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -29,10 +29,20 @@ def command(name: str, images: int) -> list[str]:
     middle = read_rule(Path("artifacts/patch_maps/rule.json")).threshold
     thresholds = ",".join(f"{middle + offset:.2f}" for offset in (-0.4, 0.0, 0.3, 0.6))
     return [
-        sys.executable, "-c", "from pipeline.cli import main; main()", "sweep", "threshold",
-        "--thresholds", thresholds, "--cfg", "1.0,1.5,2.0",
-        "--images", str(images), "--name", name,
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        "from pipeline.cli import main; main()",
+        "sweep",
+        "threshold",
+        "--thresholds",
+        thresholds,
+        "--cfg",
+        "1.0,1.5,2.0",
+        "--images",
+        str(images),
+        "--name",
+        name,
+    ]
 
 
 def results(name: str) -> list[dict]:
@@ -83,14 +93,18 @@ def main() -> None:
     folder = Path("sweeps", "benchmark-killed", "trials")
     untouched = all((folder / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
     found = {
-        "trials": len(search), "finals": len(whole) - len(search), "images": options.images, "seconds": seconds,
+        "trials": len(search),
+        "finals": len(whole) - len(search),
+        "images": options.images,
+        "seconds": seconds,
         "seconds_per_trial": statistics.median(one["seconds"] for one in search),
         "overhead_per_trial": (seconds - inside) / len(whole),
         "not_drawing_per_trial": (seconds - drawing) / len(whole),
-        "kept_after_kill": len(kept), "kept_untouched": untouched,
+        "kept_after_kill": len(kept),
+        "kept_untouched": untouched,
         "same_after_kill": again.returncode == 0 and same(whole, results("benchmark-killed")),
         "cpus": cpus(),
-    }  # fmt: skip
+    }
     for name, value in found.items():
         print(f"{name:24} {value:.3f}" if isinstance(value, float) else f"{name:24} {value}")
     print("RESULT " + json.dumps(found))

@@ -94,10 +94,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         make_images(place / "images", images, per_batch, shape.sides)
-        section = params.data.model_copy(update={
-            "source": "imagefolder", "train": str(place / "images" / "train"),
-            "validation": str(place / "images" / "validation"), "image_size": shape.pixels, "views": VIEWS,
-        })  # fmt: skip
+        section = params.data.model_copy(
+            update={
+                "source": "imagefolder",
+                "train": str(place / "images" / "train"),
+                "validation": str(place / "images" / "validation"),
+                "image_size": shape.pixels,
+                "views": VIEWS,
+            }
+        )
         made = data.Outputs(place / "manifest.parquet", place / "data.json")
         (place / "work").mkdir()
         inputs = data.Inputs(place / "images.json")
@@ -129,17 +134,28 @@ def main() -> None:
             pipeline.append(total / (time.perf_counter() - started))
             bare.append(bare_images_per_s(model, ready, batches))
     end_to_end, encode, filled = statistics.median(pipeline), statistics.median(bare), total / (batches * per_batch)
-    print(f"{options.shape} on {options.device}, {total} JPEG files of {shape.sides[1]} x {shape.sides[0]}, "
-          f"{shape.batch} views a batch, {threads} threads, medians of {options.repeats}")  # fmt: skip
+    print(
+        f"{options.shape} on {options.device}, {total} JPEG files of {shape.sides[1]} x {shape.sides[0]}, "
+        f"{shape.batch} views a batch, {threads} threads, medians of {options.repeats}"
+    )
     print(f"  stage          {end_to_end:9.2f} images/s (both views, decoding, shards, digests, index)")
     print(f"  bare encode    {encode:9.2f} images/s")
     print(f"  decoding alone {decode:9.2f} images/s on one core: {encode / decode:.2f} cores feed the encoder")
     print(f"  efficiency {end_to_end / encode:.3f}; {filled:.3f} of the slots of {batches} batches are filled")
-    print("RESULT " + json.dumps({
-        "shape": options.shape, "device": options.device, "pipeline_images_per_s": end_to_end,
-        "encode_images_per_s": encode, "efficiency": end_to_end / encode, "decode_images_per_s_core": decode,
-        "filled_share": filled,
-    }))  # fmt: skip
+    print(
+        "RESULT "
+        + json.dumps(
+            {
+                "shape": options.shape,
+                "device": options.device,
+                "pipeline_images_per_s": end_to_end,
+                "encode_images_per_s": encode,
+                "efficiency": end_to_end / encode,
+                "decode_images_per_s_core": decode,
+                "filled_share": filled,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -79,10 +79,16 @@ def make_job(data: Path, batch: int, checkpointing: bool) -> Job:
     config = DPARConfig(CODES, GRID, 256, 4, 1, 3, 2, num_classes=2, dropout=0.1, class_dropout=0.1)
     training = settled(load_params(ROOT / "params" / "demo.yaml"), "cpu").train.model_copy(
         update={
-            "steps": 3, "batch_size": batch, "validate_every": 3, "checkpoint_every": 3, "validation_images": batch,
-            "activation_checkpointing": checkpointing, "workers": 1, "accumulate": 1,
+            "steps": 3,
+            "batch_size": batch,
+            "validate_every": 3,
+            "checkpoint_every": 3,
+            "validation_images": batch,
+            "activation_checkpointing": checkpointing,
+            "workers": 1,
+            "accumulate": 1,
         }
-    )  # fmt: skip
+    )
     return Job("dpar", config, training, 0, data / "tokens", data / "maps")
 
 
@@ -111,8 +117,10 @@ def main() -> None:
         return
     small, large = 2_000, arguments.large
     grown = {}
-    print(f"python benchmarks/train_memory.py: torch {torch.__version__}, Python {platform.python_version()}, "
-          f"{platform.processor() or platform.machine()}; peak MB above imports, fresh processes")  # fmt: skip
+    print(
+        f"python benchmarks/train_memory.py: torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.processor() or platform.machine()}; peak MB above imports, fresh processes"
+    )
     print(f"{'batch':>6}{f'{small:,} images':>18}{f'{large:,} images':>18}{'checkpointing':>16}{'cost expects':>15}")
     with tempfile.TemporaryDirectory() as temporary:
         for images in (small, large):

@@ -43,7 +43,7 @@ SIZES = {
     **MODEL_SIZES,
     "L/4": MODEL_SIZES["L"]._replace(patch_layers=4, decoder_layers=1),
     "tiny": ModelSize(64, 4, 1, 2, 1),
-}  # fmt: skip
+}
 OPTIM = OptimSettings(lr=1e-4)
 
 
@@ -232,11 +232,19 @@ def measure(size: str, options: argparse.Namespace, device: torch.device) -> dic
     print(f"padding waste {waste:.2%} of all forward FLOPs, DPAR's utilisation {utilisation:.1%} of the peak")
     print(f"ratio {ratio:.3f}, promised by FLOPs {promised:.3f}, efficiency {ratio / promised:.3f}")
     found = {
-        "size": size, "batch": options.batch, "precision": options.precision, "device": str(device),
-        "dpar_images_per_s": speed["dpar"], "llamagen_images_per_s": speed["llamagen"], "ratio": ratio,
-        "flop_ratio": promised, "efficiency": ratio / promised, "padding_waste": waste, "utilisation": utilisation,
+        "size": size,
+        "batch": options.batch,
+        "precision": options.precision,
+        "device": str(device),
+        "dpar_images_per_s": speed["dpar"],
+        "llamagen_images_per_s": speed["llamagen"],
+        "ratio": ratio,
+        "flop_ratio": promised,
+        "efficiency": ratio / promised,
+        "padding_waste": waste,
+        "utilisation": utilisation,
         "mean_length": TOKENS / patches,
-    }  # fmt: skip
+    }
     if "plain" in speed:
         print(f"twin against plain code {speed['llamagen'] / speed['plain']:.3f}")
         found |= {"plain_images_per_s": speed["plain"], "twin_against_plain": speed["llamagen"] / speed["plain"]}

@@ -19,9 +19,7 @@ Precision = Literal["fp32", "bf16"]
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 
 # Levels of oneDNN's ONEDNN_MAX_CPU_ISA that hide a CPU's bfloat16 products, and of ATEN_CPU_CAPABILITY.
-_ISAS_WITHOUT = frozenset(
-    ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-)  # fmt: skip
+_ISAS_WITHOUT = frozenset(("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"))
 _CAPABILITIES_WITHOUT = frozenset(("default", "avx2"))
 
 

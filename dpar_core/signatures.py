@@ -8,9 +8,27 @@ from pathlib import Path
 from typing import Literal
 
 Kind = Literal[
-    "empty", "lfs", "html", "xml", "json", "text", "npy", "zip", "safetensors", "pickle", "gzip", "tar", "hdf5", "gguf",
-    "image", "folder", "unreadable", "special", "zeros", "unknown",
-]  # fmt: skip
+    "empty",
+    "lfs",
+    "html",
+    "xml",
+    "json",
+    "text",
+    "npy",
+    "zip",
+    "safetensors",
+    "pickle",
+    "gzip",
+    "tar",
+    "hdf5",
+    "gguf",
+    "image",
+    "folder",
+    "unreadable",
+    "special",
+    "zeros",
+    "unknown",
+]
 
 _SENTENCES: dict[Kind, str] = {
     "empty": "is empty: fetch it again",
@@ -33,10 +51,18 @@ _SENTENCES: dict[Kind, str] = {
     "zeros": "holds zeros only, as an interrupted download leaves it: fetch it again",
 }
 _MAGIC: tuple[tuple[bytes, Kind], ...] = (
-    (b"version https://git-lfs", "lfs"), (b"\x93NUMPY", "npy"), (b"PK\x03\x04", "zip"), (b"PK\x05\x06", "zip"),
-    (b"\x1f\x8b", "gzip"), (b"\x89HDF\r\n\x1a\n", "hdf5"), (b"GGUF", "gguf"), (b"\x89PNG", "image"),
-    (b"\xff\xd8\xff", "image"), (b"GIF8", "image"), (b"BM", "image"),
-)  # fmt: skip
+    (b"version https://git-lfs", "lfs"),
+    (b"\x93NUMPY", "npy"),
+    (b"PK\x03\x04", "zip"),
+    (b"PK\x05\x06", "zip"),
+    (b"\x1f\x8b", "gzip"),
+    (b"\x89HDF\r\n\x1a\n", "hdf5"),
+    (b"GGUF", "gguf"),
+    (b"\x89PNG", "image"),
+    (b"\xff\xd8\xff", "image"),
+    (b"GIF8", "image"),
+    (b"BM", "image"),
+)
 
 
 def kind_of(path: Path | str) -> Kind:

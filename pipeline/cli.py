@@ -94,10 +94,16 @@ def ui(
     # -P: not the code of the current folder. The address goes through the environment: it may hold a password.
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     artifacts = (store_root(root) / "mlartifacts").as_uri()
-    os.execve(sys.executable, command, {
-        **os.environ, "MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_LOGGING_LEVEL": "ERROR",
-        **({} if "MLFLOW_TRACKING_URI" in os.environ else {"MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts}),
-    })  # fmt: skip
+    os.execve(
+        sys.executable,
+        command,
+        {
+            **os.environ,
+            "MLFLOW_BACKEND_STORE_URI": uri,
+            "MLFLOW_LOGGING_LEVEL": "ERROR",
+            **({} if "MLFLOW_TRACKING_URI" in os.environ else {"MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts}),
+        },
+    )
 
 
 @app.command()
@@ -158,10 +164,21 @@ def sample(
     """
     from pipeline.commands.sample import draw_samples
 
-    print(draw_samples(
-        classes, seed, out, model=model, count=count, cfg_scale=cfg_scale, borders=borders, given=given,
-        keep_rows=keep_rows, root=_root(), params_file=PARAMS,
-    ))  # fmt: skip
+    print(
+        draw_samples(
+            classes,
+            seed,
+            out,
+            model=model,
+            count=count,
+            cfg_scale=cfg_scale,
+            borders=borders,
+            given=given,
+            keep_rows=keep_rows,
+            root=_root(),
+            params_file=PARAMS,
+        )
+    )
 
 
 @params_app.command("show")

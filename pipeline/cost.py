@@ -122,10 +122,12 @@ def costs(
         total = training_flops(forward[name]) * training.steps * training.batch_size
         hours = prices.hours(total)
         memory = training_memory(
-            config, patches if name == "dpar" else None, bf16=training.precision != "fp32",
+            config,
+            patches if name == "dpar" else None,
+            bf16=training.precision != "fp32",
             checkpointing=training.activation_checkpointing,
             shards=training.workers if training.strategy == "fsdp" else 1,
-        )  # fmt: skip
+        )
         told[name] = {
             "parameters": config.num_parameters,
             "forward_gflops": forward[name] / GIGA,

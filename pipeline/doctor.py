@@ -248,8 +248,12 @@ def check_path(name: str, text: str) -> Check:
         return Check(name, "fail", f"{text} does not exist", f"put it there, or change {name}{there}")
     if path.is_dir():
         empty = next(path.iterdir(), None) is None
-        return Check(name, "fail" if empty else "ok", f"{text} is {'an empty' if empty else 'a'} folder",
-                     f"fill it, or change {name}" if empty else "")  # fmt: skip
+        return Check(
+            name,
+            "fail" if empty else "ok",
+            f"{text} is {'an empty' if empty else 'a'} folder",
+            f"fill it, or change {name}" if empty else "",
+        )
     length = path.stat().st_size
     if length == 0:
         return Check(name, "fail", f"{text} is empty", "fetch it again")

@@ -27,7 +27,7 @@ def wrapped(text: str, *, first: str = "", rest: str = "", width: int = WIDTH) -
     """Wrap a sentence; first, rest: what stands before its first and further lines. Long paths are never broken."""
     return textwrap.fill(
         text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
-    )  # fmt: skip
+    )
 
 
 def duration(seconds: float) -> str:

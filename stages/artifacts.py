@@ -126,29 +126,48 @@ INPUTS: dict[str, dict[str, Artifact]] = {
     "train_dpar": {"tokens": TOKENS, "patch_maps": PATCH_MAPS},
     "train_llamagen": {"tokens": TOKENS},
     "time_training": {
-        "tokens": TOKENS, "patch_maps": PATCH_MAPS, "dpar": MODELS["dpar"], "llamagen": MODELS["llamagen"],
+        "tokens": TOKENS,
+        "patch_maps": PATCH_MAPS,
+        "dpar": MODELS["dpar"],
+        "llamagen": MODELS["llamagen"],
         "snapshots": SNAPSHOTS,
     },
     "time_sampling": {
-        "dpar": MODELS["dpar"], "llamagen": MODELS["llamagen"], "entropy_model": ENTROPY_MODEL, "tokenizer": TOKENIZER,
+        "dpar": MODELS["dpar"],
+        "llamagen": MODELS["llamagen"],
+        "entropy_model": ENTROPY_MODEL,
+        "tokenizer": TOKENIZER,
         "patch_rule": PATCH_RULE,
     },
     "sample_dpar": {
-        "model": MODELS["dpar"], "entropy_model": ENTROPY_MODEL, "tokenizer": TOKENIZER, "patch_rule": PATCH_RULE,
+        "model": MODELS["dpar"],
+        "entropy_model": ENTROPY_MODEL,
+        "tokenizer": TOKENIZER,
+        "patch_rule": PATCH_RULE,
     },
     "sample_llamagen": {"model": MODELS["llamagen"], "equal_time": EQUAL_TIME, "tokenizer": TOKENIZER},
     "score_dpar": {"manifest": MANIFEST, "features": CLASSIFIER, "samples": SAMPLES["dpar"], "seen": SCORING_SEEN},
     "score_llamagen": {
-        "manifest": MANIFEST, "features": CLASSIFIER, "samples": SAMPLES["llamagen"],
-        "equal_time": SAMPLES["llamagen_equal_time"], "seen": SCORING_SEEN,
+        "manifest": MANIFEST,
+        "features": CLASSIFIER,
+        "samples": SAMPLES["llamagen"],
+        "equal_time": SAMPLES["llamagen_equal_time"],
+        "seen": SCORING_SEEN,
     },
     "report": {
-        "manifest": MANIFEST, "tokenizer": TOKENIZER_FOLDER, "tokens": TOKENS, "entropy_model": ENTROPY_MODEL_FOLDER,
-        "entropies": ENTROPIES, "patch_maps": PATCH_MAPS, "histogram": PATCH_LENGTHS, "models": MODELS_FOLDER,
+        "manifest": MANIFEST,
+        "tokenizer": TOKENIZER_FOLDER,
+        "tokens": TOKENS,
+        "entropy_model": ENTROPY_MODEL_FOLDER,
+        "entropies": ENTROPIES,
+        "patch_maps": PATCH_MAPS,
+        "histogram": PATCH_LENGTHS,
+        "models": MODELS_FOLDER,
         "speed": SPEED_FOLDER,
-        "samples": SAMPLES_FOLDER, "scores": SCORES_FOLDER,
+        "samples": SAMPLES_FOLDER,
+        "scores": SCORES_FOLDER,
     },
-}  # fmt: skip
+}
 
 
 def maker_of(path: Path, root: Path) -> str | None:

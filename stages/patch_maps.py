@@ -132,9 +132,12 @@ def make_rule(patching: P.Patching, maps: EntropyMaps) -> tuple[PatchRule, int]:
     spaced, where there are more. Raises ValueError when no threshold gives that length.
     """
     given = PatchRule(
-        patching.mode, maps.shards.meta.row_width, patching.threshold if patching.threshold is not None else 0.0,
-        patching.max_patch_length, patching.static_length,
-    )  # fmt: skip
+        patching.mode,
+        maps.shards.meta.row_width,
+        patching.threshold if patching.threshold is not None else 0.0,
+        patching.max_patch_length,
+        patching.static_length,
+    )
     if not given.reads_entropies or patching.target_mean_length is None:
         return given, 0
     sample = maps.sample(MEASURED_MAPS)

@@ -260,9 +260,13 @@ def _publish(job: Job, sampler: Sampler, target: Path, tracker: Tracker, *, pref
     seconds = np.sum(list(batch_arrays(job, "seconds")), axis=0)
     metrics = patch_metrics(sampler, starts)
     timings = {
-        "seconds": float(seconds.sum()), "draw_seconds": float(seconds[0]), "decode_seconds": float(seconds[1]),
-        "images_per_s": len(labels) / float(seconds[0]), "workers": sample.workers, "cpus": os.cpu_count(),
-    }  # fmt: skip
+        "seconds": float(seconds.sum()),
+        "draw_seconds": float(seconds[0]),
+        "decode_seconds": float(seconds[1]),
+        "images_per_s": len(labels) / float(seconds[0]),
+        "workers": sample.workers,
+        "cpus": os.cpu_count(),
+    }
     with atomic_folder(target) as folder:
         write_samples(folder / SAMPLE_IMAGES, batch_arrays(job, "images"), labels)
         tokens = np.concatenate(list(batch_arrays(job, "tokens")))
@@ -279,10 +283,15 @@ def _publish(job: Job, sampler: Sampler, target: Path, tracker: Tracker, *, pref
 def protocol(sampler: Sampler, sample: P.Sample) -> dict[str, Any]:
     """Return how a set of samples came about, as JSON data with a digest: what makes scores comparable."""
     content = {
-        **sampler.protocol(), "images": sample.images, "plan": sample.plan, "first_seed": sample.seed,
-        "num_classes": sampler.config.num_classes, "classes": sampler.class_names,
-        "image_size": sample.resize or sampler.image_size, "resized_from": sampler.image_size if sample.resize else None,
-    }  # fmt: skip
+        **sampler.protocol(),
+        "images": sample.images,
+        "plan": sample.plan,
+        "first_seed": sample.seed,
+        "num_classes": sampler.config.num_classes,
+        "classes": sampler.class_names,
+        "image_size": sample.resize or sampler.image_size,
+        "resized_from": sampler.image_size if sample.resize else None,
+    }
     return {**content, "digest": digest_of(content)}
 
 

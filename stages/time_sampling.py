@@ -61,9 +61,13 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     wait_for_helpers()
     with tracker.progress(int(SECONDS), "time sampling in turns", unit="s") as bar:
         turns = take_turns(
-            lambda: draw(models[0]), lambda: draw(models[1]), seconds=SECONDS, units=images, wait=waits_for(device),
+            lambda: draw(models[0]),
+            lambda: draw(models[1]),
+            seconds=SECONDS,
+            units=images,
+            wait=waits_for(device),
             progress=whole_seconds(bar.advance),
-        )  # fmt: skip
+        )
     pace = Pace("image", images, turns, machine_words(device))
     write_pace(outputs.speed, pace)
     for name, rate in pace.images_per_s.items():

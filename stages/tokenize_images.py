@@ -150,9 +150,16 @@ def token_meta(manifest: Manifest, tokenizer: Path, params: Params) -> TokenMeta
     config, size, name = trained.config, params.data.image_size, params.data.views
     grid = size // config.downsample
     return TokenMeta(
-        grid, config.codebook_size, name, VIEW_COUNTS[name], size, manifest.classes, trained.digest, manifest.digest,
+        grid,
+        config.codebook_size,
+        name,
+        VIEW_COUNTS[name],
+        size,
+        manifest.classes,
+        trained.digest,
+        manifest.digest,
         params.tokenize_images.precision,
-    )  # fmt: skip
+    )
 
 
 def plan_shards(manifest: Manifest, shard_images: int) -> list[Shard]:

@@ -62,9 +62,15 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     opener, settings = ImageOpener(manifest), params.tokenizer
     assert settings.precision != "auto", "the runner settles precisions"
     config = VQConfig(
-        settings.codebook_size, settings.codebook_dim, settings.base_width, tuple(settings.channel_multipliers),
-        settings.z_channels, settings.residual_blocks, settings.commitment, settings.norm_groups,
-    )  # fmt: skip
+        settings.codebook_size,
+        settings.codebook_dim,
+        settings.base_width,
+        tuple(settings.channel_multipliers),
+        settings.z_channels,
+        settings.residual_blocks,
+        settings.commitment,
+        settings.norm_groups,
+    )
     if settings.weights is None:
         keep_freed_blocks()
         images = CenterCrops(manifest.split("train"), opener, params.data.image_size)

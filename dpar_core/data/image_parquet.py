@@ -18,9 +18,21 @@ from dpar_core.data.listing import Listing, find_files, key_of, require
 IMAGE_COLUMN = "image"  # where a source names none
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "img_bytes", "bytes")
 _LABEL_COLUMNS = (
-    "label", "labels", "cls", "class", "class_id", "class_idx", "class_label", "class_name", "target", "category",
-    "fine_label", "coarse_label", "synset", "wnid",
-)  # fmt: skip
+    "label",
+    "labels",
+    "cls",
+    "class",
+    "class_id",
+    "class_idx",
+    "class_label",
+    "class_name",
+    "target",
+    "category",
+    "fine_label",
+    "coarse_label",
+    "synset",
+    "wnid",
+)
 _FIRST_CHOICES = ("image", "label")  # taken where others of the lists are there as well
 _KEPT_GROUPS = 8  # row groups that stay in memory, as long as they take no more than
 _KEPT_BYTES = 2 << 30

@@ -16,11 +16,23 @@ TEST = "test"
 _WORDS = {
     "train": ("train", "training", "trainset", "trn"),
     "validation": (
-        "val", "valid", "validation", "valset", "validset", "validationset", "dev", "devset", "development",
-        "eval", "evalset", "evaluation", "holdout", "heldout",
+        "val",
+        "valid",
+        "validation",
+        "valset",
+        "validset",
+        "validationset",
+        "dev",
+        "devset",
+        "development",
+        "eval",
+        "evalset",
+        "evaluation",
+        "holdout",
+        "heldout",
     ),
     TEST: ("test", "testing", "testset", "tst"),
-}  # fmt: skip
+}
 _SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
 
 

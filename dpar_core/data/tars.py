@@ -91,10 +91,12 @@ def _refuse_others(head: bytes, where: str) -> None:
     """Name what is often found in place of a tar."""
     found = {
         b"version https://git-lfs": "a Git LFS pointer: fetch the real file with `git lfs pull`",
-        b"\x1f\x8b": "compressed by gzip: unpack it", b"BZh": "compressed by bzip2: unpack it",
-        b"\xfd7zXZ": "compressed by xz: unpack it", b"(\xb5/\xfd": "compressed by zstd: unpack it",
+        b"\x1f\x8b": "compressed by gzip: unpack it",
+        b"BZh": "compressed by bzip2: unpack it",
+        b"\xfd7zXZ": "compressed by xz: unpack it",
+        b"(\xb5/\xfd": "compressed by zstd: unpack it",
         b"PK\x03\x04": "a zip file: pack it as a tar",
-    }  # fmt: skip
+    }
     for start, words in found.items():
         if head.startswith(start):
             raise BadTar(f"{where} is no tar, but {words}")

@@ -116,9 +116,12 @@ def open_npz(path: Path) -> Iterator[Npz]:
         told = described(path, kind) or f"{path} is not an npz"
         advice = {
             "npy": ": store it as an npz with numpy.savez(FILE, arr_0=ARRAY)",
-            "text": ", expected an npz", "json": ", expected an npz", "pickle": ", which is never read: expected an npz",
-            "safetensors": ", expected an npz", "image": ", expected an npz, or the folder of all pictures",
-        }.get(kind, "" if ":" in told.removeprefix(str(path)) else ": expected an npz")  # fmt: skip
+            "text": ", expected an npz",
+            "json": ", expected an npz",
+            "pickle": ", which is never read: expected an npz",
+            "safetensors": ", expected an npz",
+            "image": ", expected an npz, or the folder of all pictures",
+        }.get(kind, "" if ":" in told.removeprefix(str(path)) else ": expected an npz")
         raise ScoreError(told + advice)
     with _as_sentences(path):
         archive = zipfile.ZipFile(path)

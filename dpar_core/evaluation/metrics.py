@@ -110,8 +110,9 @@ def nearest_radii(features: np.ndarray, k: int) -> np.ndarray:
         raise ScoreError(f"the {k}-th nearest neighbour needs more than {k} features, got {len(features)}")
     x = torch.from_numpy(np.ascontiguousarray(features, np.float32))
     # The feature itself is among its neighbours at distance 0, hence the largest of k + 1.
-    return np.concatenate([near.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(1).numpy()
-                           for _, near in _squared_distances(x, x)])  # fmt: skip
+    return np.concatenate(
+        [near.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(1).numpy() for _, near in _squared_distances(x, x)]
+    )
 
 
 class PrecisionRecall(NamedTuple):

@@ -79,8 +79,11 @@ def reference_of_images(
     found = measure(pictures)
     size = pictures.shape[1:3]
     arrays: dict[str, Any] = {
-        "pool": found.features.pool, "mu": found.pool.mean, "sigma": found.pool.covariance, "size": np.array(size),
-    }  # fmt: skip
+        "pool": found.features.pool,
+        "mu": found.pool.mean,
+        "sigma": found.pool.covariance,
+        "size": np.array(size),
+    }
     if found.spatial is not None:
         arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
     cache.mkdir(parents=True, exist_ok=True)

@@ -92,19 +92,31 @@ class Scores:
     def to_json(self) -> dict[str, Any]:
         """Return the content of a score file."""
         return {
-            **self.values, "intervals": {name: list(ends) for name, ends in self.intervals.items()},
-            "protocol": self.protocol.to_json(), "protocol_id": self.protocol.id, "samples": self.samples,
+            **self.values,
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "protocol": self.protocol.to_json(),
+            "protocol_id": self.protocol.id,
+            "samples": self.samples,
             "feature_count": self.feature_count,
-        }  # fmt: skip
+        }
 
 
 def protocol_of(network: FeatureNetwork, reference: Reference, settings: ScoreSettings, images: ImageSet) -> Protocol:
     """Return the protocol of scores of `images` against a reference."""
     count, height, width = images.images.shape[:3]
     return Protocol(
-        network.name, network.digest, reference.name, reference.digest, reference.images, count, height, width,
-        images.formats, settings.neighbours, settings.splits,
-    )  # fmt: skip
+        network.name,
+        network.digest,
+        reference.name,
+        reference.digest,
+        reference.images,
+        count,
+        height,
+        width,
+        images.formats,
+        settings.neighbours,
+        settings.splits,
+    )
 
 
 def check_images(images: np.ndarray, reference: Reference, where: Path | str) -> None:

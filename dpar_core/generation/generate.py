@@ -138,9 +138,13 @@ class GPTGenerator:
         config, stepper, images = self.config, self.stepper, len(labels)
         device = stepper.tokens.device
         given = _checked(
-            labels, seeds, given,
-            num_classes=config.num_classes, tokens=config.tokens, codebook_size=config.codebook_size,
-        )  # fmt: skip
+            labels,
+            seeds,
+            given,
+            num_classes=config.num_classes,
+            tokens=config.tokens,
+            codebook_size=config.codebook_size,
+        )
         if self.static:
             if not fits(self.engine, images, keep_logits):
                 self.engine = None  # its memory is free before the next one takes some
@@ -150,9 +154,14 @@ class GPTGenerator:
             self.engine.run(labels, seeds, given, progress)
             return generated_by(self.engine, images)
         drawer = Drawer(
-            self.settings, seeds, given,
-            tokens=config.tokens, codebook_size=config.codebook_size, device=device, keep_logits=keep_logits,
-        )  # fmt: skip
+            self.settings,
+            seeds,
+            given,
+            tokens=config.tokens,
+            codebook_size=config.codebook_size,
+            device=device,
+            keep_logits=keep_logits,
+        )
         lanes = torch.arange(images)
         cache = stepper.new_cache((2 if self.guided else 1) * images, self.dtype)
         null = torch.full_like(labels, config.num_classes)
@@ -228,13 +237,22 @@ class DPARGenerator:
         decoder, its working memory too."""
         if self.static:
             return static_dpar_bytes(
-                self.stepper, self.gate, images=images, halves=2 if self.guided else 1,
-                longest=longest_patch(self.rule, self.config.tokens), dtype=self.dtype, gate_dtype=self.gate_dtype,
-            )  # fmt: skip
+                self.stepper,
+                self.gate,
+                images=images,
+                halves=2 if self.guided else 1,
+                longest=longest_patch(self.rule, self.config.tokens),
+                dtype=self.dtype,
+                gate_dtype=self.gate_dtype,
+            )
         return dpar_cache_bytes(
-            self.config, images, guided=self.guided, value_bytes=self.dtype.itemsize,
-            longest_patch=longest_patch(self.rule, self.config.tokens), gate=self.gate.config if self.gate else None,
-        )  # fmt: skip
+            self.config,
+            images,
+            guided=self.guided,
+            value_bytes=self.dtype.itemsize,
+            longest_patch=longest_patch(self.rule, self.config.tokens),
+            gate=self.gate.config if self.gate else None,
+        )
 
     @torch.inference_mode()
     def generate(
@@ -251,15 +269,24 @@ class DPARGenerator:
         a lane that is done takes the next image."""
         config = self.config
         given = _checked(
-            labels, seeds, given,
-            num_classes=config.num_classes, tokens=config.tokens, codebook_size=config.codebook_size,
-        )  # fmt: skip
+            labels,
+            seeds,
+            given,
+            num_classes=config.num_classes,
+            tokens=config.tokens,
+            codebook_size=config.codebook_size,
+        )
         if self.static:
             return self._generate_static(labels, seeds, given, progress, keep_logits)
         drawer = Drawer(
-            self.settings, seeds, given, tokens=config.tokens, codebook_size=config.codebook_size,
-            device=self.stepper.tokens.device, keep_logits=keep_logits,
-        )  # fmt: skip
+            self.settings,
+            seeds,
+            given,
+            tokens=config.tokens,
+            codebook_size=config.codebook_size,
+            device=self.stepper.tokens.device,
+            keep_logits=keep_logits,
+        )
         state = Lanes(self, labels, drawer, lanes=min(lanes or len(labels), len(labels)))
         since_patch = self.patience
         while True:
@@ -286,10 +313,17 @@ class DPARGenerator:
         if not fits(self.engine, len(labels), keep_logits):
             self.engine = None  # its memory is free before the next one takes some
             self.engine = StaticDPAR(
-                self.stepper, self.gate, self.settings, images=len(labels), dtype=self.dtype, gate_dtype=self.gate_dtype,
-                longest=longest_patch(self.rule, self.config.tokens), keep_logits=keep_logits, capture=self.capture,
+                self.stepper,
+                self.gate,
+                self.settings,
+                images=len(labels),
+                dtype=self.dtype,
+                gate_dtype=self.gate_dtype,
+                longest=longest_patch(self.rule, self.config.tokens),
+                keep_logits=keep_logits,
+                capture=self.capture,
                 schedule=self.schedule or fastest_schedule(self.config, len(labels)),
-            )  # fmt: skip
+            )
         self.engine.run(labels, seeds, given, progress)
         return generated_by(self.engine, len(labels))
 

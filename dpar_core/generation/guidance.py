@@ -101,9 +101,16 @@ class Drawer:
     """Turns logits into tokens: guidance, given tokens, one random number a token."""
 
     def __init__(
-        self, settings: SampleSettings, seeds: Sequence[int], given: Tensor | None, *,
-        tokens: int, codebook_size: int, device: torch.device, keep_logits: bool,
-    ) -> None:  # fmt: skip
+        self,
+        settings: SampleSettings,
+        seeds: Sequence[int],
+        given: Tensor | None,
+        *,
+        tokens: int,
+        codebook_size: int,
+        device: torch.device,
+        keep_logits: bool,
+    ) -> None:
         self.settings, self.device = settings, device
         self.given = None if given is None else given.to(device)
         self.uniforms = uniforms(seeds, tokens).to(device)

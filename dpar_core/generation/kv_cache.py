@@ -94,12 +94,15 @@ class KVCache:
             return Step(rows, positions, mask, longest)
         count = len(rows) * self.heads
         return Step(
-            rows, positions, mask, longest,
+            rows,
+            positions,
+            mask,
+            longest,
             key_index=self._key_index[rows].view(-1),
             key_offsets=self._arange[: count * self.head_dim : self.head_dim],
             value_index=(self._value_base[rows] + self._arange[:longest]).view(-1),
             value_offsets=torch.arange(0, count * longest, longest, dtype=torch.int32),
-        )  # fmt: skip
+        )
 
     def write(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
         """Store k, v (A, H, hd) at the step's positions."""
@@ -114,16 +117,35 @@ class KVCache:
         if not self.in_place:
             return self._attend_selected(layer, step, q)
         rows, heads, head_dim = q.shape
-        scores = torch.embedding_bag(
-            self.keys[layer].view(-1, self.capacity), step.key_index, step.key_offsets, False, 0, False,
-            q.to(self.dtype).reshape(-1),
-        )[0].float().view(rows, heads, self.capacity)  # fmt: skip
+        scores = (
+            torch.embedding_bag(
+                self.keys[layer].view(-1, self.capacity),
+                step.key_index,
+                step.key_offsets,
+                False,
+                0,
+                False,
+                q.to(self.dtype).reshape(-1),
+            )[0]
+            .float()
+            .view(rows, heads, self.capacity)
+        )
         if step.mask is not None:
             scores += step.mask
         weights = scores.softmax(-1).to(self.dtype)[..., : step.longest].reshape(-1)
-        return torch.embedding_bag(
-            self.values[layer].view(-1, head_dim), step.value_index, step.value_offsets, False, 0, False, weights,
-        )[0].float().view(rows, heads, head_dim)  # fmt: skip
+        return (
+            torch.embedding_bag(
+                self.values[layer].view(-1, head_dim),
+                step.value_index,
+                step.value_offsets,
+                False,
+                0,
+                False,
+                weights,
+            )[0]
+            .float()
+            .view(rows, heads, head_dim)
+        )
 
     def _attend_selected(self, layer: int, step: Step, q: Tensor) -> Tensor:
         k, v = self.keys[layer][step.rows], self.values[layer][step.rows, :, : self.capacity]

@@ -246,7 +246,11 @@ class Lanes:
             patch = reader.read(patch, self.member_cache, layer, step)
         width = config.row_width
         table = patch_rotary(
-            first // width, first % width, (position - 1) % width, self.index[lanes], stepper.head_dim,
+            first // width,
+            first % width,
+            (position - 1) % width,
+            self.index[lanes],
+            stepper.head_dim,
             encoding=config.position_encoding,
-        )  # fmt: skip
+        )
         return patch, complex_table(table).to(self.device)

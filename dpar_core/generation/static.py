@@ -66,9 +66,17 @@ class Static:
     """
 
     def __init__(
-        self, settings: SampleSettings, *, images: int, tokens: int, codebook_size: int, device: torch.device,
-        keep_logits: bool, ops: Any, capture: bool,
-    ) -> None:  # fmt: skip
+        self,
+        settings: SampleSettings,
+        *,
+        images: int,
+        tokens: int,
+        codebook_size: int,
+        device: torch.device,
+        keep_logits: bool,
+        ops: Any,
+        capture: bool,
+    ) -> None:
         self.settings, self.images, self.length, self.device = settings, images, tokens, device
         self.ops = ops_for(device) if ops is None else ops
         scales = settings.scales(tokens)
@@ -141,22 +149,40 @@ class StaticGPT(Static):
     """The LlamaGen twin in steps of fixed shape."""
 
     def __init__(
-        self, stepper: GPTStepper, settings: SampleSettings, *, images: int, dtype: torch.dtype, keep_logits: bool = False,
-        ops: Any = None, capture: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        stepper: GPTStepper,
+        settings: SampleSettings,
+        *,
+        images: int,
+        dtype: torch.dtype,
+        keep_logits: bool = False,
+        ops: Any = None,
+        capture: bool = True,
+    ) -> None:
         config = stepper.config
         super().__init__(
-            settings, images=images, tokens=config.tokens, codebook_size=config.codebook_size,
-            device=stepper.tokens.device, keep_logits=keep_logits, ops=ops, capture=capture,
-        )  # fmt: skip
+            settings,
+            images=images,
+            tokens=config.tokens,
+            codebook_size=config.codebook_size,
+            device=stepper.tokens.device,
+            keep_logits=keep_logits,
+            ops=ops,
+            capture=capture,
+        )
         self.stepper, self.config = stepper, config
         rows = self.halves * images
         self.table = torch.view_as_real(stepper.table).contiguous()
         self.classes = torch.zeros(rows, config.width, device=self.device)
         self.cache = StaticCache(
-            layers=config.layers, rows=rows, heads=config.heads, head_dim=config.width // config.heads,
-            positions=len(stepper.table), device=self.device, dtype=dtype,
-        )  # fmt: skip
+            layers=config.layers,
+            rows=rows,
+            heads=config.heads,
+            head_dim=config.width // config.heads,
+            positions=len(stepper.table),
+            device=self.device,
+            dtype=dtype,
+        )
         self.prepare()
 
     def parts(self) -> dict[tuple[Any, ...], Callable[[], None]]:
@@ -195,16 +221,32 @@ class StaticDPAR(Static):
     """
 
     def __init__(
-        self, stepper: DPARStepper, gate: GPTStepper | None, settings: SampleSettings, *, images: int, dtype: torch.dtype,
-        gate_dtype: torch.dtype, longest: int, schedule: Schedule, keep_logits: bool = False, ops: Any = None,
+        self,
+        stepper: DPARStepper,
+        gate: GPTStepper | None,
+        settings: SampleSettings,
+        *,
+        images: int,
+        dtype: torch.dtype,
+        gate_dtype: torch.dtype,
+        longest: int,
+        schedule: Schedule,
+        keep_logits: bool = False,
+        ops: Any = None,
         capture: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         config, rule = stepper.config, settings.rule
         assert rule is not None
         super().__init__(
-            settings, images=images, tokens=config.tokens, codebook_size=config.codebook_size,
-            device=stepper.tokens.device, keep_logits=keep_logits, ops=ops, capture=capture,
-        )  # fmt: skip
+            settings,
+            images=images,
+            tokens=config.tokens,
+            codebook_size=config.codebook_size,
+            device=stepper.tokens.device,
+            keep_logits=keep_logits,
+            ops=ops,
+            capture=capture,
+        )
         self.stepper, self.gate, self.config, self.rule = stepper, gate, config, rule
         self.asks_decoder = rule.reads_entropies and settings.gate == "decoder"
         self.known = None if rule.reads_entropies else _known_starts(rule, config.tokens)
@@ -235,9 +277,14 @@ class StaticDPAR(Static):
 
         def cache(layers: int, rows: int, positions: int) -> StaticCache:
             return StaticCache(
-                layers=layers, rows=rows, heads=config.heads, head_dim=stepper.head_dim, positions=positions,
-                device=device, dtype=dtype,
-            )  # fmt: skip
+                layers=layers,
+                rows=rows,
+                heads=config.heads,
+                head_dim=stepper.head_dim,
+                positions=positions,
+                device=device,
+                dtype=dtype,
+            )
 
         self.scratch = tokens
         self.encoder_cache = cache(config.encoder_layers, images, tokens)
@@ -247,9 +294,14 @@ class StaticDPAR(Static):
         if gate is not None:
             self.gate_table = torch.view_as_real(gate.table).contiguous()
             self.gate_cache = StaticCache(
-                layers=len(gate.blocks), rows=images, heads=gate.config.heads,
-                head_dim=gate.config.width // gate.config.heads, positions=tokens, device=device, dtype=gate_dtype,
-            )  # fmt: skip
+                layers=len(gate.blocks),
+                rows=images,
+                heads=gate.config.heads,
+                head_dim=gate.config.width // gate.config.heads,
+                positions=tokens,
+                device=device,
+                dtype=gate_dtype,
+            )
         self.probed: dict[int, Tensor] = {}
         self.restart()
         self.prepare()
@@ -430,9 +482,15 @@ def static_gpt_bytes(stepper: GPTStepper, *, images: int, halves: int, dtype: to
 
 
 def static_dpar_bytes(
-    stepper: DPARStepper, gate: GPTStepper | None, *, images: int, halves: int, longest: int, dtype: torch.dtype,
+    stepper: DPARStepper,
+    gate: GPTStepper | None,
+    *,
+    images: int,
+    halves: int,
+    longest: int,
+    dtype: torch.dtype,
     gate_dtype: torch.dtype,
-) -> int:  # fmt: skip
+) -> int:
     """Return the bytes of a `StaticDPAR`'s state: its caches, and what one step makes of all rows at most."""
     c, rows = stepper.config, halves * images
 

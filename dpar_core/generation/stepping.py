@@ -128,10 +128,14 @@ class GPTStepper:
 
     def new_cache(self, rows: int, dtype: torch.dtype) -> KVCache:
         return KVCache(
-            layers=len(self.blocks), rows=rows, heads=self.config.heads,
-            head_dim=self.config.width // self.config.heads, limit=len(self.table),
-            device=self.tokens.device, dtype=dtype,
-        )  # fmt: skip
+            layers=len(self.blocks),
+            rows=rows,
+            heads=self.config.heads,
+            head_dim=self.config.width // self.config.heads,
+            limit=len(self.table),
+            device=self.tokens.device,
+            dtype=dtype,
+        )
 
     def __call__(self, x: Tensor, cache: KVCache, rows: Tensor, positions: Tensor) -> Tensor:
         """Run input vectors x (A, D) of `rows` at `positions` (A,), both on the host, and return logits (A, V)."""
@@ -187,6 +191,11 @@ class DPARStepper:
 
     def new_cache(self, layers: int, rows: int, limit: int, dtype: torch.dtype) -> KVCache:
         return KVCache(
-            layers=layers, rows=rows, heads=self.config.heads, head_dim=self.head_dim, limit=limit,
-            device=self.tokens.device, dtype=dtype,
-        )  # fmt: skip
+            layers=layers,
+            rows=rows,
+            heads=self.config.heads,
+            head_dim=self.head_dim,
+            limit=limit,
+            device=self.tokens.device,
+            dtype=dtype,
+        )

@@ -44,10 +44,23 @@ class Stream(NamedTuple):
 
 @triton.jit
 def _gemv(
-    x_ptr, add_ptr, w_ptr, res_ptr, out_ptr, R, N, add_stride,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PAIR: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
-    RES: tl.constexpr, SWIGLU: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    add_ptr,
+    w_ptr,
+    res_ptr,
+    out_ptr,
+    R,
+    N,
+    add_stride,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PAIR: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    RES: tl.constexpr,
+    SWIGLU: tl.constexpr,
+):
     """out = W norm(x + add), with SWIGLU silu(W1 .) * (W3 .), with RES added to res + add."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     r0 = tl.program_id(1) * 2
@@ -110,9 +123,18 @@ def _gemv(
 
 @triton.jit
 def _add_norm(
-    x_ptr, pending_ptr, add_ptr, sum_ptr, out_ptr, D, add_stride,
-    BD: tl.constexpr, PENDING: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    pending_ptr,
+    add_ptr,
+    sum_ptr,
+    out_ptr,
+    D,
+    add_stride,
+    BD: tl.constexpr,
+    PENDING: tl.constexpr,
+    ADD: tl.constexpr,
+    KEEP: tl.constexpr,
+):
     """sum = x + pending + add; out = sum / rms(sum)."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
@@ -141,10 +163,24 @@ def _silu_mul(g_ptr, out_ptr, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _attend(
-    qkv_ptr, table_ptr, kv_ptr, rows_ptr, slots_ptr, active_ptr, out_ptr, half, H, C, shift,
-    HD: tl.constexpr, HDP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACTIVE: tl.constexpr,
+    qkv_ptr,
+    table_ptr,
+    kv_ptr,
+    rows_ptr,
+    slots_ptr,
+    active_ptr,
+    out_ptr,
+    half,
+    H,
+    C,
+    shift,
+    HD: tl.constexpr,
+    HDP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACTIVE: tl.constexpr,
     PER_ROW: tl.constexpr,
-):  # fmt: skip
+):
     """Turn q and k, write k and v at the row's slot, attend to all slots up to it: one program per row and head."""
     a = tl.program_id(0)
     h = tl.program_id(1)
@@ -205,9 +241,19 @@ def _attend(
 
 @triton.jit
 def _attend_members(
-    q_ptr, kv_ptr, lanes_ptr, lengths_ptr, out_ptr, half, H, S,
-    HD: tl.constexpr, HDP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    kv_ptr,
+    lanes_ptr,
+    lengths_ptr,
+    out_ptr,
+    half,
+    H,
+    S,
+    HD: tl.constexpr,
+    HDP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Attend to the tokens of the patch that ends: one program per image and head."""
     a = tl.program_id(0)
     h = tl.program_id(1)
@@ -253,10 +299,28 @@ def _embed(tokens_ptr, table_ptr, classes_ptr, position_ptr, out_ptr, B, D, BD: 
 
 @triton.jit
 def _take_up(
-    x_ptr, pending_ptr, x1_ptr, pending1_ptr, kv_ptr, members_ptr, position_ptr, first_ptr, state_ptr, peak_ptr,
-    half, H, S, B, HD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PENDING: tl.constexpr, PENDING1: tl.constexpr,
-    FIRST: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    pending_ptr,
+    x1_ptr,
+    pending1_ptr,
+    kv_ptr,
+    members_ptr,
+    position_ptr,
+    first_ptr,
+    state_ptr,
+    peak_ptr,
+    half,
+    H,
+    S,
+    B,
+    HD: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    PENDING: tl.constexpr,
+    PENDING1: tl.constexpr,
+    FIRST: tl.constexpr,
+    HALVES: tl.constexpr,
+):
     """Keep keys and values of a token for its patch; FIRST: also x' and the maximum."""
     b = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
@@ -282,11 +346,28 @@ def _take_up(
 
 @triton.jit
 def _open(
-    lanes_ptr, begins_ptr, first_ptr, index_ptr, position_ptr, source_ptr, turns_ptr,
-    rows_ptr, slots_ptr, active_ptr, lengths_ptr, table_ptr, k, B, scratch,
-    W: tl.constexpr, PAIRS: tl.constexpr, PP: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr,
+    lanes_ptr,
+    begins_ptr,
+    first_ptr,
+    index_ptr,
+    position_ptr,
+    source_ptr,
+    turns_ptr,
+    rows_ptr,
+    slots_ptr,
+    active_ptr,
+    lengths_ptr,
+    table_ptr,
+    k,
+    B,
+    scratch,
+    W: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALVES: tl.constexpr,
     AHEAD: tl.constexpr,
-):  # fmt: skip
+):
     """Move an image that begins a patch on to it: its slot, rows, rotary table, and the length of the patch that ends."""
     i = tl.program_id(0)
     lane = tl.load(lanes_ptr + i) if ROWS else i.to(tl.int64)
@@ -321,9 +402,17 @@ def _open(
 
 @triton.jit
 def _spread(
-    q_ptr, pending_ptr, classes_ptr, position_ptr, out_ptr, k, D,
-    BD: tl.constexpr, PENDING: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    pending_ptr,
+    classes_ptr,
+    position_ptr,
+    out_ptr,
+    k,
+    D,
+    BD: tl.constexpr,
+    PENDING: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
     """The patch vectors once per half; at position 0 the classes."""
     a = tl.program_id(0)
     d = tl.arange(0, BD)
@@ -349,9 +438,7 @@ def _keep(copies_ptr, rows_ptr, active_ptr, copied_ptr, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _commit(
-    copies_ptr, begins_ptr, copied_ptr, first_ptr, index_ptr, position_ptr, B, N, BLOCK: tl.constexpr
-):  # fmt: skip
+def _commit(copies_ptr, begins_ptr, copied_ptr, first_ptr, index_ptr, position_ptr, B, N, BLOCK: tl.constexpr):
     """copied = copies for rows that begin a patch, and move their images on to it."""
     a = tl.program_id(0)
     lane = a % B
@@ -376,9 +463,23 @@ def _guided(logits_ptr, b, v, mask, V, scale, uncond, GUIDED: tl.constexpr):
 
 @triton.jit
 def _sample(
-    logits_ptr, scales_ptr, uniforms_ptr, given_ptr, position_ptr, current_ptr, tokens_ptr, kept_ptr, B, T, V, temperature,
-    NB: tl.constexpr, GUIDED: tl.constexpr, GREEDY: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    scales_ptr,
+    uniforms_ptr,
+    given_ptr,
+    position_ptr,
+    current_ptr,
+    tokens_ptr,
+    kept_ptr,
+    B,
+    T,
+    V,
+    temperature,
+    NB: tl.constexpr,
+    GUIDED: tl.constexpr,
+    GREEDY: tl.constexpr,
+    KEEP: tl.constexpr,
+):
     """Guide, and invert the cumulative distribution: blocks of 128 tokens first, then the tokens of one block."""
     b = tl.program_id(0)
     position = tl.load(position_ptr)
@@ -412,9 +513,22 @@ def _sample(
 
 @triton.jit
 def _decide(
-    logits_ptr, fixed_ptr, threshold_ptr, position_ptr, last_gate_ptr, begins_ptr, entropies_ptr, starts_ptr, count_ptr,
-    stride, V, NB: tl.constexpr, AHEAD: tl.constexpr, LONGEST: tl.constexpr, ALONE: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    fixed_ptr,
+    threshold_ptr,
+    position_ptr,
+    last_gate_ptr,
+    begins_ptr,
+    entropies_ptr,
+    starts_ptr,
+    count_ptr,
+    stride,
+    V,
+    NB: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LONGEST: tl.constexpr,
+    ALONE: tl.constexpr,
+):
     """Entropy of the logits, and the patch rule (static_ops.TorchOps.decide)."""
     b = tl.program_id(0)
     at = tl.load(position_ptr) + AHEAD
@@ -496,9 +610,15 @@ class TritonOps:
         return F.linear(h, matrix.weight)
 
     def gemv(
-        self, matrix: Matrix, x: Tensor, *, norm: bool = False, add: Tensor | None = None, res: Tensor | None = None,
+        self,
+        matrix: Matrix,
+        x: Tensor,
+        *,
+        norm: bool = False,
+        add: Tensor | None = None,
+        res: Tensor | None = None,
         swiglu: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Multiply a few rows: x (A, K) -> (A, N) float32, see the kernel."""
         weight = matrix.weight
         rows, columns = len(x), weight.shape[1]
@@ -506,11 +626,26 @@ class TritonOps:
         out = torch.empty(rows, outputs, dtype=torch.float32, device=x.device)
         block_n, block_k, warps = gemv_tile(outputs, columns, 2 if swiglu else 1)
         self.go(
-            _gemv, (outputs // block_n, -(-rows // 2)), x, x if add is None else add, weight, x if res is None else res, out,
-            rows, outputs, 0 if add is None else add.stride(0),
-            K=columns, BN=block_n, BK=block_k, PAIR=rows > 1, NORM=norm, ADD=add is not None, RES=res is not None,
-            SWIGLU=swiglu, num_warps=warps,
-        )  # fmt: skip
+            _gemv,
+            (outputs // block_n, -(-rows // 2)),
+            x,
+            x if add is None else add,
+            weight,
+            x if res is None else res,
+            out,
+            rows,
+            outputs,
+            0 if add is None else add.stride(0),
+            K=columns,
+            BN=block_n,
+            BK=block_k,
+            PAIR=rows > 1,
+            NORM=norm,
+            ADD=add is not None,
+            RES=res is not None,
+            SWIGLU=swiglu,
+            num_warps=warps,
+        )
         return out
 
     def add_norm(self, stream: Stream, dtype: torch.dtype, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -520,10 +655,21 @@ class TritonOps:
         total = torch.empty_like(x) if keep else x
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         self.go(
-            _add_norm, (len(x),), x, x if pending is None else pending, x if add is None else add, total, out, x.shape[1],
+            _add_norm,
+            (len(x),),
+            x,
+            x if pending is None else pending,
+            x if add is None else add,
+            total,
+            out,
+            x.shape[1],
             0 if add is None else add.stride(0),
-            BD=_pow2(x.shape[1]), PENDING=pending is not None, ADD=add is not None, KEEP=keep, num_warps=4,
-        )  # fmt: skip
+            BD=_pow2(x.shape[1]),
+            PENDING=pending is not None,
+            ADD=add is not None,
+            KEEP=keep,
+            num_warps=4,
+        )
         return total, out
 
     def project(self, matrix: Matrix, x: Stream | Tensor) -> Tensor:
@@ -577,17 +723,38 @@ class TritonOps:
         out = torch.empty(rows, heads * head_dim, dtype=dtype, device=qkv.device)
         block, warps = attend_tile(rows * heads, positions)
         self.go(
-            _attend, (rows, heads), qkv, place.table, held, place.slots if place.rows is None else place.rows, place.slots,
-            place.slots if place.active is None else place.active, out, held.stride(0), heads, positions, place.shift or 0,
-            HD=head_dim, HDP=_pow2(head_dim), BLOCK=block, ROWS=place.rows is not None,
-            ACTIVE=place.active is not None, PER_ROW=place.shift is None, num_warps=warps,
-        )  # fmt: skip
+            _attend,
+            (rows, heads),
+            qkv,
+            place.table,
+            held,
+            place.slots if place.rows is None else place.rows,
+            place.slots,
+            place.slots if place.active is None else place.active,
+            out,
+            held.stride(0),
+            heads,
+            positions,
+            place.shift or 0,
+            HD=head_dim,
+            HDP=_pow2(head_dim),
+            BLOCK=block,
+            ROWS=place.rows is not None,
+            ACTIVE=place.active is not None,
+            PER_ROW=place.shift is None,
+            num_warps=warps,
+        )
         return out
 
     def block(
-        self, block: BlockStepper, x: Stream | Tensor, cache: StaticCache, layer: int, place: Place,
+        self,
+        block: BlockStepper,
+        x: Stream | Tensor,
+        cache: StaticCache,
+        layer: int,
+        place: Place,
         add: Tensor | None = None,
-    ) -> Stream:  # fmt: skip
+    ) -> Stream:
         stream = _stream(x)
         dtype = block.wqkv.weight.dtype
         if len(stream.x) <= SMALL and stream.pending is None:
@@ -612,12 +779,30 @@ class TritonOps:
             _, _, heads, positions, head_dim = held.shape
             width = heads * head_dim
             self.go(
-                _take_up, (len(kv),), last.x, last.x if last.pending is None else last.pending, first.x,
-                first.x if first.pending is None else first.pending, kv, held, engine.position, engine.first,
-                engine.state, engine.peak, held.stride(0), heads, positions, engine.images,
-                HD=head_dim, D=width, BD=_pow2(width), PENDING=last.pending is not None,
-                PENDING1=first.pending is not None, FIRST=layer == 0, HALVES=engine.halves,
-            )  # fmt: skip
+                _take_up,
+                (len(kv),),
+                last.x,
+                last.x if last.pending is None else last.pending,
+                first.x,
+                first.x if first.pending is None else first.pending,
+                kv,
+                held,
+                engine.position,
+                engine.first,
+                engine.state,
+                engine.peak,
+                held.stride(0),
+                heads,
+                positions,
+                engine.images,
+                HD=head_dim,
+                D=width,
+                BD=_pow2(width),
+                PENDING=last.pending is not None,
+                PENDING1=first.pending is not None,
+                FIRST=layer == 0,
+                HALVES=engine.halves,
+            )
 
     def open(self, engine: StaticDPAR, count: int, halves: int, *, ahead: bool) -> Opened:
         device, pairs = engine.device, len(engine.pair)
@@ -627,10 +812,30 @@ class TritonOps:
         lengths = torch.empty(count, dtype=torch.int64, device=device)
         table = torch.empty(halves * count, pairs, 2, device=device)
         self.go(
-            _open, (count,), engine.lanes, engine.begins, engine.first, engine.index, engine.position, engine.turn_source,
-            engine.turns, rows, slots, active, lengths, table, count, engine.images, engine.scratch,
-            W=engine.config.row_width, PAIRS=pairs, PP=_pow2(pairs), ROWS=lanes is not None, HALVES=halves, AHEAD=int(ahead),
-        )  # fmt: skip
+            _open,
+            (count,),
+            engine.lanes,
+            engine.begins,
+            engine.first,
+            engine.index,
+            engine.position,
+            engine.turn_source,
+            engine.turns,
+            rows,
+            slots,
+            active,
+            lengths,
+            table,
+            count,
+            engine.images,
+            engine.scratch,
+            W=engine.config.row_width,
+            PAIRS=pairs,
+            PP=_pow2(pairs),
+            ROWS=lanes is not None,
+            HALVES=halves,
+            AHEAD=int(ahead),
+        )
         place = Place(slots, table, None, rows, None if ahead else active)
         return Opened(lanes, active[:count], lengths, place, lanes is None and not ahead)
 
@@ -654,9 +859,22 @@ class TritonOps:
         out = torch.empty(query.shape, dtype=torch.float32 if small else dtype, device=query.device)
         lanes = opened.lengths if opened.lanes is None else opened.lanes
         self.go(
-            _attend_members, (len(query), heads), query, held, lanes, opened.lengths, out, held.stride(0), heads, positions,
-            HD=head_dim, HDP=_pow2(head_dim), BLOCK=min(_pow2(positions), 32), ROWS=opened.lanes is not None, num_warps=1,
-        )  # fmt: skip
+            _attend_members,
+            (len(query), heads),
+            query,
+            held,
+            lanes,
+            opened.lengths,
+            out,
+            held.stride(0),
+            heads,
+            positions,
+            HD=head_dim,
+            HDP=_pow2(head_dim),
+            BLOCK=min(_pow2(positions), 32),
+            ROWS=opened.lanes is not None,
+            num_warps=1,
+        )
         if small:
             return Stream(self.gemv(reader.wo, out, res=total), None)
         return Stream(total, self.linear(out, reader.wo))
@@ -666,9 +884,19 @@ class TritonOps:
         count, width = x.shape
         out = torch.empty(halves * count, width, dtype=torch.float32, device=x.device)
         self.go(
-            _spread, (halves * count,), x, x if pending is None else pending, engine.classes, engine.position, out, count,
-            width, BD=_pow2(width), PENDING=pending is not None, CLASSES=opened.may_be_first,
-        )  # fmt: skip
+            _spread,
+            (halves * count,),
+            x,
+            x if pending is None else pending,
+            engine.classes,
+            engine.position,
+            out,
+            count,
+            width,
+            BD=_pow2(width),
+            PENDING=pending is not None,
+            CLASSES=opened.may_be_first,
+        )
         return out
 
     def keep_copies(self, engine: StaticDPAR, copies: Tensor, opened: Opened, halves: int) -> None:
@@ -688,9 +916,18 @@ class TritonOps:
     def commit(self, engine: StaticDPAR, copies: Tensor, halves: int) -> None:
         rows, width = copies.shape
         self.go(
-            _commit, (rows, -(-width // 1024)), copies, engine.begins, engine.copied, engine.first, engine.index,
-            engine.position, engine.images, width, BLOCK=1024,
-        )  # fmt: skip
+            _commit,
+            (rows, -(-width // 1024)),
+            copies,
+            engine.begins,
+            engine.copied,
+            engine.first,
+            engine.index,
+            engine.position,
+            engine.images,
+            width,
+            BLOCK=1024,
+        )
 
     def sample(self, engine: StaticDPAR | StaticGPT, logits: Tensor, halves: int) -> None:
         settings, kept = engine.settings, engine.logits
@@ -707,21 +944,50 @@ class TritonOps:
             temperature, guided = 1.0, False
         keep = kept is not None and not filtered
         self.go(
-            _sample, (engine.images,), logits, engine.scales, engine.uniforms, engine.given, engine.position, engine.current,
-            engine.tokens, kept if keep else logits, engine.images, engine.length, codes, float(temperature),
-            NB=_pow2(-(-codes // 128)), GUIDED=guided, GREEDY=settings.greedy, KEEP=keep,
+            _sample,
+            (engine.images,),
+            logits,
+            engine.scales,
+            engine.uniforms,
+            engine.given,
+            engine.position,
+            engine.current,
+            engine.tokens,
+            kept if keep else logits,
+            engine.images,
+            engine.length,
+            codes,
+            float(temperature),
+            NB=_pow2(-(-codes // 128)),
+            GUIDED=guided,
+            GREEDY=settings.greedy,
+            KEEP=keep,
             num_warps=16 if codes > 4096 else 4,
-        )  # fmt: skip
+        )
 
     def decide(self, engine: StaticDPAR, logits: Tensor | None, ahead: int) -> None:
         assert logits is not None  # without entropies the host knows where patches begin
         images, codes = engine.images, logits.shape[1]
         self.go(
-            _decide, (images,), logits, engine.fixed, engine.threshold, engine.position, engine.last_gate, engine.begins,
-            engine.entropies, engine.starts, engine.count, engine.entropies.shape[1], codes,
-            NB=_pow2(-(-codes // 128)), AHEAD=ahead, LONGEST=engine.rule.max_patch_length or 0, ALONE=images == 1,
+            _decide,
+            (images,),
+            logits,
+            engine.fixed,
+            engine.threshold,
+            engine.position,
+            engine.last_gate,
+            engine.begins,
+            engine.entropies,
+            engine.starts,
+            engine.count,
+            engine.entropies.shape[1],
+            codes,
+            NB=_pow2(-(-codes // 128)),
+            AHEAD=ahead,
+            LONGEST=engine.rule.max_patch_length or 0,
+            ALONE=images == 1,
             num_warps=16 if codes > 4096 else 4,
-        )  # fmt: skip
+        )
         if engine.reads_count and images > 1:
             self.go(_compact, (1,), engine.begins, engine.lanes, engine.count, images, BB=_pow2(images), num_warps=4)
 

@@ -188,9 +188,7 @@ class DPAR(nn.Module):
         """The blocks that see packed rows, of which every batch has another number."""
         return [block for block in self.layers if isinstance(block, Block)]
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor, layout: PatchLayout, *, targets: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
+    def forward(self, tokens: Tensor, labels: Tensor, layout: PatchLayout, *, targets: Tensor | None = None) -> Tensor:
         """Predict every token from the tokens before it.
 
         tokens: (B, n) or (B, n - 1) int64 for a layout over n <= T tokens (the last one is never read).
@@ -241,9 +239,13 @@ class DPAR(nn.Module):
         """Return the rotary table of the packed rows [class, P_0, ...] of every image: (P, hd / 2)."""
         head_dim = self.config.width // self.config.heads
         table = patch_rotary(
-            layout.rows, layout.first_cols, layout.last_cols, layout.index, head_dim,
+            layout.rows,
+            layout.first_cols,
+            layout.last_cols,
+            layout.index,
+            head_dim,
             encoding=self.config.position_encoding,
-        )  # fmt: skip
+        )
         keep = torch.ones(layout.patches, 1, device=layout.offsets.device)
         keep[layout.offsets[:-1]] = 0
         return Rotary(table.cos.roll(1, 0) * keep, table.sin.roll(1, 0) * keep)

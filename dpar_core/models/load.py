@@ -41,9 +41,12 @@ _KINDS: dict[str, _Kind] = {
     "llamagen": _Kind("gpt", GPTConfig, GPT, "train_llamagen"),
 }
 _WORDS = {
-    "tokenizer": "on tokens of tokenizer", "tokens": "on token shards", "entropy_model": "on patches of entropy model",
-    "patch_maps": "on patch maps", "rule": "with the patch rule",
-}  # fmt: skip
+    "tokenizer": "on tokens of tokenizer",
+    "tokens": "on token shards",
+    "entropy_model": "on patches of entropy model",
+    "patch_maps": "on patch maps",
+    "rule": "with the patch rule",
+}
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,15 @@ def gpt_cache_bytes(shape: GPTShape, images: int, *, guided: bool, value_bytes: 
 
 
 def dpar_cache_bytes(
-    shape: DPARShape, images: int, *, guided: bool, value_bytes: int, longest_patch: int,
-    gate: GPTShape | None = None, gate_bytes: int = 4,
-) -> int:  # fmt: skip
+    shape: DPARShape,
+    images: int,
+    *,
+    guided: bool,
+    value_bytes: int,
+    longest_patch: int,
+    gate: GPTShape | None = None,
+    gate_bytes: int = 4,
+) -> int:
     """Return the most bytes that caches of a batch can take with DPAR: every token may be a patch of its own.
 
     Encoder and entropy model do not see the class, so guidance doubles the rows of patch transformer and decoder alone.
@@ -125,9 +131,7 @@ def dpar_cache_bytes(
     rows = (2 if guided else 1) * images
 
     def stack(layers: int, rows: int, positions: int) -> int:
-        return cache_bytes(
-            layers=layers, rows=rows, width=shape.width, positions=positions, value_bytes=value_bytes
-        )  # fmt: skip
+        return cache_bytes(layers=layers, rows=rows, width=shape.width, positions=positions, value_bytes=value_bytes)
 
     asked = gpt_cache_bytes(gate, images, guided=False, value_bytes=gate_bytes) if gate else 0
     encoder = stack(shape.encoder_layers, images, shape.tokens) + stack(shape.encoder_layers, images, longest_patch)

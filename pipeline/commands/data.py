@@ -68,18 +68,28 @@ def patches_stats(
 
     artifacts = _artifacts()
     stats = patch_stats(
-        TOKENS.below(artifacts), ENTROPIES.below(artifacts), thresholds=parse_range(thresholds),
-        max_lengths=parse_max_lengths(max_lengths), mode=mode, split=split, limit=maps,
-    )  # fmt: skip
+        TOKENS.below(artifacts),
+        ENTROPIES.below(artifacts),
+        thresholds=parse_range(thresholds),
+        max_lengths=parse_max_lengths(max_lengths),
+        mode=mode,
+        split=split,
+        limit=maps,
+    )
     whole = "all" if stats.whole else "a sample of"
     print(f"{mode}, {whole} {stats.maps:,} {split} views of {stats.tokens} tokens")
     table = Table("threshold", "max", "mean length", "patches", "5 %", "95 %", "fewest patches", "most patches")
     for cell in stats.cells:
         table.add_row(
-            f"{cell.threshold:g}", "none" if cell.max_length is None else str(cell.max_length), f"{cell.mean_length:.3f}",
-            f"{cell.patches:.1f}", f"{cell.low:.0f}", f"{cell.high:.0f}", f"{cell.fewest.name} {cell.fewest.patches:.1f}",
+            f"{cell.threshold:g}",
+            "none" if cell.max_length is None else str(cell.max_length),
+            f"{cell.mean_length:.3f}",
+            f"{cell.patches:.1f}",
+            f"{cell.low:.0f}",
+            f"{cell.high:.0f}",
+            f"{cell.fewest.name} {cell.fewest.patches:.1f}",
             f"{cell.most.name} {cell.most.patches:.1f}",
-        )  # fmt: skip
+        )
     plain_console(least_width=100).print(table)
     draw_curves(stats, out)
     print(out)

@@ -76,11 +76,14 @@ def suggested(text: str, *, train: int, validation: int, classes: int, into: Pat
     preset = YAML(typ="safe").load(text)
     drawn = max(preset["sample"]["images"] // classes, 1) * classes
     values: dict[str, Any] = {
-        "data.source": "imagefolder", "data.train": str(into / "train"), "data.validation": str(into / "validation"),
-        "sample.images": drawn, "score.images": min(drawn, train),
+        "data.source": "imagefolder",
+        "data.train": str(into / "train"),
+        "data.validation": str(into / "validation"),
+        "sample.images": drawn,
+        "score.images": min(drawn, train),
         "report.examples": min(preset["report"]["examples"], validation),
         "tokenizer.batch_size": min(preset["tokenizer"]["batch_size"], train),
-    }  # fmt: skip
+    }
     for section, part in (("train", preset["train"]), ("entropy_model.train", preset["entropy_model"]["train"])):
         values[f"{section}.validation_images"] = 0 if validation <= part["validation_images"] else part["validation_images"]
         values[f"{section}.batch_size"] = min(part["batch_size"], train)

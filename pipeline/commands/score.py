@@ -71,9 +71,12 @@ def score(
         if shape.images < 2:
             raise ValueError(f"{path} holds {shape.images} images: a distance needs at least two")
     settings = settings_for(
-        features, images=images or min(shape.images for shape in shapes), neighbours=neighbours, bootstrap=bootstrap,
+        features,
+        images=images or min(shape.images for shape in shapes),
+        neighbours=neighbours,
+        bootstrap=bootstrap,
         allow_singular=allow_singular,
-    )  # fmt: skip
+    )
     against = _reference(reference, params, network, tracker, image_size=shapes[0].height, workers=workers)
     found = [
         score_images(path, against, network, settings, tracker, seed=seed, workers=workers, say=_note) for path in samples
@@ -179,17 +182,30 @@ def calibrate(
     network = _network(features, features_file, sha256, params)
     tracker, work = PrintTracker(), Path("work", "calibrate")
     files = calibration.import_checkpoint(gpt, vq, heads=heads or calibration.HEADS[size], grid=grid, folder=work)
-    section = settled(params.sample, device_of(params.compute)).model_copy(update={
-        "images": images, "plan": "balanced", "seed": 0, "cfg_scale": cfg, "cfg_schedule": "constant", "temperature": 1.0,
-        "top_k": 0, "top_p": 1.0, "resize": 256 if grid == 24 else None,
-    })  # fmt: skip
+    section = settled(params.sample, device_of(params.compute)).model_copy(
+        update={
+            "images": images,
+            "plan": "balanced",
+            "seed": 0,
+            "cfg_scale": cfg,
+            "cfg_schedule": "constant",
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "resize": 256 if grid == 24 else None,
+        }
+    )
     made_by = [files.model.parent.name, heads or calibration.HEADS[size], grid, section.model_dump(exclude={"workers"})]
     drawn = out / f"samples-{digest_of(made_by)[:8]}"  # another checkpoint or scale never meets these pictures
     if images_in(drawn) == drawn:
         draw_samples(section, files, drawn, tracker, device=device_of(params.compute), work=work / drawn.name, prefix="")
     settings = settings_for(
-        features, images=images, neighbours=3, bootstrap=0, allow_singular=allow_singular,
-    )  # fmt: skip
+        features,
+        images=images,
+        neighbours=3,
+        bootstrap=0,
+        allow_singular=allow_singular,
+    )
     against = _reference(reference, params, network, tracker, image_size=shape_in(drawn).height)
     found = score_images(drawn, against, network, settings, tracker, seed=params.seed)
     write_record(out / "scores.json", found.to_json())

@@ -167,22 +167,37 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
     check_points(plan.points, subject.models[None])
     thresholds = list(dict.fromkeys(point.threshold for point in plan.points))
     settings = {
-        "model": model, "thresholds": _listed(thresholds), "cfg": _listed(dict.fromkeys(p.cfg_scale for p in plan.points)),
-        "images": plan.images, "final_images": plan.final_images, "search": plan.search, "retrain": retrain,
-    }  # fmt: skip
+        "model": model,
+        "thresholds": _listed(thresholds),
+        "cfg": _listed(dict.fromkeys(p.cfg_scale for p in plan.points)),
+        "images": plan.images,
+        "final_images": plan.final_images,
+        "search": plan.search,
+        "retrain": retrain,
+    }
     with alone(work), open_sweep(name, settings, root=root) as runs:
         if retrain:
             models = train_models(
-                params, thresholds, subject.models[None], tokens=root / artifacts.TOKENS.path,
-                entropies=root / artifacts.ENTROPIES.path, folder=folder / "models", work=work / "models",
-                device=subject.device, track=runs.stage,
-            )  # fmt: skip
+                params,
+                thresholds,
+                subject.models[None],
+                tokens=root / artifacts.TOKENS.path,
+                entropies=root / artifacts.ENTROPIES.path,
+                folder=folder / "models",
+                work=work / "models",
+                device=subject.device,
+                track=runs.stage,
+            )
             subject = replace(subject, models=models)
         trials = folder / "trials"
         outcome = sweep(
-            subject, plan, trials, work, runs.tracker,
+            subject,
+            plan,
+            trials,
+            work,
+            runs.tracker,
             finished=lambda result: runs.log_trial(result, trials / f"{result['key']}.png"),
-        )  # fmt: skip
+        )
         for failed in outcome.failed:
             runs.log_failure(failed)
         command = reproduce(name, subject, outcome.winner(subject.distance), plan, model=model, retrain=retrain)

@@ -104,8 +104,11 @@ def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> Pat
         part = np.arange(first, min(first + 50_000, len(shards)))
         for view in range(meta.num_views):
             counts[part, view] = maps.starts(part, np.full(len(part), view)).sum(axis=1)
-    by_class = {name: float(counts[shards.labels == label].mean()) for label, name in enumerate(meta.classes)
-                if (shards.labels == label).any()}  # fmt: skip
+    by_class = {
+        name: float(counts[shards.labels == label].mean())
+        for label, name in enumerate(meta.classes)
+        if (shards.labels == label).any()
+    }
     expected = maps.summary.get("facts", {}).get("patch_lengths_sha256")
     if expected is not None and sha256_file(histogram) != expected:
         raise ValueError(f"{histogram} is damaged or was edited: run `dvc repro -f patch_maps`")
@@ -163,8 +166,10 @@ def sampling_parts(config: DPARConfig, patches: float, forwards: int, gate: floa
     whole = flops.dpar_forward_flops(config, patches)
     parts = {"entropy model": gate}
     for words, name in (
-        ("patch encoder", "encoder_layers"), ("patch transformer", "patch_layers"), ("patch decoder", "decoder_layers"),
-    ):  # fmt: skip
+        ("patch encoder", "encoder_layers"),
+        ("patch transformer", "patch_layers"),
+        ("patch decoder", "decoder_layers"),
+    ):
         without = flops.dpar_forward_flops(replace(config, **{name: 0}), patches)
         parts[words] = forwards * (whole - without)
     parts["output layer"] = forwards * whole - sum(parts.values()) + gate

@@ -72,9 +72,14 @@ def draw_patches(image: Path, out: Path, *, artifacts: Path) -> str:
     except BadImage as error:
         raise ValueError(f"{image} cannot be read as an image: {error}") from None
     picture = patch_overview(
-        middle_square(pixels), plan.entropies, plan.lengths, plan.rule.row_width, threshold=plan.rule.threshold,
-        decoded=plan.decoded, title=image.name,
-    )  # fmt: skip
+        middle_square(pixels),
+        plan.entropies,
+        plan.lengths,
+        plan.rule.row_width,
+        threshold=plan.rule.threshold,
+        decoded=plan.decoded,
+        title=image.name,
+    )
     with atomic_path(out) as temporary:
         save_png(picture, temporary)
     tokens, patches = len(plan.entropies), len(plan.lengths)

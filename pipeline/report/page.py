@@ -123,10 +123,17 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "badge": badge(params, manifest, trainings["dpar"].steps),
         "headline": together(*rounds),
         "contests": [shown_contest(one) for one in rounds],
-        "patches": patches, "costs": costs, "times": times, "trainings": trainings, "gate": gate, "speeds": speeds,
-        "busy": busy_sentences(trainings, speeds), "machine": speeds.training.pace.machine,
+        "patches": patches,
+        "costs": costs,
+        "times": times,
+        "trainings": trainings,
+        "gate": gate,
+        "speeds": speeds,
+        "busy": busy_sentences(trainings, speeds),
+        "machine": speeds.training.pace.machine,
         "parts": [(words, value / sum(costs.parts.values())) for words, value in costs.parts.items()],
-        "rule": maps.rule, "scale": {"low": low, "high": high, "bar": data_uri(colour_bar(256, 1))},
+        "rule": maps.rule,
+        "scale": {"low": low, "high": high, "bar": data_uri(colour_bar(256, 1))},
         "examples": [one.shown(low, high) for one in shown],
         "hero": typical.shown(low, high) | slider(typical.entropies, threshold),
         "tokenizer": read_json(inputs.tokenizer / METRICS),
@@ -138,7 +145,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "tables": score_tables(inputs.scores, inputs.samples, trainings, labels),
         "digests": digests(inputs, manifest, train, maps, labels),
         "sections": flat_params(params),
-    }  # fmt: skip
+    }
     environment = Environment(
         loader=PackageLoader("pipeline.report"),
         autoescape=True,
@@ -360,19 +367,28 @@ def score_tables(
     for name in MODELS:
         found = read_json(scores / f"{name}.json")
         config = trainings["dpar" if name == "dpar" else "llamagen"].config
-        table = tables.setdefault(found["protocol_id"], {
-            "id": found["protocol_id"], "protocol": found["protocol"], "rows": [],
-            "columns": [(key, score_name(key)) for key in score_columns(found)],
-            "others": [],
-        })  # fmt: skip
+        table = tables.setdefault(
+            found["protocol_id"],
+            {
+                "id": found["protocol_id"],
+                "protocol": found["protocol"],
+                "rows": [],
+                "columns": [(key, score_name(key)) for key in score_columns(found)],
+                "others": [],
+            },
+        )
         compared = [key for key, _ in table["columns"]]
         rest = [key for key in found if key.startswith("eval/") and key not in compared]
         table["others"] += [(f"{score_name(key)}, {labels[name]}", number(found[key])) for key in rest]
         sampled = read_json(samples / name / METRICS)
-        table["rows"].append({
-            "label": labels[name], "parameters": config.num_parameters, "scores": found,
-            "steps": sampled["patch/patches_per_image"] if name == "dpar" else config.tokens,
-        })  # fmt: skip
+        table["rows"].append(
+            {
+                "label": labels[name],
+                "parameters": config.num_parameters,
+                "scores": found,
+                "steps": sampled["patch/patches_per_image"] if name == "dpar" else config.tokens,
+            }
+        )
     return list(tables.values())
 
 
@@ -382,13 +398,21 @@ def digests(
     """Return (name, digest, stage) of everything that the page rests on."""
     makers = {"dpar": "train_dpar", "llamagen": "train_llamagen", "llamagen_equal_time": "time_training"}
     return [
-        ("manifest", manifest.digest, "data"), ("tokenizer", shards.meta.tokenizer, "tokenizer"),
-        ("token shards", shards.digest, "tokenize_images"), ("entropy model", maps.entropy_model_digest, "entropy_model"),
+        ("manifest", manifest.digest, "data"),
+        ("tokenizer", shards.meta.tokenizer, "tokenizer"),
+        ("token shards", shards.digest, "tokenize_images"),
+        ("entropy model", maps.entropy_model_digest, "entropy_model"),
         ("patch maps", maps.digest, "patch_maps"),
         *((labels[name], artifact_digest(inputs.models / file), makers[name]) for name, file in MODELS.items()),
-        *((f"samples, {labels[name]}", read_json(inputs.samples / name / SAMPLE_PROTOCOL)["digest"],
-           "sample_dpar" if name == "dpar" else "sample_llamagen") for name in MODELS),
-    ]  # fmt: skip
+        *(
+            (
+                f"samples, {labels[name]}",
+                read_json(inputs.samples / name / SAMPLE_PROTOCOL)["digest"],
+                "sample_dpar" if name == "dpar" else "sample_llamagen",
+            )
+            for name in MODELS
+        ),
+    ]
 
 
 def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
@@ -402,8 +426,12 @@ def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
     sections = []
     for field in dataclasses.fields(params):
         value = getattr(params, field.name)
-        sections.append((field.name, walk("", value.model_dump(mode="json")) if isinstance(value, P.Section)
-                         else walk(field.name, value)))  # fmt: skip
+        sections.append(
+            (
+                field.name,
+                walk("", value.model_dump(mode="json")) if isinstance(value, P.Section) else walk(field.name, value),
+            )
+        )
     return sections
 
 
@@ -419,11 +447,16 @@ def summary_metrics(
     by_steps, by_time = rounds
     loss, distance = by_steps.rows[0], by_steps.rows[1]
     found = {
-        "psnr_db": tokenizer["tokenizer/psnr_db"], "patches_per_image": patches.mean,
-        "flops_saved": costs.saved("forward"), "dpar_loss": loss.dpar.value, "baseline_loss": loss.baseline.value,
-        "baseline_loss_equal_time": by_time.rows[0].baseline.value, "dpar_distance": distance.dpar.value,
-        "baseline_distance": distance.baseline.value, "equal_time_step": times.step,
-    }  # fmt: skip
+        "psnr_db": tokenizer["tokenizer/psnr_db"],
+        "patches_per_image": patches.mean,
+        "flops_saved": costs.saved("forward"),
+        "dpar_loss": loss.dpar.value,
+        "baseline_loss": loss.baseline.value,
+        "baseline_loss_equal_time": by_time.rows[0].baseline.value,
+        "dpar_distance": distance.dpar.value,
+        "baseline_distance": distance.baseline.value,
+        "equal_time_step": times.step,
+    }
     for speed in (speeds.training, speeds.sampling):
         if not speed.doubt:
             found[f"{speed.what}_speed"] = speed.ratio
@@ -442,18 +475,33 @@ def headline(
 
     def ratio(speed: Any) -> dict[str, Any]:
         shown = not speed.doubt
-        return {"ratio": speed.ratio if shown else None, "interval": list(speed.interval) if shown else None,
-                "doubt": speed.doubt, "flops_allow": speed.promised}  # fmt: skip
+        return {
+            "ratio": speed.ratio if shown else None,
+            "interval": list(speed.interval) if shown else None,
+            "doubt": speed.doubt,
+            "flops_allow": speed.promised,
+        }
 
     return {
         "badge": f"{badge['name']} {badge['words']}",
         "headline": together(*rounds),
         "seeds": 1,
         "verdicts": [
-            {"when": one.when, "winner": one.winner, "title": one.title, "sentence": one.sentence,
-             "judged": one.judged, "rows": [dataclasses.asdict(row) for row in one.rows]} for one in rounds
+            {
+                "when": one.when,
+                "winner": one.winner,
+                "title": one.title,
+                "sentence": one.sentence,
+                "judged": one.judged,
+                "rows": [dataclasses.asdict(row) for row in one.rows],
+            }
+            for one in rounds
         ],
-        "tokens": patches.tokens, "patches_per_image": patches.mean, "flops_saved": costs.saved("forward"),
-        "flop_ratio": costs.promised("forward"), "training_speed": ratio(speeds.training),
-        "sampling_speed": ratio(speeds.sampling), "equal_time": dataclasses.asdict(times),
-    }  # fmt: skip
+        "tokens": patches.tokens,
+        "patches_per_image": patches.mean,
+        "flops_saved": costs.saved("forward"),
+        "flop_ratio": costs.promised("forward"),
+        "training_speed": ratio(speeds.training),
+        "sampling_speed": ratio(speeds.sampling),
+        "equal_time": dataclasses.asdict(times),
+    }

@@ -71,20 +71,30 @@ class Example:
         colours = scale_colours(np.nan_to_num(self.entropies), low, high).reshape(-1, self.row_width, 3)
         colours[0, 0] = 150
         return {
-            "name": self.class_name, "photo": data_uri(self.photo), "decoded": data_uri(Image.fromarray(self.decoded)),
-            "heat": data_uri(Image.fromarray(colours)), "borders": border_path(self.lengths, self.row_width),
-            "width": self.row_width, "tokens": len(self.entropies), "patches": len(self.lengths),
+            "name": self.class_name,
+            "photo": data_uri(self.photo),
+            "decoded": data_uri(Image.fromarray(self.decoded)),
+            "heat": data_uri(Image.fromarray(colours)),
+            "borders": border_path(self.lengths, self.row_width),
+            "width": self.row_width,
+            "tokens": len(self.entropies),
+            "patches": len(self.lengths),
             "nats": ",".join("" if np.isnan(e) else f"{e:.2f}" for e in self.entropies),
             "exact": ",".join("" if np.isnan(e) else f"{e:.9g}" for e in self.entropies),
             "lengths": ",".join(str(n) for n in self.lengths),
-        }  # fmt: skip
+        }
 
     def overview(self, threshold: float | None) -> Image.Image:
         """Draw the example as a picture of its own."""
         return patch_overview(
-            self.photo, self.entropies, self.lengths, self.row_width, threshold=threshold, decoded=self.decoded,
+            self.photo,
+            self.entropies,
+            self.lengths,
+            self.row_width,
+            threshold=threshold,
+            decoded=self.decoded,
             title=self.class_name,
-        )  # fmt: skip
+        )
 
 
 def examples(
@@ -114,10 +124,16 @@ def examples(
             raise ValueError(f"{shards.folder} holds {shards.key(index)}, the manifest does not: run `dvc repro`")
         photo = middle_square(opener(row))
         photo = fit(photo, LARGEST) if photo.width > LARGEST else photo
-        found.append(Example(
-            meta.classes[shards.labels[index]], photo, decoded, _entropies(entropies, index), maps.lengths(*at)[0],
-            meta.row_width,
-        ))  # fmt: skip
+        found.append(
+            Example(
+                meta.classes[shards.labels[index]],
+                photo,
+                decoded,
+                _entropies(entropies, index),
+                maps.lengths(*at)[0],
+                meta.row_width,
+            )
+        )
     return found
 
 

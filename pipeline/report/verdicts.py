@@ -76,9 +76,11 @@ class Contest:
         if not self.judged:
             return f"No verdict {self.when}"
         return {
-            "dpar": f"DPAR is better {self.when}", "baseline": f"The baseline is better {self.when}",
-            "mixed": f"Each model is better in something {self.when}", None: f"No clear difference {self.when}",
-        }[self.winner]  # fmt: skip
+            "dpar": f"DPAR is better {self.when}",
+            "baseline": f"The baseline is better {self.when}",
+            "mixed": f"Each model is better in something {self.when}",
+            None: f"No clear difference {self.when}",
+        }[self.winner]
 
     @property
     def sentence(self) -> str:
@@ -214,9 +216,12 @@ def judge_scores(dpar: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[R
 
     return [
         judge(
-            score_name(key), "higher" if higher_is_better(key) else "lower", estimate(dpar, key), estimate(baseline, key),
+            score_name(key),
+            "higher" if higher_is_better(key) else "lower",
+            estimate(dpar, key),
+            estimate(baseline, key),
             doubt=doubt,
         )
         for key in score_columns(dpar)
         if key in baseline
-    ]  # fmt: skip
+    ]

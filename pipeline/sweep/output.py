@@ -18,9 +18,19 @@ from stages.shared.sampler import Files
 from stages.tools.sweep import Outcome
 
 COLUMNS = (
-    "final", "threshold", "max_patch_length", "cfg_scale", "images", "first_seed", "patch/patches_per_image",
-    "patch/mean_length", "perf/images_per_s", "seconds", "protocol_id", "key",
-)  # fmt: skip
+    "final",
+    "threshold",
+    "max_patch_length",
+    "cfg_scale",
+    "images",
+    "first_seed",
+    "patch/patches_per_image",
+    "patch/mean_length",
+    "perf/images_per_s",
+    "seconds",
+    "protocol_id",
+    "key",
+)
 DVC_FILE = """# Made by `dpar-cli sweep`: lets `dvc metrics show` and `dvc plots show` find what the sweep measured.
 metrics:
   - metrics.json
@@ -86,10 +96,17 @@ def write(facts: Facts, folder: Path) -> Written:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = winner_metrics(facts)
     write_json(folder / "metrics.json", metrics)
-    write_json(folder / "sweep.json", {
-        **facts.settings, "name": facts.name, "distance": facts.distance, "reproduce": facts.command,
-        "winner": facts.outcome.winner(facts.distance), "failed": facts.outcome.failed,
-    })  # fmt: skip
+    write_json(
+        folder / "sweep.json",
+        {
+            **facts.settings,
+            "name": facts.name,
+            "distance": facts.distance,
+            "reproduce": facts.command,
+            "winner": facts.outcome.winner(facts.distance),
+            "failed": facts.outcome.failed,
+        },
+    )
     tracked = [folder / "sweep.json"]
     if facts.outcome.search:
         _write_tables(rows_of(facts.outcome.search), folder / "results")
@@ -116,10 +133,13 @@ def winner_metrics(facts: Facts) -> dict[str, float]:
     if winner["threshold"] is not None:
         metrics["sweep/threshold"] = winner["threshold"]
     return {
-        **metrics, "sweep/cfg_scale": winner["cfg_scale"], "sweep/patches_per_image": winner["patch/patches_per_image"],
-        "sweep/images_per_s": winner["perf/images_per_s"], "sweep/trials": len(facts.outcome.search),
+        **metrics,
+        "sweep/cfg_scale": winner["cfg_scale"],
+        "sweep/patches_per_image": winner["patch/patches_per_image"],
+        "sweep/images_per_s": winner["perf/images_per_s"],
+        "sweep/trials": len(facts.outcome.search),
         "sweep/failed": len(facts.outcome.failed),
-    }  # fmt: skip
+    }
 
 
 def _write_tables(rows: list[dict[str, Any]], target: Path) -> Path:
@@ -174,9 +194,12 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
     if facts.settings["search"] != "grid":
         figure, axes = _figure(7, 4.6)
         dots = axes.scatter(
-            [one["cfg_scale"] for one in facts.outcome.search], [one["threshold"] or 0 for one in facts.outcome.search],
-            c=[one[facts.distance] for one in facts.outcome.search], cmap="viridis_r", s=70,
-        )  # fmt: skip
+            [one["cfg_scale"] for one in facts.outcome.search],
+            [one["threshold"] or 0 for one in facts.outcome.search],
+            c=[one[facts.distance] for one in facts.outcome.search],
+            cmap="viridis_r",
+            s=70,
+        )
     else:
         figure, axes = _figure(max(1.1 * len(scales) + 2.4, 5), max(0.55 * len(thresholds) + 1.6, 2.6))
         grid = np.full((len(thresholds), len(scales)), np.nan)
@@ -188,9 +211,14 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
             if np.isfinite(grid[row, column]):
                 chosen = grid[row, column] == best[facts.distance]
                 axes.text(
-                    column, row, f"{grid[row, column]:.3g}", ha="center", va="center",
-                    weight="bold" if chosen else "normal", color="black" if grid[row, column] < middle else "white",
-                )  # fmt: skip
+                    column,
+                    row,
+                    f"{grid[row, column]:.3g}",
+                    ha="center",
+                    va="center",
+                    weight="bold" if chosen else "normal",
+                    color="black" if grid[row, column] < middle else "white",
+                )
         axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
         axes.set_yticks(range(len(thresholds)), ["training" if t is None else f"{t:g}" for t in thresholds])
     axes.set_xlabel("cfg scale")
@@ -246,10 +274,14 @@ def table(facts: Facts) -> str:
     for one in results:
         low, high = one["intervals"].get(facts.distance, (float("nan"), float("nan")))
         shown.add_row(
-            "training" if one["threshold"] is None else f"{one['threshold']:g}", f"{one['cfg_scale']:g}", str(one["images"]),
-            f"{one[facts.distance]:.4g}", f"{low:.3g} to {high:.3g}", f"{one['patch/patches_per_image']:.1f}",
+            "training" if one["threshold"] is None else f"{one['threshold']:g}",
+            f"{one['cfg_scale']:g}",
+            str(one["images"]),
+            f"{one[facts.distance]:.4g}",
+            f"{low:.3g} to {high:.3g}",
+            f"{one['patch/patches_per_image']:.1f}",
             f"{one['perf/images_per_s']:.3g}",
-        )  # fmt: skip
+        )
     lines = [table_text(shown) if results else ""]
     if chance := within_chance(facts):
         lines.append(f"within chance of the best: {', '.join(label(one) for one in chance)}")
@@ -291,11 +323,17 @@ def page(facts: Facts, folder: Path) -> str:
     )
     environment.filters |= {"g": lambda value: f"{value:.3g}", "trial": label}
     return environment.get_template("sweep.html.j2").render(
-        facts=facts, thresholds=thresholds, scales=scales, cells=cells, search=search,
-        finals=sorted(finals, key=lambda one: one[facts.distance]), winner=facts.outcome.winner(facts.distance),
-        best=min(values, default=None), chance=within_chance(facts),
+        facts=facts,
+        thresholds=thresholds,
+        scales=scales,
+        cells=cells,
+        search=search,
+        finals=sorted(finals, key=lambda one: one[facts.distance]),
+        winner=facts.outcome.winner(facts.distance),
+        best=min(values, default=None),
+        chance=within_chance(facts),
         share={key: (one[facts.distance] - low) / (high - low or 1) for key, one in cells.items()},
         charts=[scatter_chart(one) for one in fronts(facts)] if search else [],
         pictures=[(one, file_uri(folder / "trials" / f"{one['key']}.png")) for one in search],
         failed=[one_line(one) for one in facts.outcome.failed],
-    )  # fmt: skip
+    )

@@ -397,8 +397,10 @@ class _Courier:
     def _tell(self, why: str) -> None:
         if not self.away:
             self.away = True
-            _say(f"{why}. Work goes on; what MLflow misses is kept in work/tracking and sent by the next run, or by "
-                 "`dpar-cli runs sync`")  # fmt: skip
+            _say(
+                f"{why}. Work goes on; what MLflow misses is kept in work/tracking and sent by the next run, or by "
+                "`dpar-cli runs sync`"
+            )
 
     def _watch(self) -> None:
         """Say that the store does not answer while a request hangs."""

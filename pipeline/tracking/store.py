@@ -128,21 +128,27 @@ _REASONS = (
     (r"database is locked|database table is locked", "another process holds the database: end it, or wait for it"),
     (r"readonly database|read-only|Read-only", "the store is read-only: make it writable for this user"),
     (r"database or disk is full|No space left|Disk quota", "the disk is full: free some space"),
-    (r"unable to open database file|Not a directory|File exists",
-     "the database file cannot be opened: check that its folder exists and is writable"),
+    (
+        r"unable to open database file|Not a directory|File exists",
+        "the database file cannot be opened: check that its folder exists and is writable",
+    ),
     (r"file is not a database|malformed|disk image", "the file is no intact SQLite database: restore it, or move it away"),
     (r"out-of-date database schema", "it was made by another version of MLflow: `mlflow db upgrade` with its address"),
     (r"Connection refused", "nothing listens there: start the server, or set MLFLOW_TRACKING_URI"),
     (r"timed out|Timeout", "it accepts connections but does not answer: look at the server"),
-    (r"Name or service not known|resolve|getaddrinfo|nodename nor servname",
-     "the name of its host is unknown: check MLFLOW_TRACKING_URI"),
+    (
+        r"Name or service not known|resolve|getaddrinfo|nodename nor servname",
+        "the name of its host is unknown: check MLFLOW_TRACKING_URI",
+    ),
     (r"Invalid Host header|\b403\b|PERMISSION_DENIED", "it refuses this client (HTTP 403): check the rights of your user"),
-    (r"\b401\b|CUSTOMER_UNAUTHORIZED|UNAUTHENTICATED",
-     "it asks for a login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"),
+    (
+        r"\b401\b|CUSTOMER_UNAUTHORIZED|UNAUTHENTICATED",
+        "it asks for a login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    ),
     (r"error code (5\d\d)|\b(50[0234])\b", "it answers with a server error (HTTP 5xx): look at its log"),
     (r"error code 404|ENDPOINT_NOT_FOUND", "what answers there is no MLflow server (HTTP 404): check MLFLOW_TRACKING_URI"),
     (r"Connection aborted|reset by peer|Remote end closed|Max retries", "the connection broke: look at the server"),
-)  # fmt: skip
+)
 
 
 def reason(error: BaseException) -> str:

@@ -76,9 +76,7 @@ def process_tags(process: Any = None) -> dict[str, str]:
     import psutil
 
     process = process or psutil.Process()
-    return {
-        PID_TAG: str(process.pid), HOST_TAG: socket.gethostname(), STARTED_TAG: f"{process.create_time():.2f}"
-    }  # fmt: skip
+    return {PID_TAG: str(process.pid), HOST_TAG: socket.gethostname(), STARTED_TAG: f"{process.create_time():.2f}"}
 
 
 class Recording:
@@ -92,9 +90,12 @@ class Recording:
         log = open(self.journal.folder / "outbox.log", "wb")  # noqa: SIM115
         self._outbox = subprocess.Popen(
             command("pipeline.tracking.outbox", str(root), str(self.journal.folder)),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
             start_new_session=True,  # Ctrl-C is for us: we say how the runs end
-        )  # fmt: skip
+        )
         log.close()
         self._listener = threading.Thread(target=self._listen, name="outbox", daemon=True)
         self._listener.start()
@@ -289,10 +290,14 @@ def _rich_bar() -> Any:
 
     return rich.Progress(
         rich.TextColumn("{task.description}", style="bold", markup=False),
-        rich.BarColumn(), rich.MofNCompleteColumn(), Rate(),
-        rich.TextColumn("{task.fields[values]}"), rich.TimeElapsedColumn(), rich.TextColumn("left"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        Rate(),
+        rich.TextColumn("{task.fields[values]}"),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
         rich.TimeRemainingColumn(),
-    )  # fmt: skip
+    )
 
 
 class _RichProgress:

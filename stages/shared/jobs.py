@@ -49,9 +49,19 @@ Kind = Literal["entropy_model", "dpar", "llamagen"]
 # activation_checkpointing leave the result as it is, bit by bit on CPUs; workers and accumulate change the draws of
 # dropout and rounding; strategy, compile and the device change rounding. equal_time_step is the twin's alone.
 _PLACEMENT = {
-    "workers", "cpus_per_worker", "gpus_per_worker", "accumulate", "strategy", "compile", "activation_checkpointing",
-    "storage", "keep_last", "keep_best", "checkpoint_every", "log_every",
-}  # fmt: skip
+    "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "accumulate",
+    "strategy",
+    "compile",
+    "activation_checkpointing",
+    "storage",
+    "keep_last",
+    "keep_best",
+    "checkpoint_every",
+    "log_every",
+}
 _EXPLODED = 3.0  # times ln V, the loss of a model that knows nothing
 
 
@@ -76,8 +86,18 @@ class Job:
         training = self.training
         names = ("lr", "lr_schedule", "warmup_steps", "weight_decay", "clip_norm")
         optim = OptimSettings(betas=tuple(training.betas), **{name: getattr(training, name) for name in names})
-        same = ("steps", "batch_size", "accumulate", "precision", "compile", "activation_checkpointing", "strategy",
-                "validate_every", "checkpoint_every", "log_every")  # fmt: skip
+        same = (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "precision",
+            "compile",
+            "activation_checkpointing",
+            "strategy",
+            "validate_every",
+            "checkpoint_every",
+            "log_every",
+        )
         return TrainSettings(
             optim=optim,
             seed=self.seed,
@@ -177,9 +197,14 @@ def train_job(job: Job, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[str, A
         if (line := memory_line(job, data, device.total_memory)) is not None:
             print(line, flush=True)
     progress = train(
-        build(job.config, job.seed), JobObjective(job.config), data, job.settings(), _store(job, root), hooks=hooks,
+        build(job.config, job.seed),
+        JobObjective(job.config),
+        data,
+        job.settings(),
+        _store(job, root),
+        hooks=hooks,
         ranks=ranks,
-    )  # fmt: skip
+    )
     return {"step": progress.step}
 
 
@@ -191,9 +216,12 @@ def memory_line(job: Job, data: JobData, device_bytes: float) -> str | None:
     training, batch = job.training, data.micro_batch(0, 0)
     images = len(batch.tokens)
     told = training_memory(
-        job.config, None if batch.layout is None else batch.layout.patches / images, bf16=training.precision == "bf16",
-        checkpointing=training.activation_checkpointing, shards=training.workers if training.strategy == "fsdp" else 1,
-    )  # fmt: skip
+        job.config,
+        None if batch.layout is None else batch.layout.patches / images,
+        bf16=training.precision == "bf16",
+        checkpointing=training.activation_checkpointing,
+        shards=training.workers if training.strategy == "fsdp" else 1,
+    )
     if images <= told.largest_batch(device_bytes):
         return None
     fits = told.micro_batches(images * training.accumulate, device_bytes, at_least=training.accumulate)

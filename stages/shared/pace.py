@@ -81,11 +81,20 @@ def _processor() -> str:
 def write_pace(path: Path, pace: Pace, **more: Any) -> None:
     """Write what was measured, with the turns themselves, so that a reader can judge them."""
     turns = pace.turns
-    write_record(path, {
-        "unit": pace.unit, "images": pace.images, "images_per_s": pace.images_per_s, "machine": pace.machine,
-        "ratio": turns.ratio, "interval": list(turns.interval), "drift": list(turns.drift),
-        "turns": {"dpar": list(turns.first), "llamagen": list(turns.second)}, **more,
-    })  # fmt: skip
+    write_record(
+        path,
+        {
+            "unit": pace.unit,
+            "images": pace.images,
+            "images_per_s": pace.images_per_s,
+            "machine": pace.machine,
+            "ratio": turns.ratio,
+            "interval": list(turns.interval),
+            "drift": list(turns.drift),
+            "turns": {"dpar": list(turns.first), "llamagen": list(turns.second)},
+            **more,
+        },
+    )
 
 
 def read_pace(path: Path) -> Pace:

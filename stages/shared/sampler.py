@@ -45,9 +45,15 @@ def settings_of(sample: P.Sample, rule: PatchRule | None) -> SampleSettings:
         longest = rule.max_patch_length if sample.max_patch_length is None else sample.max_patch_length
         rule = replace(rule, threshold=threshold, max_patch_length=longest)
     return SampleSettings(
-        cfg_scale=sample.cfg_scale, cfg_schedule=sample.cfg_schedule, cfg_interval=tuple(sample.cfg_interval),
-        temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p, gate=sample.gate, rule=rule,
-    )  # fmt: skip
+        cfg_scale=sample.cfg_scale,
+        cfg_schedule=sample.cfg_schedule,
+        cfg_interval=tuple(sample.cfg_interval),
+        temperature=sample.temperature,
+        top_k=sample.top_k,
+        top_p=sample.top_p,
+        gate=sample.gate,
+        rule=rule,
+    )
 
 
 class Sampler:
@@ -117,9 +123,13 @@ class Sampler:
         return trained.build(self.device), gate
 
     def draw(
-        self, labels: Sequence[int], seeds: Sequence[int], *, given: Tensor | None = None,
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        given: Tensor | None = None,
         progress: Progress | None = None,
-    ) -> Generated:  # fmt: skip
+    ) -> Generated:
         """Draw tokens, see dpar_core.generation.generate."""
         labels = torch.as_tensor(labels, dtype=torch.int64)
         return self.generator.generate(labels, seeds, given=given, progress=progress)

@@ -138,10 +138,17 @@ def draw(found: Inspection) -> Image.Image:
     shown = next((pixels for pixels in (found.views, found.decoded) if pixels is not None), ())
     if found.image is None and not len(shown):
         raise ValueError(f"nothing to show of {found.row.key}: {'; '.join(found.missing)}")
-    names = [name for name, there in (
-        ("view", found.views), ("decoded tokens", found.decoded), ("tokens", found.tokens), ("entropies", found.entropies),
-        ("patches", found.lengths),
-    ) if there is not None]  # fmt: skip
+    names = [
+        name
+        for name, there in (
+            ("view", found.views),
+            ("decoded tokens", found.decoded),
+            ("tokens", found.tokens),
+            ("entropies", found.entropies),
+            ("patches", found.lengths),
+        )
+        if there is not None
+    ]
     side = _SIDE if found.row_width is None else found.row_width * max(_SIDE // found.row_width, 1)
     gap, lines = 10, [line for line in describe(found).split("\n") if line]
     height = 0 if found.image is None else max(round(_SIDE * min(found.image.shape[0] / found.image.shape[1], 2)), 1)

@@ -179,13 +179,21 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> dict[
     scores, intervals = compare(measure(network, images), reference, settings, seed=scored.seed)
     protocol = protocol_of(network, reference, settings, ImageSet(images))
     result = {
-        "key": key, **asdict(trial.point), "images": trial.images, "first_seed": trial.first_seed, "final": trial.final,
+        "key": key,
+        **asdict(trial.point),
+        "images": trial.images,
+        "first_seed": trial.first_seed,
+        "final": trial.final,
         "max_patch_length": sampler.rule and sampler.settings.rule.max_patch_length,
-        **scores, "intervals": {name: list(ends) for name, ends in intervals.items()},
-        **sample.patch_metrics(sampler, starts), "tokens": sampler.config.tokens,
+        **scores,
+        "intervals": {name: list(ends) for name, ends in intervals.items()},
+        **sample.patch_metrics(sampler, starts),
+        "tokens": sampler.config.tokens,
         "perf/images_per_s": len(images) / draw_seconds,
-        "samples": sample.protocol(sampler, section), "protocol": protocol.to_json(), "protocol_id": protocol.id,
-    }  # fmt: skip
+        "samples": sample.protocol(sampler, section),
+        "protocol": protocol.to_json(),
+        "protocol_id": protocol.id,
+    }
     save_png(sample.grid_picture(job, sampler, labels), folder / f"{key}.png")
     write_json(folder / f"{key}.json", {**result, "seconds": time.perf_counter() - started})
     shutil.rmtree(place)
@@ -227,9 +235,14 @@ def _network(subject: Subject) -> FeatureNetwork:
 
 
 def sweep(
-    subject: Subject, plan: Plan, folder: Path, work: Path, tracker: Tracker, *,
+    subject: Subject,
+    plan: Plan,
+    folder: Path,
+    work: Path,
+    tracker: Tracker,
+    *,
     finished: Callable[[dict[str, Any]], None],
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Run a plan: search, then the best few again with more images and fresh seeds.
 
     folder: where results of trials are and go. finished: called in this process with each result, old and new.
@@ -325,9 +338,13 @@ class _Runner:
             self.finished(result)
         told = [{name: result[name] for name in space} for result in known]
         searcher = OptunaSearch(
-            metric="distance", mode="min", sampler=optuna.samplers.TPESampler(seed=len(known)), space=space,
-            points_to_evaluate=told or None, evaluated_rewards=[result[self.subject.distance] for result in known] or None,
-        )  # fmt: skip
+            metric="distance",
+            mode="min",
+            sampler=optuna.samplers.TPESampler(seed=len(known)),
+            space=space,
+            points_to_evaluate=told or None,
+            evaluated_rewards=[result[self.subject.distance] for result in known] or None,
+        )
         missing = self.plan.trials - len(known)
         if missing > 0:
             with self.tracker.progress(self.plan.trials, f"sweep {name}", done=len(known), unit="trials") as progress:
@@ -364,23 +381,34 @@ class _Runner:
         shutil.rmtree(storage, ignore_errors=True)
         trainable = tune.with_resources(
             tune.with_parameters(
-                _trainable(), subject=self.subject, trial=trial, folder=self.folder, work=self.work,
+                _trainable(),
+                subject=self.subject,
+                trial=trial,
+                folder=self.folder,
+                work=self.work,
                 threads=int(room["CPU"]),
             ),
             room,
-        )  # fmt: skip
+        )
         tuner = tune.Tuner(
             trainable,
             param_space={name: tune.grid_search(values) for name, values in space.items()},
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=self.plan.concurrency, reuse_actors=True, search_alg=searcher, num_samples=samples,
-                mode="min", metric="distance",
+                max_concurrent_trials=self.plan.concurrency,
+                reuse_actors=True,
+                search_alg=searcher,
+                num_samples=samples,
+                mode="min",
+                metric="distance",
             ),
             run_config=tune.RunConfig(
-                name="trials", storage_path=str(storage.resolve()), verbose=0,
-                callbacks=[_callback(partial(self.settled, progress))], failure_config=tune.FailureConfig(max_failures=1),
+                name="trials",
+                storage_path=str(storage.resolve()),
+                verbose=0,
+                callbacks=[_callback(partial(self.settled, progress))],
+                failure_config=tune.FailureConfig(max_failures=1),
             ),
-        )  # fmt: skip
+        )
         tuner.fit()
         shutil.rmtree(storage, ignore_errors=True)
 

@@ -18,9 +18,17 @@ Track = Callable[[str, P.Params], AbstractContextManager[Tracker]]
 
 
 def retrain(
-    params: P.Params, thresholds: Sequence[float], files: Files, *, tokens: Path, entropies: Path, folder: Path, work: Path,
-    device: str, track: Track,
-) -> dict[float | None, Files]:  # fmt: skip
+    params: P.Params,
+    thresholds: Sequence[float],
+    files: Files,
+    *,
+    tokens: Path,
+    entropies: Path,
+    folder: Path,
+    work: Path,
+    device: str,
+    track: Track,
+) -> dict[float | None, Files]:
     """Cut patches and train a DPAR at each threshold; return threshold -> its files, None -> those given.
 
     folder: a model stays there as THRESHOLD-DIGEST/ and is taken from there when params and data are the same.
@@ -39,16 +47,24 @@ def retrain(
             place.mkdir(parents=True, exist_ok=True)
             with track(f"patch_maps {threshold:g}", params) as tracker:
                 patch_maps.run(
-                    patch_maps.Params(patching), patch_maps.Inputs(tokens, entropies), outputs, tracker, device=device,
+                    patch_maps.Params(patching),
+                    patch_maps.Inputs(tokens, entropies),
+                    outputs,
+                    tracker,
+                    device=device,
                     work=_made(work / place.name / "patch_maps"),
-                )  # fmt: skip
+                )
         if not model.exists():
             outputs = train.DPAROutputs(model, place / METRICS, place / CURVE, place / TIMINGS)
             with track(f"train_dpar {threshold:g}", params) as tracker:
                 train.run_dpar(
-                    train_params, train.DPARInputs(tokens, maps), outputs, tracker, device=device,
+                    train_params,
+                    train.DPARInputs(tokens, maps),
+                    outputs,
+                    tracker,
+                    device=device,
                     work=_made(work / place.name / "train"),
-                )  # fmt: skip
+                )
         models[threshold] = Files(model, files.tokenizer, files.entropy_model, maps / RULE)
     return models
 

@@ -129,9 +129,12 @@ def _started(address: str | None) -> Iterator[None]:
     if address is None:
         folder = _own_folder()
         options = {
-            "address": "local", "include_dashboard": False, "num_cpus": local_cpus(),
-            "object_store_memory": _OBJECT_STORE_BYTES, **({"_temp_dir": str(folder)} if folder else {}),
-        }  # fmt: skip
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": local_cpus(),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            **({"_temp_dir": str(folder)} if folder else {}),
+        }
     else:
         _ask(address)
         folder, options = None, {"address": address}
@@ -189,9 +192,13 @@ def _ask(address: str) -> None:
             raise _refusal(address, type(error).__name__, str(error)) from error
     try:
         found = subprocess.run(
-            command(__name__, address), capture_output=True, text=True, timeout=ANSWER_SECONDS, stdin=subprocess.DEVNULL,
+            command(__name__, address),
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            stdin=subprocess.DEVNULL,
             check=False,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         raise _refusal(address, "TimeoutError", f"no answer within {ANSWER_SECONDS:g} s", reached=reached) from None
     lines = [line for line in found.stdout.splitlines() if line.startswith("{")]

@@ -383,8 +383,9 @@ class _Silence:
             print(
                 f"no worker has begun after {_PATIENCE:g} s: Ray waits for room for {self.scale.workers} of {size} each, or "
                 "they are still starting; it goes on by itself, Ctrl-C stops it (`ray status` shows what is in use)",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @contextmanager

@@ -54,10 +54,21 @@ document.title = JSON.stringify({ found, theme: document.documentElement.dataset
 def browse(page, folder, *, width: int) -> tuple[dict, str]:
     """Open a page in Chromium; return what its driver found and what the browser logged."""
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
-        "--disable-component-update", f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1200",
-        "--enable-logging=stderr", "--v=0", "--virtual-time-budget=4000", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-sync",
+        "--disable-component-update",
+        f"--user-data-dir={folder / 'profile'}",
+        f"--window-size={width},1200",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--virtual-time-budget=4000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     title = re.search(r"<title>(.*?)</title>", result.stdout, re.S).group(1)
     for code, character in (("&quot;", '"'), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):

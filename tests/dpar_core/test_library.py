@@ -35,9 +35,12 @@ def project(tmp_path_factory):
     network = DemoClassifier(CLASSES)
     (folder / "artifacts" / "features").mkdir()
     save_weights(
-        folder / "artifacts" / artifacts.CLASSIFIER.name, network.state_dict(), kind="demo_classifier",
-        config={"num_classes": CLASSES}, meta={},
-    )  # fmt: skip
+        folder / "artifacts" / artifacts.CLASSIFIER.name,
+        network.state_dict(),
+        kind="demo_classifier",
+        config={"num_classes": CLASSES},
+        meta={},
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     Image.fromarray(pixels).save(folder / "photo.jpg")

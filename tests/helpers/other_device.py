@@ -28,10 +28,31 @@ from tests.helpers.generation_fixtures import CODES, GRID, tiny_dpar, tiny_gate,
 
 NAME = "elsewhere"
 VIEWS = (
-    "view", "_unsafe_view", "expand", "slice", "select", "transpose", "permute", "unsqueeze", "squeeze", "t", "split",
-    "chunk", "unbind", "detach", "alias", "view_as_complex", "view_as_real", "as_strided", "empty", "empty_like",
-    "new_empty", "_reshape_alias", "split_with_sizes", "is_same_size",
-)  # fmt: skip
+    "view",
+    "_unsafe_view",
+    "expand",
+    "slice",
+    "select",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "t",
+    "split",
+    "chunk",
+    "unbind",
+    "detach",
+    "alias",
+    "view_as_complex",
+    "view_as_real",
+    "as_strided",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "_reshape_alias",
+    "split_with_sizes",
+    "is_same_size",
+)
 ORIGINALS = {"launch": Static.launch, "read_count": StaticDPAR.read_count}
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # the host waits for their result
 
@@ -42,9 +63,13 @@ class There(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> There:
         return torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
             device=f"{NAME}:0",
-        )  # fmt: skip
+        )
 
     def __init__(self, held: torch.Tensor) -> None:
         self.held = held
@@ -176,20 +201,24 @@ def main() -> None:
         "decoder": triton_kernels(dpar(decoder, static=True, schedule="ahead")),
         "twin": triton_kernels(twin(interval, static=True)),
     }
-    print(json.dumps({
-        "kernels on CUDA": kernels,
-        "entropy model": compared(dpar(guided), given=some),
-        "two lanes, guidance that ends": compared(dpar(interval), lanes=2),
-        "decoder": compared(dpar(decoder)),
-        "bfloat16": compared(dpar(guided, torch.bfloat16), given=given),  # all tokens, so that rounding turns none
-        "static patches": compared(dpar(fixed)),
-        "twin": compared(twin(interval), given=some),
-        "static decoder, ahead": compared(dpar(guided, static=True, schedule="ahead"), given=some),
-        "static decoder, buckets": compared(dpar(guided, static=True, schedule="buckets"), given=some),
-        "static decoder, top-k and top-p": compared(dpar(fixed, static=True)),
-        "static decoder, decoder's entropy": compared(dpar(decoder, static=True, schedule="ahead")),
-        "static decoder, twin": compared(twin(interval, static=True), given=some),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "kernels on CUDA": kernels,
+                "entropy model": compared(dpar(guided), given=some),
+                "two lanes, guidance that ends": compared(dpar(interval), lanes=2),
+                "decoder": compared(dpar(decoder)),
+                "bfloat16": compared(dpar(guided, torch.bfloat16), given=given),  # all tokens, so that rounding turns none
+                "static patches": compared(dpar(fixed)),
+                "twin": compared(twin(interval), given=some),
+                "static decoder, ahead": compared(dpar(guided, static=True, schedule="ahead"), given=some),
+                "static decoder, buckets": compared(dpar(guided, static=True, schedule="buckets"), given=some),
+                "static decoder, top-k and top-p": compared(dpar(fixed, static=True)),
+                "static decoder, decoder's entropy": compared(dpar(decoder, static=True, schedule="ahead")),
+                "static decoder, twin": compared(twin(interval, static=True), given=some),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

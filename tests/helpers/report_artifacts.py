@@ -34,9 +34,13 @@ def tiny_params(**sections: dict) -> Params:
     raw["data"] |= {"image_size": SIZE}
     raw["data"]["builtin"] |= {"train_crops": 18, "validation_crops": 18, "crop_min": 48, "crop_max": 64}
     raw["tokenizer"] |= {
-        "codebook_size": CODES, "codebook_dim": 4, "base_width": 8, "channel_multipliers": [1, 1, 1], "z_channels": 8,
+        "codebook_size": CODES,
+        "codebook_dim": 4,
+        "base_width": 8,
+        "channel_multipliers": [1, 1, 1],
+        "z_channels": 8,
         "norm_groups": 4,
-    }  # fmt: skip
+    }
     raw["tokenize_images"] |= {"shard_images": 9}
     raw["entropy_model"] |= {"width": 16, "heads": 1, "layers": 1, "ffn_multiple": 16}
     raw["model"] |= {"width": 32, "heads": 2, "patch_layers": 1, "decoder_layers": 1, "ffn_multiple": 32}
@@ -97,8 +101,17 @@ def write_scores(
     ends = {name: [scores[name] - half, scores[name] + half] for name, half in given.items()} | (intervals or {})
     protocol = {"features": "demo", "images": 18, "reference": "train", "reference_images": 18}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**scores, "intervals": ends, "protocol": protocol, "protocol_id": protocol_id, "samples": {},
-                      "feature_count": features})  # fmt: skip
+    write_json(
+        file,
+        {
+            **scores,
+            "intervals": ends,
+            "protocol": protocol,
+            "protocol_id": protocol_id,
+            "samples": {},
+            "feature_count": features,
+        },
+    )
 
 
 def write_artifacts(root: Path, params: Params, *, ratio: float = 1.04, snapshot_step: int = 480) -> Inputs:
@@ -111,9 +124,15 @@ def write_artifacts(root: Path, params: Params, *, ratio: float = 1.04, snapshot
     run_stage("data", root, params)
     section = params.tokenizer
     vq = VQConfig(
-        CODES, section.codebook_dim, section.base_width, tuple(section.channel_multipliers), section.z_channels,
-        section.residual_blocks, section.commitment, section.norm_groups,
-    )  # fmt: skip
+        CODES,
+        section.codebook_dim,
+        section.base_width,
+        tuple(section.channel_multipliers),
+        section.z_channels,
+        section.residual_blocks,
+        section.commitment,
+        section.norm_groups,
+    )
     state = random_weights(VQ(vq), 1)
     tokenizer = save_weights(
         made / "tokenizer/tokenizer.safetensors", state, kind="vq", config=asdict(vq), meta={"image_size": SIZE}

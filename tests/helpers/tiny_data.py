@@ -144,9 +144,10 @@ def copy_of(project: Project, root: Path, **changes: dict) -> Project:
 def as_artifacts(project: Project, root: Path) -> Path:
     """Lay a project out as the workflow does."""
     for source, target in (
-        ("manifest.parquet", "data/manifest.parquet"), ("tokenizer.safetensors", "tokenizer/tokenizer.safetensors"),
+        ("manifest.parquet", "data/manifest.parquet"),
+        ("tokenizer.safetensors", "tokenizer/tokenizer.safetensors"),
         ("entropy_model.safetensors", "entropy_model/model.safetensors"),
-    ):  # fmt: skip
+    ):
         (root / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(project.root / source, root / target)
     for name in ("tokens", "entropies", "patch_maps"):

@@ -64,9 +64,18 @@ def tiny_params(*, equal_time_step: int | str | None = 6, **training: object) ->
     raw["entropy_model"] |= {"width": 32, "heads": 2, "layers": 2, "ffn_multiple": 32}
     raw["model"] |= {"width": 32, "heads": 2, "patch_layers": 1, "decoder_layers": 1, "ffn_multiple": 32}
     small = {
-        "steps": 12, "batch_size": 8, "lr": 3.0e-3, "warmup_steps": 2, "validate_every": 4, "validation_images": 5,
-        "checkpoint_every": 5, "keep_best": 0, "log_every": 2, "precision": "fp32", **training,
-    }  # fmt: skip
+        "steps": 12,
+        "batch_size": 8,
+        "lr": 3.0e-3,
+        "warmup_steps": 2,
+        "validate_every": 4,
+        "validation_images": 5,
+        "checkpoint_every": 5,
+        "keep_best": 0,
+        "log_every": 2,
+        "precision": "fp32",
+        **training,
+    }
     small["warmup_steps"] = min(small["warmup_steps"], small["steps"])
     raw["entropy_model"]["train"] |= small
     if isinstance(equal_time_step, int):

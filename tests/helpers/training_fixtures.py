@@ -96,9 +96,15 @@ class Recorder:
 
 def tiny_settings(**changes) -> TrainSettings:
     values = dict(
-        steps=12, batch_size=8, seed=3, largest_loss=9.0, validate_every=4, checkpoint_every=5, log_every=1,
+        steps=12,
+        batch_size=8,
+        seed=3,
+        largest_loss=9.0,
+        validate_every=4,
+        checkpoint_every=5,
+        log_every=1,
         optim=OptimSettings(lr=3e-3, warmup_steps=2),
-    )  # fmt: skip
+    )
     return TrainSettings(**{**values, **changes})
 
 

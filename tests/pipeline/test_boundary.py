@@ -177,8 +177,12 @@ def test_names_with_brackets_are_printed_as_they_are(capsys):
 def test_ctrl_c_while_the_program_starts_is_no_traceback():
     child = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-c", "from pipeline.main import main; main()", "--help"],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     lines = []
     for line in child.stderr:
         lines.append(line)

@@ -27,11 +27,15 @@ SIZES = {
 }
 # GFLOPs of the twin and of DPAR, percent saved
 TABLE = {
-    ("b", 256): (52.34, 39.98, 23.6), ("l", 256): (172.87, 117.19, 32.2),
-    ("xl", 256): (397.28, 257.70, 35.1), ("xxl", 256): (728.00, 462.26, 36.5),
-    ("b", 384): (124.57, 88.44, 29.0), ("l", 384): (407.08, 249.99, 38.6),
-    ("xl", 384): (927.86, 540.42, 41.8), ("xxl", 384): (1692.35, 960.76, 43.2),
-}  # fmt: skip
+    ("b", 256): (52.34, 39.98, 23.6),
+    ("l", 256): (172.87, 117.19, 32.2),
+    ("xl", 256): (397.28, 257.70, 35.1),
+    ("xxl", 256): (728.00, 462.26, 36.5),
+    ("b", 384): (124.57, 88.44, 29.0),
+    ("l", 384): (407.08, 249.99, 38.6),
+    ("xl", 384): (927.86, 540.42, 41.8),
+    ("xxl", 384): (1692.35, 960.76, 43.2),
+}
 
 
 def paper(size: str, pixels: int, **patching):
@@ -39,17 +43,28 @@ def paper(size: str, pixels: int, **patching):
     raw = YAML(typ="safe").load((ROOT / "params" / "demo.yaml").read_text())
     width, heads, (encoder, patch, decoder), _, _ = SIZES[size]
     raw["data"] |= {
-        "source": "imagefolder", "train": "t", "validation": "v", "classes": "imagenet", "image_size": pixels,
+        "source": "imagefolder",
+        "train": "t",
+        "validation": "v",
+        "classes": "imagenet",
+        "image_size": pixels,
         "views": "ten_crop_both",
-    }  # fmt: skip
+    }
     raw["tokenizer"] |= {
-        "codebook_size": 16384, "base_width": 128, "channel_multipliers": [1, 1, 2, 2, 4], "z_channels": 256,
-    }  # fmt: skip
+        "codebook_size": 16384,
+        "base_width": 128,
+        "channel_multipliers": [1, 1, 2, 2, 4],
+        "z_channels": 256,
+    }
     raw["entropy_model"] |= {"size": "B", "width": 768, "heads": 12, "layers": 12, "ffn_multiple": 256}
     raw["model"] |= {
-        "width": width, "heads": heads, "encoder_layers": encoder, "patch_layers": patch, "decoder_layers": decoder,
+        "width": width,
+        "heads": heads,
+        "encoder_layers": encoder,
+        "patch_layers": patch,
+        "decoder_layers": decoder,
         "ffn_multiple": 256,
-    }  # fmt: skip
+    }
     raw["train"] |= {"steps": 1_501_368, "batch_size": 256, "equal_time_step": None}  # 300 epochs
     rule = {"threshold": {256: 7.8, 384: 7.9}[pixels], "target_mean_length": None, "max_patch_length": 4}
     raw["patching"] |= {**rule, **patching}
@@ -98,8 +113,13 @@ ABLATIONS = {
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_one_thing_and_trains_for_fifty_epochs(name):
     def flat(params) -> dict:
-        return {f"{section}.{key}": value for section, values in params.model_dump().items() if isinstance(values, dict)
-                for key, value in values.items() if key != "precision"}  # fmt: skip
+        return {
+            f"{section}.{key}": value
+            for section, values in params.model_dump().items()
+            if isinstance(values, dict)
+            for key, value in values.items()
+            if key != "precision"
+        }
 
     base, ablation = (load_params(ROOT / "params" / f"{n}.yaml") for n in ("imagenet256-dpar-l", f"ablation-{name}"))
     of_base, changed = flat(base), flat(ablation)

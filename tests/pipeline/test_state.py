@@ -81,9 +81,10 @@ def test_nothing_changed_is_fresh_and_needs_follow_the_files(project):
 def test_a_changed_value_is_named_and_what_follows_waits_for_it(project):
     edit(project, "params.yaml", "steps: 480", "steps: 8")
     assert states(project) == {
-        "tokens": ("fresh", ""), "model": ("stale", "train.steps 480 -> 8"),
+        "tokens": ("fresh", ""),
+        "model": ("stale", "train.steps 480 -> 8"),
         "report": ("stale", "model is to run before it"),
-    }  # fmt: skip
+    }
 
 
 def test_missing_resized_and_replaced_files_are_seen(project):

@@ -432,5 +432,7 @@ def test_a_pipeline_run_ends_as_its_worst_stage_did(project):
     sync(Outbox(root, print))
     _, found = runs(root)
     assert {name: run.info.status for name, run in found.items()} == {
-        "whole": "FAILED", "data": "FAILED", "features": "FINISHED",
-    }  # fmt: skip
+        "whole": "FAILED",
+        "data": "FAILED",
+        "features": "FINISHED",
+    }

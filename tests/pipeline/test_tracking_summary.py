@@ -5,17 +5,25 @@ import subprocess
 from pipeline.tracking import summary
 
 HEADLINE = {
-    "badge": "Demo: nine photographs, one seed.", "headline": "No clear difference at equal steps.",
-    "verdicts": [{
-        "title": "No clear difference at equal steps", "sentence": "All overlap.",
-        "rows": [
-            {"words": "validation loss", "dpar": {"value": 2.791, "interval": [2.7, 2.9]},
-             "baseline": {"value": 2.862, "interval": [2.8, 2.95]}},
-            {"words": "recall", "dpar": {"value": 0.5, "interval": None}, "baseline": {"value": 0.4, "interval": None}},
-        ],
-    }],
-    "training_speed": {"ratio": 1.07, "doubt": ""}, "sampling_speed": {"ratio": None, "doubt": "the machine was busy"},
-}  # fmt: skip
+    "badge": "Demo: nine photographs, one seed.",
+    "headline": "No clear difference at equal steps.",
+    "verdicts": [
+        {
+            "title": "No clear difference at equal steps",
+            "sentence": "All overlap.",
+            "rows": [
+                {
+                    "words": "validation loss",
+                    "dpar": {"value": 2.791, "interval": [2.7, 2.9]},
+                    "baseline": {"value": 2.862, "interval": [2.8, 2.95]},
+                },
+                {"words": "recall", "dpar": {"value": 0.5, "interval": None}, "baseline": {"value": 0.4, "interval": None}},
+            ],
+        }
+    ],
+    "training_speed": {"ratio": 1.07, "doubt": ""},
+    "sampling_speed": {"ratio": None, "doubt": "the machine was busy"},
+}
 
 
 def test_the_name_and_the_note_tell_what_came_out():
@@ -42,8 +50,11 @@ def test_the_pipeline_run_gets_few_metrics_under_short_names():
 def test_children_sort_in_the_order_of_the_workflow():
     stages = ["data", "tokenizer", "score"]
     assert [summary.child_name(stage, stages) for stage in (*stages, "sweep")] == [
-        "01 data", "02 tokenizer", "03 score", "sweep",
-    ]  # fmt: skip
+        "01 data",
+        "02 tokenizer",
+        "03 score",
+        "sweep",
+    ]
 
 
 def test_the_commit_is_a_tag_and_a_changed_file_is_seen(tmp_path):

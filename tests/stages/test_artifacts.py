@@ -53,6 +53,9 @@ def test_no_other_module_spells_a_path_below_artifacts():
     for floor in ("stages", "pipeline"):
         for path in sorted((ROOT / floor).rglob("*.py")):
             if path.relative_to(ROOT).as_posix() not in allowed and "sweep" not in path.parts:
-                found += [f"{path.relative_to(ROOT)}: {line.strip()}" for line in path.read_text().splitlines()
-                          if spelled.search(line)]  # fmt: skip
+                found += [
+                    f"{path.relative_to(ROOT)}: {line.strip()}"
+                    for line in path.read_text().splitlines()
+                    if spelled.search(line)
+                ]
     assert not found

@@ -101,7 +101,7 @@ KINDS = {
     "broken exif": lambda n: ("x.jpg", encoded(n, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), True),
     "unreadable": lambda n: ("x.png", encoded(n, "PNG"), False),
     "unreadable txt": lambda n: ("x.txt", encoded(n, "JPEG"), None),
-}  # fmt: skip
+}
 
 
 def put_damage(folder: Path, count: int) -> dict[str, bool | None]:

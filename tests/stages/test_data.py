@@ -65,11 +65,18 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_crops(tmp_pat
 
 def test_images_are_counted_by_split_and_class(tmp_path):
     assert json.loads(run(tmp_path).metrics.read_text()) == {
-        "data/classes": 9, "data/files_left_out": 0, "data/images_in_both_splits": 0,
-        "data/train_images": 90, "data/train_smallest_class": 10, "data/train_median_class": 10.0,
-        "data/train_largest_class": 10, "data/validation_images": 18, "data/validation_smallest_class": 2,
-        "data/validation_median_class": 2.0, "data/validation_largest_class": 2,
-    }  # fmt: skip
+        "data/classes": 9,
+        "data/files_left_out": 0,
+        "data/images_in_both_splits": 0,
+        "data/train_images": 90,
+        "data/train_smallest_class": 10,
+        "data/train_median_class": 10.0,
+        "data/train_largest_class": 10,
+        "data/validation_images": 18,
+        "data/validation_smallest_class": 2,
+        "data/validation_median_class": 2.0,
+        "data/validation_largest_class": 2,
+    }
 
 
 def test_a_strip_too_narrow_for_a_crop_says_what_to_change():
@@ -86,8 +93,11 @@ def test_a_folder_tree_is_listed_and_opened(tmp_path):
     manifest = read_manifest(outputs.manifest)
     opener = data.ImageOpener(manifest)
     assert [(row.split, row.label, int(opener(row)[0, 0, 0])) for row in manifest.rows] == [
-        ("train", 0, 97), ("train", 1, 98), ("validation", 0, 97), ("validation", 1, 98),
-    ]  # fmt: skip
+        ("train", 0, 97),
+        ("train", 1, 98),
+        ("validation", 0, 97),
+        ("validation", 1, 98),
+    ]
 
 
 def test_other_folders_than_imagenets_are_refused_where_imagenet_is_asked_for(tmp_path):
@@ -251,7 +261,7 @@ def test_what_was_found_is_printed(tmp_path, capsys):
         "left out: 1 (hidden, or left there by a system): train:train/ant/._1.png",
         "warning: 1 validation images are in the training set as well, byte by byte: "
         "validation:val/cat/again.png = train:train/bee/1.png",
-    ]  # fmt: skip
+    ]
     assert json.loads(outputs.metrics.read_text())["data/images_in_both_splits"] == 1
 
 

@@ -73,8 +73,9 @@ def test_bad_images_are_counted_and_listed_and_the_others_are_all_there(tmp_path
     project.data().tokenize()
     listed = json.loads((tmp_path / "p" / "tokens" / "bad_images.json").read_text())
     assert sorted((bad["source"], bad["reason"].split(" (")[0]) for bad in listed) == [
-        ("train:a/000.png", "the file is empty"), ("train:b/001.png", "not an image"),
-    ]  # fmt: skip
+        ("train:a/000.png", "the file is empty"),
+        ("train:b/001.png", "not an image"),
+    ]
     assert len(TokenShards(tmp_path / "p" / "tokens", "train")) == 12
     assert json.loads((tmp_path / "p" / "tokens.json").read_text())["tokens/bad_images"] == 2
 
@@ -194,8 +195,9 @@ def test_images_of_both_splits_are_counted_and_listed_whatever_their_files(tmp_p
     (pair,) = json.loads((project.root / "tokens" / "images_in_both_splits.json").read_text())
     manifest = read_manifest(project.root / "manifest.parquet")
     assert [manifest.find(pair[split]).source for split in ("validation", "train")] == [
-        "validation:a/again.bmp", "train:a/000.png",
-    ]  # fmt: skip
+        "validation:a/again.bmp",
+        "train:a/000.png",
+    ]
     assert json.loads((project.root / "tokens.json").read_text())["tokens/images_in_both_splits"] == 1
     assert f"1 validation images have the pixels of training images, first view by first view: {pair['validation']}" in (
         capsys.readouterr().out
@@ -229,6 +231,10 @@ def test_a_row_without_an_image_struct_is_counted_and_named(tmp_path):
     project = make_project(tmp_path / "p", data=changes).tokenize()
     listed = json.loads((project.root / "tokens" / "bad_images.json").read_text())
     assert listed == [
-        {"key": f"{split}-{split}-00000-of-00001-0000-000003", "source": f"{split}@0.3:{split}-00000-of-00001.parquet",
-         "reason": "the row has no image bytes"} for split in ("train", "validation")
-    ]  # fmt: skip
+        {
+            "key": f"{split}-{split}-00000-of-00001-0000-000003",
+            "source": f"{split}@0.3:{split}-00000-of-00001.parquet",
+            "reason": "the row has no image bytes",
+        }
+        for split in ("train", "validation")
+    ]

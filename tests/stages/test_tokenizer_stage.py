@@ -38,10 +38,21 @@ def one_thread():
 
 def settings(**changes) -> P.Tokenizer:
     values = {
-        "weights": None, "codebook_size": 16, "codebook_dim": 4, "base_width": 8, "channel_multipliers": [1, 2],
-        "z_channels": 8, "residual_blocks": 1, "norm_groups": 4, "commitment": 0.25, "steps": 10, "batch_size": 4,
-        "lr": 1e-3, "warmup_steps": 3, "precision": "fp32",
-    }  # fmt: skip
+        "weights": None,
+        "codebook_size": 16,
+        "codebook_dim": 4,
+        "base_width": 8,
+        "channel_multipliers": [1, 2],
+        "z_channels": 8,
+        "residual_blocks": 1,
+        "norm_groups": 4,
+        "commitment": 0.25,
+        "steps": 10,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "warmup_steps": 3,
+        "precision": "fp32",
+    }
     return P.Tokenizer(**{**values, **changes})
 
 
@@ -65,10 +76,18 @@ def manifest(tmp_path_factory) -> tuple[P.Data, Path]:
                 )
     builtin = P.BuiltinData(train_crops=1, validation_crops=1, crop_min=1, crop_max=1, validation_share=0.5)
     data = P.Data(
-        source="imagefolder", train=str(root / "train"), validation=str(root / "validation"), classes="any",
-        empty_classes="refuse", image_key=None, label_key=None, image_size=8, views="adm_center_flip", max_bad_share=0.0,
+        source="imagefolder",
+        train=str(root / "train"),
+        validation=str(root / "validation"),
+        classes="any",
+        empty_classes="refuse",
+        image_key=None,
+        label_key=None,
+        image_size=8,
+        views="adm_center_flip",
+        max_bad_share=0.0,
         builtin=builtin,
-    )  # fmt: skip
+    )
     write_manifest(root / "manifest.parquet", make_manifest(data, seed=0))
     return data, root / "manifest.parquet"
 

@@ -122,8 +122,15 @@ def test_with_auto_the_baseline_is_kept_eight_per_cent_apart(data, tmp_path, mon
     steps = [load_weights(path, kind="gpt").meta["step"] for path in sorted((out / "snapshots").iterdir())]
     assert steps == [6, 7, 8, 9, 10, 11]
     assert tiny_params(equal_time_step="auto", steps=1000).train.snapshot_steps() == (
-        540, 583, 630, 681, 735, 794, 857, 926,
-    )  # fmt: skip
+        540,
+        583,
+        630,
+        681,
+        735,
+        794,
+        857,
+        926,
+    )
 
 
 def test_without_an_equal_time_step_nothing_is_kept_on_the_way(data, tmp_path, monkeypatch):

@@ -159,13 +159,20 @@ EMPTY = {
     "a link to its parent": lambda folder: folder.symlink_to(folder.parent),
     "a loop of two links": lambda folder: put_loop(folder),
     "folders without images": lambda folder: put(folder, {"a/b/x.txt": b""}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", EMPTY)
 def test_a_class_folder_without_images_is_refused_by_name_or_keeps_its_place(tmp_path, kind):
-    put(tmp_path, {f"{split}/{name}/1.png": png(n) for n, (split, name) in enumerate(
-        [("train", "n01440764"), ("train", "n01484850"), ("val", "n01440764"), ("val", "n01484850")])})  # fmt: skip
+    put(
+        tmp_path,
+        {
+            f"{split}/{name}/1.png": png(n)
+            for n, (split, name) in enumerate(
+                [("train", "n01440764"), ("train", "n01484850"), ("val", "n01440764"), ("val", "n01484850")]
+            )
+        },
+    )
     EMPTY[kind](tmp_path / "train" / "n01443537")
     with pytest.raises(
         ValueError, match=r"has no images of 1 of its 3 classes: n01443537 \(.*set data.empty_classes to keep"
@@ -178,9 +185,11 @@ def test_a_class_folder_without_images_is_refused_by_name_or_keeps_its_place(tmp
 
 def test_an_empty_class_of_an_ilsvrc_tar_is_refused_too(tmp_path):
     inner = {
-        "n00000001.tar": tar_of({"a.JPEG": png(1)}), "n00000002.tar": tar_of({}), "._n00000001.tar": b"of macOS",
+        "n00000001.tar": tar_of({"a.JPEG": png(1)}),
+        "n00000002.tar": tar_of({}),
+        "._n00000001.tar": b"of macOS",
         "n00000003.tar": tar_of({"b.JPEG": png(2), "._b.JPEG": b"x"}),
-    }  # fmt: skip
+    }
     put(tmp_path, {"t.tar": tar_of(inner)})
     listing = list_ilsvrc_train(tmp_path / "t.tar")
     assert listing.labels == [0, 2] and list(listing.left_out) == ["._n00000001.tar", "._b.JPEG"]

@@ -47,10 +47,15 @@ def test_exif_rotation_is_applied(orientation):
     upright = picture(12, 20)
     # How a camera that was held so stores the picture: the inverse of what the tag says to do.
     stored = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.transpose(1, 0, 2), 6: np.rot90(upright, 1), 7: np.rot90(upright, 2).transpose(1, 0, 2),
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
         8: np.rot90(upright, -1),
-    }[orientation]  # fmt: skip
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     found = decode_image(encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif))
@@ -268,10 +273,12 @@ def test_ten_crops_are_those_of_torchvision(size, ratio, side):
     def five_crop(whole: Image.Image) -> list[Image.Image]:
         middle = round((side - size) / 2.0)
         return [
-            whole.crop((0, 0, size, size)), whole.crop((side - size, 0, side, size)),
-            whole.crop((0, side - size, size, side)), whole.crop((side - size, side - size, side, side)),
+            whole.crop((0, 0, size, size)),
+            whole.crop((side - size, 0, side, size)),
+            whole.crop((0, side - size, size, side)),
+            whole.crop((side - size, side - size, side, side)),
             whole.crop((middle, middle, middle + size, middle + size)),
-        ]  # fmt: skip
+        ]
 
     expected = five_crop(square) + five_crop(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     found = ten_crop(image, size, ratio)

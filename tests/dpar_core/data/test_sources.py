@@ -136,8 +136,11 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
     found = read_manifest(tmp_path / "m.parquet")
     assert list(found.rows) == rows
     assert (found.classes, found.roots, found.digest, found.notes) == (
-        ("x", "y"), {"train": "/data"}, written.digest, {"files_left_out": 3},
-    )  # fmt: skip
+        ("x", "y"),
+        {"train": "/data"},
+        written.digest,
+        {"files_left_out": 3},
+    )
     assert found.find("b") == rows[1] and found.find("c") is None
     assert [found.rows[-1], *found.rows[0:1], *found.rows[::-1]] == [rows[1], rows[0], rows[1], rows[0]]
 
@@ -166,24 +169,46 @@ def test_the_rows_of_a_parquet_row_group_are_one_block(tmp_path):
 
 
 def test_files_that_are_no_images_are_left_out_and_named(tmp_path):
-    put(tmp_path, {
-        "a/1.png": png(1), "a/no_ending": png(2), "a/notes.txt": b"hello", "a/odd.data": png(3), "a/.hidden.png": png(4),
-        "a/deeper/5.png": png(5), "readme.md": b"#", "empty_class/x.txt": b"",
-    })  # fmt: skip
+    put(
+        tmp_path,
+        {
+            "a/1.png": png(1),
+            "a/no_ending": png(2),
+            "a/notes.txt": b"hello",
+            "a/odd.data": png(3),
+            "a/.hidden.png": png(4),
+            "a/deeper/5.png": png(5),
+            "readme.md": b"#",
+            "empty_class/x.txt": b"",
+        },
+    )
     listing = list_folder(tmp_path, "train")
     assert listing.sources == ["train:a/1.png", "train:a/no_ending", "train:a/odd.data", "train:a/deeper/5.png"]
     assert listing.classes == ["a", "empty_class"] and listing.empty == {"empty_class": "no image files in it"}
     assert listing.left_out == {
-        "a/.hidden.png": "hidden, or left there by a system", "a/notes.txt": "no image by its name and its first bytes",
-        "empty_class/x.txt": "no image by its name and its first bytes", "readme.md": "beside the class folders",
-    }  # fmt: skip
+        "a/.hidden.png": "hidden, or left there by a system",
+        "a/notes.txt": "no image by its name and its first bytes",
+        "empty_class/x.txt": "no image by its name and its first bytes",
+        "readme.md": "beside the class folders",
+    }
 
 
 def test_a_folder_of_images_is_listed_whatever_their_format_and_without_what_systems_leave_there(tmp_path):
-    put(tmp_path, {
-        "b/2.jpg": png(1), "a.png": png(2), "b/1.JPEG": png(3), "no_ending": png(4), "notes.txt": b"x", "._a.png": b"x",
-        "@eaDir/a.png": png(5), "b/Thumbs.db": png(6), "b/.DS_Store": b"x", "__MACOSX/._a.png": b"x",
-    })  # fmt: skip
+    put(
+        tmp_path,
+        {
+            "b/2.jpg": png(1),
+            "a.png": png(2),
+            "b/1.JPEG": png(3),
+            "no_ending": png(4),
+            "notes.txt": b"x",
+            "._a.png": b"x",
+            "@eaDir/a.png": png(5),
+            "b/Thumbs.db": png(6),
+            "b/.DS_Store": b"x",
+            "__MACOSX/._a.png": b"x",
+        },
+    )
     files, left_out = image_files(tmp_path)
     assert [str(file.relative_to(tmp_path)) for file in files] == ["a.png", "b/1.JPEG", "b/2.jpg", "no_ending"]
     assert left_out == ["._a.png", "@eaDir", "__MACOSX", "b/.DS_Store", "b/Thumbs.db", "notes.txt"]
@@ -203,8 +228,16 @@ def image_folder(root: Path) -> list[tuple[str, int]]:
 
 def test_folders_below_and_links_are_walked_as_image_folder_walks_them(tmp_path):
     names = [
-        "b/2.png", "b/1.png", "b/x/1.png", "b/x/y/1.png", "b/x-1/1.png", "b/x1/0.png", "a/z/1.png", "c-c/1.png", "c/1.png",
-    ]  # fmt: skip
+        "b/2.png",
+        "b/1.png",
+        "b/x/1.png",
+        "b/x/y/1.png",
+        "b/x-1/1.png",
+        "b/x1/0.png",
+        "a/z/1.png",
+        "c-c/1.png",
+        "c/1.png",
+    ]
     put(tmp_path / "root", {name: png(number) for number, name in enumerate(names)})
     put(tmp_path / "elsewhere", {"1.png": png(1), "deep/2.png": png(2)})
     (tmp_path / "root/b/linked").symlink_to(tmp_path / "elsewhere")
@@ -224,8 +257,12 @@ def test_a_link_that_leads_back_is_left_out(tmp_path):
     listing = list_folder(tmp_path, "train")
     assert listing.left_out == dict.fromkeys(["a/deep/back", "b/other/deep/back", "b/up"], "a link back to a folder above")
     assert [source.removeprefix("train:") for source in listing.sources] == [
-        "a/1.png", "a/deep/2.png", "b/3.png", "b/other/1.png", "b/other/deep/2.png",
-    ]  # fmt: skip
+        "a/1.png",
+        "a/deep/2.png",
+        "b/3.png",
+        "b/other/1.png",
+        "b/other/deep/2.png",
+    ]
 
 
 def test_names_that_are_not_utf8_are_left_out_and_shown_escaped_and_class_names_refused(tmp_path):
@@ -272,8 +309,10 @@ def test_keys_are_short_enough_for_a_shard_and_stay_apart(tmp_path, length):
         files = {f"{stem}{i}.{ending}": content for i in range(2) for ending, content in (("png", png(i)), ("cls", b"0"))}
         put(tmp_path / split, {"0.tar": tar_of(files)})
         write_parquet(tmp_path / split / "p" / f"{stem}.parquet", [0, 1], [0, 0])
-        keys, again = ([*list_webdataset(tmp_path / split, split).keys, *list_parquet(tmp_path / split / "p", split).keys]
-                       for _ in range(2))  # fmt: skip
+        keys, again = (
+            [*list_webdataset(tmp_path / split, split).keys, *list_parquet(tmp_path / split / "p", split).keys]
+            for _ in range(2)
+        )
         assert len(set(keys)) == 4 and all(key.startswith(f"{split}-") for key in keys) and keys == again
         some = [Sample(key, 0, np.zeros((1, 4), np.uint16), {}) for key in keys]
         assert write_shard(tmp_path / "x.tar", some).keys == keys

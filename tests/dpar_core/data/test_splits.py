@@ -33,15 +33,29 @@ def joined(train: Path, validation: Path, ending: str):
 @pytest.mark.parametrize(
     ("path", "split"),
     [
-        ("imagenet-train-000012.tar", "train"), ("ilsvrc_val_0001.tar", "validation"), ("valid_0.tar", "validation"),
-        ("validation-00000-of-00014.parquet", "validation"), ("test-0.tar", "test"), ("dev.parquet", "validation"),
-        ("imagenet1k-validation-0000.tar", "validation"), ("Training01.tar", "train"), ("myEval.parquet", "validation"),
-        ("ILSVRC2012_img_val.tar", "validation"), ("train2017.tar", "train"), ("data/val/0.parquet", "validation"),
-        ("test-data/train/0.tar", "train"), ("a/b/TRAIN/x.tar", "train"), ("part-0001.parquet", None),
-        ("trainer-0.tar", None), ("value-0.tar", None), ("latest-0.tar", None), ("train-val-0.tar", None),
-        ("train/val-0.tar", None), ("train/trainset_0.tar", "train"),
+        ("imagenet-train-000012.tar", "train"),
+        ("ilsvrc_val_0001.tar", "validation"),
+        ("valid_0.tar", "validation"),
+        ("validation-00000-of-00014.parquet", "validation"),
+        ("test-0.tar", "test"),
+        ("dev.parquet", "validation"),
+        ("imagenet1k-validation-0000.tar", "validation"),
+        ("Training01.tar", "train"),
+        ("myEval.parquet", "validation"),
+        ("ILSVRC2012_img_val.tar", "validation"),
+        ("train2017.tar", "train"),
+        ("data/val/0.parquet", "validation"),
+        ("test-data/train/0.tar", "train"),
+        ("a/b/TRAIN/x.tar", "train"),
+        ("part-0001.parquet", None),
+        ("trainer-0.tar", None),
+        ("value-0.tar", None),
+        ("latest-0.tar", None),
+        ("train-val-0.tar", None),
+        ("train/val-0.tar", None),
+        ("train/trainset_0.tar", "train"),
     ],
-)  # fmt: skip
+)
 def test_a_split_is_told_by_a_word_of_the_name_or_of_the_nearest_folder(path, split):
     assert split_of(path) == split
 
@@ -50,17 +64,24 @@ def test_a_split_is_told_by_a_word_of_the_name_or_of_the_nearest_folder(path, sp
 @pytest.mark.parametrize(
     ("train", "validation"),
     [
-        ("imagenet-train-0", "imagenet-val-0"), ("ilsvrc_train_0001", "ilsvrc_val_0001"), ("train-0-of-2", "test-0-of-2"),
-        ("training_0", "evaluation_0"), ("train_0", "valid_0"), ("data/train/x", "data/val/x"), ("train", "dev"),
-        ("Train-000", "HOLDOUT-000"), ("train/0", "validation/0"),
+        ("imagenet-train-0", "imagenet-val-0"),
+        ("ilsvrc_train_0001", "ilsvrc_val_0001"),
+        ("train-0-of-2", "test-0-of-2"),
+        ("training_0", "evaluation_0"),
+        ("train_0", "valid_0"),
+        ("data/train/x", "data/val/x"),
+        ("train", "dev"),
+        ("Train-000", "HOLDOUT-000"),
+        ("train/0", "validation/0"),
     ],
-)  # fmt: skip
+)
 def test_one_folder_for_both_splits_is_told_apart_by_names(tmp_path, ending, train, validation):
     put_shard(tmp_path / f"{train}{ending}", [0, 1, 2], [0, 1, 1])
     put_shard(tmp_path / f"{validation}{ending}", [3, 4], [1, 0])
     manifest = joined(tmp_path, tmp_path, ending)
-    assert [(len(manifest.split(s)), set(row.source.split(":")[1] for row in manifest.split(s)))
-            for s in ("train", "validation")] == [(3, {f"{train}{ending}"}), (2, {f"{validation}{ending}"})]  # fmt: skip
+    assert [
+        (len(manifest.split(s)), set(row.source.split(":")[1] for row in manifest.split(s))) for s in ("train", "validation")
+    ] == [(3, {f"{train}{ending}"}), (2, {f"{validation}{ending}"})]
     assert manifest.notes["left_out"] == {}
 
 
@@ -98,8 +119,9 @@ def test_files_of_other_splits_are_left_out_and_the_choice_is_said(tmp_path):
     names = ["train-0.tar", "val-0.tar", "test-0.tar"]
     chosen = choose_files(names, "validation", where="here")
     assert chosen.files == ["val-0.tar"] and chosen.left_out == {
-        "train-0.tar": "of split train by its name", "test-0.tar": "of split test by its name",
-    }  # fmt: skip
+        "train-0.tar": "of split train by its name",
+        "test-0.tar": "of split test by its name",
+    }
     only_test = choose_files(names[::2], "validation", where="here")
     assert only_test.files == ["test-0.tar"] and only_test.notes == [
         "files whose names say test are taken, as none says validation"

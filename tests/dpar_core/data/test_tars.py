@@ -161,10 +161,12 @@ def test_a_damaged_tar_never_loses_members_silently(tmp_path: Path, length, plac
     ("content", "words"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
-        (gzip.compress(b"x" * 2000, mtime=0), "compressed by gzip"), (b"PK\x03\x04" + bytes(600), "a zip file"),
-        (b"\n<!DOCTYPE html><title>Sign in</title>" + bytes(600), "a web page"), (b"<HTML>" * 200, "a web page"),
+        (gzip.compress(b"x" * 2000, mtime=0), "compressed by gzip"),
+        (b"PK\x03\x04" + bytes(600), "a zip file"),
+        (b"\n<!DOCTYPE html><title>Sign in</title>" + bytes(600), "a web page"),
+        (b"<HTML>" * 200, "a web page"),
     ],
-)  # fmt: skip
+)
 def test_what_lies_in_place_of_a_tar_is_named(tmp_path, content, words):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(BadTar, match=f"a.tar is no tar, but {words}"):

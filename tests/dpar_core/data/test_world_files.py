@@ -40,10 +40,15 @@ def struct(kind: pa.DataType, *, path: bool = True) -> pa.Array:
 
 PLAIN = pa.array([png(n) for n in NUMBERS], pa.binary())
 KINDS = {
-    "bytes": PLAIN, "large bytes": PLAIN.cast(pa.large_binary()), "views": PLAIN.cast(pa.binary_view()),
-    "dictionary": PLAIN.dictionary_encode(), "struct": struct(pa.binary()), "struct of large": struct(pa.large_binary()),
-    "struct of views": struct(pa.binary_view()), "struct without path": struct(pa.binary(), path=False),
-}  # fmt: skip
+    "bytes": PLAIN,
+    "large bytes": PLAIN.cast(pa.large_binary()),
+    "views": PLAIN.cast(pa.binary_view()),
+    "dictionary": PLAIN.dictionary_encode(),
+    "struct": struct(pa.binary()),
+    "struct of large": struct(pa.large_binary()),
+    "struct of views": struct(pa.binary_view()),
+    "struct without path": struct(pa.binary(), path=False),
+}
 
 
 @pytest.mark.parametrize(
@@ -163,13 +168,33 @@ def test_every_flipped_byte_in_parquet_gives_images_or_a_sentence(tmp_path):
 
 
 def test_webdataset_with_dotted_and_upper_case_endings_and_litter(tmp_path):
-    put(tmp_path, {"s/0.tar": tar_of({
-        "a.img.JPG": png(0), "a.target.cls": b"1", ".DS_Store": b"x", "._a.img.JPG": b"x",
-        "b.IMG.jpg": png(1), "b.target.CLS": b"0",
-        "__MACOSX/._b.jpg": b"x", "c.jpg": png(2), "c.cls.txt": b"1\n",
-        "@eaDir/c.jpg": b"x", "dir/d.png": png(3), "dir/d.cls": b"0",
-        "dir/Thumbs.db": b"x", "e.v2.jpg": png(4), "e.v2.cls": b"1", "e.txt": b"a caption",
-    }), "s/._0.tar": b"x", "s/notes.md": b"#"})  # fmt: skip
+    put(
+        tmp_path,
+        {
+            "s/0.tar": tar_of(
+                {
+                    "a.img.JPG": png(0),
+                    "a.target.cls": b"1",
+                    ".DS_Store": b"x",
+                    "._a.img.JPG": b"x",
+                    "b.IMG.jpg": png(1),
+                    "b.target.CLS": b"0",
+                    "__MACOSX/._b.jpg": b"x",
+                    "c.jpg": png(2),
+                    "c.cls.txt": b"1\n",
+                    "@eaDir/c.jpg": b"x",
+                    "dir/d.png": png(3),
+                    "dir/d.cls": b"0",
+                    "dir/Thumbs.db": b"x",
+                    "e.v2.jpg": png(4),
+                    "e.v2.cls": b"1",
+                    "e.txt": b"a caption",
+                }
+            ),
+            "s/._0.tar": b"x",
+            "s/notes.md": b"#",
+        },
+    )
     listing = list_webdataset(tmp_path / "s", "train")
     assert listing.labels == [1, 0, 1, 0, 1] and opened(tmp_path / "s", listing) == [photo(n).tolist() for n in range(5)]
     assert set(listing.left_out.values()) == {"hidden, or left there by a system"} and len(listing.left_out) == 6

@@ -241,8 +241,12 @@ def test_on_another_device_everything_is_there_and_the_host_waits_once_a_token()
     assert cases["static patches"]["waits"] == cases["twin"]["waits"] == 0
     steps = {name.removeprefix("static decoder, "): case for name, case in cases.items() if name.startswith("static dec")}
     assert {name: case["waits"] for name, case in steps.items()} == {
-        "ahead": 0, "buckets": TOKENS, "top-k and top-p": 0, "decoder's entropy": 0, "twin": 0,
-    }  # fmt: skip
+        "ahead": 0,
+        "buckets": TOKENS,
+        "top-k and top-p": 0,
+        "decoder's entropy": 0,
+        "twin": 0,
+    }
     assert not any(case["copies"] for case in steps.values())
     for name, kernels in on_cuda.items():
         before = cases[name]["kernels"]

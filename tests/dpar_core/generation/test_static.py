@@ -21,22 +21,37 @@ CASES = {
     "rows, 4d": (SampleSettings(cfg_scale=2.0, rule=ROWS), "4d", 1, None),
     "no guidance, 3d, two encoder layers": (SampleSettings(rule=replace(ROWS, max_patch_length=None)), "3d", 2, None),
     "entropy alone, 1d, linear": (
-        SampleSettings(cfg_scale=3.0, cfg_schedule="linear", rule=PatchRule("entropy", GRID, 0.93)), "1d", 1, None,
+        SampleSettings(cfg_scale=3.0, cfg_schedule="linear", rule=PatchRule("entropy", GRID, 0.93)),
+        "1d",
+        1,
+        None,
     ),
     "guidance that ends, top-k, top-p, given rows": (
-        SampleSettings(cfg_scale=3.0, **INTERVAL, top_k=6, top_p=0.9, temperature=0.8, rule=ROWS), "4d", 1, GIVEN,
+        SampleSettings(cfg_scale=3.0, **INTERVAL, top_k=6, top_p=0.9, temperature=0.8, rule=ROWS),
+        "4d",
+        1,
+        GIVEN,
     ),
     "decoder's entropy": (
-        SampleSettings(cfg_scale=2.0, gate="decoder", rule=replace(ROWS, threshold=1.2)), "4d", 1, None,
+        SampleSettings(cfg_scale=2.0, gate="decoder", rule=replace(ROWS, threshold=1.2)),
+        "4d",
+        1,
+        None,
     ),
     "decoder's entropy, maximum 3, guidance that ends": (
-        SampleSettings(cfg_scale=3.0, **INTERVAL, gate="decoder", rule=PatchRule("entropy", GRID, 1.2, 3)), "3d", 1, GIVEN,
+        SampleSettings(cfg_scale=3.0, **INTERVAL, gate="decoder", rule=PatchRule("entropy", GRID, 1.2, 3)),
+        "3d",
+        1,
+        GIVEN,
     ),
     "static 3, greedy": (
-        SampleSettings(cfg_scale=2.0, greedy=True, rule=PatchRule("static", GRID, None, None, 3)), "4d", 1, None,
+        SampleSettings(cfg_scale=2.0, greedy=True, rule=PatchRule("static", GRID, None, None, 3)),
+        "4d",
+        1,
+        None,
     ),
     "one token per patch": (SampleSettings(cfg_scale=2.0, rule=PatchRule("token", GRID)), "1d", 1, None),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

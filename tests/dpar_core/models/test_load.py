@@ -38,7 +38,7 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path):
         ("dpar", {}, "holds weights of kind 'gpt', expected 'dpar'"),
         ("llamagen", {}, "is an entropy model, which knows no classes"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_belong_together_is_refused_with_what_to_run(tmp_path, role, made_with, sentence):
     save(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=sentence):

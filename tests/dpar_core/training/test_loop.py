@@ -190,9 +190,19 @@ def test_what_a_run_reports(tmp_path):
     assert sorted(hooks.lines) == [4, 8, 12]
     line = hooks.lines[8]
     assert set(line) == {
-        "train/loss", "train/lr", "train/grad_norm", "validation/loss", "patch/mean_length", "perf/images_per_s",
-        "perf/tokens_per_s", "perf/patches_per_s", "perf/step_time", "perf/data_wait", "perf/memory_gb", "perf/mfu",
-    }  # fmt: skip
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "validation/loss",
+        "patch/mean_length",
+        "perf/images_per_s",
+        "perf/tokens_per_s",
+        "perf/patches_per_s",
+        "perf/step_time",
+        "perf/data_wait",
+        "perf/memory_gb",
+        "perf/mfu",
+    }
     assert all(math.isfinite(value) for value in line.values())
     assert 1 < line["patch/mean_length"] < 16 / 5
     assert line["perf/tokens_per_s"] == pytest.approx(16 * line["perf/images_per_s"])
@@ -263,11 +273,15 @@ def test_only_tensors_of_two_or_more_dimensions_decay():
 
 B, L, XL, XXL = (768, 12, (1, 8, 3)), (1024, 16, (1, 19, 4)), (1280, 20, (1, 30, 5)), (1536, 24, (1, 41, 6))
 TABLE = [
-    (B, 16, 142, 52.34, 39.98), (L, 16, 142, 172.87, 117.19),
-    (XL, 16, 142, 397.28, 257.70), (XXL, 16, 142, 728.00, 462.26),
-    (B, 24, 280, 124.57, 88.44), (L, 24, 280, 407.08, 249.99),
-    (XL, 24, 280, 927.86, 540.42), (XXL, 24, 280, 1692.35, 960.76),
-]  # fmt: skip
+    (B, 16, 142, 52.34, 39.98),
+    (L, 16, 142, 172.87, 117.19),
+    (XL, 16, 142, 397.28, 257.70),
+    (XXL, 16, 142, 728.00, 462.26),
+    (B, 24, 280, 124.57, 88.44),
+    (L, 24, 280, 407.08, 249.99),
+    (XL, 24, 280, 927.86, 540.42),
+    (XXL, 24, 280, 1692.35, 960.76),
+]
 
 
 @pytest.mark.parametrize(("size", "grid", "patches", "twin", "dpar"), TABLE)
@@ -294,9 +308,16 @@ def test_the_formula_counts_what_the_tiny_models_multiply():
 
 def test_known_gpus_have_a_published_peak():
     names = {
-        "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835, "h100": 989,
-        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA L4": 121, "NVIDIA L40S": 362, "NVIDIA A10": 125,
-    }  # fmt: skip
+        "NVIDIA H200": 989,
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H100 NVL": 835,
+        "h100": 989,
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA L4": 121,
+        "NVIDIA L40S": 362,
+        "NVIDIA A10": 125,
+    }
     assert {name: flops.published_peak(name) for name in names} == {name: peak * 1e12 for name, peak in names.items()}
 
 

@@ -19,10 +19,12 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
     made = write_artifacts(tmp_path_factory.mktemp("made"))
     for source, target in (
-        (made.dpar, artifacts.MODELS["dpar"]), (made.tokenizer, artifacts.TOKENIZER),
-        (made.entropy_model, artifacts.ENTROPY_MODEL), (made.rule, artifacts.PATCH_RULE),
+        (made.dpar, artifacts.MODELS["dpar"]),
+        (made.tokenizer, artifacts.TOKENIZER),
+        (made.entropy_model, artifacts.ENTROPY_MODEL),
+        (made.rule, artifacts.PATCH_RULE),
         (made.twin, artifacts.MODELS["llamagen"]),
-    ):  # fmt: skip
+    ):
         (root / target.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, root / target.path)
     return root
@@ -30,9 +32,15 @@ def root(tmp_path_factory):
 
 def draw(root: Path, classes="1,2", seed=7, **changes) -> str:
     options = dict(
-        model="dpar", count=2, cfg_scale=None, borders=False, given=None, keep_rows=0,
-        root=root, params_file=ROOT / "params.yaml",
-    )  # fmt: skip
+        model="dpar",
+        count=2,
+        cfg_scale=None,
+        borders=False,
+        given=None,
+        keep_rows=0,
+        root=root,
+        params_file=ROOT / "params.yaml",
+    )
     torch.set_num_threads(1)
     options = {"out": root / "grid.png", **options, **changes}
     return draw_samples(classes, seed, options.pop("out"), **options)

@@ -30,9 +30,12 @@ def place(tmp_path, monkeypatch):
     torch.manual_seed(0)
     (tmp_path / "artifacts" / "features").mkdir(parents=True)
     save_weights(
-        tmp_path / "artifacts" / "features" / "demo_classifier.safetensors", DemoClassifier(9).state_dict(),
-        kind="demo_classifier", config={"num_classes": 9}, meta={},
-    )  # fmt: skip
+        tmp_path / "artifacts" / "features" / "demo_classifier.safetensors",
+        DemoClassifier(9).state_dict(),
+        kind="demo_classifier",
+        config={"num_classes": 9},
+        meta={},
+    )
     for name, count in (("a", 20), ("b", 20), ("c", 25), ("r", 40)):
         images = np.random.default_rng(ord(name)).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
@@ -65,9 +68,16 @@ def test_scores_need_no_project(place, tmp_path_factory, monkeypatch):
     inside = run("score", "a.npz", "--reference", "r.npz", "--bootstrap", 0, "--allow-singular")
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     outside = run(
-        "score", place / "a.npz", "--reference", place / "r.npz", "--bootstrap", 0, "--allow-singular",
-        "--features-file", place / "artifacts" / "features" / "demo_classifier.safetensors",
-    )  # fmt: skip
+        "score",
+        place / "a.npz",
+        "--reference",
+        place / "r.npz",
+        "--bootstrap",
+        0,
+        "--allow-singular",
+        "--features-file",
+        place / "artifacts" / "features" / "demo_classifier.safetensors",
+    )
     assert outside.exit_code == 0, outside.exception
     assert outside.output[outside.output.index("score  ") :] == inside.output[inside.output.index("score  ") :]
 
@@ -163,10 +173,27 @@ def test_a_published_checkpoint_is_drawn_and_scored_against_what_is_expected(pla
     torch.save({"model": gpt.state_dict()}, "gpt.pt")
     np.savez("small.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
     arguments = [
-        "calibrate", "--gpt", "gpt.pt", "--vq", GOLDEN / "llamagen_vq.safetensors", "--size",
-        "tiny", "--heads", 2, "--grid", 4, "--cfg", 1.5, "--reference", "small.npz", "--features", "demo",
-        "--images", 12, "--allow-singular",
-    ]  # fmt: skip
+        "calibrate",
+        "--gpt",
+        "gpt.pt",
+        "--vq",
+        GOLDEN / "llamagen_vq.safetensors",
+        "--size",
+        "tiny",
+        "--heads",
+        2,
+        "--grid",
+        4,
+        "--cfg",
+        1.5,
+        "--reference",
+        "small.npz",
+        "--features",
+        "demo",
+        "--images",
+        12,
+        "--allow-singular",
+    ]
     off = run(*arguments, "--expect", "fd_demo=1e9")
     if off.exit_code == 1 and off.exception and not isinstance(off.exception, SystemExit):
         raise off.exception

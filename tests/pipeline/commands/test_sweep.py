@@ -29,12 +29,24 @@ def result(threshold, scale, distance, patches, speed, *, final=False, folder=No
     if folder is not None:
         Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(folder / f"{key}.png")
     return {
-        "key": key, "threshold": threshold, "cfg_scale": scale, "max_patch_length": 4, "images": 20, "first_seed": 7,
-        "final": final, "eval/fd_demo": distance, "intervals": {"eval/fd_demo": [distance - 0.1, distance + 0.1]},
-        "patch/patches_per_image": patches, "patch/mean_length": 64 / patches, "perf/images_per_s": speed, "seconds": 1.5,
-        "tokens": 64, "samples": {"made_by": {"model": "abc"}}, "protocol": {"reference_digest": "ref"},
+        "key": key,
+        "threshold": threshold,
+        "cfg_scale": scale,
+        "max_patch_length": 4,
+        "images": 20,
+        "first_seed": 7,
+        "final": final,
+        "eval/fd_demo": distance,
+        "intervals": {"eval/fd_demo": [distance - 0.1, distance + 0.1]},
+        "patch/patches_per_image": patches,
+        "patch/mean_length": 64 / patches,
+        "perf/images_per_s": speed,
+        "seconds": 1.5,
+        "tokens": 64,
+        "samples": {"made_by": {"model": "abc"}},
+        "protocol": {"reference_digest": "ref"},
         "protocol_id": "f1f1f1f1" if final else "a2a2a2a2",
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -42,9 +54,11 @@ def facts(tmp_path):
     trials = tmp_path / "trials"
     trials.mkdir()
     search = [
-        result(3.8, 1.0, 1.4, 40.0, 50.0, folder=trials), result(3.8, 2.0, 0.9, 40.0, 51.0, folder=trials),
-        result(4.2, 1.0, 1.6, 30.0, 60.0, folder=trials), result(4.2, 2.0, 1.0, 30.0, 62.0, folder=trials),
-    ]  # fmt: skip
+        result(3.8, 1.0, 1.4, 40.0, 50.0, folder=trials),
+        result(3.8, 2.0, 0.9, 40.0, 51.0, folder=trials),
+        result(4.2, 1.0, 1.6, 30.0, 60.0, folder=trials),
+        result(4.2, 2.0, 1.0, 30.0, 62.0, folder=trials),
+    ]
     finals = [result(3.8, 2.0, 1.1, 40.0, 50.0, final=True, folder=trials), result(4.2, 2.0, 1.05, 30.0, 61.0, final=True)]
     failed = [{"threshold": 5.0, "cfg_scale": 1.0, "error": "no room"}]
     outcome, settings = Outcome(search, finals, failed), {"images": 20, "search": "grid"}

@@ -76,8 +76,12 @@ def test_doctor_looks_into_what_is_there(project):
     (project / "good.npz").write_bytes(b"x" * 2000)
     found = {name: health.check_path("p", name) for name in ("lfs.pt", "empty.pt", "nothing", "gone/x.pt", "good.npz")}
     assert {name: check.verdict for name, check in found.items()} == {
-        "lfs.pt": "fail", "empty.pt": "fail", "nothing": "fail", "gone/x.pt": "fail", "good.npz": "ok",
-    }  # fmt: skip
+        "lfs.pt": "fail",
+        "empty.pt": "fail",
+        "nothing": "fail",
+        "gone/x.pt": "fail",
+        "good.npz": "ok",
+    }
     assert "Git LFS pointer" in found["lfs.pt"].found and found["good.npz"].found == "good.npz, 2.0 kB"
     other = health.check_path("score.features_file", "inception-2015-12-05.pt")
     assert other.verdict == "warn" and "as published" in other.found
@@ -129,19 +133,28 @@ def test_a_run_is_told_in_a_line_when_a_stage_begins_and_one_when_it_ends(projec
     (project / TOKENIZER_METRICS.path).parent.mkdir(parents=True)
     (project / TOKENIZER_METRICS.path).write_text(json.dumps(metrics))
     lines = [
-        "Running stage 'sources':", "> dpar-cli stage sources",  # looks on every run: not announced
-        "'data/x.dvc' didn't change, skipping", "Running stage 'tokenizer':", "> dpar-cli stage tokenizer",
-        "tokenizer.precision: auto is fp32 here", "Updating lock file 'dvc.lock'", "",
-        "Stage 'entropies' is cached - skipping run, checking out outputs", "Running stage 'report':",
-    ]  # fmt: skip
+        "Running stage 'sources':",
+        "> dpar-cli stage sources",  # looks on every run: not announced
+        "'data/x.dvc' didn't change, skipping",
+        "Running stage 'tokenizer':",
+        "> dpar-cli stage tokenizer",
+        "tokenizer.precision: auto is fp32 here",
+        "Updating lock file 'dvc.lock'",
+        "",
+        "Stage 'entropies' is cached - skipping run, checking out outputs",
+        "Running stage 'report':",
+    ]
     for number, line in enumerate(lines):
         now[0] = 10.0 * number
         narrator.line(line)
     assert said == [
-        "[1/3] tokenizer  (about 2 min left in all)", "tokenizer.precision: auto is fp32 here",
-        "    25.1 dB, 419 of 512 codes (50 s)", "[2/3] entropies  (about 39 s left in all)", "    done (from the cache)",
+        "[1/3] tokenizer  (about 2 min left in all)",
+        "tokenizer.precision: auto is fp32 here",
+        "    25.1 dB, 419 of 512 codes (50 s)",
+        "[2/3] entropies  (about 39 s left in all)",
+        "    done (from the cache)",
         "[3/3] report  (about 9 s left in all)",
-    ]  # fmt: skip
+    ]
     assert narrator.stopped("stopped") == (
         "stopped in stage report: 2 of 3 stages are done, and nothing of them is lost.\n`dpar-cli run` continues from here."
     )
@@ -164,9 +177,12 @@ def test_the_verdict_ends_a_run_within_80_columns(project):
         "badge": "Demo: nine photographs, one seed. It shows the workflow and is not a research result.",
         "headline": "No clear difference at equal steps; no verdict at equal training time.",
         "verdicts": [{"title": "No verdict at equal training time", "sentence": "The machine was busy, " * 9}],
-        "patches_per_image": 35.4, "tokens": 64, "flops_saved": 0.29, "training_speed": speed,
+        "patches_per_image": 35.4,
+        "tokens": 64,
+        "flops_saved": 0.29,
+        "training_speed": speed,
         "sampling_speed": speed | {"doubt": "the machine was busy"},
-    }  # fmt: skip
+    }
     (project / HEADLINE.path).parent.mkdir(parents=True)
     (project / HEADLINE.path).write_text(json.dumps(found))
     card = workflow._verdict(project)
@@ -180,7 +196,7 @@ def test_status_fits_80_columns_and_names_what_is_to_run(project):
         state("tokenizer", "fresh", 151.0),
         state("train_dpar", "stale", 4000.0, ["tokenizer"], "train.lr_schedule cosine -> constant, 7 more differ"),
         state("report", needs=["train_dpar", "tokenizer"]),
-    ]  # fmt: skip
+    ]
     lines = status_lines(states, project, now=1300.0)
     assert max(map(len, lines)) <= 80
     assert re.match(r"ok  tokenizer +5 min +2 min 31 s", lines[1]) and "train.lr_schedule cosine" in lines[2]

@@ -19,10 +19,16 @@ from pipeline.report.verdicts import (
 
 def scores(fd=(20.0, 19.0, 21.0), is_=(3.0, 2.8, 3.2), precision=0.5, protocol="p1", images=450, features=64):
     return {
-        "protocol": {"images": images, "reference_images": 2250}, "feature_count": features,
-        "eval/kid_demo": 0.1, "eval/recall": 0.2, "eval/precision": precision, "eval/is_demo": is_[0], "eval/fd_demo": fd[0],
-        "intervals": {"eval/fd_demo": list(fd[1:]), "eval/is_demo": list(is_[1:])}, "protocol_id": protocol,
-    }  # fmt: skip
+        "protocol": {"images": images, "reference_images": 2250},
+        "feature_count": features,
+        "eval/kid_demo": 0.1,
+        "eval/recall": 0.2,
+        "eval/precision": precision,
+        "eval/is_demo": is_[0],
+        "eval/fd_demo": fd[0],
+        "intervals": {"eval/fd_demo": list(fd[1:]), "eval/is_demo": list(is_[1:])},
+        "protocol_id": protocol,
+    }
 
 
 def test_one_side_wins_only_when_the_intervals_do_not_overlap():

@@ -51,9 +51,14 @@ def test_a_whole_data_set_has_no_problems(artifacts):
 
 
 FILES = [
-    "tokens/train-000001.tar", "tokens/validation-000000.tar", "tokens/index.arrow", "entropies/train-000002.parquet",
-    "patch_maps/validation-000000.parquet", "patch_maps/train.starts.npy", "patch_maps/rule.json",
-]  # fmt: skip
+    "tokens/train-000001.tar",
+    "tokens/validation-000000.tar",
+    "tokens/index.arrow",
+    "entropies/train-000002.parquet",
+    "patch_maps/validation-000000.parquet",
+    "patch_maps/train.starts.npy",
+    "patch_maps/rule.json",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -188,9 +193,12 @@ def test_the_list_of_bad_images_is_checked_and_repaired_to_the_same_bytes(tmp_pa
     assert len(json.loads(path.read_text())) == 3
     one = json.dumps([{"key": "k", "source": "s", "reason": "r"}]).encode()
     for content, told in (
-        (None, "is missing"), (b"\x80{", "is damaged: expected a list"), (b"{}", "is damaged: expected a list"),
-        (b"[1]", "is damaged: expected a list"), (one, "is damaged: it lists 1 images, the shards lack 3"),
-    ):  # fmt: skip
+        (None, "is missing"),
+        (b"\x80{", "is damaged: expected a list"),
+        (b"{}", "is damaged: expected a list"),
+        (b"[1]", "is damaged: expected a list"),
+        (one, "is damaged: it lists 1 images, the shards lack 3"),
+    ):
         path.unlink() if content is None else path.write_bytes(content)
         (problem,) = check_data(artifacts).problems
         assert problem.file == "tokens/bad_images.json" and problem.what.startswith(told)

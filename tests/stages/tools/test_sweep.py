@@ -35,9 +35,13 @@ def subject(tmp_path_factory):
     scored = replace(P.select(params, score.Params), data=params.data.model_copy(update={"image_size": 8}))
     settings = scored.score.model_copy(update={"bootstrap": 5})
     return Subject(
-        {None: artifacts.dpar_files}, sample_section(), replace(scored, score=settings), folder / "manifest.parquet",
-        folder / "c.safetensors", "cpu",
-    )  # fmt: skip
+        {None: artifacts.dpar_files},
+        sample_section(),
+        replace(scored, score=settings),
+        folder / "manifest.parquet",
+        folder / "c.safetensors",
+        "cpu",
+    )
 
 
 def plan(**changes):

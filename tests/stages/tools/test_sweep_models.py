@@ -17,9 +17,17 @@ from tests.helpers.tiny_data import make_project
 
 LOW, HIGH = 1.0, 2.6  # nats of 16 codes (at most 2.77)
 SMALL = {
-    "steps": 3, "equal_time_step": None, "batch_size": 8, "warmup_steps": 1, "validate_every": 3, "validation_images": 4,
-    "checkpoint_every": 3, "keep_best": 0, "log_every": 1, "precision": "fp32",
-}  # fmt: skip
+    "steps": 3,
+    "equal_time_step": None,
+    "batch_size": 8,
+    "warmup_steps": 1,
+    "validate_every": 3,
+    "validation_images": 4,
+    "checkpoint_every": 3,
+    "keep_best": 0,
+    "log_every": 1,
+    "precision": "fp32",
+}
 
 
 @dataclass
@@ -40,9 +48,16 @@ class Sweep:
             return contextlib.nullcontext(NullTracker())
 
         return retrain(
-            params, thresholds, given, tokens=root / "tokens", entropies=root / "entropies", folder=root / "models",
-            work=root / "work" / "sweep", device="cpu", track=track,
-        )  # fmt: skip
+            params,
+            thresholds,
+            given,
+            tokens=root / "tokens",
+            entropies=root / "entropies",
+            folder=root / "models",
+            work=root / "work" / "sweep",
+            device="cpu",
+            track=track,
+        )
 
 
 @pytest.fixture(scope="module")

@@ -136,8 +136,12 @@ def test_workers_run_our_code_and_the_session_leaves_no_folder(home, tmp_path):
     before = set(Path("/tmp").glob("dpar-ray-*"))
     found = subprocess.run(
         [sys.executable, "-P", "-c", FINDS.format(root=str(ROOT))],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert found.stdout.split() == [str(ROOT / "stages" / "__init__.py"), str(0o600)], found.stderr
     assert set(Path("/tmp").glob("dpar-ray-*")) <= before
 

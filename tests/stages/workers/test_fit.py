@@ -53,8 +53,9 @@ def test_too_many_workers_are_refused_before_ray_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "connected", lambda: pytest.fail("Ray was started"))
     scale = Scale(workers=10_000, cpus=1, gpus=0, group=True)
     with pytest.raises(ValueError, match=r"`entropy_model.train.workers` asks for 10000 workers"):
-        ray_train.fit(print, root=str(tmp_path / "run"), work=tmp_path, scale=scale, section="entropy_model.train",
-                      on_event=print)  # fmt: skip
+        ray_train.fit(
+            print, root=str(tmp_path / "run"), work=tmp_path, scale=scale, section="entropy_model.train", on_event=print
+        )
 
 
 def test_a_run_in_progress_is_not_started_twice(tmp_path):

@@ -39,9 +39,13 @@ def reports(answer, *, ranks, hooks):
     hooks.log(1, {"train/loss": 0.5})
     hooks.checkpoint(2, hooks.root + "/step-2")
     return {
-        "answer": answer, "process": os.getpid(), "ranks": ranks == Ranks(), "threads": torch.get_num_threads(),
-        "ray": ray.is_initialized(), "environment": {name: os.environ.get(name) for name in allocator.ENVIRONMENT},
-    }  # fmt: skip
+        "answer": answer,
+        "process": os.getpid(),
+        "ranks": ranks == Ranks(),
+        "threads": torch.get_num_threads(),
+        "ray": ray.is_initialized(),
+        "environment": {name: os.environ.get(name) for name in allocator.ENVIRONMENT},
+    }
 
 
 def test_reports_and_the_result_come_back_without_a_cluster(tmp_path, capfd):
