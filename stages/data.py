@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -24,7 +25,7 @@ from dpar_core.data.image_tars import list_ilsvrc_train, list_ilsvrc_validation,
 from dpar_core.data.images import decode_image
 from dpar_core.data.listing import Listing, is_litter, join_listings
 from dpar_core.data.manifest import SPLITS, Manifest, Row, write_manifest
-from dpar_core.data.splits import first_few
+from dpar_core.data.splits import counted, first_few
 from dpar_core.data.synsets import IMAGENET_SYNSETS, check_imagenet_classes
 from dpar_core.data.tars import members
 from dpar_core.files import digest_of, write_json
@@ -100,11 +101,14 @@ def describe(manifest: Manifest, data: P.Data, both: list[tuple[str, str]]) -> l
         counts = manifest.counts(split)
         least, most = int(counts.argmin()), int(counts.argmax())
         lines.append(
-            f"{split}: {counts.sum():,} images; per class: smallest {counts[least]:,} ({_name(classes, least)}), median "
-            f"{np.median(counts):,.10g}, largest {counts[most]:,} ({_name(classes, most)})"
+            f"{split}: {counted(counts.sum(), 'image')}; per class: smallest {counts[least]:,} ({_name(classes, least)}), "
+            f"median {np.median(counts):,.10g}, largest {counts[most]:,} ({_name(classes, most)})"
         )
         if none := [name for name, count in zip(classes, counts) if not count]:
-            lines.append(f"{split}: {len(none):,} classes have no images ({first_few(none)})")
+            verb = "has" if len(none) == 1 else "have"
+            lines.append(f"{split}: {counted(len(none), 'class', 'classes')} {verb} no images ({first_few(none)})")
+        if unread := unreadable(manifest, split):
+            lines.append(f"warning: {split}: {counted(len(unread), 'image')} cannot be read ({first_few(unread)})")
     lines += manifest.notes["choices"]
     folded = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if folded[name.casefold()] > 1]:
@@ -115,13 +119,39 @@ def describe(manifest: Manifest, data: P.Data, both: list[tuple[str, str]]) -> l
     for reason, names in sorted(left_out.items()):
         lines.append(f"left out: {len(names):,} ({reason}): {first_few(names)}")
     if both:
-        shown = first_few(f"{one} = {other}" for one, other in both)
-        lines.append(f"warning: {len(both):,} validation images are in the training set as well, byte by byte: {shown}")
-    if both is None:
+        shown, verb = first_few(f"{one} = {other}" for one, other in both), "is" if len(both) == 1 else "are"
         lines.append(
-            "images that are in both splits: not looked for here, tokenize_images counts them when it reads them all"
+            f"warning: {counted(len(both), 'validation image')} {verb} in the training set as well, byte by byte: {shown}"
         )
+    if several := images_of_several_classes(manifest):
+        shown = first_few(f"{one} = {other}" for one, other in several)
+        lines.append(f"warning: {counted(len(several), 'training image')} of several classes, byte by byte: {shown}")
     return lines
+
+
+def unreadable(manifest: Manifest, split: str) -> list[str]:
+    """Return the sources of a split's images whose bytes could not be read, where they were asked for."""
+    table = manifest.rows.table.filter(pc.equal(manifest.rows.table["split"], split))
+    return table.filter(pc.is_null(table["content"]))["source"].to_pylist()
+
+
+def images_of_several_classes(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return the sources of training images that stand under another class as well, byte by byte, each with the first one.
+
+    Class folders that are links to others, and copies, are such images. Crops out of one file are not compared.
+    """
+    table = manifest.rows.table
+    chosen = pc.and_(pc.is_null(table["box"]), pc.and_(pc.is_valid(table["content"]), pc.equal(table["split"], "train")))
+    table = table.filter(chosen).select(["content", "source", "label"])
+    classes = table.group_by("content").aggregate([("label", "count_distinct")])
+    several = classes.filter(pc.greater(classes["label_count_distinct"], 1))["content"].combine_chunks()
+    first: dict[str, tuple[str, int]] = {}
+    found = []
+    for row in table.filter(pc.is_in(table["content"], value_set=several)).to_pylist():
+        source, label = first.setdefault(row["content"], (row["source"], row["label"]))
+        if label != row["label"]:
+            found.append((row["source"], source))
+    return found
 
 
 def _ends(classes: Sequence[str]) -> str:
@@ -205,15 +235,18 @@ def validation_synsets(tar: Path) -> dict[str, str]:
         return _solution(folder / SOLUTION)
     for name in SYNSET_LISTS:
         if (folder / name).exists():
-            return _pair(tar, (folder / name).read_text().split(), name)
+            synsets = _text(folder / name).split()
+            if odd := [word for word in synsets if not re.fullmatch(r"n\d{8}", word)]:
+                raise ValueError(f"{folder / name} holds {odd[0][:60]!r}, expected a synset per line, as n01440764")
+            return _pair(tar, synsets, folder / name)
     for place in (folder, folder / "ILSVRC2012_devkit_t12" / "data", folder / "data"):
         if (place / GROUND_TRUTH).exists() and (place / "meta.mat").exists():
             synsets = _development_kit(place / "meta.mat")
-            numbers = (place / GROUND_TRUTH).read_text().split()
+            numbers = _text(place / GROUND_TRUTH).split()
             unknown = [number for number in numbers if number not in synsets]
             if unknown:
                 raise ValueError(f"{place / GROUND_TRUTH} holds {unknown[0]!r}, which meta.mat beside it does not know")
-            return _pair(tar, [synsets[number] for number in numbers], GROUND_TRUTH)
+            return _pair(tar, [synsets[number] for number in numbers], place / GROUND_TRUTH)
     raise FileNotFoundError(
         f"no classes of the validation images beside {tar}: put {SOLUTION}, or {SYNSET_LISTS[0]} (one synset a line), or "
         f"the unpacked ILSVRC2012_devkit_t12 there"
@@ -234,7 +267,14 @@ def _solution(path: Path) -> dict[str, str]:
     return {name: synset[0] for name, synset in synsets.items()}
 
 
-def _pair(tar: Path, synsets: list[str], where: str) -> dict[str, str]:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8: put the published list there") from None
+
+
+def _pair(tar: Path, synsets: list[str], where: Path) -> dict[str, str]:
     names = sorted(Path(member.name).stem for member in members(tar) if not is_litter(Path(member.name).name))
     if len(names) != len(synsets):
         raise ValueError(f"{where} has {len(synsets)} classes for {len(names)} images in {tar}: they must be as many")

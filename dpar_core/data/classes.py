@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dpar_core.data.splits import first_few
+
 CLASSES = "classes.txt"
 MOST_CLASSES = 1 << 20  # a larger number is no class
 _LONGEST_NAME = 1000  # characters
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+# Text that is a number of another kind, as 1.0 or nan. Padded ones (007) are names, which sort as their numbers do.
+_OTHER_NUMBER = re.compile(
+    r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|0x[0-9a-f]+|[+-]?(nan|inf|infinity)", re.IGNORECASE
+)
 
 
 class Classes(NamedTuple):
@@ -26,31 +32,41 @@ class Classes(NamedTuple):
 
 
 def normal_name(name: str) -> str:
-    """Return a name as it is compared here: NFC, so that the forms of Linux and macOS are equal, without outer spaces."""
-    return unicodedata.normalize("NFC", name).strip()
+    """Return a name as it is compared here: NFC, so that the forms of Linux and macOS are equal, without outer spaces.
+
+    Characters that cannot be printed, as line ends, are spaces.
+    """
+    shown = name if name.isprintable() else "".join(one if one.isprintable() else " " for one in name)
+    return unicodedata.normalize("NFC", shown).strip()
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Return names in which none occurs twice: those that do get their number, as `crane (134)`; the order stays."""
+    """Return names of which none is empty or occurs twice: those get their number, as `crane (134)`; the order stays."""
     found = [normal_name(name) for name in names]
     while True:
         counts = Counter(found)
-        if len(counts) == len(found):
+        if len(counts) == len(found) and "" not in counts:
             return found
-        found = [f"{name} ({place})" if counts[name] > 1 else name for place, name in enumerate(found)]
+        found = [f"{name} ({place})".strip() if counts[name] > 1 or not name else name for place, name in enumerate(found)]
 
 
 def checked_label(value: object, where: str) -> int | str:
     """Return the label that a source holds for an image: a class number, or text that is none.
 
-    Raises ValueError, beginning with `where`, for nothing, for a number that is no class, for text without a sign or too
-    long for a name.
+    Raises ValueError, beginning with `where`, for nothing, for a number that is no class, for text that is a number of
+    another kind (1.0, nan), that holds control characters, that is empty or too long for a name.
     """
     if isinstance(value, str):
         text = normal_name(value)
-        value = int(text) if _NUMBER.fullmatch(text) else text
         if not text or len(text) > _LONGEST_NAME:
             raise ValueError(f"{where} has the label {text[:60]!r} ({len(text):,} characters), expected a class")
+        odd = any(unicodedata.category(one) == "Cc" for one in value.strip())
+        if _NUMBER.fullmatch(text):
+            value = int(text)
+        elif odd or (_OTHER_NUMBER.fullmatch(text) and not re.fullmatch("0[0-9]+", text)):
+            raise ValueError(f"{where} has the label {value[:60]!r}, expected a class number, as 3, or a name")
+        else:
+            value = text
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"{where} has the label {str(value)[:60]}, expected a class number or name")
     if isinstance(value, int) and not 0 <= value < MOST_CLASSES:
@@ -58,20 +74,28 @@ def checked_label(value: object, where: str) -> int | str:
     return value
 
 
-def resolve_labels(values: Sequence[int | str], names: Sequence[str] | None, beside: Path, *, where: str) -> Classes:
+def resolve_labels(
+    values: Sequence[int | str], names: Sequence[str] | None, beside: Path, *, where: str, written: bool
+) -> Classes:
     """Find the classes that labels stand for.
 
     values: a label per image, from `checked_label`. names: what the source calls its classes, in label order, or None.
-    beside: a classes.txt that may exist, and is then what counts. Text labels without a list are numbered in sorted order
-    (by code point).
+    beside: a classes.txt that may exist, and is then what counts. written: labels come as text, numbers as well. Text labels
+    without a list are numbered in sorted order (by code point).
 
-    Raises ValueError, beginning with `where`, for labels that are partly text, or in no list.
+    Raises ValueError, beginning with `where`, for labels that are partly text, or in no list, or that may be numbers and
+    names alike.
     """
-    written = read_class_names(beside) if beside.exists() else None
-    listed = written if written is not None else names
-    origin = str(beside) if written is not None else "the names in the source"
+    listed = read_class_names(beside) if beside.exists() else names
+    origin = str(beside) if beside.exists() else "the names in the source"
     text = [value for value in values if isinstance(value, str)]
     if not text:
+        numbers = [(place, name) for place, name in enumerate(map(normal_name, listed or ())) if _NUMBER.fullmatch(name)]
+        if written and (moved := [(place, name) for place, name in numbers if int(name) != place]):
+            raise ValueError(
+                f"{where}: labels are numbers written as text, and in {origin} class {moved[0][0]} is named "
+                f"{moved[0][1]!r}, so a label may mean either: write labels as integers, or name classes by words"
+            )
         return _numbers(values, listed, origin, where)
     if listed is None and len(text) < len(values):
         number = next(value for value in values if not isinstance(value, str))
@@ -130,4 +154,12 @@ def read_class_names(path: Path) -> list[str]:
     if not names or "" in names:
         found = f"line {names.index('') + 1} of {path} is empty" if names else f"{path} is empty"
         raise ValueError(f"{found}: expected the name of a class on every line, in the order of the labels")
+    numbers = [match[1] for match in (re.match(r"([0-9]{1,9})[\s,:]+\S", name) for name in names) if match]
+    if len(numbers) == len(names):  # as "0 tench": a number before every name
+        places = [int(number) for number in numbers]
+        if places != list(range(places[0], places[0] + len(places))):
+            raise ValueError(
+                f"the numbers before the names in {path} do not count up by one ({first_few(numbers)}): lines must stand "
+                "in the order of the labels"
+            )
     return names

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from dpar_core.data.classes import CLASSES, MOST_CLASSES, checked_label, normal_name, resolve_labels
 from dpar_core.data.images import LARGEST_FILE, BadImage
 from dpar_core.data.listing import Listing, find_files, key_of, require
+from dpar_core.data.splits import splits_said
 
 IMAGE_COLUMN = "image"  # where a source names none
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "img_bytes", "bytes")
@@ -33,6 +34,7 @@ _LABEL_COLUMNS = (
     "synset",
     "wnid",
 )
+_SPLIT_COLUMNS = ("split", "subset", "partition")
 _FIRST_CHOICES = ("image", "label")  # taken where others of the lists are there as well
 _KEPT_GROUPS = 8  # row groups that stay in memory, as long as they take no more than
 _KEPT_BYTES = 2 << 30
@@ -56,6 +58,7 @@ def list_parquet(root: Path, split: str, *, label_key: str | None = None, image_
     listing.files = find_files(root, split, ".parquet", listing)
     beside = (root if root.is_dir() else root.parent) / CLASSES
     columns: set[tuple[str, str]] = set()
+    written = False
     for number, name in enumerate(listing.files):
         path = root / name if root.is_dir() else root
         where = f"data.{split}: {path}"
@@ -63,6 +66,8 @@ def list_parquet(root: Path, split: str, *, label_key: str | None = None, image_
         image = _image_column(file.schema_arrow, image_key, where)
         label = _label_column(file.schema_arrow, label_key, where)
         columns.add((image, label))
+        written |= _holds_text(file.schema_arrow.field(label).type)
+        _refuse_several_splits(file, where)
         mine = _feature_names(file.schema_arrow.metadata or {}, label)
         if number == 0:
             names = mine
@@ -76,7 +81,7 @@ def list_parquet(root: Path, split: str, *, label_key: str | None = None, image_
                     f"{where}: row group {group} takes {size:,} bytes, and its images are in memory together: write the "
                     "file with smaller row groups (row_group_size=1000)"
                 )
-            for row, value in enumerate(_labels(file, group, label, where)):
+            for row, value in enumerate(_column(file, group, label, where)):
                 if value is None:
                     raise ValueError(f"{where} has no label for row {row} of group {group}: expected a class in {label!r}")
                 value = checked_label(value, f"{where}, row {row} of group {group}")
@@ -91,7 +96,7 @@ def list_parquet(root: Path, split: str, *, label_key: str | None = None, image_
                 values.append(value)
     if not listing.keys:
         raise ValueError(f"data.{split} {root} holds no images: expected Parquet files with rows")
-    found = resolve_labels(values, names, beside, where=f"data.{split} {root}")
+    found = resolve_labels(values, names, beside, where=f"data.{split} {root}", written=written)
     listing.classes, listing.labels = found.names, found.labels
     listing.numbered, listing.doubles, listing.given = found.numbered, found.doubles, names
     if columns != {("image", "label")}:
@@ -116,15 +121,17 @@ def open_parquet(path: Path, *, where: str) -> pq.ParquetFile:
     return file
 
 
-def _labels(file: pq.ParquetFile, group: int, column: str, where: str) -> list[object]:
-    """Return the labels of a row group. Raises ValueError where they cannot be read."""
+def _column(file: pq.ParquetFile, group: int, column: str, where: str) -> list[object]:
+    """Return a row group's values in a column. Raises ValueError where they cannot be read."""
     stated = file.metadata.row_group(group)
     try:
         found = file.read_row_group(group, columns=[column])[column].to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is damaged: group {group} cannot be read ({_first_line(error)})") from None
     if len(found) != stated.num_rows:
-        raise ValueError(f"{where} is damaged: group {group} has {len(found):,} labels for {stated.num_rows:,} rows")
+        raise ValueError(
+            f"{where} is damaged: group {group} has {len(found):,} values of {column!r} for {stated.num_rows:,} rows"
+        )
     return found
 
 
@@ -144,29 +151,50 @@ def _holds_image(kind: pa.DataType) -> bool:
     return _is_binary(kind)
 
 
-def _holds_label(kind: pa.DataType) -> bool:
+def _holds_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return text or pa.types.is_integer(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _holds_label(kind: pa.DataType) -> bool:
+    return _holds_text(kind) or pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
+def _refuse_several_splits(file: pq.ParquetFile, where: str) -> None:
+    """Raise ValueError where a column says of some rows that they are of another split than others."""
+    for field in file.schema_arrow:
+        if field.name.casefold() in _SPLIT_COLUMNS and _holds_text(field.type):
+            groups = range(file.num_row_groups)
+            values = {str(value) for group in groups for value in _column(file, group, field.name, where)}
+            said = sorted(set().union(*map(splits_said, values)))
+            if len(said) > 1:
+                raise ValueError(
+                    f"{where} holds rows of several splits by its column {field.name!r} ({', '.join(said)}): write the rows "
+                    "of each split to files of their own"
+                )
 
 
 def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
     fitting = [field.name for field in schema if _holds_image(field.type)]
-    what, known = "images (bytes, or a struct with bytes)", _IMAGE_COLUMNS
     if wanted is None and len(fitting) > 1:
-        fitting = [name for name in fitting if name.casefold() in known] or fitting
-    return _chosen(schema, wanted, fitting, where, what=what, param="data.image_key")
+        fitting = [name for name in fitting if name.casefold() in _IMAGE_COLUMNS] or fitting
+    way_out = "name one with data.image_key" if fitting else "write one"
+    what = "images (bytes, or a struct with bytes)"
+    return _chosen(schema, wanted, fitting, where, what=what, param="data.image_key", way_out=way_out)
 
 
 def _label_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
-    fitting = [field.name for field in schema if _holds_label(field.type)]
-    if wanted is None:
-        fitting = [name for name in fitting if name.casefold() in _LABEL_COLUMNS]
-    return _chosen(schema, wanted, fitting, where, what="labels (integers or text)", param="data.label_key")
+    possible = [field.name for field in schema if _holds_label(field.type)]
+    fitting = possible if wanted else [name for name in possible if name.casefold() in _LABEL_COLUMNS]
+    way_out = "name one with data.label_key" if possible else "write one"
+    what = "labels (integers or text)"
+    return _chosen(schema, wanted, fitting, where, what=what, param="data.label_key", way_out=way_out)
 
 
-def _chosen(schema: pa.Schema, wanted: str | None, fitting: list[str], where: str, *, what: str, param: str) -> str:
+def _chosen(
+    schema: pa.Schema, wanted: str | None, fitting: list[str], where: str, *, what: str, param: str, way_out: str
+) -> str:
     """Return the column that is wanted, or the only one that fits, or of several the one with the usual name."""
     shown = ", ".join(f"{field.name} ({field.type})"[:80] for field in schema)
     if wanted is not None:
@@ -177,7 +205,7 @@ def _chosen(schema: pa.Schema, wanted: str | None, fitting: list[str], where: st
         fitting = [name for name in fitting if name in _FIRST_CHOICES] or fitting
     if len(fitting) != 1 or "]:" in fitting[0]:
         several = f"several columns that may hold {what}: {', '.join(fitting)}" if fitting else f"no column of {what}"
-        raise ValueError(f"{where} has {several}; name one with {param} (it has {shown})")
+        raise ValueError(f"{where} has {several}; {way_out} (it has {shown})")
     return fitting[0]
 
 

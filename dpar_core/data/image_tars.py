@@ -95,7 +95,7 @@ def list_webdataset(root: Path, split: str, *, label_key: str | None = None, ima
     if not listing.keys:
         raise ValueError(f"data.{split} {root} holds no images: expected KEY.jpg with KEY.cls in its shards")
     beside = (root if root.is_dir() else root.parent) / CLASSES
-    found = resolve_labels(values, None, beside, where=f"data.{split} {root}")
+    found = resolve_labels(values, None, beside, where=f"data.{split} {root}", written=True)
     listing.classes, listing.labels = found.names, found.labels
     listing.numbered, listing.doubles = found.numbered, found.doubles
     listing.notes += found.notes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dpar_core.choices import ViewSet
 
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are refused as decompression bombs (Pillow warns there)
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are refused as decompression bombs
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # by our own sentence, which names the image
 VIEW_COUNTS: dict[ViewSet, int] = {"adm_center_flip": 2, "ten_crop_1.1": 10, "ten_crop_1.05": 10, "ten_crop_both": 20}
 CENTER_VIEWS = {"adm_center_flip": 0, "ten_crop_1.1": 4, "ten_crop_1.05": 4, "ten_crop_both": 4}  # the first centre crop
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dpar_core.data.classes import CLASSES
 from dpar_core.data.manifest import Manifest, Row
-from dpar_core.data.splits import choose_files, first_few, refuse_nested, refuse_shared
+from dpar_core.data.splits import choose_files, counted, first_few, refuse_nested, refuse_shared
 from dpar_core.files import digest_of
 
 LONGEST_KEY = 100 - len(".tokens.npy")  # of the names in a USTAR tar, which our shards are
@@ -77,12 +78,12 @@ def join_listings(listings: Mapping[str, Listing], roots: Mapping[str, Path], *,
     _refuse_shared_images(listings, roots)
     taken = {roots[split] / name for split, one in listings.items() for name in one.files}
     taken |= {one.base for one in listings.values() if one.base is not None}
-    left_out = {
-        f"{split}:{name}": why
-        for split, listing in listings.items()
-        for name, why in listing.left_out.items()
-        if roots[split] / name not in taken  # what the other split takes is not left out
-    }
+    found: dict[Path, tuple[str, str]] = {}  # by path: in a folder that both splits read a file is left out once
+    for split, listing in listings.items():
+        for name, why in listing.left_out.items():
+            if roots[split] / name not in taken:  # what the other split takes is not left out
+                found.setdefault(roots[split] / name, (f"{split}:{name}", why))
+    left_out = dict(found.values())
     said = [f"{split}: {note}" for split, listing in listings.items() for note in listing.notes]
     notes: dict[str, object] = {"files_left_out": len(left_out), "left_out": left_out, "choices": said}
     return Manifest.of(rows, train.classes, {split: str(root) for split, root in roots.items()}, notes=notes)
@@ -102,7 +103,8 @@ def _refuse_empty(train: Listing, root: Path, keep: bool) -> None:
             f"{', ...' if len(empty) > 5 else ''}: mend or remove them, or set data.empty_classes to keep"
         )
     if empty:
-        train.notes.append(f"{len(empty)} classes without images keep their place (first: {', '.join(empty[:3])})")
+        verb = "keeps its" if len(empty) == 1 else "keep their"
+        train.notes.append(f"{counted(len(empty), 'class', 'classes')} without images {verb} place ({first_few(empty)})")
 
 
 def _refuse_other_classes(train: Listing, listing: Listing, *, where: str, train_where: str) -> None:
@@ -155,11 +157,18 @@ def _refuse_shared_images(listings: Mapping[str, Listing], roots: Mapping[str, P
 def find_files(root: Path, split: str, ending: str, listing: Listing) -> list[str]:
     """Return the files with an ending below a root that are of a split, as paths relative to it, sorted.
 
-    What is left out or chosen is noted in `listing`. A root that is a file is that file. Raises ValueError when there are
-    none.
+    What is left out or chosen is noted in `listing`. A root that is a file is that file, whatever its name says. Raises
+    ValueError when there are none.
     """
-    if not root.is_dir():
-        return [root.name]
+    names = _files_below(root, split, ending, listing) if root.is_dir() else [root.name]
+    chosen = choose_files(sorted(names), split, where=f"data.{split} {root}")
+    listing.left_out |= chosen.left_out
+    listing.notes += chosen.notes
+    return chosen.files
+
+
+def _files_below(root: Path, split: str, ending: str, listing: Listing) -> list[str]:
+    """Return the files with an ending below a folder, links followed; others go to `listing.left_out`."""
     names: list[str] = []
     others: list[str] = []
     seen: set[tuple[int, int]] = set()
@@ -182,10 +191,8 @@ def find_files(root: Path, split: str, ending: str, listing: Listing) -> list[st
         packed = any(re.search(r"\.(tgz|tar\.\w+)$", name) for name in others)
         unpack = " (shards are read in place: unpack compressed ones first)" if packed else ""
         raise ValueError(f"data.{split} {root} holds no images: expected *{ending}{beside}{unpack}")
-    chosen = choose_files(sorted(names), split, where=f"data.{split} {root}")
-    listing.left_out |= chosen.left_out
-    listing.notes += chosen.notes
-    return chosen.files
+    listing.left_out |= dict.fromkeys((name for name in others if name != CLASSES), f"not *{ending}")
+    return names
 
 
 def is_litter(name: str) -> bool:

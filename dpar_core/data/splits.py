@@ -123,3 +123,8 @@ def first_few(names: Iterable[str], count: int = 3) -> str:
     """Return the first names as text, with an ellipsis where there are more."""
     found = list(names)
     return ", ".join(found[:count]) + (", ..." if len(found) > count else "")
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a count with its noun, as 1 image or 2,000 images."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -36,7 +36,7 @@ def members(path: Path, *, within: Member | None = None) -> Iterator[Member]:
     Folders are passed over. Raises BadTar for links, devices, names that are absolute or point outside, damaged headers
     and a missing end; OSError when the file cannot be read.
     """
-    where = path.name if within is None else f"{path.name}, inner {within.name}"
+    where = str(path) if within is None else f"{path}, inner {within.name}"
     descriptor = os.open(path, os.O_RDONLY)
     try:
         first, end = (0, os.fstat(descriptor).st_size) if within is None else (within.offset, within.offset + within.size)

@@ -165,6 +165,20 @@ def test_a_validation_tar_without_classes_beside_it_says_what_to_put_there(tmp_p
 
 
 @pytest.mark.parametrize(
+    "content", ["1\n2\n1\n", "val_1.JPEG n00000001\n", "version https://git-lfs.github.com", "n0000001"]
+)
+def test_a_list_of_synsets_that_is_none_is_named(tmp_path, content):
+    tars = make_ilsvrc(tmp_path)
+    file = tmp_path / "ILSVRC2012_validation_synsets.txt"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=rf"{file} holds '{content.split()[0]}', expected a synset per line"):
+        run(tmp_path / "out", **tars)
+    file.write_bytes(content.encode("utf-16"))
+    with pytest.raises(ValueError, match=rf"{file} is not text in UTF-8"):
+        run(tmp_path / "out", **tars)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         ("", "has columns nothing, expected ImageId and PredictionString"),
@@ -255,14 +269,26 @@ def test_what_was_found_is_printed(tmp_path, capsys):
         "data: imagefolder, 3 classes: 0 ant, 1 bee, 2 cat",
         "train: 4 images; per class: smallest 1 (1 bee), median 1, largest 2 (0 ant)",
         "validation: 3 images; per class: smallest 0 (1 bee), median 1, largest 2 (2 cat)",
-        "validation: 1 classes have no images (bee)",
+        "validation: 1 class has no images (bee)",
         f"train: the class folders are those in {tmp_path / 'train'}",
         f"validation: the class folders are those in {tmp_path / 'val'}",
         "left out: 1 (hidden, or left there by a system): train:train/ant/._1.png",
-        "warning: 1 validation images are in the training set as well, byte by byte: "
+        "warning: 1 validation image is in the training set as well, byte by byte: "
         "validation:val/cat/again.png = train:train/bee/1.png",
     ]
     assert json.loads(outputs.metrics.read_text())["data/images_in_both_splits"] == 1
+
+
+def test_images_that_cannot_be_read_and_images_of_several_classes_are_printed(tmp_path, capsys):
+    for number, name in enumerate(["train/ant/1", "train/ant/2", "train/bee/1", "val/ant/1"]):
+        put_image(tmp_path / f"{name}.png", 40 * number)
+    (tmp_path / "train" / "copy").symlink_to(tmp_path / "train" / "ant")
+    (tmp_path / "train" / "bee" / "2.png").symlink_to("nowhere")
+    run(tmp_path, source="imagefolder", train=str(tmp_path / "train"), validation=str(tmp_path / "val"))
+    said = capsys.readouterr().out.splitlines()
+    assert "warning: train: 1 image cannot be read (train:bee/2.png)" in said
+    several = "train:copy/1.png = train:ant/1.png, train:copy/2.png = train:ant/2.png"
+    assert f"warning: 2 training images of several classes, byte by byte: {several}" in said
 
 
 def test_images_in_both_splits_are_found_in_parquet_too(tmp_path, capsys):

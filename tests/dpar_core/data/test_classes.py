@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpar_core.data.classes import read_class_names, unique_names
+from dpar_core.data.classes import checked_label, read_class_names, unique_names
 from dpar_core.data.folders import list_folder
 from dpar_core.data.image_parquet import list_parquet
 from dpar_core.data.image_tars import list_ilsvrc_train, list_webdataset
@@ -32,6 +32,45 @@ def test_names_that_occur_twice_get_their_number():
     assert unique_names(["crane", "dog", "crane"]) == ["crane (0)", "dog", "crane (2)"]
     assert unique_names(["a", "b"]) == ["a", "b"]
     assert len(set(unique_names(["x", "x", "x (0)", "x (1)"]))) == 4
+
+
+def test_names_that_are_empty_or_hold_line_ends_can_be_shown_and_none_is_lost():
+    assert unique_names(["", "a\nb", "a b", " "]) == ["(0)", "a b (1)", "a b (2)", "(3)"]
+
+
+@pytest.mark.parametrize("label", ["1.0", "nan", "-Inf", "0x1", "-0", "+3", "1e3", ".5", "9" * 30, "a\x07b", "\0" * 8, ""])
+def test_text_that_is_another_number_or_holds_control_characters_is_no_label(label):
+    with pytest.raises(ValueError, match=r"^here has the label"):
+        checked_label(label, "here")
+
+
+def test_text_labels_are_numbers_padded_numbers_or_names():
+    labels = ["3", " 12\n", "007", "10 cats", "nana", "e5", "\u0663", "2024-01"]
+    assert [checked_label(label, "here") for label in labels] == [3, 12, *(label.strip() for label in labels[2:])]
+
+
+@pytest.mark.parametrize("names", [["1", "0"], ["1", "2"], ["10", "cat"]])
+def test_numbers_written_as_text_beside_names_that_are_other_numbers_are_refused(tmp_path, names):
+    text, number = tmp_path / "text", tmp_path / "number"
+    write_text_labels(text / "0.parquet", ["1", "0"], pa.string())
+    put(tmp_path / "shards", {"0.tar": tar_of({"a.png": png(0), "a.cls": b"1", "b.png": png(1), "b.cls": b"0"})})
+    write_parquet(number / "0.parquet", [0, 1], [1, 0])
+    for folder in (text, tmp_path / "shards", number):
+        put(folder, {"classes.txt": "\n".join(names).encode()})
+    for lister, folder in ((list_parquet, text), (list_webdataset, tmp_path / "shards")):
+        with pytest.raises(ValueError, match=rf"class 0 is named '{names[0]}', so a label may mean either"):
+            lister(folder, "train")
+    listing = list_parquet(number, "train")
+    assert listing.classes == names and listing.labels == [1, 0]
+
+
+def test_a_list_of_classes_with_numbers_in_another_order_is_refused(tmp_path):
+    (tmp_path / "classes.txt").write_text("1 ant\n0 bee\n")
+    with pytest.raises(ValueError, match=r"do not count up by one .1, 0."):
+        read_class_names(tmp_path / "classes.txt")
+    for content in ("1 ant\n2 bee\n", "0: ant\n1: bee\n", "3 toed sloth\nbee\n"):
+        (tmp_path / "classes.txt").write_text(content)
+        assert read_class_names(tmp_path / "classes.txt") == content.split("\n")[:2]
 
 
 def test_parquet_classes_of_one_name_stay_two_and_their_labels_stay(tmp_path):

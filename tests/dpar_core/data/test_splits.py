@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dpar_core.data.folders import list_folder
@@ -130,6 +132,31 @@ def test_files_of_other_splits_are_left_out_and_the_choice_is_said(tmp_path):
         choose_files(names[1:], "train", where="here")
     own = choose_files(["train-7.tar"], "validation", where="a folder of held-out shards")
     assert own.files == ["train-7.tar"] and own.notes == ["files whose names say train are taken, as none says validation"]
+
+
+def test_a_parquet_file_with_rows_of_several_splits_is_refused(tmp_path):
+    write_parquet(tmp_path / "all.parquet", [0, 1, 2], [0, 1, 0])
+    table = pq.read_table(tmp_path / "all.parquet")
+    pq.write_table(table.append_column("Split", pa.array(["train", "valid", "train"])), tmp_path / "all.parquet")
+    with pytest.raises(
+        ValueError, match=r"all.parquet holds rows of several splits by its column 'Split' .train, validation."
+    ):
+        list_parquet(tmp_path / "all.parquet", "train")
+    pq.write_table(table.append_column("split", pa.array(["train"] * 3)), tmp_path / "all.parquet")
+    assert len(list_parquet(tmp_path / "all.parquet", "train").keys) == 3
+
+
+@pytest.mark.parametrize("ending", LISTERS)
+def test_files_with_other_endings_are_left_out_once_and_a_single_file_of_another_split_is_named(tmp_path, ending):
+    put_shard(tmp_path / f"train-0{ending}", [0, 1], [0, 1])
+    put_shard(tmp_path / f"val-0{ending}", [2], [1])
+    put(tmp_path, {f"train-1{ending}.gz": b"", "train-2.arrow": b"", "readme.md": b"", "classes.txt": b"a\nb\n"})
+    left_out = joined(tmp_path, tmp_path, ending).notes["left_out"]
+    assert left_out == {f"train:{name}": f"not *{ending}" for name in (f"train-1{ending}.gz", "readme.md", "train-2.arrow")}
+    notes = joined(tmp_path / f"train-0{ending}", tmp_path / f"val-0{ending}", ending).notes["choices"]
+    assert not [note for note in notes if "say" in note]
+    notes = LISTERS[ending](tmp_path / f"val-0{ending}", "train").notes
+    assert "files whose names say validation are taken, as none says train" in notes
 
 
 def put_tree(root: Path, *folders: str, first: int = 0) -> None:

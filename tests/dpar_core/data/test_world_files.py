@@ -197,6 +197,7 @@ def test_webdataset_with_dotted_and_upper_case_endings_and_litter(tmp_path):
     )
     listing = list_webdataset(tmp_path / "s", "train")
     assert listing.labels == [1, 0, 1, 0, 1] and opened(tmp_path / "s", listing) == [photo(n).tolist() for n in range(5)]
+    assert listing.left_out.pop("notes.md") == "not *.tar"
     assert set(listing.left_out.values()) == {"hidden, or left there by a system"} and len(listing.left_out) == 6
     assert list_webdataset(tmp_path / "s/0.tar", "train").labels == listing.labels
 
