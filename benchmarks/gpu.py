@@ -365,8 +365,8 @@ def sampling(
 
             makers: dict[str, Callable[..., Any]] = {"LlamaGen": make_twin}
             tokens = {"LlamaGen": images["XS"].tokens[:batch]}
-            # The sampler runs the gate in float32, as the stage that makes the entropies does.
-            for name, dtype in (("XS", torch.float32), ("XS", scale.dtype), ("B", scale.dtype)):
+            # The sampler runs the gate in the precision of stage entropies: fp32 or, in the presets for GPUs, fp16.
+            for name, dtype in (("XS", torch.float32), ("XS", torch.float16), ("B", torch.float16)):
                 if name not in gates:
                     continue
 
@@ -375,7 +375,7 @@ def sampling(
                     return DPARGenerator(dpar, gates[name], settings, dtype=scale.dtype, gate_dtype=dtype, **how)
 
                 for schedule in schedules:
-                    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+                    precision = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
                     label = f"DPAR, gate {name} {precision}" + (f", {schedule}" if schedule else "")
                     makers[label] = lambda make=make, schedule=schedule, **how: make(**{"schedule": schedule, **how})
                     tokens[label] = images[name].tokens[:batch]

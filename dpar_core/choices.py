@@ -11,6 +11,7 @@ PatchMode = Literal["entropy_rows", "entropy", "static", "token"]  # where patch
 PositionEncoding = Literal["4d", "3d", "1d"]  # rotary encoding of patches, see models.rope
 ViewSet = Literal["adm_center_flip", "ten_crop_1.1", "ten_crop_1.05", "ten_crop_both"]  # crops of an image, see data.images
 EncodePrecision = Literal["fp32", "tf32", "bf16"]  # of the tokenizer's network, see models.vq
+GatePrecision = Literal["fp32", "fp16", "bf16"]  # of the entropy model, in stage entropies and while sampling
 EncodePrecisionChoice = Literal["auto", "fp32", "tf32", "bf16"]
 LearningRateSchedule = Literal["constant", "cosine"]  # see training.optim
 Strategy = Literal["ddp", "fsdp"]  # how a model is spread over ranks, see training.parallel

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dpar_core.choices import GatePrecision
 from dpar_core.data.images import center_crop, read_image
 from dpar_core.evaluation.features import FeatureNetwork
 from dpar_core.evaluation.metrics import (
@@ -32,9 +33,10 @@ from dpar_core.models.dpar import DPAR
 from dpar_core.models.gpt import GPT, entropies_of
 from dpar_core.models.load import read_trained
 from dpar_core.models.vq import VQ, to_float, to_uint8
-from dpar_core.patches.maps import read_rule
+from dpar_core.patches.maps import read_rule, rule_precision
 from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts
 from dpar_core.pictures import patch_overview
+from dpar_core.precision import dtype_of
 
 # The files of a run below its folder of artifacts; a test compares them with the workflow's own catalog.
 FILES = {
@@ -66,6 +68,7 @@ class Run:
     """The trained models of a run, which belong together. Make one with `load_run`.
 
     dpar, llamagen: None where that model has not been trained. image_size: S. class_names: of labels 0, 1, ...
+    entropy_precision: of the entropy model's products, as the run's patches were made with.
     """
 
     tokenizer: VQ
@@ -76,6 +79,7 @@ class Run:
     image_size: int
     class_names: list[str]
     device: torch.device
+    entropy_precision: GatePrecision = "fp32"
 
     @torch.inference_mode()
     def encode(self, images: Images | Sequence[Images]) -> Tensor:
@@ -105,7 +109,7 @@ class Run:
 
         tokens: (n, T) int64. Returns (n, T) float32 nats on the CPU; entry 0 is nan, as nothing predicts the first token.
         """
-        return entropies_of(self.entropy_model, tokens.to(self.device)).cpu()
+        return entropies_of(self.entropy_model, tokens.to(self.device), self.entropy_precision).cpu()
 
     def patches(self, images: Images | Sequence[Images], *, rule: PatchRule | None = None) -> Patches:
         """Cut images into patches. rule: another one than the run was trained with. Images as in `encode`."""
@@ -141,7 +145,8 @@ class Run:
         )
         classes = torch.as_tensor(labels, dtype=torch.int64)
         if model == "dpar" and self.dpar is not None:
-            return DPARGenerator(self.dpar, self.entropy_model, settings).generate(classes, seeds)
+            gate_dtype = dtype_of(self.entropy_precision)
+            return DPARGenerator(self.dpar, self.entropy_model, settings, gate_dtype=gate_dtype).generate(classes, seeds)
         if model == "llamagen" and self.llamagen is not None:
             return GPTGenerator(self.llamagen, settings).generate(classes, seeds)
         if model in ("dpar", "llamagen"):
@@ -188,7 +193,8 @@ def load_run(artifacts: Path | str = "artifacts", *, device: str | None = None) 
     assert llamagen is None or isinstance(llamagen, GPT)
     vq = tokenizer.build(chosen)
     size = rule.row_width * vq.config.downsample
-    return Run(vq, gate.build(chosen), rule, dpar, llamagen, size, names, chosen)
+    precision = rule_precision(folder / FILES["rule"])
+    return Run(vq, gate.build(chosen), rule, dpar, llamagen, size, names, chosen, precision)
 
 
 def patch_lengths(entropies: Tensor, rule: PatchRule) -> list[npt.NDArray[np.uint16]]:

@@ -56,6 +56,13 @@ def _cpu_reports_bf16() -> bool:
     return bool(arm and known is not None and known())
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Return what values are rounded to: fp32, fp16 or bf16."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
 def settle(choice: PrecisionChoice, device: torch.device | str) -> Precision:
     """Return the precision that a choice means on a device: auto is bf16 where `multiplies_bf16`, else fp32."""
     if choice != "auto":

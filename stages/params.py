@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 from dpar_core.choices import (
     EncodePrecisionChoice,
     Gate,
+    GatePrecision,
     GuidanceSchedule,
     LearningRateSchedule,
     PatchMode,
@@ -171,6 +172,7 @@ class EntropyModel(Section):
 
 class Entropies(Section):
     batch_size: Count
+    precision: GatePrecision
     workers: OrZero
 
 

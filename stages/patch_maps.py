@@ -87,7 +87,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     maps = {split: EntropyMaps(inputs.entropies, TokenShards(inputs.tokens, split)) for split in SPLITS}
     train = maps["train"]
     tracker.log_input("entropies", inputs.entropies, train.digest)
-    made_by = {"tokens": train.shards.digest, "entropies": train.digest, "entropy_model": train.entropy_model}
+    made_by = train.made_by()
     rule = _kept_rule(work / RULE, train.entropy_model)
     if rule is None:
         rule, measured_on = make_rule(params.patching, train)

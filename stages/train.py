@@ -10,7 +10,7 @@ from dpar_core.data.shards import TokenShards
 from dpar_core.files import atomic_folder
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import GPTConfig
-from dpar_core.patches.maps import PatchMaps
+from dpar_core.patches.maps import PatchMaps, stated
 from stages import params as P
 from stages.shared.jobs import Job, publish, publish_model, recipe, run_job
 from stages.tracker import Tracker
@@ -102,6 +102,7 @@ def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: 
         "classes": list(shards.meta.classes),
         "entropy_model": maps.entropy_model_digest,
         "rule": vars(maps.rule),
+        **stated(maps.entropy_precision),
     }
     publish(result, outputs, made_from, tracker)
 

@@ -197,11 +197,11 @@ class DPARGenerator:
         """Lay out the weights.
 
         dtype: of the model's matrices and caches. gate_dtype: the entropy model's; rounding moves boundaries, so it is that
-        of the entropies the patches were trained on. patience: launches of the token networks after which the patch
-        transformer steps for the lanes that wait for it (1: after each); a schedule, it never changes an image. static: use
-        the static decoder (None: on CUDA); then `schedule` says what becomes of rows that begin no patch (None: what was
-        measured to be fastest), and capture False replays no graph. Raises ValueError for a rule that is missing or does
-        not fit, or an entropy model that does not.
+        of the entropies the patches were trained on (`patches.maps.rule_precision`). patience: launches of the token
+        networks after which the patch transformer steps for the lanes that wait for it (1: after each); a schedule, it never
+        changes an image. static: use the static decoder (None: on CUDA); then `schedule` says what becomes of rows that
+        begin no patch (None: what was measured to be fastest), and capture False replays no graph. Raises ValueError for a
+        rule that is missing or does not fit, or an entropy model that does not.
         """
         config, rule = model.config, settings.rule
         if rule is None or rule.row_width != config.row_width:
@@ -277,7 +277,7 @@ class DPARGenerator:
             codebook_size=config.codebook_size,
         )
         if self.static:
-            return self._generate_static(labels, seeds, given, progress, keep_logits)
+            return self._sound(self._generate_static(labels, seeds, given, progress, keep_logits))
         drawer = Drawer(
             self.settings,
             seeds,
@@ -305,7 +305,16 @@ class DPARGenerator:
             else:
                 break
         lengths = lengths_from_starts(state.starts.numpy())
-        return Generated(drawer.tokens, lengths, state.entropies, drawer.logits)
+        return self._sound(Generated(drawer.tokens, lengths, state.entropies, drawer.logits))
+
+    def _sound(self, drawn: Generated) -> Generated:
+        """Return what was sampled. Raises ValueError where the entropy model gave no numbers: no patch began there."""
+        if self.asks_model and not drawn.entropies[:, 1:].isfinite().all():
+            raise ValueError(
+                f"the entropy model's entropies in {self.gate_dtype} are not finite numbers: set entropies.precision to "
+                "fp32 and run `dvc repro`, or train the entropy model again"
+            )
+        return drawn
 
     def _generate_static(
         self, labels: Tensor, seeds: Sequence[int], given: Tensor | None, progress: Progress | None, keep_logits: bool

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpar_core.choices import GatePrecision
 from dpar_core.models.layers import Block, LabelEmbedder, RMSNorm, ffn_width, initialize
 from dpar_core.models.loss import output_loss
 from dpar_core.models.rope import Rotary, token_rotary
+from dpar_core.precision import dtype_of
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,15 @@ def next_token_entropies(logits: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def entropies_of(model: GPT, tokens: Tensor) -> Tensor:
+def entropies_of(model: GPT, tokens: Tensor, precision: GatePrecision = "fp32") -> Tensor:
     """Return e_t = H(x_t | x_<t) of every token under an entropy model.
 
-    tokens: (B, T) int64. Returns (B, T) float32 nats; entry 0 is nan, as nothing predicts the first token.
+    tokens: (B, T) int64. precision: of the products, under autocast; softmax and entropy are float32 in each of them.
+    Returns (B, T) float32 nats; entry 0 is nan, as nothing predicts the first token.
     """
-    entropies = next_token_entropies(model(tokens[:, :-1]))
+    with torch.autocast(tokens.device.type, dtype_of(precision), enabled=precision != "fp32"):
+        logits = model(tokens[:, :-1])
+    entropies = next_token_entropies(logits)
     return F.pad(entropies, (1, 0), value=float("nan"))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dpar_core.choices import GatePrecision
 from dpar_core.data.remote import Folder
 from dpar_core.data.shards import OpenFiles, TokenShards
 from dpar_core.files import atomic_path, digest_of, read_record, seal_holds, sha256_file, write_json, write_record
 from dpar_core.patches.rule import PatchRule, flat_lengths, lengths_from_starts
 
 SUMMARY, RULE = "summary.json", "rule.json"
+
+
+def stated(precision: GatePrecision) -> dict[str, str]:
+    """Return what records say of the precision of entropies; fp32 goes without saying, as in records of earlier versions."""
+    return {} if precision == "fp32" else {"entropy_precision": precision}
+
+
+def precision_in(record: Mapping[str, Any]) -> GatePrecision:
+    """Return the precision of the entropies that something was made with: of what `made_by`, or a model's meta, says."""
+    found: GatePrecision = record.get("entropy_precision", "fp32")
+    return found
 
 
 def parquet_name(shard_name: str) -> str:
@@ -73,13 +85,25 @@ def _write(
         pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", **encoding)
 
 
-def write_entropies(path: Path, shards: TokenShards, part: slice, entropies: np.ndarray, *, entropy_model: str) -> None:
-    """Write the entropies (samples * views, T) float32 of the samples `part` of a shard, whole or not at all."""
+def write_entropies(
+    path: Path,
+    shards: TokenShards,
+    part: slice,
+    entropies: np.ndarray,
+    *,
+    entropy_model: str,
+    precision: GatePrecision = "fp32",
+) -> None:
+    """Write the entropies (samples * views, T) float32 of the samples `part` of a shard, whole or not at all.
+
+    entropy_model: digest of the model. precision: what its products were computed in.
+    """
     flat = pa.array(np.ascontiguousarray(entropies, dtype=np.float32).reshape(-1))
     values = pa.FixedSizeListArray.from_arrays(flat, entropies.shape[1])
     # The bytes of floats compress when those of equal place stand together; dictionaries of floats do not pay.
     encoding = {"use_dictionary": ["key"], "use_byte_stream_split": ["entropies.list.element"]}
-    _write(path, shards, part, "entropies", values, made_by={"entropy_model": entropy_model}, **encoding)
+    made_by = {"entropy_model": entropy_model, **stated(precision)}
+    _write(path, shards, part, "entropies", values, made_by=made_by, **encoding)
 
 
 def write_lengths(path: Path, shards: TokenShards, part: slice, starts: np.ndarray, *, made_by: dict[str, Any]) -> None:
@@ -149,7 +173,13 @@ class EntropyMaps:
         self.summary = read_summary(self._place, stage="entropies")
         check_tokens(self.summary, shards, self._place, stage="entropies")
         self.entropy_model: str = self.summary["made_by"]["entropy_model"]
+        self.precision = precision_in(self.summary["made_by"])
         self.digest: str = self.summary["digest"]
+
+    def made_by(self) -> dict[str, str]:
+        """Return what patch maps made of these entropies are made with."""
+        digests = {"tokens": self.shards.digest, "entropies": self.digest, "entropy_model": self.entropy_model}
+        return {**digests, **stated(self.precision)}
 
     def shard(self, shard_name: str) -> np.ndarray:
         """Return the entropies of a shard: (samples * views, T) float32, in the order of the shard.
@@ -161,10 +191,11 @@ class EntropyMaps:
         table = _read_parquet(self._place, name, self.summary, columns=["key", "view", "entropies"], stage="entropies")
         made_by = json.loads((table.schema.metadata or {}).get(b"dpar", b"{}"))
         if made_by != self.summary["made_by"]:
-            found, expected = made_by.get("entropy_model"), self.entropy_model
+            found, precision = made_by.get("entropy_model"), precision_in(made_by)
             raise ValueError(
-                f"entropies {name} were made with entropy model {found} on tokens {made_by.get('tokens')}, this run has "
-                f"{expected} on {self.shards.digest}: run `dvc repro -f entropies`"
+                f"entropies {name} were made with entropy model {found} in {precision} on tokens {made_by.get('tokens')}, "
+                f"this run has {self.entropy_model} in {self.precision} on {self.shards.digest}: "
+                "run `dvc repro -f entropies`"
             )
         part = next(part for found, part in self.shards.shards() if found == shard_name)
         keys, views = _expected(self.shards, part)
@@ -231,6 +262,11 @@ def read_rule(path: Path, *, entropy_model: str | None = None) -> PatchRule:
     return rule
 
 
+def rule_precision(path: Path) -> GatePrecision:
+    """Return the precision of the entropies that a rule of `write_rule` was made with. Raises as `read_rule`."""
+    return precision_in(read_record(path, way_out="run `dvc repro -f patch_maps`")["made_by"])
+
+
 def write_rule(path: Path, rule: PatchRule, *, made_by: dict[str, Any], facts: dict[str, Any] | None = None) -> None:
     """Write a rule, the digests of what it was made with, and what was found with it (facts), as a record with a digest."""
     write_record(path, {"rule": asdict(rule), "made_by": made_by, **(facts or {})})
@@ -253,6 +289,7 @@ class PatchMaps:
         check_tokens(summary, shards, self._place, stage="patch_maps")
         self.digest: str = summary["digest"]
         self.entropy_model_digest: str = summary["made_by"]["entropy_model"]
+        self.entropy_precision = precision_in(summary["made_by"])
         if entropy_model is not None and entropy_model != self.entropy_model_digest:
             raise ValueError(
                 f"patch maps in {self._place} were made with entropy model {self.entropy_model_digest}, this run has "

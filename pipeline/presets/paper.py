@@ -120,6 +120,7 @@ def _imagenet(pixels: int, size: str, *, epochs: int, precision: str = "bf16") -
         "entropy_model.layers": gate.layers,
         "entropy_model.ffn_multiple": FFN_MULTIPLE,
         "entropy_model.train.accumulate": 1,
+        "entropies.precision": "fp16",
         "entropies.workers": WORKERS,
         "patching.threshold": THRESHOLDS[pixels],
         "patching.target_mean_length": None,

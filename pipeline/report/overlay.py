@@ -17,7 +17,7 @@ from dpar_core.files import atomic_path
 from dpar_core.models.gpt import entropies_of
 from dpar_core.models.load import read_trained
 from dpar_core.models.vq import to_float, to_uint8
-from dpar_core.patches.maps import read_rule
+from dpar_core.patches.maps import read_rule, rule_precision
 from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts
 from dpar_core.pictures import patch_overview, save_png
 from stages.artifacts import ENTROPY_MODEL, PATCH_RULE, TOKENIZER
@@ -44,7 +44,7 @@ class Patcher:
         vq_file, gate_file, rule_file = (one.require(artifacts) for one in (TOKENIZER, ENTROPY_MODEL, PATCH_RULE))
         tokenizer = read_trained(vq_file, "tokenizer")
         gate = read_trained(gate_file, "entropy_model", made_with={"tokenizer": tokenizer.digest})
-        self.rule = read_rule(rule_file, entropy_model=gate.digest)
+        self.rule, self.precision = read_rule(rule_file, entropy_model=gate.digest), rule_precision(rule_file)
         self.size: int = tokenizer.meta["image_size"]
         self.vq, self.gate = tokenizer.build(), gate.build()
 
@@ -53,7 +53,7 @@ class Patcher:
         """Cut an image (height, width, 3) uint8 of any shape into patches, after the centre crop to S x S."""
         crop = torch.from_numpy(center_crop(image, self.size).copy())[None]
         codes = self.vq.encode(to_float(crop))
-        entropies = entropies_of(self.gate, codes.flatten(1))
+        entropies = entropies_of(self.gate, codes.flatten(1), self.precision)
         lengths = lengths_from_starts(patch_starts(entropies, self.rule).numpy())[0]
         return PatchPlan(to_uint8(self.vq.decode(codes))[0].numpy(), entropies[0].numpy(), lengths, self.rule)
 

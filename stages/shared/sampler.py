@@ -20,11 +20,11 @@ from dpar_core.models.dpar import DPAR
 from dpar_core.models.gpt import GPT
 from dpar_core.models.load import Trained, read_trained
 from dpar_core.models.vq import to_uint8
-from dpar_core.patches.maps import read_rule
+from dpar_core.patches.maps import precision_in, read_rule, rule_precision
 from dpar_core.patches.rule import PatchRule
+from dpar_core.precision import dtype_of
 from stages import params as P
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DECODE_BATCH = 16  # images a decoder call on a GPU, always filled up
 
 
@@ -73,6 +73,7 @@ class Sampler:
         self.precision = sample.precision
         self.made_by = {"model": trained.digest, "tokenizer": tokenizer.digest}
         self.rule = read_rule(files.rule) if self.is_dpar else None
+        self.gate_precision = rule_precision(files.rule) if self.is_dpar else "fp32"
         self.settings = settings_of(sample, self.rule)
         self.networks = self._dpar_and_gate(trained) if self.is_dpar else (trained.build(self.device),)
         self.generator = self._generator()
@@ -89,7 +90,8 @@ class Sampler:
 
     def _generator(self) -> DPARGenerator | GPTGenerator:
         kind = DPARGenerator if self.is_dpar else GPTGenerator
-        return kind(*self.networks, self.settings, dtype=DTYPES[self.precision])
+        how = {"gate_dtype": dtype_of(self.gate_precision)} if self.is_dpar else {}
+        return kind(*self.networks, self.settings, dtype=dtype_of(self.precision), **how)
 
     def with_settings(self, sample: P.Sample) -> Sampler:
         """Return a sampler of the same networks, which stay where they are in memory, with other settings.
@@ -115,12 +117,23 @@ class Sampler:
                 f"{files.model} was trained with the patch rule {found}, but {files.rule} holds {now}: run "
                 "`dvc repro train_dpar`, or set sample.threshold to sample with another one"
             )
-        if self.settings.gate == "entropy_model" and self.settings.rule.reads_entropies:
+        if self.asks_model:
+            trained_on = precision_in(trained.meta)
+            if found is not None and trained_on != self.gate_precision:
+                raise ValueError(
+                    f"{files.model} was trained on patches cut by entropies in {trained_on}, but {files.rule} holds those "
+                    f"in {self.gate_precision}: run `dvc repro train_dpar`, or set entropies.precision to {trained_on}"
+                )
             entropy_model = read_trained(files.entropy_model, "entropy_model", made_with=self.trained_with)
             read_rule(files.rule, entropy_model=entropy_model.digest)
             gate = entropy_model.build(self.device)
             self.made_by["entropy_model"] = entropy_model.digest
         return trained.build(self.device), gate
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether the entropy model cuts patches while sampling."""
+        return self.is_dpar and self.settings.gate == "entropy_model" and self.settings.rule.reads_entropies
 
     def draw(
         self,
@@ -164,5 +177,7 @@ class Sampler:
         settings["cfg_interval"] = list(settings["cfg_interval"])
         if not self.is_dpar:
             del settings["rule"], settings["gate"]
+        if self.asks_model:
+            settings["gate_precision"] = self.gate_precision
         model = "dpar" if self.is_dpar else "llamagen"
         return {"model": model, "made_by": self.made_by, "precision": self.precision, **settings}

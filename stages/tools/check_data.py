@@ -312,8 +312,10 @@ def _try_again(
 def _entropies(places: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
     make = entropies.ShardEntropies(places.tokens, places.entropy_model, params.entropies, work, device)
     made_by = read_maps_summary(places.entropies, stage="entropies")["made_by"]
-    if made_by != {"tokens": make.shards["train"].digest, "entropy_model": make.digest}:
-        raise ValueError(f"{places.entropies} was made with other tokens or another model: run `dvc repro entropies`")
+    if made_by != make.made_by():
+        raise ValueError(
+            f"{places.entropies} was made with other tokens, another model or precision: run `dvc repro entropies`"
+        )
     for unit in entropies.plan_units([make.shards[split] for split in SPLITS]):
         if unit.name in broken:
             make(unit)
@@ -324,8 +326,7 @@ def _maps(places: Artifacts, params: P.Params, broken: dict[str, Any], work: Pat
     made_by = read_maps_summary(places.patch_maps, stage="patch_maps")["made_by"]
     maps = {split: EntropyMaps(places.entropies, TokenShards(places.tokens, split)) for split in SPLITS}
     train = maps["train"]
-    now = {"tokens": train.shards.digest, "entropies": train.digest, "entropy_model": train.entropy_model}
-    if made_by != now:
+    if made_by != train.made_by():
         raise ValueError(f"{places.patch_maps} was made with other tokens or entropies: run `dvc repro patch_maps`")
     if RULE in broken:
         rule, measured_on = patch_maps.make_rule(params.patching, train)

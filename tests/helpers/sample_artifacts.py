@@ -42,8 +42,8 @@ def _random(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def write_artifacts(folder: Path, *, gate_trained_on: str | None = None) -> Artifacts:
-    """Write all files; gate_trained_on: digest that the entropy model claims as its tokenizer's."""
+def write_artifacts(folder: Path, *, gate_trained_on: str | None = None, dpar_meta: dict | None = None) -> Artifacts:
+    """Write all files; gate_trained_on: digest that the entropy model claims as its tokenizer's. dpar_meta: of DPAR too."""
     vq = VQConfig(CODES, 4, 32, (1, 2), 32, 1)
     tokenizer = save_weights(
         folder / "tokenizer.safetensors", _random(VQ(vq), 1), kind="vq", config=asdict(vq), meta={"image_size": 8}
@@ -63,7 +63,7 @@ def write_artifacts(folder: Path, *, gate_trained_on: str | None = None) -> Arti
     return Artifacts(
         folder / "tokenizer.safetensors",
         gate_file,
-        save("dpar.safetensors", dpar, "dpar", 3, meta),
+        save("dpar.safetensors", dpar, "dpar", 3, {**meta, **(dpar_meta or {})}),
         save("twin.safetensors", GPT(twin), "gpt", 4, meta),
         save("equal_time.safetensors", GPT(twin), "gpt", 5, meta),
         folder / "rule.json",

@@ -2,7 +2,7 @@
 
 import filecmp
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dpar_core.evaluation.sample_files import read_samples
-from dpar_core.patches.maps import write_rule
+from dpar_core.patches.maps import stated, write_rule
 from dpar_core.patches.rule import PatchRule
 from stages import sample as stage
 from stages.shared.sampler import Files, Sampler
@@ -189,6 +189,25 @@ def test_an_edited_rule_is_refused_and_so_is_one_of_another_entropy_model(tmp_pa
     write_rule(made.rule, PatchRule("entropy_rows", 4, 1.8, 4), made_by={"entropy_model": "0" * 16})
     with pytest.raises(ValueError, match=r"with entropy model 0{16}, but this run has .* run `dvc repro patch_maps`"):
         Sampler(made.dpar_files, sample_section(), device="cpu")
+
+
+@pytest.mark.parametrize("trained_on", ["fp16", "fp32"])
+def test_the_gate_has_the_precision_of_the_entropies_that_dpar_was_trained_on(tmp_path, trained_on):
+    rule = PatchRule("entropy_rows", GRID, 1.8, 4)
+    made = write_artifacts(tmp_path, dpar_meta={"rule": asdict(rule), **stated(trained_on)})
+    made_by = json.loads(made.rule.read_text())["made_by"]
+    write_rule(made.rule, rule, made_by={**made_by, **stated("fp16")})
+    if trained_on == "fp16":
+        sampler = Sampler(made.dpar_files, sample_section(), device="cpu")
+        assert sampler.generator.gate_dtype == torch.float16 and sampler.generator.dtype == torch.float32
+        assert sampler.protocol()["gate_precision"] == "fp16"
+        other = sampler.with_settings(sample_section(precision="bf16"))
+        assert (other.generator.gate_dtype, other.generator.dtype) == (torch.float16, torch.bfloat16)
+        return
+    words = r"trained on patches cut by entropies in fp32, but .*rule\.json holds those in fp16: run `dvc repro train_dpar`"
+    with pytest.raises(ValueError, match=words):
+        Sampler(made.dpar_files, sample_section(), device="cpu")
+    Sampler(made.dpar_files, sample_section(gate="decoder"), device="cpu")  # which asks no entropy model
 
 
 def test_a_batch_that_was_damaged_is_sampled_again(tmp_path, capsys):

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from dpar_core.data.shards import TokenShards
+from dpar_core.files import save_weights
 from dpar_core.models.gpt import entropies_of
-from dpar_core.patches.maps import EntropyMaps, PatchMaps, write_summary
+from dpar_core.patches.maps import EntropyMaps, PatchMaps, rule_precision, write_summary
 from dpar_core.patches.rule import PatchRule, starts_from_lengths
 from stages import entropies, patch_maps, tokenize_images
 from stages.tracker import NullTracker
@@ -54,6 +56,43 @@ def test_neighbours_and_places_in_a_batch_never_change_an_entropy(project, rows)
         batch[place] = mine
         found.add(entropies_of(model, batch)[place].numpy().tobytes())
     assert len(found) == 1
+
+
+def test_entropies_of_a_lower_precision_say_so_and_how_many_tokens_change_sides(project, tmp_path, monkeypatch):
+    # The tiny model's entropies lie in clusters, one per token, and some thresholds in the middle of them.
+    monkeypatch.setattr(entropies, "MOST_MOVED", 0.2)
+    other = copy_of(project, tmp_path / "other", entropies={"precision": "fp16"})
+    shutil.copytree(project.root / "tokens", other.root / "tokens")
+    other.entropies().patch_maps()
+    summary = json.loads((other.root / "entropies" / "summary.json").read_text())
+    assert summary["made_by"]["entropy_precision"] == summary["facts"]["precision"] == "fp16"
+    assert 0 < summary["facts"]["moved_share"] < 0.2
+    assert [rule_precision(one.root / "patch_maps" / "rule.json") for one in (other, project)] == ["fp16", "fp32"]
+    shards = TokenShards(project.root / "tokens", "train")
+    assert PatchMaps(other.root / "patch_maps", shards).entropy_precision == "fp16"
+    mine, exact = (EntropyMaps(one.root / "entropies", shards).all()[:, 1:] for one in (other, project))
+    assert 0 < np.abs(mine - exact).max() < 0.01
+    name = "train-000001.parquet"
+    shutil.copy(project.root / "entropies" / name, other.root / "entropies" / name)
+    sign_again(other.root / "entropies")
+    with pytest.raises(ValueError, match=r"were made with entropy model \w+ in fp32 on .* this run has \w+ in fp16"):
+        EntropyMaps(other.root / "entropies", shards).all()
+
+
+def test_entropies_beyond_what_a_precision_can_hold_are_refused(project, tmp_path):
+    model, _ = entropies.load_entropy_model(project.root / "entropy_model.safetensors", None, "cpu")
+    weights = model.state_dict()
+    weights["output.weight"] = weights["output.weight"] * 1e6
+    shards = TokenShards(project.root / "tokens", "train")
+    file, meta = project.root / "entropy_model.safetensors", {"tokenizer": shards.meta.tokenizer}
+    other = copy_of(project, tmp_path / "other", entropies={"precision": "fp16"})
+    save_weights(other.root / file.name, weights, kind="gpt", config=asdict(model.config), meta=meta)
+    shutil.copytree(project.root / "tokens", other.root / "tokens")
+    with pytest.raises(ValueError, match=r"entropies.precision fp16 puts .* or gives no finite numbers: set it to fp32"):
+        other.entropies()
+    work = entropies.ShardEntropies(other.root / "tokens", other.root / file.name, other.params.entropies, tmp_path, "cpu")
+    with pytest.raises(ValueError, match=r"in fp16 are not finite numbers: set entropies.precision to fp32"):
+        work(entropies.plan_units([shards])[0])
 
 
 def test_entropies_do_not_depend_on_how_shards_are_cut(project, tmp_path):

@@ -8,7 +8,9 @@ import torch
 import dpar_core.generation.static as static
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
 from dpar_core.generation.guidance import SampleSettings
+from dpar_core.models.gpt import entropies_of
 from dpar_core.patches.rule import PatchRule
+from dpar_core.precision import dtype_of
 from tests.helpers.generation_fixtures import CODES, GRID, TOKENS, tiny_dpar, tiny_gate, tiny_twin
 
 LABELS, SEEDS = torch.tensor([3, 0, 4, 1, 5]), [11, 5, 900, 12, 13]  # 5 is "no class"
@@ -78,6 +80,28 @@ def test_steps_of_fixed_shape_sample_what_the_ragged_decoder_samples(name):
     for schedule in ("ahead", "buckets"):
         generator = DPARGenerator(model, gate, settings, static=True, schedule=schedule)
         agree(generator.generate(LABELS, SEEDS, given=given, keep_logits=True), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_gate_rounds_as_the_stage_does_whose_entropies_made_the_patches(precision):
+    settings, dtype = SampleSettings(cfg_scale=2.0, rule=ROWS), dtype_of(precision)
+    exact = DPARGenerator(tiny_dpar(), tiny_gate(), settings).generate(LABELS, SEEDS).entropies[:, 1:]
+    for how in (dict(static=False), dict(static=True, schedule="ahead"), dict(static=True, schedule="buckets")):
+        drawn = DPARGenerator(tiny_dpar(), tiny_gate(), settings, gate_dtype=dtype, **how).generate(LABELS, SEEDS)
+        expected = entropies_of(tiny_gate(), drawn.tokens, precision)
+        # Both round to 11 or 8 bits, each at other places; bounds are three times what was found.
+        bound = {"fp16": 1e-2, "bf16": 1e-1}[precision]
+        torch.testing.assert_close(drawn.entropies[:, 1:], expected[:, 1:], atol=bound, rtol=0)
+        assert not torch.equal(drawn.entropies[:, 1:], exact)
+
+
+def test_entropies_that_are_not_finite_are_refused():
+    gate, settings = tiny_gate(), SampleSettings(rule=ROWS)
+    gate.output.weight.mul_(1e6)  # beyond what float16 can hold
+    for static_decoder in (False, True):
+        generator = DPARGenerator(tiny_dpar(), gate, settings, gate_dtype=torch.float16, static=static_decoder)
+        with pytest.raises(ValueError, match=r"entropies in torch.float16 are not finite .* entropies.precision to fp32"):
+            generator.generate(LABELS, SEEDS)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(INTERVAL, top_k=5, temperature=0.7), dict(greedy=True)])
