@@ -81,29 +81,33 @@ def stage(name: Annotated[str, typer.Argument(help="Stage of dvc.yaml, as data, 
 @app.command()
 def ui(
     port: Annotated[int, typer.Option(help="Port on the loopback address.")] = 5000,
+    browser: Annotated[bool, typer.Option(help="Open the page once it is there.")] = True,
 ) -> None:
-    """Serve the MLflow pages that compare runs, on 127.0.0.1 only. Reads the store; stop with Ctrl-C."""
+    """Serve the MLflow pages that compare runs, on 127.0.0.1 only, and open them. Reads the store; stop with Ctrl-C."""
     from dpar_core.secrets import redacted
-    from pipeline.tracking.store import connect, store_root, tracking_uri
+    from pipeline.tracking.outbox import opened
+    from pipeline.tracking.store import store_root, tracking_uri
+    from pipeline.tracking.ui import check_port, open_when_there
 
     root = _root()
-    _, experiment = connect(root)
-    uri = tracking_uri(root)
-    print(f"runs        http://127.0.0.1:{port}/#/experiments/{experiment}/runs  (there in about 15 s; Ctrl-C stops it)")
+    check_port(port)
+    _, experiment = opened(root)
+    uri, address = tracking_uri(root), f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs"
+    print(f"runs        {address}  (there in about 15 s; Ctrl-C stops it)")
     print(f"store       {redacted(uri)}", flush=True)
-    # -P: not the code of the current folder. The address goes through the environment: it may hold a password.
-    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     artifacts = (store_root(root) / "mlartifacts").as_uri()
-    os.execve(
-        sys.executable,
-        command,
-        {
-            **os.environ,
-            "MLFLOW_BACKEND_STORE_URI": uri,
-            "MLFLOW_LOGGING_LEVEL": "ERROR",
-            **({} if "MLFLOW_TRACKING_URI" in os.environ else {"MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts}),
-        },
-    )
+    environment = {
+        **os.environ,
+        # Through the environment: the address may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": uri,
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        **({} if "MLFLOW_TRACKING_URI" in os.environ else {"MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts}),
+    }
+    # -P: not the code of the current folder.
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    if browser and sys.stdout.isatty():
+        open_when_there(address, port)
+    os.execve(sys.executable, command, environment)
 
 
 @app.command()

@@ -26,8 +26,9 @@ _CACHES = {
 
 
 def find_project(start: Path) -> Path | None:
-    """Return the nearest folder at or above `start` that holds dvc.yaml, None when there is none."""
-    return next((folder for folder in (start, *start.parents) if (folder / "dvc.yaml").is_file()), None)
+    """Return the nearest folder at or above `start` that holds dvc.yaml, None when there is none. A sweep's has one too."""
+    folders = (folder for folder in (start, *start.parents) if folder.parent.name != "sweeps")
+    return next((folder for folder in folders if (folder / "dvc.yaml").is_file()), None)
 
 
 def enter_project() -> Path | None:

@@ -287,16 +287,14 @@ def plain(stage_params: Any) -> dict[str, Any]:
 
 def flattened(params: Params) -> dict[str, Any]:
     """Return all params by dotted names, for tracking."""
+    return dotted(params.model_dump(mode="json"))
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return values of nested mappings by dotted names: {"train": {"lr": 1}} -> {"train.lr": 1}."""
     flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value
-
-    walk("", params.model_dump(mode="json"))
+    for key, value in values.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -104,5 +104,5 @@ def _score_all(
         scores = Scores(values, intervals, protocol, made_by, measured.features.pool.shape[1])
         write_record(target, scores.to_json())
         write_json(metrics, values)
-        suffix = f"/{samples.name}" if len(work_list) > 1 else ""
-        tracker.log_metrics({f"{name}{suffix}": value for name, value in values.items()})
+        prefix = "" if samples == work_list[0][0] else "equal_time/"
+        tracker.log_metrics({prefix + name: value for name, value in values.items()})

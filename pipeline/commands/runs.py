@@ -38,12 +38,19 @@ def show_run(identity: Annotated[str, typer.Argument(help="Run id, or its beginn
     print("\n".join(show_lines(found[0], now)))
 
 
+def _root() -> Path:
+    root = Path.cwd()
+    if not (root / "dvc.yaml").exists():
+        raise FileNotFoundError(f"no dvc.yaml in {root}: go to the project's folder first")
+    return root
+
+
 def _pipeline_runs() -> list[Any]:
     """Return the runs that are no stage of another, newest first."""
-    from pipeline.tracking.store import connect
+    from pipeline.tracking.outbox import opened
     from pipeline.tracking.tracker import PASS_TAG
 
-    client, experiment = connect(Path.cwd())
+    client, experiment = opened(_root())
     found = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=1000)
     return [run for run in found if PASS_TAG in run.data.tags]
 
@@ -82,9 +89,7 @@ def sync_runs() -> None:
     """
     from pipeline.tracking import outbox
 
-    root = Path.cwd()
-    if not (root / "dvc.yaml").exists():
-        raise FileNotFoundError(f"no dvc.yaml in {root}: go to the project's folder first")
+    root = _root()
     sender = outbox.Outbox(root, print)
     waiting = len(outbox.journals(root))
     count = outbox.sync(sender)

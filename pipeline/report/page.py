@@ -15,12 +15,22 @@ import numpy as np
 from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.data.shards import TokenShards
 from dpar_core.evaluation.scores import DISTANCE_NAMES
-from dpar_core.files import atomic_folder, read_weights_header, write_json
+from dpar_core.files import atomic_folder, atomic_write, read_weights_header, write_json
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import colour_bar, save_png
 from dpar_core.secrets import redacted
 from pipeline.presets.published import PUBLISHED
-from pipeline.report.charts import Dot, Series, bar_chart, difference_plot, dot_chart, graph, interval_plot, line_chart
+from pipeline.report.charts import (
+    Dot,
+    Series,
+    bar_chart,
+    difference_plot,
+    dot_chart,
+    graph,
+    interval_plot,
+    line_chart,
+    picture_file,
+)
 from pipeline.report.facts import (
     MODELS,
     Costs,
@@ -40,7 +50,16 @@ from pipeline.report.pictures import data_uri, examples, real_cells, sample_cell
 from pipeline.report.speeds import DRIFT, Speeds
 from pipeline.report.verdicts import FEWEST_STEPS, Contest, Estimate, score_columns, score_name, together
 from stages import params as P
-from stages.artifacts import HEADLINE, METRICS, REPORT_PAGE, SAMPLE_PROTOCOL, TOKENIZER, artifact_digest
+from stages.artifacts import (
+    HEADLINE,
+    LENGTHS_PICTURE,
+    LOSSES_PICTURE,
+    METRICS,
+    REPORT_PAGE,
+    SAMPLE_PROTOCOL,
+    TOKENIZER,
+    artifact_digest,
+)
 from stages.tracker import Tracker
 
 PAGE = Path(REPORT_PAGE.name).name
@@ -159,6 +178,12 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         (folder / PAGE).write_text(redacted(page))  # an address in params may hold a password
         for place, one in enumerate(shown):
             save_png(one.overview(maps.rule.threshold), folder / f"patches-{place:02d}.png")
+        charts = facts["charts"]
+        names = [(name, labels[name]) for name in trainings]
+        losses_picture = picture_file(charts["by_step"], title="validation loss, nats per token", names=names)
+        atomic_write(folder / Path(LOSSES_PICTURE.name).name, losses_picture)
+        lengths_picture = picture_file(charts["lengths"], title="share of patches by their length")
+        atomic_write(folder / Path(LENGTHS_PICTURE.name).name, lengths_picture)
         write_json(folder / Path(HEADLINE.name).name, headline(facts["badge"], rounds, patches, costs, times, speeds))
     write_json(outputs.metrics, summary_metrics(rounds, patches, costs, times, speeds, facts["tokenizer"]))
     for place in range(min(len(shown), 3)):

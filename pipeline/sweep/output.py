@@ -35,10 +35,6 @@ DVC_FILE = """# Made by `dpar-cli sweep`: lets `dvc metrics show` and `dvc plots
 metrics:
   - metrics.json
 plots:
-  - results.csv:
-      x: patch/patches_per_image
-      y: {distance}
-      template: scatter
   - heatmap.png
   - pareto.png
 """
@@ -114,7 +110,7 @@ def write(facts: Facts, folder: Path) -> Written:
             tracked += [_write_tables(rows_of(facts.outcome.finals), folder / "finals")]
         draw_heatmap(facts, folder / "heatmap.png")
         draw_pareto(facts, folder / "pareto.png")
-        atomic_write(folder / "dvc.yaml", DVC_FILE.format(distance=facts.distance))
+        atomic_write(folder / "dvc.yaml", DVC_FILE)
         tracked += [folder / name for name in ("heatmap.png", "pareto.png", "results.parquet")]
     atomic_write(folder / "index.html", redacted(page(facts, folder)))
     return Written([*tracked, folder / "index.html"], metrics)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from dpar_core.secrets import redacted_data
 
 EVENTS, FILES = "events.jsonl", "files"
-Operation = Literal["run", "params", "metrics", "input", "artifact", "tags", "end"]
+Operation = Literal["run", "params", "metrics", "input", "model", "artifact", "tags", "end"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Event:
 
     run: key of the run it belongs to, which the run carries as a tag. time: milliseconds since 1970. data: of "run" {name,
     tags, parent (a key or None), once (leave it alone where it is finished already)}; of "params" and "tags" names and
-    values; of "metrics" {values, step}; of "input" {name, path, digest}; of "artifact" {file, below the journal's folder};
-    of "end" {status}.
+    values; of "metrics" {values, step}; of "input" {name, path, digest}; of "model" the fields of LoggedModel, dataset (name
+    and digest, or None) and metrics, each as [name, value, step, time], which the run has as well; of "artifact" {file,
+    below the journal's folder}; of "end" {status}.
     """
 
     op: Operation

@@ -29,7 +29,7 @@ from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, TrackingErro
 from pipeline.tracking.summary import WORST_TAG
 
 SENT = "sent.json"
-KEY_TAG = "dpar.key"
+KEY_TAG, DIGEST_TAG = "dpar.key", "dpar.digest"
 LARGEST_BATCH, LONGEST_VALUE = 900, 500  # MLflow takes 1000 metrics and 100 params a request
 POLL_SECONDS, LONGEST_PAUSE = 2.0, 30.0  # between looks at the journal; between tries while the store is away
 PATIENCE = 20.0  # seconds without an answer of a server until that is said
@@ -71,8 +71,8 @@ class Outbox:
         self.root, self.say = root, say
         self.uri = redacted(store.tracking_uri(root))
         self.asked = float("inf")  # when the request began that is not answered yet
-        self._client: Any = None
-        self._experiment = ""
+        self.client: Any = None
+        self.experiment = ""
         self._runs: dict[str, str] = {}
         self._finished: set[str] = set()  # runs that were whole before: left alone
 
@@ -138,14 +138,16 @@ class Outbox:
             from mlflow.exceptions import MlflowException
 
             try:
-                self._connect()
+                self.connect()
                 self._do(folder, event, events)
             except MlflowException as error:
                 if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                     raise Lost(store.reason(error)) from error
                 if "'active' state" in str(error):  # deleted, alone or with its experiment, which can come back
-                    self._client = None
-                    self._connect()
+                    self.client = None
+                    self.connect()
+                if event.op == "model" and error.error_code == "ENDPOINT_NOT_FOUND":
+                    raise Refused("it knows no logged models, as MLflow 3 does") from error
                 if error.error_code in _REFUSED:
                     raise Refused(redacted(" ".join(str(error).split()))[:300]) from error
                 raise
@@ -153,15 +155,15 @@ class Outbox:
             self._forget_if_away()
             raise
         except TrackingError as error:
-            self._client = None
+            self.client = None
             raise Away(str(error)) from error
         except FileNotFoundError as error:
             if error.filename is not None and str(folder) in str(error.filename):
                 raise Refused(f"the copy of an artifact is gone from the journal: {error.filename}") from error
-            self._client = None
+            self.client = None
             raise Away(f"MLflow at {self.uri} cannot be written: {store.reason(error)}") from error
         except Exception as error:
-            self._client = None
+            self.client = None
             raise Away(f"MLflow at {self.uri} cannot be written: {store.reason(error)}") from error
         finally:
             self.asked = float("inf")
@@ -169,11 +171,12 @@ class Outbox:
     def _forget_if_away(self) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, Away):
-            self._client = None
+            self.client = None
 
-    def _connect(self) -> None:
-        if self._client is None:
-            self._client, self._experiment = store.connect(self.root)
+    def connect(self) -> None:
+        """Open the store where that is still to be done, and close runs whose process is gone. Raises TrackingError."""
+        if self.client is None:
+            self.client, self.experiment = store.connect(self.root)
             self._close_dead_runs()
 
     def _do(self, folder: Path, event: Event, events: list[Event]) -> None:
@@ -191,22 +194,24 @@ class Outbox:
                 for name, value in one.data["values"].items()
             ]
             for first in range(0, len(metrics), LARGEST_BATCH):
-                self._client.log_batch(run, metrics=metrics[first : first + LARGEST_BATCH])
+                self.client.log_batch(run, metrics=metrics[first : first + LARGEST_BATCH])
         elif event.op == "params":
             params = [Param(name, str(value)[:LONGEST_VALUE]) for name, value in data.items()]
             for first in range(0, len(params), 100):
-                self._client.log_batch(run, params=params[first : first + 100])
+                self.client.log_batch(run, params=params[first : first + 100])
         elif event.op == "input":
             dataset = Dataset(name=data["name"], digest=data["digest"], source_type="local", source=data["path"])
-            self._client.log_inputs(run, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "input")])])
+            self.client.log_inputs(run, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "input")])])
+        elif event.op == "model":
+            self._log_model(run, data)
         elif event.op == "artifact":
-            self._client.log_artifact(run, str(folder / data["file"]))
+            self.client.log_artifact(run, str(folder / data["file"]))
         elif event.op == "tags":
             for name, value in data.items():
-                self._client.set_tag(run, name, value)
+                self.client.set_tag(run, name, value)
         elif event.op == "end":
-            worst = self._client.get_run(run).data.tags.get(WORST_TAG, data["status"])
-            self._client.set_terminated(run, worst, end_time=event.time)
+            worst = self.client.get_run(run).data.tags.get(WORST_TAG, data["status"])
+            self.client.set_terminated(run, worst, end_time=event.time)
 
     def _open(self, event: Event) -> str:
         """Return the id of an event's run; it is made where it is not there. One that is there goes on."""
@@ -216,18 +221,46 @@ class Outbox:
                 if event.data["once"] and found.info.status == "FINISHED":
                     self._finished.add(event.run)
                 else:
-                    self._client.update_run(found.info.run_id, status="RUNNING")
+                    self.client.update_run(found.info.run_id, status="RUNNING")
                 return found.info.run_id
             tags = {KEY_TAG: event.run, "mlflow.runName": event.data["name"], **event.data["tags"]}
             if event.data["parent"] is not None:
                 tags["mlflow.parentRunId"] = self._run(event.data["parent"])
-            return self._client.create_run(self._experiment, start_time=event.time, tags=tags).info.run_id
+            return self.client.create_run(self.experiment, start_time=event.time, tags=tags).info.run_id
+
+    def _log_model(self, run: str, data: dict[str, Any]) -> None:
+        """Make a model (known by its digest) where it is not there, link it with a run, and give it metrics of the run."""
+        from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
+
+        client, words = self.client, f"tags.`{DIGEST_TAG}` = '{data['digest']}'"
+        found = client.search_logged_models([self.experiment], words, max_results=1)
+        if found:
+            model = found[0]
+        else:
+            tags = {**data["tags"], DIGEST_TAG: data["digest"], "mlflow.model.isExternal": "true"}
+            source = run if data["made"] else None
+            model = client.create_logged_model(
+                self.experiment, data["name"], source, tags, data["params"], model_type=data["kind"]
+            )
+        if model.status != "READY":
+            client.finalize_logged_model(model.model_id, "READY")
+        linked = client.get_run(run)
+        if data["made"] and model.model_id not in {one.model_id for one in linked.outputs.model_outputs}:
+            client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
+        elif not data["made"] and model.model_id not in {one.model_id for one in linked.inputs.model_inputs}:
+            client.log_inputs(run, models=[LoggedModelInput(model.model_id)])
+        name, digest = data["dataset"] or (None, None)
+        metrics = [
+            Metric(key, value, at, step or 0, model.model_id, name, digest) for key, value, step, at in data["metrics"]
+        ]
+        if metrics:
+            client.log_batch(run, metrics=metrics)
 
     def _find(self, key: str) -> Any:
         from mlflow.entities import ViewType
 
         words = f"tags.`{KEY_TAG}` = '{key}'"
-        found = self._client.search_runs([self._experiment], words, run_view_type=ViewType.ALL, max_results=1)
+        found = self.client.search_runs([self.experiment], words, run_view_type=ViewType.ALL, max_results=1)
         return found[0] if found else None
 
     def _run(self, key: str) -> str:
@@ -244,9 +277,9 @@ class Outbox:
 
         words = "attributes.status = 'RUNNING'"
         kind = ViewType.ACTIVE_ONLY
-        for run in self._client.search_runs([self._experiment], words, run_view_type=kind, max_results=200):
+        for run in self.client.search_runs([self.experiment], words, run_view_type=kind, max_results=200):
             if _is_dead(run.data.tags):
-                self._client.set_terminated(run.info.run_id, "KILLED")
+                self.client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _is_dead(tags: dict[str, str]) -> bool:
@@ -337,6 +370,14 @@ def sync(outbox: Outbox, *, leave: Path | None = None) -> int:
                 count += outbox.deliver(folder)
                 shutil.rmtree(folder)
     return count
+
+
+def opened(root: Path) -> tuple[Any, str]:
+    """Return (client, experiment id) of a store that has all of what processes left that are gone. Raises TrackingError."""
+    outbox = Outbox(root, lambda sentence: print(sentence, file=sys.stderr))
+    sync(outbox)
+    outbox.connect()
+    return outbox.client, outbox.experiment
 
 
 def main() -> None:

@@ -114,6 +114,11 @@ def _move_artifacts(database: Path, old: str, new: str) -> None:
             "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?",
             (new, len(old) + 1, len(old) + 1, f"{old}/"),
         )
+        connection.execute(
+            "UPDATE logged_models SET artifact_location = ? || substr(artifact_location, ?)"
+            " WHERE substr(artifact_location, 1, ?) = ?",
+            (new, len(old) + 1, len(old) + 1, f"{old}/"),
+        )
 
 
 def _open_sqlite(path: str) -> None:

@@ -19,8 +19,6 @@ from stages.artifacts import HEADLINE
 WORST_TAG = "dpar.worst"  # how the worst stage of a pipeline run ended, where that is not FINISHED
 # (stage, what its metric begins with) -> name at the parent
 _SHORT = {
-    ("tokenizer", "tokenizer/psnr_db"): "psnr_db",
-    ("patch_maps", "patch/patches_per_image"): "patches_per_image",
     ("train_dpar", "validation/loss"): "dpar_loss",
     ("train_llamagen", "validation/loss"): "baseline_loss",
     ("score_dpar", "eval/fid"): "dpar_distance",
@@ -31,16 +29,13 @@ _SHORT = {
 
 
 def short_metrics(stage: str, last: Mapping[str, float]) -> dict[str, float]:
-    """Return what of a stage's last metrics belongs to the pipeline run, under short names.
-
-    Where a stage has several of a kind, as the baseline's scores at equal steps and at equal time, the first counts.
-    """
-    found: dict[str, float] = {}
-    for (owner, start), short in _SHORT.items():
-        values = [value for name, value in last.items() if owner == stage and name.startswith(start)]
-        if values:
-            found.setdefault(short, values[0])
-    return found
+    """Return what of a stage's last metrics belongs to the pipeline run, under short names; speeds come from the report."""
+    return {
+        short: value
+        for (owner, start), short in _SHORT.items()
+        for name, value in last.items()
+        if owner == stage and name.startswith(start)
+    }
 
 
 def child_name(stage: str, stages: list[str]) -> str:

@@ -21,8 +21,10 @@ from dpar_core.files import digest_of, sha256_file
 from pipeline.presets.use import preset_of
 from pipeline.tracking import summary
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.models import LoggedModel, models_of
 from pipeline.tracking.outbox import journal_folder
 from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, store_root
+from pipeline.tracking.system import system_metrics
 from stages.artifacts import FOLDER, OUTPUTS, REPORT_PAGE, SAMPLE_GRID, SAMPLES
 from stages.tracker import LineProgress, Progress, rate_words
 from stages.workers.child import command
@@ -173,7 +175,7 @@ def recording(root: Path, name: str) -> Iterator[Recording]:
 @contextmanager
 def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterator[MlflowTracker]:
     """Open the run of a stage under the parent of its pass; it ends FINISHED, FAILED, or KILLED when stopped."""
-    from stages.params import flattened, plain
+    from stages.params import dotted, flattened, plain
 
     identity, name, process = pass_identity(root)
     with recording(root, stage) as records:
@@ -186,9 +188,12 @@ def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterato
         tracked = [name for name in OUTPUTS if name != "sources"]  # which looks on every run, and has nothing to track
         run = records.run(records.journal.folder.name, summary.child_name(stage, tracked), tags=tags, parent=parent)
         tracker = MlflowTracker(records, run, parent, stage)
-        tracker.log_params(_flatten(plain(chosen)))
+        tracker.log_params(dotted(plain(chosen)))
         with tracker.ending():
-            yield tracker
+            with system_metrics(lambda values, count: records.metrics(run, values, count)):
+                yield tracker
+            for model in models_of(stage, root):
+                tracker.log_model(model)
             lock = root / "dvc.lock"
             if lock.exists():
                 records.tags(parent, {"dpar.dvc_lock": sha256_file(lock)[:16]})
@@ -207,14 +212,6 @@ def _show_results(records: Recording, parent: str, preset: str, headline: dict[s
             records.artifact(parent, path)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
-
-
 def status_of(error: BaseException | None) -> str:
     """Return how a run ends: FINISHED, FAILED, or KILLED where somebody stopped it."""
     if error is None:
@@ -227,19 +224,29 @@ class MlflowTracker:
 
     def __init__(self, records: Recording, run: str, parent: str, stage: str) -> None:
         self.records, self.run, self.parent, self.stage = records, run, parent, stage
-        self._last: dict[str, float] = {}
+        self._last: dict[str, tuple[float, int | None, int]] = {}  # value, step, when in milliseconds since 1970
+        self._datasets: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def log_params(self, params: Mapping[str, object]) -> None:
         self.records.params(self.run, params)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.records.metrics(self.run, metrics, step)
+        now = int(time.time() * 1000)
+        self.records.metrics(self.run, metrics, step, time_ms=now)
         with self._lock:
-            self._last |= {name: float(value) for name, value in metrics.items()}
+            self._last |= {name: (float(value), step, now) for name, value in metrics.items()}
 
     def log_input(self, name: str, path: Path, digest: str) -> None:
+        self._datasets[name] = digest
         self.records.journal.write("input", self.run, {"name": name, "path": str(path), "digest": digest})
+
+    def log_model(self, model: LoggedModel) -> None:
+        """Record a model with what this stage measured of it, and the data that this was measured on."""
+        data = next((name for name in ("reference", "tokens", "manifest") if name in self._datasets), None)
+        dataset = None if data is None else [data, self._datasets[data]]
+        metrics = [[name, *self._last[name]] for name in model.metrics_of(self._last)]
+        self.records.journal.write("model", self.run, {**vars(model), "dataset": dataset, "metrics": metrics})
 
     def log_picture(self, path: Path) -> None:
         self.records.artifact(self.run, path)
@@ -272,7 +279,7 @@ class MlflowTracker:
         self._end("FINISHED")
 
     def _end(self, status: str) -> None:
-        if kept := summary.short_metrics(self.stage, self._last):
+        if kept := summary.short_metrics(self.stage, {name: last[0] for name, last in self._last.items()}):
             self.records.metrics(self.parent, kept)
         if status != "FINISHED":
             self.records.tags(self.parent, {summary.WORST_TAG: status})

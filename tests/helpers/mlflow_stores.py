@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.tracking import outbox, store
 
@@ -60,3 +61,31 @@ def closed_port() -> str:
     """Return an address where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def headline_of_a_run() -> dict[str, Any]:
+    """Return what the report says in short of a run whose sampling was timed on a busy machine."""
+    return {
+        "badge": "Demo: nine photographs, one seed.",
+        "headline": "No clear difference at equal steps.",
+        "verdicts": [
+            {
+                "title": "No clear difference at equal steps",
+                "sentence": "All overlap.",
+                "rows": [
+                    {
+                        "words": "validation loss",
+                        "dpar": {"value": 2.791, "interval": [2.7, 2.9]},
+                        "baseline": {"value": 2.862, "interval": [2.8, 2.95]},
+                    },
+                    {
+                        "words": "recall",
+                        "dpar": {"value": 0.5, "interval": None},
+                        "baseline": {"value": 0.4, "interval": None},
+                    },
+                ],
+            }
+        ],
+        "training_speed": {"ratio": 1.07, "doubt": ""},
+        "sampling_speed": {"ratio": None, "doubt": "the machine was busy"},
+    }

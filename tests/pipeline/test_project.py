@@ -25,6 +25,10 @@ def test_the_project_is_found_from_any_folder_below_it(folder):
     below.mkdir(parents=True)
     assert project.find_project(below) == project.find_project(folder) == folder
     assert project.find_project(folder.parent) is None
+    sweep = folder / "sweeps" / "threshold"
+    sweep.mkdir(parents=True)
+    (sweep / "dvc.yaml").touch()
+    assert project.find_project(sweep) == folder
 
 
 def test_dvc_is_configured_outside_git_and_set_back_when_git_comes(folder, capsys):

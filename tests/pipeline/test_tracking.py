@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from dpar_core.files import save_weights
 from pipeline.runner import load_stage
-from pipeline.tracking import outbox, store, summary, tracker
+from pipeline.tracking import models, outbox, store, summary, system, tracker
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.outbox import Away, Outbox, sync
+from stages.artifacts import HEADLINE, MODELS, REPORT_PAGE, SAMPLE_GRID, SAMPLE_PROTOCOL, SAMPLES, Artifact
 from stages.params import load_params, select
 from stages.workers.child import command
-from tests.helpers.mlflow_stores import closed_port, delivered, failing_server, runs, silent_server
+from tests.helpers.mlflow_stores import closed_port, delivered, failing_server, headline_of_a_run, runs, silent_server
 from tests.helpers.paths import ROOT
 
 
@@ -39,11 +41,15 @@ def journal_of_a_run(root: Path, *, steps: int = 3, close: bool = True) -> Journ
     journal.write("run", "parent", {"name": "pass", "tags": {}, "parent": None, "once": False})
     journal.write("run", journal.folder.name, {"name": "train", "tags": {}, "parent": "parent", "once": False})
     journal.write("params", journal.folder.name, {"lr": "0.1"})
+    now = int(time.time() * 1000)
     for step in range(steps):
-        journal.write("metrics", journal.folder.name, {"values": {"loss": 3.0 - step}, "step": step})
+        journal.write("metrics", journal.folder.name, {"values": {"loss": 3.0 - step}, "step": step}, time_ms=now + step)
     picture = root / "p.png"
     picture.write_bytes(b"picture")
     journal.write_file(journal.folder.name, picture)
+    made_model = models.LoggedModel("dpar", "d1ge57", "dpar", True, "", {"width": "32"}, {})
+    measured = [["loss", 3.0 - steps + 1, steps - 1, now + steps - 1]]
+    journal.write("model", journal.folder.name, {**vars(made_model), "dataset": ["tokens", "abc"], "metrics": measured})
     picture.unlink()
     if close:
         for run in (journal.folder.name, "parent"):
@@ -57,28 +63,80 @@ def history(root: Path, name: str = "train") -> list[float]:
     return [m.value for m in client.get_metric_history(found[name].info.run_id, "loss")]
 
 
-def test_stages_of_one_pass_hang_under_one_parent_with_their_numbers(project):
+@pytest.fixture
+def by_hand(monkeypatch):
+    """No process beside this one delivers: the test does."""
+    monkeypatch.setattr(tracker, "command", lambda *words: [sys.executable, "-S", "-c", ""])
+
+
+def test_one_pipeline_run_through_the_client(project, by_hand, monkeypatch):
     root, params, chosen = project
-    for stage in ("data", "features"):
-        with tracker.open_tracker(stage, params, chosen, root=root) as one:
-            for step in range(3):
-                one.log_metrics({"train/loss": 3.0 - step, "eval/x": float(step)}, step=step)
-            one.log_input("manifest", root / "m.parquet", "abc123")
-            (root / "p.png").write_bytes(b"picture")
-            one.log_picture(root / "p.png")
+    artifacts = root / "artifacts"
+    meta = {"tokens": "0123", "classes": ["x" * 300], "step": 7}
+    digest = save_weights(made(MODELS["dpar"], root), {}, kind="dpar", config={"width": 32}, meta=meta)
+    made(SAMPLES["dpar"], root).mkdir()
+    (SAMPLES["dpar"].below(artifacts) / SAMPLE_PROTOCOL).write_text(json.dumps({"made_by": {"model": digest}}))
+    (SAMPLES["dpar"].below(artifacts) / SAMPLE_GRID).write_bytes(b"grid")
+    made(HEADLINE, root).write_text(json.dumps(headline_of_a_run()))
+    REPORT_PAGE.below(artifacts).write_text("<html>")
+    (root / "dvc.lock").write_text("schema: '2.0'")
+    monkeypatch.setattr(system, "FIRST_SECONDS", 0.01)
+    with tracker.open_tracker("train_dpar", params, chosen, root=root) as one:
+        one.log_input("tokens", root / "tokens", "abc123")
+        for step in range(3):
+            one.log_metrics({"train/loss": 3.0 - step}, step=step)
+        one.log_metrics({"validation/loss": 2.79})
+        (root / "p.png").write_bytes(b"picture")
+        one.log_picture(root / "p.png")
+        time.sleep(0.05)
+    with tracker.open_tracker("score_dpar", params, chosen, root=root) as one:
+        one.log_input("reference", root / "m.parquet", "def456")
+        one.log_metrics({"eval/fd_demo": 3.5, "eval/recall": 0.5})
+    with tracker.open_tracker("report", params, chosen, root=root):
+        pass
+    sync(Outbox(root, print))
     client, found = runs(root)
-    assert len(found) == 3
-    parent = next(run for run in found.values() if "mlflow.parentRunId" not in run.data.tags)
-    for stage in ("01 data", "03 features"):
-        run = found[stage]
-        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert run.info.status == "FINISHED"
-        assert [m.value for m in client.get_metric_history(run.info.run_id, "train/loss")] == [3.0, 2.0, 1.0]
-        assert run.inputs.dataset_inputs[0].dataset.digest == "abc123"
-        assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["p.png"]
-        assert run.data.params["data.source"] == "builtin"
-    assert not parent.data.metrics and parent.data.tags["mlflow.source.name"] == "dvc repro"
+    parent = found.pop("own params · DPAR 2.79 / baseline 2.86 nats")
+    assert sorted(found) == ["08 train_dpar", "14 score_dpar", "16 report"]
+    assert {run.info.status for run in (parent, *found.values())} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {parent.info.run_id}
+    assert parent.data.metrics == {"dpar_loss": 2.79, "dpar_distance": 3.5, "training_speed": 1.07}
+    assert {"mlflow.user", "dpar.code.source"} < set(parent.data.tags) and len(parent.data.tags["dpar.dvc_lock"]) == 16
+    assert parent.data.tags["mlflow.source.name"] == "dvc repro"
+    assert parent.data.tags["mlflow.note.content"].startswith("**No clear difference at equal steps.**")
     assert parent.data.params["sample.cfg_scale"] == str(params.sample.cfg_scale)
+    assert {one.path for one in client.list_artifacts(parent.info.run_id)} == {"index.html", "grid.png"}
+    training, scoring, _ = (run for _, run in sorted(found.items()))
+    assert [m.value for m in client.get_metric_history(training.info.run_id, "train/loss")] == [3.0, 2.0, 1.0]
+    assert len(client.get_metric_history(training.info.run_id, "validation/loss")) == 1
+    assert training.data.metrics["system/system_memory_usage_megabytes"] > 0
+    assert training.inputs.dataset_inputs[0].dataset.digest == "abc123"
+    assert [one.path for one in client.list_artifacts(training.info.run_id)] == ["p.png"]
+    (model,) = client.search_logged_models([parent.info.experiment_id])
+    assert (model.name, model.model_type, model.status, model.source_run_id) == (
+        "dpar",
+        "dpar",
+        "READY",
+        training.info.run_id,
+    )
+    assert model.params == {"width": "32", "tokens": "0123", "step": "7"}
+    assert model.tags["dpar.digest"] == digest and model.tags["dpar.file"] == "artifacts/models/dpar/model.safetensors"
+    assert {(m.key, m.value, m.dataset_name, m.dataset_digest, m.run_id) for m in model.metrics} == {
+        ("train/loss", 1.0, "tokens", "abc123", training.info.run_id),
+        ("validation/loss", 2.79, "tokens", "abc123", training.info.run_id),
+        ("eval/fd_demo", 3.5, "reference", "def456", scoring.info.run_id),
+        ("eval/recall", 0.5, "reference", "def456", scoring.info.run_id),
+    }
+    training, scoring = (client.get_run(run.info.run_id) for run in (training, scoring))
+    assert [one.model_id for one in training.outputs.model_outputs] == [model.model_id]
+    assert [one.model_id for one in scoring.inputs.model_inputs] == [model.model_id]
+
+
+def made(artifact: Artifact, root: Path) -> Path:
+    """Return the place of an artifact, its folder made."""
+    path = artifact.below(root / "artifacts")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -120,6 +178,13 @@ def test_a_journal_whose_writer_was_killed_is_delivered_and_its_runs_end_killed(
     assert {name: run.info.status for name, run in runs(root)[1].items()} == {"train": "KILLED", "pass": "KILLED"}
 
 
+def check_model(client: MlflowClient, run) -> None:
+    """Check that the journal's model is there once, linked once."""
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert (model.status, model.source_run_id, len(model.metrics)) == ("READY", run.info.run_id, 1)
+    assert [one.model_id for one in client.get_run(run.info.run_id).outputs.model_outputs] == [model.model_id]
+
+
 def test_sending_a_journal_again_from_any_event_on_changes_nothing(project):
     root, *_ = project
     folder = journal_of_a_run(root).folder
@@ -137,6 +202,7 @@ def test_sending_a_journal_again_from_any_event_on_changes_nothing(project):
     client, found = runs(root)
     assert history(root) == before == [3.0, 2.0, 1.0]
     assert len(found) == 2
+    check_model(client, found["train"])
     assert [a.path for a in client.list_artifacts(found["train"].info.run_id)] == ["p.png"]
 
 
@@ -157,7 +223,16 @@ def test_a_store_that_breaks_at_any_request_gets_every_value_once(project, monke
 
         monkeypatch.setattr(MlflowClient, name, call)
 
-    for name in ("create_run", "log_batch", "log_artifact", "set_terminated", "update_run"):
+    for name in (
+        "create_run",
+        "log_batch",
+        "log_artifact",
+        "set_terminated",
+        "update_run",
+        "create_logged_model",
+        "finalize_logged_model",
+        "log_outputs",
+    ):
         fragile(name)
     failures = 0
     while outbox.journals(root):
@@ -166,9 +241,11 @@ def test_a_store_that_breaks_at_any_request_gets_every_value_once(project, monke
         except Away as error:
             failures += 1
             assert "the connection broke" in str(error)
-    assert failures >= 6  # two runs made and ended, params, metrics, a picture
+    assert failures >= 9  # two runs made and ended, params, metrics, a model with its links, a picture
     assert history(root) == [3.0, 2.0, 1.0]
-    assert len(runs(root)[1]) == 2
+    client, found = runs(root)
+    assert len(found) == 2
+    check_model(client, found["train"])
 
 
 def test_what_mlflow_refuses_is_named_and_left_out_alone(project):
@@ -191,7 +268,8 @@ def test_a_store_that_was_emptied_gets_the_whole_journal_again(project):
         assert mine
         sender.deliver(journal.folder)
         with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
-            for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+            models = [f"logged_model_{kind}" for kind in ("metrics", "params", "tags")]
+            for table in ("metrics", "latest_metrics", "params", "tags", *models, "logged_models", "inputs", "runs"):
                 database.execute(f"DELETE FROM {table}")
         journal.write("metrics", journal.folder.name, {"values": {"loss": 0.5}, "step": 9})
         sender.deliver(journal.folder)
@@ -275,7 +353,7 @@ def test_while_the_store_is_silent_a_stage_does_not_wait_and_the_next_brings_all
         said = capfd.readouterr().err
         assert said.count("MLflow at") == 1 and "dpar-cli runs sync" in said and "hunter2" not in said
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with tracker.open_tracker("features", params, chosen, root=root):
+    with tracker.open_tracker("tokenize_images", params, chosen, root=root):
         pass
     assert history(root, "01 data") == [float(step) for step in range(200)]
     _, found = runs(root)
@@ -286,6 +364,7 @@ KILLED = """
 from pathlib import Path
 from pipeline.runner import load_stage
 from pipeline.tracking.tracker import open_tracker
+from stages.artifacts import HEADLINE, MODELS, REPORT_PAGE, SAMPLE_GRID, SAMPLE_PROTOCOL, SAMPLES, Artifact
 from stages.params import load_params, select
 import sys, time
 def main():
@@ -329,6 +408,8 @@ def test_a_copied_project_keeps_its_artifacts_in_itself(project):
     sync(Outbox(copied, print))
     assert not original.exists()
     client, found = runs(copied)
+    (model,) = client.search_logged_models([found["train"].info.experiment_id])
+    assert model.artifact_location.startswith((copied / "mlartifacts").as_uri() + "/")
     for name, file in (("train", "p.png"), ("later", "q.png")):
         assert found[name].info.artifact_uri.startswith((copied / "mlartifacts").as_uri() + "/")
         assert [a.path for a in client.list_artifacts(found[name].info.run_id)] == [file]

@@ -3,27 +3,9 @@
 import subprocess
 
 from pipeline.tracking import summary
+from tests.helpers.mlflow_stores import headline_of_a_run
 
-HEADLINE = {
-    "badge": "Demo: nine photographs, one seed.",
-    "headline": "No clear difference at equal steps.",
-    "verdicts": [
-        {
-            "title": "No clear difference at equal steps",
-            "sentence": "All overlap.",
-            "rows": [
-                {
-                    "words": "validation loss",
-                    "dpar": {"value": 2.791, "interval": [2.7, 2.9]},
-                    "baseline": {"value": 2.862, "interval": [2.8, 2.95]},
-                },
-                {"words": "recall", "dpar": {"value": 0.5, "interval": None}, "baseline": {"value": 0.4, "interval": None}},
-            ],
-        }
-    ],
-    "training_speed": {"ratio": 1.07, "doubt": ""},
-    "sampling_speed": {"ratio": None, "doubt": "the machine was busy"},
-}
+HEADLINE = headline_of_a_run()
 
 
 def test_the_name_and_the_note_tell_what_came_out():
@@ -41,7 +23,7 @@ def test_a_speed_in_doubt_is_no_metric():
 
 def test_the_pipeline_run_gets_few_metrics_under_short_names():
     assert summary.short_metrics("train_dpar", {"train/loss": 2.0, "validation/loss": 2.5}) == {"dpar_loss": 2.5}
-    twice = {"eval/fd_demo/llamagen": 3.0, "eval/precision/llamagen": 0.5, "eval/fd_demo/llamagen_equal_time": 4.0}
+    twice = {"eval/fd_demo": 3.0, "eval/precision": 0.5, "equal_time/eval/fd_demo": 4.0}
     assert summary.short_metrics("score_llamagen", twice) == {"baseline_distance": 3.0}
     assert summary.short_metrics("score_dpar", {"eval/fid": 5.0}) == {"dpar_distance": 5.0}
     assert summary.short_metrics("data", {"data/classes": 9.0}) == {}

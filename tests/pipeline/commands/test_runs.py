@@ -1,8 +1,14 @@
 """`dpar-cli runs`: pipeline runs as a table, and what one changed."""
 
+import shutil
 from types import SimpleNamespace
 
-from pipeline.commands.runs import run_lines, show_lines
+import pytest
+
+from pipeline.commands.runs import run_lines, show_lines, sync_runs
+from pipeline.tracking import outbox, store
+from pipeline.tracking.journal import Journal
+from tests.helpers.mlflow_stores import closed_port
 
 
 def run(name="demo · DPAR 2.79 / baseline 2.86 nats", **metrics):
@@ -27,3 +33,31 @@ def test_one_run_shows_its_metrics_and_the_params_that_differ():
     assert lines[1].split() == ["dpar_loss", "2.791"]
     assert lines[2:] == ["params that differ from params.yaml (run, params.yaml):", "  train.steps 480, 8"]
     assert show_lines(run(), {"seed": "0", "train.steps": "480"})[-1] == "params as in params.yaml"
+
+
+def test_sync_sends_what_dead_processes_left_and_leaves_the_living_alone(fresh_store, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(fresh_store, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no dvc.yaml in .* go to the project's folder"):
+        sync_runs()
+    (tmp_path / "dvc.yaml").touch()
+    sync_runs()
+    dead, living = (Journal(outbox.journal_folder(tmp_path), name) for name in ("dead", "living"))
+    for journal in (dead, living):
+        journal.write("run", journal.folder.name, {"name": journal.folder.name, "tags": {}, "parent": None, "once": False})
+        journal.write("metrics", journal.folder.name, {"values": {"loss": 1.0}, "step": 1})
+    dead.close()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", closed_port().replace("://", "://user:hunter2@"))
+    with pytest.raises(store.TrackingError, match="nothing listens there") as away:
+        sync_runs()
+    assert "hunter2" not in str(away.value) and dead.folder.exists()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sync_runs()
+    said = capsys.readouterr().out
+    assert said.startswith("nothing waits for MLflow at sqlite:///")
+    assert "sent 3 records of 1 process to MLflow at sqlite:///" in said  # and its end, KILLED, which it could not write
+    assert "1 more belong to processes that are still at work" in said
+    assert not dead.folder.exists() and living.folder.exists()
+    living.close()
+    sync_runs()
+    assert "sent 3 records of 1 process" in capsys.readouterr().out and outbox.journals(tmp_path) == []

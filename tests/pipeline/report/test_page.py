@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -120,7 +121,11 @@ def test_the_same_artifacts_give_the_same_bytes(inputs, params, tmp_path):
         render(inputs, tmp_path / name, params)
         files.append({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()})
     assert files[0] == files[1]
-    assert set(files[0]) == {"index.html", "headline.json", *(f"patches-{n:02d}.png" for n in range(4))}
+    pictures = {"losses.svg", "patch_lengths.svg", *(f"patches-{n:02d}.png" for n in range(4))}
+    assert set(files[0]) == {"index.html", "headline.json"} | pictures
+    losses = files[0]["losses.svg"].decode()
+    ElementTree.fromstring(losses)
+    assert 'class="dpar"' in losses and 'class="llamagen"' in losses and "LlamaGen baseline" in losses
 
 
 def test_the_page_holds_no_path_and_no_place_left_empty(page, made):

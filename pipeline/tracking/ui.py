@@ -1,0 +1,40 @@
+"""The pages of MLflow: is the port free, and a browser that opens once they are there."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+# A process of its own, as the one that asks becomes the server. It gives up after a minute.
+_OPENER = """
+import socket, sys, time, webbrowser
+for _ in range(240):
+    time.sleep(0.25)
+    try:
+        socket.create_connection(("127.0.0.1", int(sys.argv[2])), 1).close()
+    except OSError:
+        continue
+    webbrowser.open(sys.argv[1])
+    break
+"""
+
+
+def check_port(port: int) -> None:
+    """Raise ValueError in a sentence when something else listens on a port of the loopback address."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"port {port} cannot be used ({error.strerror}): choose another with --port") from None
+
+
+def open_when_there(address: str, port: int) -> None:
+    """Open an address in the user's browser as soon as something answers on the port."""
+    subprocess.Popen(
+        [sys.executable, "-P", "-c", _OPENER, address, str(port)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
