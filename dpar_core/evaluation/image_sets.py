@@ -16,6 +16,7 @@ from PIL import Image
 from dpar_core.data.folders import image_files
 from dpar_core.data.images import FORMATS, BadImage, decode_image, read_file
 from dpar_core.data.listing import is_litter
+from dpar_core.data.splits import counted, first_few
 from dpar_core.evaluation.arrays import Header, Npz, open_npz
 from dpar_core.evaluation.metrics import ScoreError
 from dpar_core.files import digest_of, sha256_file
@@ -40,7 +41,7 @@ class ImageSet:
 
     images: (n, height, width, 3) uint8. formats: how pixels were stored, sorted: "lossless" for an npz, PNG, BMP and PPM,
     else the format's name; what decoding did to pixels stands behind a comma (alpha over white, 16 bits cut to 8). Scores
-    of other formats are scores of another protocol. left_out: files of the folder that are not images.
+    of other formats are scores of another protocol. left_out: files that cannot be used as images.
     """
 
     images: np.ndarray
@@ -54,8 +55,12 @@ class ImageSet:
         if self.formats != (LOSSLESS,):
             said.append(f"images are stored as {' and '.join(self.formats)}, which is part of the protocol")
         if self.left_out:
-            shown = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-            said.append(f"{len(self.left_out)} files that are not images were left out ({shown})")
+            shown = first_few(self.left_out)
+            verb = "was" if len(self.left_out) == 1 else "were"
+            files = counted(len(self.left_out), "file")
+            said.append(
+                f"{files} that cannot be used as {'an image' if verb == 'was' else 'images'} {verb} left out ({shown})"
+            )
         return said
 
 
@@ -63,13 +68,25 @@ def read_image_set(path: Path) -> ImageSet:
     """Read all images of an npz or a folder.
 
     Raises FileNotFoundError, and ScoreError in one sentence for arrays of another shape or type, unreadable images, and
-    images of several sizes. Nothing is cast, resized or left out without a word.
+    images of several sizes or from 0 to 1. Nothing is cast, resized or left out without a word.
     """
     if path.is_dir():
-        return _read_folder(path)
-    with open_npz(path) as content:
-        _images_header(content)
-        return ImageSet(content.array("arr_0", kinds="u"))
+        found = _read_folder(path)
+    else:
+        with open_npz(path) as content:
+            _images_header(content)
+            found = ImageSet(content.array("arr_0", kinds="u"))
+    if found.images.max(initial=0) == 1:
+        raise ScoreError(f"{path} holds no value above 1, as images from 0 to 1 cast to uint8: scale them to 0..255 first")
+    return found
+
+
+def refuse_same(images: np.ndarray, where: Path | str) -> None:
+    """Raise ScoreError for images of which no distance can be computed: fewer than two, or all the same."""
+    if len(images) < 2:
+        raise ScoreError(f"{where} holds {counted(len(images), 'image')}: a distance needs at least two")
+    if (images == images[:1]).all():
+        raise ScoreError(f"{where}: all {len(images)} images are the same, no distance can be computed from them")
 
 
 def shape_of(path: Path) -> Shape:
@@ -91,8 +108,10 @@ def digest_of_images(path: Path) -> str:
 def _images_header(content: Npz) -> Header:
     """Return the header of arr_0, which holds images. Raises ScoreError with the way out."""
     path = content.path
+    if not content.names:
+        raise ScoreError(f"{path} is a zip archive without NumPy arrays: unpack pictures and give their folder")
     if "arr_0" not in content:
-        held = ", ".join(content.names) or "no array"
+        held = ", ".join(content.names)
         raise ScoreError(f"{path} has no arr_0 (it holds {held}): {EXPECTED} under that name")
     header = content.header("arr_0")
     shape, found = header.shape, f"{path}: arr_0 is {header}"
@@ -159,12 +178,18 @@ def _format_of(content: bytes) -> str:
     """Return how an image that can be decoded is stored, and what decoding changes."""
     with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         told = LOSSLESS if image.format in _LOSSLESS_FORMATS else str(image.format)
+        if image.format == "TIFF":  # a container: of pixels as they are, or of a JPEG
+            told += f" {image.info.get('compression', 'raw')}"
+        if getattr(image, "n_frames", 1) > 1:
+            told += ", first frame"
+        if image.mode == "CMYK":
+            told += ", CMYK converted"
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             told += ", alpha over white"
         if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile):
             told += ", 16 bits cut to 8"
         elif image.mode == "F":
             told += ", float rounded to 8 bits"
-        if image.getexif().get(0x0112, 1) != 1:
+        if image.getexif().get(0x0112) in range(2, 9):
             told += ", rotated as EXIF says"
     return told

@@ -107,7 +107,10 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def nearest_radii(features: np.ndarray, k: int) -> np.ndarray:
     """Return each feature's squared distance to its k-th nearest other feature: (n, d) float32 -> (n,) float32."""
     if len(features) <= k:
-        raise ScoreError(f"the {k}-th nearest neighbour needs more than {k} features, got {len(features)}")
+        raise ScoreError(
+            f"precision and recall by {k} neighbours need more than {k} images of each side, got {len(features)}: take "
+            "more, or lower score.neighbours (--neighbours)"
+        )
     x = torch.from_numpy(np.ascontiguousarray(features, np.float32))
     # The feature itself is among its neighbours at distance 0, hence the largest of k + 1.
     return np.concatenate(

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpar_core.evaluation.arrays import Npz, open_npz
 from dpar_core.evaluation.features import FeatureNetwork
-from dpar_core.evaluation.image_sets import digest_of_images, read_image_set
+from dpar_core.evaluation.image_sets import ImageSet, digest_of_images, read_image_set, refuse_same
 from dpar_core.evaluation.measure import Measured
 from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
 from dpar_core.files import atomic_path
@@ -28,6 +28,7 @@ class Reference:
     pool, spatial: moments; spatial features in the order row, column, channel.
     features: pooled features for precision and recall, where images are at hand.
     image_size: (height, width) in pixels; None where statistics do not say.
+    notes: what people should know of its images, see `ImageSet.notes`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Reference:
     spatial: FeatureMoments | None
     features: np.ndarray | None
     image_size: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def reference_of_file(path: Path, network: FeatureNetwork, measure: Measure, *, cache: Path) -> Reference:
@@ -48,20 +50,20 @@ def reference_of_file(path: Path, network: FeatureNetwork, measure: Measure, *, 
     """
     digest = digest_of_images(path)
     if path.is_dir():
-        return reference_of_images(path.name, digest, lambda: read_image_set(path).images, network, measure, cache=cache)
+        return reference_of_images(path.name, digest, lambda: read_image_set(path), network, measure, cache=cache)
     with open_npz(path) as content:
         published = _published(content)
         has_images = "arr_0" in content
     if published is not None and not has_images:
         return Reference(path.name, digest, 0, *published, None, None)
-    found = reference_of_images(path.name, digest, lambda: read_image_set(path).images, network, measure, cache=cache)
+    found = reference_of_images(path.name, digest, lambda: read_image_set(path), network, measure, cache=cache)
     return found if published is None else replace(found, pool=published[0], spatial=published[1])
 
 
 def reference_of_images(
     name: str,
     digest: str,
-    images: Callable[[], np.ndarray],
+    images: Callable[[], ImageSet],
     network: FeatureNetwork,
     measure: Measure,
     *,
@@ -69,40 +71,42 @@ def reference_of_images(
 ) -> Reference:
     """Return a reference of images; its features and statistics are computed once per reference and network.
 
-    A cached file that cannot be read is made again.
+    A cached file that cannot be read is made again. Raises ScoreError for images of which no distance can be computed.
     """
     # rcc: spatial features in the order row, column, channel; files without it hold them channel first.
     file = cache / f"statistics-rcc2-{digest}-{network.digest}.npz"
     if file.exists() and (kept := _cached(file)) is not None:
         return replace(kept, name=name, digest=digest)
     pictures = images()
-    found = measure(pictures)
-    size = pictures.shape[1:3]
+    refuse_same(pictures.images, f"reference {name}")
+    found = measure(pictures.images)
+    size = pictures.images.shape[1:3]
     arrays: dict[str, Any] = {
         "pool": found.features.pool,
         "mu": found.pool.mean,
         "sigma": found.pool.covariance,
         "size": np.array(size),
+        "notes": np.array(pictures.notes, dtype=np.str_),
     }
     if found.spatial is not None:
         arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
     cache.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary, open(temporary, "wb") as stream:
         np.savez(stream, **arrays)
-    features = found.features.pool
-    return Reference(name, digest, len(features), found.pool, found.spatial, features, (int(size[0]), int(size[1])))
+    features, notes = found.features.pool, tuple(pictures.notes)
+    return Reference(name, digest, len(features), found.pool, found.spatial, features, (int(size[0]), int(size[1])), notes)
 
 
 def _cached(file: Path) -> Reference | None:
     try:
         with open_npz(file) as content:
-            features, size = content.array("pool"), content.array("size")
+            features, size, notes = content.array("pool"), content.array("size"), content.array("notes", kinds="U")
             count = len(features)
             pool = _moments(content, "mu", "sigma", count)
             spatial = _moments(content, "mu_s", "sigma_s", count) if "mu_s" in content else None
     except (ScoreError, KeyError):
         return None
-    return Reference("", "", count, pool, spatial, features, (int(size[0]), int(size[1])))
+    return Reference("", "", count, pool, spatial, features, (int(size[0]), int(size[1])), tuple(map(str, notes)))
 
 
 def _published(content: Npz) -> tuple[FeatureMoments, FeatureMoments | None] | None:
@@ -130,6 +134,10 @@ def _moments(content: Npz, mean: str, covariance: str, count: int) -> FeatureMom
         bad = int((~np.isfinite(mu)).sum() + (~np.isfinite(sigma)).sum())
         raise ScoreError(f"{where} hold {bad} values that are not finite: fetch or compute the statistics again")
     largest = float(np.abs(sigma).max(initial=0.0))
-    if np.abs(sigma - sigma.T).max(initial=0.0) > 1e-3 * largest or np.diagonal(sigma).min(initial=0.0) < -1e-6 * largest:
-        raise ScoreError(f"{where}: {covariance} is not a covariance (not symmetric, or with negative variances)")
+    if (
+        not largest
+        or np.abs(sigma - sigma.T).max(initial=0.0) > 1e-3 * largest
+        or np.diagonal(sigma).min(initial=0.0) < -1e-6 * largest
+    ):
+        raise ScoreError(f"{where}: {covariance} is not a covariance (zero, not symmetric, or with negative variances)")
     return FeatureMoments(count, mu, sigma)

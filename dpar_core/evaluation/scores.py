@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpar_core.evaluation.features import FeatureNetwork
-from dpar_core.evaluation.image_sets import ImageSet
+from dpar_core.evaluation.image_sets import ImageSet, refuse_same
 from dpar_core.evaluation.measure import Measured
 from dpar_core.evaluation.metrics import (
     FeatureMoments,
@@ -128,8 +128,7 @@ def check_images(images: np.ndarray, reference: Reference, where: Path | str) ->
             f"{where} holds images of {width} x {height} pixels, the reference {reference.name} of {other_width} x "
             f"{other_height}: resize one side, or take another reference"
         )
-    if (images == images[:1]).all():
-        raise ScoreError(f"{where}: all {len(images)} images are the same, no distance can be computed from them")
+    refuse_same(images, where)
 
 
 def compare(
@@ -142,11 +141,13 @@ def compare(
     different networks.
     """
     features = measured.features
-    if features.pool.shape[1] != len(reference.pool.mean):
-        raise ScoreError(
-            f"the reference has {len(reference.pool.mean)} features per image, these images {features.pool.shape[1]}: "
-            "both must come from one network"
-        )
+    sides = [(measured.pool, reference.pool, "features"), (measured.spatial, reference.spatial, "spatial features")]
+    for ours, theirs, what in sides:
+        if ours is not None and theirs is not None and len(ours.mean) != len(theirs.mean):
+            raise ScoreError(
+                f"the reference {reference.name} has {len(theirs.mean)} {what} per image, these images {len(ours.mean)}: "
+                "both must come from one network"
+            )
     distance = DISTANCE_NAMES[settings.features]
     suffix = "" if settings.features == "inception" else f"_{settings.features}"
     check_rank(len(features.pool), reference, settings)

@@ -52,19 +52,22 @@ def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return 1 + max((int(match[1]) for match in map(pattern.match, state) if match), default=-1)
 
 
-def _common(state: Mapping[str, Tensor], *, heads: int, row_width: int) -> dict[str, Any]:
+def _common(state: Mapping[str, Tensor], path: Path | str, *, heads: int, row_width: int) -> dict[str, Any]:
+    what = f"{path} holds no weights of a GPT or DPAR"
     try:
         codebook_size, width = state["tok_embeddings.weight"].shape
         hidden = state["layers.0.feed_forward.w1.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"these are not weights of a GPT or DPAR: {error} is missing") from None
+        raise ValueError(f"{what}: {error} is missing among {', '.join(sorted(state)[:3])}, ...") from None
     except (ValueError, IndexError):
-        raise ValueError("these are not weights of a GPT or DPAR: tables and matrices have two dimensions there") from None
+        raise ValueError(f"{what}: tables and matrices have two dimensions there") from None
     if width % heads:
-        raise ValueError(f"{heads} attention heads do not divide the width of {width}: give the number this model has")
+        raise ValueError(
+            f"{path}: {heads} attention heads do not divide the width of {width}: give the number this model has"
+        )
     rounded = {multiple for multiple in (256, 128, 64, 32) if multiple * -(-int(8 * width / 3) // multiple) == hidden}
     if not rounded:
-        raise ValueError(f"FFN width {hidden} is not int(8 x {width} / 3) rounded up to 256, 128, 64 or 32")
+        raise ValueError(f"{path}: FFN width {hidden} is not int(8 x {width} / 3) rounded up to 256, 128, 64 or 32")
     shape = {"codebook_size": codebook_size, "row_width": row_width, "width": width, "heads": heads}
     return {**shape, "ffn_multiple": max(rounded)}
 
@@ -77,7 +80,7 @@ def read_gpt(path: Path | str, *, heads: int, row_width: int) -> tuple[dict[str,
     state = read_state(path)
     table = state.get("cls_embedding.embedding_table.weight")
     classes = None if table is None else table.shape[0] - 1
-    common = _common(state, heads=heads, row_width=row_width)
+    common = _common(state, path, heads=heads, row_width=row_width)
     config = GPTConfig(**common, layers=_layers(state, "layers."), num_classes=classes)
     with torch.device("meta"):
         check_state(state, GPT(config), what=str(path))
@@ -93,7 +96,7 @@ def read_dpar(
     if table is None or "decoder_start_embedding.weight" not in state:
         raise ValueError(f"{path} holds no DPAR: class table or decoder_start_embedding is missing")
     config = DPARConfig(
-        **_common(state, heads=heads, row_width=row_width),
+        **_common(state, path, heads=heads, row_width=row_width),
         encoder_layers=_layers(state, "local_encoder.layers."),
         patch_layers=_layers(state, "layers."),
         decoder_layers=_layers(state, "local_decoder.layers."),
@@ -108,7 +111,15 @@ def read_dpar(
 def read_vq(path: Path | str, *, expected: VQConfig | None = None) -> dict[str, Tensor]:
     """Read LlamaGen VQ weights. Raises ValueError when they differ from `expected` or are no such network."""
     state = read_state(path)
-    config = config_of(state)
+    try:
+        config = config_of(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    table = state["quantize.embedding.weight"]
+    if (table == table[:1]).all():
+        raise ValueError(
+            f"{path} holds one code {len(table):,} times, so it is no trained tokenizer: take another checkpoint"
+        )
     if expected is not None:
         names: tuple[str, ...] = (
             "codebook_size",

@@ -346,6 +346,9 @@ def config_of(state: dict[str, Tensor]) -> VQConfig:
         blocks = 1 + max(_numbers(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\."))
         widths = [state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
     except KeyError as error:
-        raise ValueError(f"these are not weights of a LlamaGen VQ tokenizer: {error} is missing") from None
+        held = ", ".join(sorted(state)[:3])
+        raise ValueError(f"these are not weights of a LlamaGen VQ tokenizer: {error} is missing among {held}, ...") from None
+    except IndexError:
+        raise ValueError("these are not weights of a LlamaGen VQ tokenizer: a convolution has no dimensions") from None
     multipliers = tuple(width // base_width for width in widths)
     return VQConfig(codebook_size, codebook_dim, base_width, multipliers, z_channels, blocks)

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dpar_core.data.splits import first_few
 from dpar_core.models.vq import UNUSED_BUFFER
 from dpar_core.signatures import Kind, described, kind_of
 
@@ -68,14 +69,17 @@ def read_checkpoint(path: Path | str, *, holder: str | None = None) -> Checkpoin
         content: Any = _read_safetensors(path)
     elif kind == "zip":
         content = _read_zip(path)
-    elif kind == "pickle" or (kind == "tar" and path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar")):
-        content = _load(path)  # PyTorch before 1.6 wrote pickles and tars
+    elif kind == "pickle":  # as PyTorch before 1.6 wrote it
+        content = _load(path)
     else:
         raise ValueError(_other_kind(path, kind))
     key, others = _choose(content, holder, path)
     state = content if key is None else content[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(one, Tensor) for one in state.values()):
-        raise ValueError(f"{path} holds no state dict: expected tensors by name, bare or under {', '.join(HOLDERS)}")
+        held = first_few(map(str, state if isinstance(state, Mapping) else content), 6) or "nothing"
+        raise ValueError(
+            f"{path} holds no state dict (it holds {held}): expected tensors by name, bare or under {', '.join(HOLDERS)}"
+        )
     plain = _plain_names({str(name): tensor for name, tensor in state.items()}, path)
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in plain.values()})
     found: dict[str, Tensor] = {}
@@ -151,8 +155,7 @@ def _is_index(path: Path) -> bool:
 def _choose(content: Any, holder: str | None, path: Path) -> tuple[str | None, tuple[str, ...]]:
     """Return the key that weights are read from (None: the file holds them bare) and the keys of other whole sets."""
     if not isinstance(content, Mapping):
-        what = "one tensor" if isinstance(content, Tensor) else f"a {type(content).__name__}"
-        raise ValueError(f"{path} holds {what} and no names, expected tensors by name")
+        raise ValueError(f"{path} holds one {type(content).__name__} without names, expected tensors by name")
     there = [key for key in HOLDERS if isinstance(content.get(key), Mapping) and content[key]]
     if holder is not None and holder not in there:
         held = ", ".join(there) or f"none of {', '.join(HOLDERS)}"
@@ -184,6 +187,8 @@ def _float32(name: str, tensor: Tensor, path: Path) -> Tensor:
         dtype = str(tensor.dtype).removeprefix("torch.")
         known = ", ".join(str(one).removeprefix("torch.") for one in READ_DTYPES)
         raise ValueError(f"{path}: {name} is {dtype}, expected one of {known}: unpack quantized weights first")
+    if tensor.is_meta:
+        raise ValueError(f"{path}: {name} was saved without its values (on PyTorch's meta device): save it anew")
     if tensor.layout != torch.strided:
         raise ValueError(f"{path}: {name} is a sparse tensor, expected a dense one: call to_dense() before saving")
     tensor = tensor.to(torch.float32)

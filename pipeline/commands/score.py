@@ -54,6 +54,7 @@ def score(
     --reference VIRTUAL_imagenet256_labeled.npz --features inception --features-file inception-2015-12-05.pt
     --images 50000 --out mine.json`. To go on: `dpar-cli compare mine.json theirs.json`.
     """
+    from dpar_core.data.splits import counted
     from dpar_core.files import write_record
     from stages.params import load_params
     from stages.tools.score_files import score_images, settings_for, shape_in, spread
@@ -69,7 +70,7 @@ def score(
     shapes = [shape_in(path) for path in samples]
     for path, shape in zip(samples, shapes):
         if shape.images < 2:
-            raise ValueError(f"{path} holds {shape.images} images: a distance needs at least two")
+            raise ValueError(f"{path} holds {counted(shape.images, 'image')}: a distance needs at least two")
     settings = settings_for(
         features,
         images=images or min(shape.images for shape in shapes),

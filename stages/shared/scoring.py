@@ -7,6 +7,7 @@ not depend on a worker's threads (the demo's classifier: bit by bit the same).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from dpar_core.data.images import BadImage, center_crop
 from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.evaluation.features import FeatureNetwork, open_network
+from dpar_core.evaluation.image_sets import ImageSet
 from dpar_core.evaluation.measure import Measured, merged, pieces
 from dpar_core.evaluation.measure import measure as measure_here
 from dpar_core.evaluation.metrics import ScoreError
@@ -69,7 +71,8 @@ def make_reference(
         rows = read_manifest(manifest)
         measured = measure_with_progress(network, tracker, "reference features", workers=score.workers)
         return _reference_of_split(rows, score.reference, data.image_size, network, measured, cache=cache)
-    return reference_of(Path(score.reference), network, tracker, cache=cache, workers=score.workers)
+    path, size = Path(score.reference), data.image_size
+    return reference_of(path, network, tracker, cache=cache, image_size=size, workers=score.workers)
 
 
 def reference_of(
@@ -92,7 +95,7 @@ def reference_of(
         )
     measured = measure_with_progress(network, tracker, "reference features", workers=workers)
     if path.suffix != ".parquet":
-        return reference_of_file(path, network, measured, cache=cache)
+        return _told(reference_of_file(path, network, measured, cache=cache))
     if image_size is None:
         raise ScoreError(f"{path} is a manifest, whose images need a size: give the samples first")
     return _reference_of_split(read_manifest(path), "train", image_size, network, measured, cache=cache)
@@ -102,20 +105,29 @@ def _reference_of_split(
     rows: Manifest, split: str, size: int, network: FeatureNetwork, measured: Measure, *, cache: Path
 ) -> Reference:
     digest = digest_of([rows.digest, split, size])
-    return reference_of_images(split, digest, lambda: _split_images(rows, split, size), network, measured, cache=cache)
+    return _told(
+        reference_of_images(split, digest, lambda: _split_images(rows, split, size), network, measured, cache=cache)
+    )
 
 
-def _split_images(manifest: Manifest, split: str, size: int) -> np.ndarray:
-    """Return the centre crops of a split's readable images; bad ones were counted and listed by tokenizing."""
-    opener, images = ImageOpener(manifest), []
+def _told(reference: Reference) -> Reference:
+    """Print what people should know of a reference's images."""
+    for note in reference.notes:
+        print(f"reference {reference.name}: {note}", file=sys.stderr, flush=True)
+    return reference
+
+
+def _split_images(manifest: Manifest, split: str, size: int) -> ImageSet:
+    """Return the centre crops of a split's readable images; the sources of others are left out."""
+    opener, images, bad = ImageOpener(manifest), [], []
     for row in manifest.split(split):
         try:
             images.append(center_crop(opener(row), size))
         except BadImage:
-            continue
+            bad.append(row.source)
     if not images:
         raise ScoreError(f"no {split} image can be read: check data.{split}")
-    return np.stack(images)
+    return ImageSet(np.stack(images), left_out=tuple(bad))
 
 
 def _by_workers(

@@ -77,6 +77,8 @@ def score_images(
             f"{file} holds {len(found.images)} images, the protocol asks for {settings.images}: sample more, or ask for "
             "fewer with --images (another protocol)"
         )
+    if len(found.images) > settings.images:
+        say(f"{samples}: of {len(found.images):,} images the first {settings.images:,} are scored")
     chosen = replace(found, images=found.images[: settings.images])
     check_images(chosen.images, reference, file)
     measured = measure_with_progress(network, tracker, f"score {file.name}", workers=workers)(chosen.images)

@@ -24,7 +24,7 @@ U8, F32 = pictures(), pictures().astype(np.float32)
     ("arrays", "words"),
     [
         ({"images": U8}, r"has no arr_0 \(it holds images\)"),
-        ({}, r"has no arr_0 \(it holds no array\)"),
+        ({}, "is a zip archive without NumPy arrays: unpack pictures and give their folder"),
         ({"arr_0": F32 / 255}, r"arr_0 is float32 .* expected images .*clip\(255 \* x"),
         ({"arr_0": F32.astype(np.float64) / 127.5 - 1}, r"arr_0 is float64 .*127.5 \* x \+ 128"),
         ({"arr_0": U8.astype(np.int64)}, "arr_0 is int64 .*cast integers"),
@@ -154,6 +154,36 @@ def test_pictures_go_through_the_projects_one_decoder_and_what_it_did_is_named(t
     found = read_image_set(tmp_path / "clear")
     assert (found.images == 255).all()
     assert found.formats == ("lossless, alpha over white",)
+
+
+@pytest.mark.parametrize(
+    ("ending", "mode", "options", "told"),
+    [
+        ("png", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}, "lossless, first frame"),
+        ("gif", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}, "GIF, first frame"),
+        ("jpg", "CMYK", {}, "JPEG, CMYK converted"),
+        ("tif", "RGB", {"compression": "jpeg"}, "TIFF jpeg"),
+        ("tif", "RGB", {}, "TIFF raw"),
+        ("png", "P", {}, "lossless"),
+    ],
+)
+def test_what_a_file_holds_beside_the_pixels_that_are_scored_is_named(tmp_path, ending, mode, options, told):
+    for number, image in enumerate(U8[:2]):
+        Image.fromarray(image).convert(mode).save(tmp_path / f"{number}.{ending}", **options)
+    found = read_image_set(tmp_path)
+    assert found.formats == (told,) and len(found.images) == 2
+
+
+def test_images_from_0_to_1_in_whole_numbers_are_refused(tmp_path):
+    ones = (U8 > 127).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=ones)
+    (tmp_path / "folder").mkdir()
+    Image.fromarray(ones[0]).save(tmp_path / "folder" / "a.png")
+    for path in (tmp_path / "x.npz", tmp_path / "folder"):
+        with pytest.raises(ScoreError, match=rf"{path} holds no value above 1, .*scale them to 0..255 first"):
+            read_image_set(path)
+    np.savez(tmp_path / "x.npz", arr_0=ones * 2)
+    assert read_image_set(tmp_path / "x.npz").images.max() == 2
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):

@@ -106,7 +106,7 @@ def test_what_cannot_be_scored_gets_a_sentence(features, words):
 
 
 def test_too_few_features_and_foreign_statistics_are_refused():
-    with pytest.raises(ScoreError, match="3-th nearest neighbour"):
+    with pytest.raises(ScoreError, match="by 3 neighbours need more than 3 images of each side, got 3: take more, or lower"):
         precision_recall(np.ones((3, 4)), np.ones((9, 4)))
     with pytest.raises(ScoreError, match="do not fit"):
         frechet_distance(np.ones(3), np.eye(3), np.ones(4), np.eye(4))

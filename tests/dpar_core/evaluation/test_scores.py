@@ -53,6 +53,7 @@ def test_height_and_width_belong_to_the_protocol_and_must_be_the_references(tmp_
         ({"sigma": np.diag([1.0, np.inf, 1])}, "hold 1 values that are not finite"),
         ({"sigma": np.diag([1.0, -1, 1])}, "is not a covariance"),
         ({"sigma": np.triu(np.ones((3, 3)))}, "is not a covariance"),
+        ({"sigma": np.zeros((3, 3))}, "is not a covariance .zero"),
         ({"sigma": np.eye(2)}, "do not fit"),
         ({"mu": np.zeros(3, complex)}, "expected numbers"),
         ({"mu_s": np.full(4, np.nan), "sigma_s": np.eye(4)}, "mu_s .* hold 4 values that are not finite"),
@@ -70,10 +71,16 @@ def test_statistics_that_cannot_be_are_refused(tmp_path, network, changes, words
 def test_a_damaged_cache_of_reference_features_is_made_again(tmp_path, network):
     def made():
         return reference_of_images(
-            "r", "d" * 16, lambda: pictures(8, 8), network, lambda x: measure(network, x), cache=tmp_path
+            "r",
+            "d" * 16,
+            lambda: ImageSet(pictures(8, 8), left_out=("x.heic",)),
+            network,
+            lambda x: measure(network, x),
+            cache=tmp_path,
         )
 
     first = made()
+    assert first.notes == made().notes == ("1 file that cannot be used as an image was left out (x.heic)",)
     (file,) = tmp_path.glob("statistics-*.npz")
     whole = file.read_bytes()
     for damage in (b"", whole[:-50], whole[:100] + b"\xff" + whole[101:], b"<html>"):

@@ -234,3 +234,18 @@ def test_tf32_is_on_inside_the_network_and_off_in_the_lookup(monkeypatch):
     for precision in ("fp32", "tf32"):
         encode_at(model, torch.zeros(1, 3, 8, 8), precision)
     assert seen == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: {f"model.{name}": one for name, one in state.items()}, "is missing among model.decoder"),
+        (lambda state: {**state, "encoder.conv_in.weight": torch.tensor(1.0)}, "a convolution has no dimensions"),
+        (lambda state: {**state, "quantize.embedding.weight": torch.ones(16, 4)}, "holds one code 16 times"),
+    ],
+)
+def test_weights_of_another_network_are_refused_with_the_name_of_the_file(tmp_path, change, words):
+    save_file(change(VQ(VQConfig(16, 4, 32, (1, 2), 32, 1)).state_dict()), tmp_path / "vq.safetensors")
+    with pytest.raises(ValueError, match=words) as caught:
+        read_vq(tmp_path / "vq.safetensors")
+    assert str(caught.value).startswith(str(tmp_path / "vq.safetensors"))

@@ -59,6 +59,30 @@ def test_the_same_images_give_the_same_reference_from_npz_folder_and_statistics(
             assert other.values[name] == pytest.approx(scores[0].values[name], rel=1e-9, abs=1e-12), name
 
 
+def test_what_people_should_know_of_a_reference_is_printed_whenever_it_is_used(tmp_path, network, capsys):
+    for number, image in enumerate(pictures(0, 3)):
+        Image.fromarray(image).save(tmp_path / f"{number}.jpg")
+    (tmp_path / "3.heic").write_bytes(b"another format")
+    for _ in range(2):
+        reference_of(tmp_path, network, NullTracker(), cache=tmp_path / ".cache")
+        said = capsys.readouterr().err
+        assert "1 file that cannot be used as an image was left out (3.heic)" in said and "stored as JPEG" in said
+    for images, words in (
+        (pictures(0, 1), "reference x.npz holds 1 image: "),
+        (pictures(0, 1).repeat(4, 0), "are the same"),
+    ):
+        with pytest.raises(ScoreError, match=words):
+            reference_of(npz(tmp_path / "x.npz", arr_0=images), network, NullTracker(), cache=tmp_path / ".cache")
+
+
+def test_the_first_of_more_images_than_asked_for_are_scored_and_that_is_said(tmp_path, network):
+    against = reference_of(npz(tmp_path / "r.npz", arr_0=pictures(1)), network, NullTracker(), cache=tmp_path)
+    said = []
+    samples = npz(tmp_path / "a.npz", arr_0=pictures(0))
+    score_files.score_images(samples, against, network, settings(20), NullTracker(), seed=0, say=said.append)
+    assert said == [f"{samples}: of 24 images the first 20 are scored"]
+
+
 def test_features_of_a_reference_are_computed_once(tmp_path, network):
     path = npz(tmp_path / "a.npz", arr_0=pictures(0))
     first = reference_of(path, network, NullTracker(), cache=tmp_path / "cache")
@@ -187,7 +211,7 @@ def test_features_that_are_not_numbers_are_refused(network):
 def test_statistics_of_another_network_are_refused(tmp_path, network):
     path = npz(tmp_path / "s.npz", mu=np.zeros(10), sigma=np.eye(10))
     against = reference_of(path, network, NullTracker(), cache=tmp_path)
-    with pytest.raises(ScoreError, match="the reference has 10 features per image, these images 64"):
+    with pytest.raises(ScoreError, match=r"the reference s\.npz has 10 features per image, these images 64"):
         compare(measure(network, pictures(0)), against, settings(24), seed=0)
     with pytest.raises(ScoreError, match="do not fit"):
         path = npz(tmp_path / "t.npz", mu=np.zeros(10), sigma=np.eye(9))
