@@ -1,0 +1,278 @@
+"""One fault after the other: what each did, and whether all is as it should be afterwards.
+
+After a fault and one rerun: the undisturbed bytes, nothing half-written under a final name at any time, no leftovers, no
+process that goes on, a sentence about what happened, and no traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.faults.injection import SIGNALS
+from tests.faults.plan import Fault
+from tests.faults.processes import Ended, run_stage, wait_for_orphans
+from tests.faults.project import World, contents, hurry, timed, walk, whole_record
+
+ORPHAN_SECONDS = 30.0
+SENTENCE_NEEDED = (1, 70, 130, 143)
+
+
+@dataclass
+class Outcome:
+    """What a fault did. effect: in one word; said: its last words; problems: what is not as it should be."""
+
+    index: int
+    kind: str
+    stage: str
+    what: str
+    effect: str = ""
+    said: str = ""
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+class Harness:
+    """Applies faults to copies of the undisturbed project in a folder."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world, self.folder = world, folder
+
+    def apply(self, fault: Fault) -> Outcome:
+        """Let a fault happen, run the stage again, and look at everything."""
+        began = time.monotonic()
+        outcome = Outcome(fault.index, fault.kind, fault.stage, fault.what)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
+        apply: Callable[[Fault, Outcome], None] = getattr(self, f"_{fault.kind.replace(' ', '_')}", self._injected)
+        apply(fault, outcome)
+        outcome.seconds = time.monotonic() - began
+        return outcome
+
+    def _injected(self, fault: Fault, outcome: Outcome) -> None:
+        root = self.world.copy(self.folder, fault.stage)
+        self._judge(fault, outcome, run_stage(fault.stage, root, fault.injection, prepare=hurry))
+        self._again(fault, outcome)
+
+    def _moment(self, fault: Fault, outcome: Outcome) -> None:
+        root, how = self.world.copy(self.folder, fault.stage), fault.details
+        moment = 0.15 + how["share"] * self.world.seconds[fault.stage]
+        timers: list[threading.Timer] = []
+
+        def during(process: psutil.Process) -> None:
+            def send() -> None:
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, IndexError):
+                    target = process if how["whom"] == "stage" else process.children()[-1]
+                    os.kill(target.pid, SIGNALS[how["signal"]])
+
+            timers.append(threading.Timer(moment, send))
+            timers[0].start()
+
+        ended = run_stage(fault.stage, root, prepare=hurry, during=during)
+        timers[0].cancel()
+        timers[0].join()
+        self._judge(fault, outcome, ended)
+        self._again(fault, outcome)
+
+    def _input(self, fault: Fault, outcome: Outcome) -> None:
+        root = self.world.copy(self.folder, fault.stage)
+        path = root / "artifacts" / fault.details["path"]
+        before, times = path.read_bytes(), path.stat()
+        harm(path, fault)
+        ended = run_stage(fault.stage, root, prepare=hurry)
+        self._judge(fault, outcome, ended, allowed=(0, 1))
+        if ended.status == 1 and not any(name in ended.said for name in (path.name, path.parent.name)):
+            outcome.problems.append(f"the sentence does not name {path.name}")
+        path.write_bytes(before)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        self._again(fault, outcome)
+
+    def _output(self, fault: Fault, outcome: Outcome) -> None:
+        root = self.world.copy(self.folder, fault.stage, outputs=True)
+        harm(root / "artifacts" / fault.details["path"], fault)
+        self._again(fault, outcome)
+
+    def _work(self, fault: Fault, outcome: Outcome) -> None:
+        root = self.world.copy(self.folder, fault.stage)
+        self._judge(fault, outcome, run_stage(fault.stage, root, fault.injection, prepare=hurry))
+        work = root / "work" / fault.stage
+        files = sorted(path for path in walk(work) if not path.endswith("lock"))
+        if not files:
+            outcome.effect = "nothing was there yet"
+        else:
+            path = files[int(fault.chance * len(files))]
+            outcome.what += f": {path}"
+            harm(work / path, fault)
+        self._again(fault, outcome)
+
+    def _clock(self, fault: Fault, outcome: Outcome) -> None:
+        root = self.world.copy(self.folder, fault.stage)
+        self._judge(fault, outcome, run_stage(fault.stage, root, fault.injection, prepare=hurry), allowed=(0,))
+        self._again(fault, outcome)
+
+    def _mlflow(self, fault: Fault, outcome: Outcome) -> None:
+        from tests.helpers import mlflow_stores
+
+        root, how = self.world.copy(self.folder, fault.stage), fault.details["how"]
+        environment = {"FAULTS_MLFLOW": "1"}
+        with contextlib.ExitStack() as stack:
+            if how == "closed port":
+                environment["MLFLOW_TRACKING_URI"] = mlflow_stores.closed_port()
+            elif how == "silent server":
+                environment["MLFLOW_TRACKING_URI"] = stack.enter_context(mlflow_stores.silent_server())
+            elif how == "failing server":
+                environment["MLFLOW_TRACKING_URI"] = stack.enter_context(mlflow_stores.failing_server())
+            else:
+                (root / "mlflow.db").write_bytes(b"SQLite format 3\0" + bytes(200))
+            during = partial(_kill_child, fault.chance) if how == "killed outbox" else None
+            ended = run_stage(fault.stage, root, environment=environment, prepare=_impatient, during=during)
+        self._judge(fault, outcome, ended, allowed=(0,))
+        if "MLflow" not in ended.said:
+            outcome.problems.append("not a word about MLflow")
+        if not list((root / "work" / "tracking").glob("*/events.jsonl")):
+            outcome.problems.append("the journal that MLflow does not have is gone")
+        self._again(fault, outcome)
+
+    def _store(self, fault: Fault, outcome: Outcome) -> None:
+        bucket = f"faulty://{self.folder}/bucket"
+        section = "entropy_model" if fault.stage == "entropy_model" else "train"
+        training = {"storage": bucket}
+        if section == "entropy_model":
+            from tests.faults.project import params
+
+            training = {"train": params(self.world.root / "images")["entropy_model"]["train"] | training}
+        root = self.world.copy(self.folder, fault.stage, **{section: training})
+        (root / "bucket").mkdir()
+        self._judge(fault, outcome, run_stage(fault.stage, root, prepare=partial(_faulty, fault.details)))
+        self._again(fault, outcome, prepare=partial(_faulty, {}))
+
+    def _ray(self, fault: Fault, outcome: Outcome) -> None:
+        root = self.world.copy(self.folder, fault.stage, tokenize_images={"workers": 2})
+        ended = run_stage(fault.stage, root, prepare=hurry, during=partial(_kill_of_ray, fault.details["whom"]))
+        self._judge(fault, outcome, ended)
+        self._again(fault, outcome)
+
+    def _judge(self, fault: Fault, outcome: Outcome, ended: Ended, *, allowed: tuple[int, ...] = ()) -> None:
+        """Look at a run that was disturbed."""
+        lines = [line for line in ended.said.splitlines() if line.strip() and "DPAR_DEBUG=1 shows" not in line]
+        outcome.said = lines[-1][:300] if lines else ""
+        outcome.effect = outcome.effect or {0: "finished", 1: "said why", 130: "stopped", 143: "stopped", -9: "killed"}.get(
+            ended.status if ended.status is not None else 99, f"status {ended.status}"
+        )
+        if ended.status is None:
+            outcome.problems.append("it hung")
+        elif ended.status not in (allowed or (0, 1, 130, 143, -9)):
+            outcome.problems.append(f"ended with status {ended.status}: {ended.said[-500:]}")
+        if ended.status in SENTENCE_NEEDED and not lines:
+            outcome.problems.append(f"ended with status {ended.status} without a word")
+        self._look(fault, outcome, ended, "disturbed", complete=ended.status == 0)
+
+    def _again(self, fault: Fault, outcome: Outcome, *, prepare: Callable[[], None] = hurry) -> None:
+        """Run the stage once more, undisturbed, and look at everything."""
+        ended = run_stage(fault.stage, self.folder, prepare=prepare)
+        if ended.status != 0:
+            outcome.problems.append(f"the rerun ended with status {ended.status}: {ended.said[-500:]}")
+        self._look(fault, outcome, ended, "rerun", complete=True)
+        outcome.effect = outcome.effect or "made again"
+        for place in ("artifacts", "work"):
+            left = [path for path in _all(self.folder / place) if path.endswith((".tmp", ".old"))]
+            if left:
+                outcome.problems.append(f"left behind in {place}: {', '.join(left[:3])}")
+
+    def _look(self, fault: Fault, outcome: Outcome, ended: Ended, which: str, *, complete: bool) -> None:
+        if "Traceback (most recent call last)" in ended.said:
+            outcome.problems.append(f"{which}: a traceback: {ended.said[-1500:]}")
+        if left := wait_for_orphans(ORPHAN_SECONDS):
+            outcome.problems.append(f"{which}: still running after {ORPHAN_SECONDS:g} s: {'; '.join(left)}")
+        found = contents(self.folder / "artifacts")
+        expected = self.world.outputs(fault.stage)
+        for path in expected if complete else expected.keys() & found.keys():
+            if path not in found:
+                outcome.problems.append(f"{which}: {path} is missing")
+            elif not (whole_record(found[path]) if timed(path) else found[path] == expected[path]):
+                outcome.problems.append(f"{which}: {path} is not what it is undisturbed")
+        strange = [path for path in found if path not in self.world.files and not _hidden(path)]
+        if strange:
+            outcome.problems.append(f"{which}: files nobody asked for: {', '.join(strange[:3])}")
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _all(folder: Path) -> Iterator[str]:
+    for where, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            yield os.path.relpath(os.path.join(where, name), folder)
+
+
+def harm(path: Path, fault: Fault) -> None:
+    """Damage a file as a fault says; its time stays where that was asked for."""
+    times, content = path.stat(), bytearray(path.read_bytes())
+    damage, dice = fault.details["damage"], random.Random(fault.chance)
+    if damage == "removed":
+        path.unlink()
+        return
+    if damage == "emptied" or not content:
+        content = bytearray()
+    elif damage == "cut short":
+        del content[dice.randrange(len(content)) :]
+    else:
+        place = dice.randrange(8 * len(content))
+        content[place // 8] ^= 1 << place % 8
+    path.write_bytes(content)
+    if fault.details.get("keep_time"):
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _impatient() -> None:
+    from pipeline.tracking import outbox, tracker
+
+    hurry()
+    tracker.CLOSE_SECONDS, outbox.PATIENCE, outbox.LEAVE_SECONDS = 6.0, 1.0, 8.0
+
+
+def _faulty(details: dict[str, Any]) -> None:
+    from tests.faults.store import Faulty, register
+
+    hurry()
+    register()
+    if details:
+        Faulty.error, Faulty.at, Faulty.lasting = details["error"], details["call"], details["lasting"]
+
+
+def _kill_child(chance: float, process: psutil.Process) -> None:
+    time.sleep(0.2 + chance)
+    for child in process.children():
+        child.send_signal(signal.SIGKILL)
+
+
+def _kill_of_ray(whom: str, process: psutil.Process) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                words = " ".join(child.cmdline())
+                if words.startswith("ray::Actor") if whom == "worker" else f"/{whom}" in words.split(" ")[0]:
+                    child.kill()
+                    return
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.05)
+
+
+def as_json(outcome: Outcome) -> str:
+    return json.dumps(asdict(outcome))

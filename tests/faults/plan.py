@@ -1,0 +1,122 @@
+"""Which fault is the i-th: a function of seed and i alone, given how many changes each stage makes undisturbed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.runner import STAGES
+from tests.faults.injection import Injection
+from tests.faults.project import TRAINING, World
+
+DAY = 86400.0
+DAMAGES = ("flipped bit", "cut short", "emptied", "removed")
+# Kinds, and how many of a hundred they are. "ray" and "dvc" start real clusters and interpreters: some ten seconds each.
+SHARES = {
+    "kill": 20,
+    "stop": 8,
+    "disk": 16,
+    "file limit": 5,
+    "moment": 8,
+    "child": 8,
+    "input": 13,
+    "output": 4,
+    "work": 9,
+    "clock": 3,
+    "mlflow": 2,
+    "store": 3,
+    "ray": 1,
+}
+REAL = ("mlflow", "ray")
+STORE_ERRORS = ("EIO", "ConnectionError", "TimeoutError", "PermissionError")
+MLFLOW = ("closed port", "silent server", "failing server", "damaged database", "killed outbox")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault. what: of its kind, in words; chance: for choices that depend on what is there when it happens."""
+
+    index: int
+    kind: str
+    stage: str
+    what: str
+    injection: Injection = field(default_factory=Injection)
+    details: dict[str, Any] = field(default_factory=dict)
+    chance: float = 0.0
+
+    def words(self) -> str:
+        return f"{self.index:4} {self.stage:15} {self.kind:10} {self.what}"
+
+
+def fault(world: World, seed: int, index: int, *, kinds: tuple[str, ...] = tuple(SHARES)) -> Fault:
+    """Return a fault."""
+    dice = random.Random(f"{seed}-{index}")
+    kind = dice.choices(kinds, [SHARES[kind] for kind in kinds])[0]
+    tracked = [stage for stage in STAGES if stage != "sources"]
+    if kind in ("child", "store"):
+        stage = dice.choice(TRAINING)
+    elif kind == "ray":
+        stage = "tokenize_images"
+    elif kind == "mlflow":
+        stage = dice.choice(["data", "patch_maps", "score_dpar"])
+    elif kind == "input":
+        stage = dice.choice(tracked)
+    else:
+        stage = dice.choice(list(STAGES))
+    what, injection, details = _chosen(world, kind, stage, dice)
+    return Fault(index, kind, stage, what, injection, details, dice.random())
+
+
+def _chosen(world: World, kind: str, stage: str, dice: random.Random) -> tuple[str, Injection, dict[str, Any]]:
+    where = "child" if kind == "child" else "stage"
+    changes = max(world.counts[stage].get(where, 1), 1)
+    at = dice.randrange(changes)
+    place = f"at change {at} of {changes}" + (" of the child" if where == "child" else "")
+    if kind == "kill":
+        return f"kill -9 {place}", Injection("kill", where, at), {}
+    if kind == "stop":
+        name = dice.choice(["term", "int"])
+        return f"SIG{name.upper()} {place}", Injection(name, where, at), {}
+    if kind == "disk":
+        name, lasting = dice.choice(["ENOSPC", "EIO", "EROFS"]), dice.random() < 0.5
+        return f"{name} {place}{', lasting' if lasting else ''}", Injection(name, where, at, lasting=lasting), {}
+    if kind == "child":
+        name = dice.choice(["kill", "term", "int", "ENOSPC", "EIO", "EROFS"])
+        lasting = name.startswith("E") and dice.random() < 0.5
+        return f"{name} {place}{', lasting' if lasting else ''}", Injection(name, where, at, lasting=lasting), {}
+    if kind == "file limit":
+        largest = int(dice.random() ** 2 * max(map(len, world.outputs(stage).values())))
+        where = dice.choice(["stage", "child"]) if stage in TRAINING else "stage"
+        return f"no file over {largest} bytes", Injection(where=where, largest=largest), {}
+    if kind == "moment":
+        name = dice.choice(["kill", "term", "int"])
+        whom = dice.choice(["stage", "child"]) if stage in TRAINING else "stage"
+        share = dice.random()
+        return (
+            f"{name} to the {whom} at {share:.0%} of its time",
+            Injection(),
+            {"signal": name, "whom": whom, "share": share},
+        )
+    if kind == "input":
+        path, damage = dice.choice(world.inputs(stage)), dice.choice(DAMAGES)
+        keep = dice.random() < 0.5
+        return f"{path}: {damage}", Injection(), {"path": path, "damage": damage, "keep_time": keep}
+    if kind == "output":
+        path, damage = dice.choice(list(world.outputs(stage))), dice.choice(DAMAGES)
+        return f"{path}: {damage}", Injection(), {"path": path, "damage": damage, "keep_time": False}
+    if kind == "work":
+        damage = dice.choice(DAMAGES)
+        return f"kill -9 {place}, then a file of work/ {damage}", Injection("kill", where, at), {"damage": damage}
+    if kind == "clock":
+        seconds = dice.choice([-3650 * DAY, -DAY, -1.0, 3600.0, DAY, 3650 * DAY])
+        return f"the clock jumps by {seconds:g} s {place}", Injection("clock", where, at, seconds=seconds), {}
+    if kind == "mlflow":
+        how = dice.choice(MLFLOW)
+        return how, Injection(), {"how": how}
+    if kind == "store":
+        error, call, lasting = dice.choice(STORE_ERRORS), dice.randrange(60), dice.random() < 0.5
+        what = f"{error} at call {call} of the object store{', lasting' if lasting else ''}"
+        return what, Injection(), {"error": error, "call": call, "lasting": lasting}
+    whom = dice.choice(["worker", "raylet", "gcs_server"])
+    return f"kill -9 of Ray's {whom}", Injection(), {"whom": whom}

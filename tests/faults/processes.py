@@ -1,0 +1,294 @@
+"""Stages in processes that start in milliseconds: forked from this one, in which everything is imported already.
+
+What a stage starts itself (Ray Train's local mode, the outbox of MLflow) is forked as well instead of started anew. The
+functions are the same that a new interpreter would call (stages/workers/child.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.faults.injection import Injection, Watch, limit_files, watch
+
+SUBREAPER = 36  # of prctl: orphans below this process become its children
+IMPORTED = (
+    "torch._dynamo",
+    "pipeline.cli",
+    "pipeline.tracking.outbox",
+    "matplotlib.pyplot",
+    "PIL.Image",
+    "pyarrow.parquet",
+    "safetensors.torch",
+    "scipy.linalg",
+)
+PATIENCE = 120.0  # seconds until a stage counts as hanging
+_PIPES: list[Any] = []  # that forked processes would not have if they were started anew
+
+
+def import_everything() -> None:
+    """Import what stages import, so that no process has to; no thread may be left behind."""
+    import torch
+
+    torch.set_num_threads(1)
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: F401
+
+    from pipeline.runner import STAGES, load_stage
+
+    for name in STAGES:
+        load_stage(name)
+    for name in IMPORTED:
+        import_module(name)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever processes below this one outlive theirs."""
+    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended. status: exit status, negative for a signal, None where it hung. counts: changes it made. cpu: seconds."""
+
+    status: int | None
+    said: str
+    seconds: float
+    counts: dict[str, int]
+    cpu: float = 0.0
+
+
+def run_stage(
+    stage: str,
+    root: Path,
+    injection: Injection | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+    during: Callable[[psutil.Process], None] | None = None,
+) -> Ended:
+    """Run `dpar-cli stage` in the project at `root` and wait for its end.
+
+    environment: variables besides those of this process. prepare: called in the new process first. during: called here once
+    it runs, with the process.
+    """
+    counts = root / "counts"
+    empty(counts)
+    output, told = os.pipe()
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        with leaving():
+            os.close(output)
+            os.dup2(told, 1)
+            os.dup2(told, 2)
+            os.environ.update(environment or {})
+            _be_stage(stage, root, injection or Injection(), counts, prepare)
+    os.close(told)
+    said = b""
+    if during is not None:
+        during(psutil.Process(child))
+    status, cpu = None, 0.0
+    while time.monotonic() - began < PATIENCE:
+        ready, _, _ = select.select([output], [], [], 0.02)
+        if ready and (piece := os.read(output, 1 << 16)):
+            said += piece
+            continue
+        found, code, used = os.wait4(child, os.WNOHANG)
+        if found:
+            status, cpu = os.waitstatus_to_exitcode(code), used.ru_utime + used.ru_stime
+            break
+        if ready:  # closed, and not ended yet
+            time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    os.set_blocking(output, False)
+    with contextlib.suppress(BlockingIOError):
+        while piece := os.read(output, 1 << 16):
+            said += piece
+    os.close(output)
+    changes = {file.name: int(file.read_text()) for file in counts.iterdir()}
+    return Ended(status, said.decode(errors="replace"), time.monotonic() - began, changes, cpu)
+
+
+def empty(folder: Path) -> None:
+    """Make a folder, or remove the files in it."""
+    folder.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@contextlib.contextmanager
+def leaving():
+    """End this process with the block: it must not go on as a second copy of its parent."""
+    status = 99
+    try:
+        yield
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _be_stage(stage: str, root: Path, injection: Injection, counts: Path, prepare: Callable[[], None] | None) -> None:
+    from pipeline.boundary import guarded
+    from pipeline.cli import start
+
+    _own_streams()
+    os.chdir(root)
+    sys.argv[:] = ["dpar-cli", "stage", stage]
+    subprocess.Popen = _popen(counts)  # type: ignore[misc]
+    if prepare is not None:
+        prepare()
+    limit_files(injection, "stage")
+    global _watch
+    _watch = watch(root, injection)
+    try:
+        guarded(start)
+    finally:
+        note(counts)
+
+
+_watch: Watch | None = None
+
+
+def note(counts: Path) -> None:
+    """Write down how many changes this process made."""
+    if _watch is not None:
+        name, number = _watch.where, _watch.count
+        _watch.injection = Injection()
+        (counts / name).write_text(str(number))
+
+
+def _own_streams() -> None:
+    sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), line_buffering=True, errors="backslashreplace")
+    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0, closefd=False), write_through=True, errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Forked:
+    """What subprocess.Popen is for our own modules: a fork that calls the module's `main`."""
+
+    def __init__(self, module: str, arguments: Sequence[str], counts: Path, **how: Any) -> None:
+        self.returncode: int | None = None
+        reading, writing = os.pipe()
+        output, told = os.pipe() if how.get("stdout") == subprocess.PIPE else (None, None)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            with leaving():
+                os.setsid()
+                for descriptor in (writing, output, *(one.fileno() for one in _PIPES if not one.closed)):
+                    if descriptor is not None:
+                        os.close(descriptor)
+                os.dup2(reading, 0)
+                os.close(reading)
+                os.dup2(os.open(os.devnull, os.O_WRONLY) if told is None else told, 1)
+                if (log := how.get("stderr")) is not None:
+                    os.dup2(log.fileno(), 2)
+                os.environ.update(how.get("env") or {})
+                self._be(module, arguments, counts)
+        os.close(reading)
+        self.stdin: Any = os.fdopen(writing, "w" if how.get("text") else "wb")
+        _PIPES.append(self.stdin)
+        self.stdout: Any = None
+        if told is not None:
+            os.close(told)
+            self.stdout = os.fdopen(output)
+            _PIPES.append(self.stdout)
+
+    def _be(self, module: str, arguments: Sequence[str], counts: Path) -> None:
+        from stages.workers import child
+
+        _own_streams()
+        sys.stdin = os.fdopen(0)
+        global _watch
+        assert _watch is not None
+        _watch.where, _watch.count = ("child" if module.endswith("local") else "outbox"), 0
+        limit_files(_watch.injection, _watch.where)
+        sys.argv[:] = [child.__file__, "\n".join(sys.path), module, *arguments]
+        try:
+            if module.endswith("outbox") and os.environ.get("FAULTS_MLFLOW") != "1":
+                sys.stdin.read()  # an MLflow that takes nothing: the journal is kept
+                sys.exit(3)
+            child.main()
+        finally:
+            note(counts)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            with contextlib.suppress(ChildProcessError):
+                found, code = os.waitpid(self.pid, os.WNOHANG)
+                if found:
+                    self.returncode = os.waitstatus_to_exitcode(code)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        until = time.monotonic() + (timeout or 1e9)
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("forked", timeout or 0)
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _popen(counts: Path) -> Callable[..., Any]:
+    from stages.workers import child
+
+    real = subprocess.Popen
+
+    class Popen(real):  # a class, as others derive from it
+        def __new__(cls, words: Any, *arguments: Any, **how: Any) -> Any:
+            if isinstance(words, list) and child.__file__ in words:
+                _, module, *rest = words[words.index(child.__file__) + 1 :]
+                return Forked(module, rest, counts, **how)
+            return super().__new__(cls)
+
+    return Popen
+
+
+def orphans() -> list[psutil.Process]:
+    """Return what runs below this process, after collecting what ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_for_orphans(seconds: float) -> list[str]:
+    """Wait until nothing runs below this process any more; return the names of what still does after `seconds`."""
+    until = time.monotonic() + seconds
+    while left := orphans():
+        if time.monotonic() > until:
+            return [f"{one.pid} {' '.join(one.cmdline()[:6])}" for one in left]
+        time.sleep(0.02)
+    return []
