@@ -7,6 +7,7 @@ exit 70; Ctrl-C exit 130 and SIGTERM 143. DPAR_DEBUG=1 lets tracebacks through.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import signal
@@ -36,6 +37,17 @@ _DAMAGE = {
     "YAMLError": "is no valid YAML",
 }
 
+
+# What a disk says, and what to do about it, by the number of the error.
+_DISK = {
+    errno.ENOSPC: "the disk is full: make room there",
+    errno.EDQUOT: "the quota of this user is used up: make room there",
+    errno.EFBIG: "the file is larger than this process may write (`ulimit -f`): raise the limit",
+    errno.EROFS: "the file system is read-only: make it writable",
+    errno.EIO: "the disk, or the connection to it, fails: look at the system's log",
+    errno.ESTALE: "the connection to the file server is lost: mount it again",
+    errno.EMFILE: "this process may not open more files (`ulimit -n`): raise the limit",
+}
 
 _guarded = False  # whether `guarded` is around the present call
 
@@ -142,6 +154,10 @@ def _known(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
         where = f" while at work on {file}" if (file := file_at_work(error)) else ""
         return f"memory ran out{where}: free some, or lower batch sizes and workers ({text or 'MemoryError'})"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = error.filename or file_at_work(error)
+        said = f"{os.fsdecode(where)}: " if isinstance(where, str | bytes | os.PathLike) else ""
+        return f"{said}{_DISK[error.errno]}, and run the same command again, it goes on from what is there"
     if isinstance(error, ValueError | OSError | RuntimeError) and ours(error) and not hasattr(error, "__notes__"):
         return text or None
     for name, meaning in _DAMAGE.items():

@@ -104,7 +104,10 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     stage = load_stage(name)
     if name == "sources":  # a look on every run: no network, no tracking, nothing that takes time to import
         inputs, outputs = stage.bind(root)
-        stage.run(select(asked, stage.params), inputs, outputs, None, device="cpu", work=root / "work" / name)
+        work = root / "work" / name
+        with _alone(work, name):
+            remove_leftovers(work, *vars(outputs).values())
+            stage.run(select(asked, stage.params), inputs, outputs, None, device="cpu", work=work)
         return
     device = device_of(asked.compute)
     params = settled(asked, device)
@@ -120,7 +123,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
         for field in dataclasses.fields(outputs):
             getattr(outputs, field.name).parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(work, *vars(outputs).values())
+        remove_leftovers(work, work.parent / LAST, *vars(outputs).values())
         started = time.time()
         with open_tracker(name, params, chosen, root=root) as tracker:
             stage.run(chosen, inputs, outputs, tracker, device=device, work=work)

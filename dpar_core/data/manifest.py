@@ -197,9 +197,10 @@ def read_manifest(path: Path) -> Manifest:
         raise FileNotFoundError(f"no manifest at {path}: run `dvc repro data`")
     try:
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): run `dvc repro -f data`") from None
-    header = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        header = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # Arrow raises OSError on damaged headers
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged ({reason[:200]}): run `dvc repro -f data`") from None
     if table.schema.names == SCHEMA.names[:-1]:  # of version 0.1.0, which knew no contents
         table = table.append_column(SCHEMA.field("content"), pa.nulls(len(table), pa.string()))
     if table.schema.names != SCHEMA.names or not header.keys() >= {"classes", "roots", "digest", "notes"}:
@@ -208,9 +209,10 @@ def read_manifest(path: Path) -> Manifest:
     seal = header.pop("seal", None)
     try:
         loaded = {name: json.loads(header[name]) for name in ("classes", "roots", "notes")}
-    except ValueError:
+        rows = Rows(table.replace_schema_metadata(None))
+        sound = seal in (None, digest_of(header)) and _digest(rows, loaded["classes"]) == header["digest"]
+    except (ValueError, TypeError, RecursionError, pa.ArrowException):  # TypeError: columns of another type
         raise damaged from None
-    rows = Rows(table.replace_schema_metadata(None))
-    if seal not in (None, digest_of(header)) or _digest(rows, loaded["classes"]) != header["digest"]:
+    if not sound:
         raise damaged
     return Manifest(rows, tuple(loaded["classes"]), loaded["roots"], header["digest"], loaded["notes"])

@@ -136,9 +136,10 @@ def read_summary(folder: Path | Folder, *, stage: str) -> dict[str, Any]:
         raise FileNotFoundError(f"nothing whole in {folder}: run `dvc repro {stage}`")
     try:
         summary = json.loads(content)
-        sound = digest_of({"made_by": summary["made_by"], "files": summary["files"]}) == summary["digest"]
-        sound &= seal_holds(summary)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        made_by, files = summary["made_by"], summary["files"]
+        sound = digest_of({"made_by": made_by, "files": files}) == summary["digest"] and seal_holds(summary)
+        sound &= all(isinstance(one, str) for one in (made_by["tokens"], made_by["entropy_model"], *files.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{folder}/{SUMMARY} is damaged, or of an older version: run `dvc repro -f {stage}`")
@@ -238,7 +239,7 @@ def _read_parquet(place: Folder, name: str, summary: dict[str, Any], *, columns:
         raise FileNotFoundError(
             f"{place}/{name} is missing: run `dpar-cli data check --repair`, or `dvc repro -f {stage}`"
         ) from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{place}/{name} is damaged ({str(error).splitlines()[0]}): run `dpar-cli data check --repair`"
         ) from None
@@ -253,8 +254,8 @@ def read_rule(path: Path, *, entropy_model: str | None = None) -> PatchRule:
     record = read_record(path, way_out="run `dvc repro -f patch_maps`")
     try:
         rule, made_with = PatchRule(**record["rule"]), record["made_by"].get("entropy_model")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds a rule of another version ({error}): run `dvc repro -f patch_maps`") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} holds no rule of this version ({error}): run `dvc repro -f patch_maps`") from None
     if entropy_model is not None and rule.reads_entropies and made_with != entropy_model:
         raise ValueError(
             f"{path} was made with entropy model {made_with}, but this run has {entropy_model}: run `dvc repro patch_maps`"

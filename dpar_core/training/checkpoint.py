@@ -236,9 +236,10 @@ def _read_state(content: bytes, step: int) -> dict[str, Any]:
     try:
         state = json.loads(content)
         version, found = state["format"], state["step"]
-        known = isinstance(state["files"], dict) and set(state["files"]) == {_MODEL, _OPTIMIZER}
+        files = state["files"]
+        known = set(files) == {_MODEL, _OPTIMIZER} and all(isinstance(digest, str) for digest in files.values())
         Architecture(**state["architecture"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{_STATE} holds no state of a checkpoint") from None
     if version not in (1, _FORMAT) or found != step or not known:
         raise ValueError(f"{_STATE} has format {version} and step {found}, expected format {_FORMAT} and step {step}")

@@ -71,15 +71,17 @@ def read_training(folder: Path) -> Training:
     """Read a folder that a training stage wrote. Raises ValueError when curve and timings have different steps."""
     header = read_weights_header(folder / WEIGHTS)
     config = (DPARConfig if header["kind"] == "dpar" else GPTConfig)(**header["config"])
-    timings = read_json(folder / TIMINGS)
+    timings, way_out = read_json(folder / TIMINGS), f"run `dvc repro -f {_stage(folder)}`"
+    if not isinstance(timings, dict) or not {"curve", "seconds"} <= timings.keys():
+        raise ValueError(f"{folder / TIMINGS} is of another version: {way_out}")
     expected = timings.get("curve_sha256")
     if expected is not None and sha256_file(folder / CURVE) != expected:
-        raise ValueError(f"{folder / CURVE} is damaged or was edited: run `dvc repro -f {_stage(folder)}`")
+        raise ValueError(f"{folder / CURVE} is damaged or was edited: {way_out}")
     with open(folder / CURVE, newline="") as stream:
         losses = [(int(r["step"]), float(r["train/loss"]), float(r["validation/loss"])) for r in csv.DictReader(stream)]
     steps = [point["step"] for point in timings["curve"]]
     if not losses or steps != [step for step, _, _ in losses]:
-        raise ValueError(f"{folder}: curve.csv and timings.json are of different runs: run `dvc repro -f {_stage(folder)}`")
+        raise ValueError(f"{folder}: curve.csv and timings.json are of different runs: {way_out}")
     curve = tuple((s, p["seconds"], a, b) for (s, a, b), p in zip(losses, timings["curve"]))
     rates = tuple(point["images_per_s"] for point in timings["curve"])
     return Training(config, losses[-1][0], timings["seconds"], curve, rates)

@@ -316,9 +316,12 @@ def _batches(found: list[tuple[Event | None, int]], *, artifacts: bool) -> Itera
 
 def _read_progress(folder: Path) -> _Progress:
     try:
-        return _Progress(**json.loads((folder / SENT).read_text()))
-    except (ValueError, TypeError, OSError):
-        return _Progress()  # sending all of it again changes nothing
+        found = _Progress(**json.loads((folder / SENT).read_text()))
+        if all(type(count) is int and 0 <= count < 1 << 60 for count in (found.values, found.artifacts)):
+            return found
+    except (ValueError, TypeError, OSError, RecursionError):
+        pass
+    return _Progress()  # sending all of it again changes nothing
 
 
 def _write_progress(folder: Path, progress: _Progress) -> None:

@@ -115,15 +115,18 @@ def finished_unit(work: Path, name: str) -> dict[str, Any] | None:
         found = read_record(record, way_out=again)
         if found.get("unit") != name:
             raise Damaged(f"{record} is of {found.get('unit')}, expected {name}: {again}")
-        for file, expected in found["files"].items():
+        files, facts = found.get("files"), found.get("facts")
+        if not isinstance(files, dict) or not isinstance(facts, dict):
+            raise Damaged(f"{record} is of another version: {again}")
+        for file, expected in files.items():
             if not (work / file).exists():
                 raise Damaged(f"{work / file} is missing: {again}")
             if (digest := sha256_file(work / file)) != expected:
-                raise Damaged(f"{work / file} is damaged (digest {digest[:16]}, expected {expected[:16]}): {again}")
+                raise Damaged(f"{work / file} is damaged (digest {digest[:16]}, expected {str(expected)[:16]}): {again}")
     except Damaged as error:
         print(error, file=sys.stderr, flush=True)
         return None
-    return found["facts"]
+    return facts
 
 
 def facts_of_unit(work: Path, name: str) -> dict[str, Any]:

@@ -63,7 +63,11 @@ def adopt_orphans() -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended. status: exit status, negative for a signal, None where it hung. counts: changes it made. cpu: seconds."""
+    """How a process ended.
+
+    status: exit status, negative for a signal, None where it hung. counts: changes to files that it and what it started
+    made. cpu: seconds.
+    """
 
     status: int | None
     said: str

@@ -139,7 +139,9 @@ def _work(
     originals = {name: (base / name).read_bytes() for name in target.files}
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, folder)
-    before = words(target.read(folder))
+    before = {words(target.read(folder))}
+    if target.older is not None:
+        before.add(words(target.older(folder)))
     everything = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     os.chdir(folder)
     worst, number = 0.0, at
@@ -181,7 +183,7 @@ def _restore(folder: Path, everything: dict[Path, bytes]) -> None:
 
 
 def judge(
-    target: Target, folder: Path, name: str, content: bytes, originals: dict[str, bytes], before: str, where: str
+    target: Target, folder: Path, name: str, content: bytes, originals: dict[str, bytes], before: set[str], where: str
 ) -> str:
     """Return "accepted", "refused" or a finding, as one line."""
     from pipeline import boundary
@@ -194,10 +196,11 @@ def judge(
             return f"finding\t{where}{type(error).__name__}: {' '.join(str(error).split())[:160]} {_last_frame(error)}"
         if isinstance(error, MemoryError):
             return f"finding\t{where}memory ran out {_last_frame(error)}"
-        if Path(name).name not in sentence and not any(part in sentence for part in (str(folder), target.name.split()[0])):
+        names = (str(folder), *filter(None, (Path(name).name, Path(name).parent.name)))
+        if target.named and not any(one in sentence for one in names):
             return f"finding\t{where}the sentence names no file: {sentence[:200]}"
         return "refused"
-    if target.sealed and value != before and not _resealed(where):
+    if target.sealed and value not in before and not _resealed(where):
         return f"finding\t{where}damage was accepted"
     return "accepted"
 

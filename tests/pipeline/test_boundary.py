@@ -1,5 +1,6 @@
 """No traceback above dpar-cli: a sentence, an exit status, and the details in a file."""
 
+import errno
 import json
 import os
 import signal
@@ -68,6 +69,13 @@ def test_what_a_library_says_is_not_taken_for_our_sentence(project, capsys):
 
     status, said = ended(command, capsys)
     assert status == 70 and "operands could not be broadcast" in said
+
+
+@pytest.mark.parametrize("number", boundary._DISK, ids=errno.errorcode.get)
+def test_what_a_disk_says_comes_with_the_file_and_the_way_out(project, capsys, number):
+    status, said = ended(raises(OSError(number, os.strerror(number), "artifacts/x.json")), capsys)
+    assert status == 1 and said.startswith("artifacts/x.json: ") and "run the same command again" in said
+    assert not (project / "work").exists()
 
 
 def test_a_sentence_of_ours_is_shown_as_it_is_without_its_passwords(project, capsys, monkeypatch):
