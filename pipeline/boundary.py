@@ -155,9 +155,9 @@ def _known(error: BaseException) -> str | None:
         where = f" while at work on {file}" if (file := file_at_work(error)) else ""
         return f"memory ran out{where}: free some, or lower batch sizes and workers ({text or 'MemoryError'})"
     if isinstance(error, OSError) and error.errno in _DISK:
-        where = error.filename or file_at_work(error)
-        said = f"{os.fsdecode(where)}: " if isinstance(where, str | bytes | os.PathLike) else ""
-        return f"{said}{_DISK[error.errno]}, and run the same command again, it goes on from what is there"
+        named = isinstance(error.filename, str | bytes | os.PathLike)
+        where = os.fsdecode(error.filename) if named else f"a file below {os.getcwd()}"
+        return f"{where}: {_DISK[error.errno]}, and run the same command again, it goes on from what is there"
     if isinstance(error, ValueError | OSError | RuntimeError) and ours(error) and not hasattr(error, "__notes__"):
         return text or None
     for name, meaning in _DAMAGE.items():

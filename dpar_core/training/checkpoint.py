@@ -259,8 +259,10 @@ def file_system(address: str) -> tuple[Any, str]:
     except (ValueError, NotImplementedError):
         import fsspec
 
+        from dpar_core.training.object_store import object_store
+
         files, path = fsspec.core.url_to_fs(address)
-        return fs.PyFileSystem(fs.FSSpecHandler(files)), path
+        return object_store(files), path
 
 
 def _folder_name(step: int) -> str:

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="", help="only these kinds, separated by commas")
     parser.add_argument("--out", type=Path, help="JSON lines of all outcomes")
     parser.add_argument("--keep", action="store_true", help="stop at the first problem and keep the project")
+    parser.add_argument("--verbose", action="store_true", help="show all that a disturbed stage said")
     options = parser.parse_args()
     began = time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="dpar-faults-"))
@@ -54,6 +55,8 @@ def main() -> None:
                 f"({outcome.seconds:.1f} s) {outcome.said}",
                 flush=True,
             )
+            if options.verbose:
+                print(outcome.whole)
             for problem in outcome.problems:
                 print(f"     {problem}", flush=True)
             if options.out:

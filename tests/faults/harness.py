@@ -43,6 +43,7 @@ class Outcome:
     said: str = ""
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
+    whole: str = ""
 
 
 class Harness:
@@ -168,6 +169,7 @@ class Harness:
     def _judge(self, fault: Fault, outcome: Outcome, ended: Ended, *, allowed: tuple[int, ...] = ()) -> None:
         """Look at a run that was disturbed."""
         lines = [line for line in ended.said.splitlines() if line.strip() and "DPAR_DEBUG=1 shows" not in line]
+        outcome.whole = ended.said[-2000:]
         outcome.said = lines[-1][:300] if lines else ""
         outcome.effect = outcome.effect or {0: "finished", 1: "said why", 130: "stopped", 143: "stopped", -9: "killed"}.get(
             ended.status if ended.status is not None else 99, f"status {ended.status}"

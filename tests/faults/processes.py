@@ -41,8 +41,8 @@ PATIENCE = 120.0  # seconds until a stage counts as hanging
 _PIPES: list[Any] = []  # that forked processes would not have if they were started anew
 
 
-def import_everything() -> None:
-    """Import what stages import, so that no process has to; no thread may be left behind."""
+def import_everything(*, mlflow: bool = False) -> None:
+    """Import what stages import, so that no process has to; no thread may be left behind. mlflow: MLflow as well."""
     import torch
 
     torch.set_num_threads(1)
@@ -54,6 +54,12 @@ def import_everything() -> None:
         load_stage(name)
     for name in IMPORTED:
         import_module(name)
+    if mlflow:
+        from pipeline.tracking.store import quiet_environment
+
+        quiet_environment()
+        for name in ("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.data.meta_dataset", "alembic.command"):
+            import_module(name)
 
 
 def adopt_orphans() -> None:
@@ -84,6 +90,7 @@ def run_stage(
     environment: Mapping[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
     during: Callable[[psutil.Process], None] | None = None,
+    patience: float = PATIENCE,
 ) -> Ended:
     """Run `dpar-cli stage` in the project at `root` and wait for its end.
 
@@ -107,7 +114,7 @@ def run_stage(
     if during is not None:
         during(psutil.Process(child))
     status, cpu = None, 0.0
-    while time.monotonic() - began < PATIENCE:
+    while time.monotonic() - began < patience:
         ready, _, _ = select.select([output], [], [], 0.02)
         if ready and (piece := os.read(output, 1 << 16)):
             said += piece

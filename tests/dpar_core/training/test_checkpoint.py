@@ -52,9 +52,13 @@ class Store(MemoryFileSystem):
         self._ask("remove", path)
         return super().rm(path, recursive, maxdepth)
 
-    def find(self, path, **options):
+    def ls(self, path, **options):
         self._ask("list", path)
-        return super().find(path, **options)
+        return super().ls(path, **options)
+
+    def info(self, path, **options):
+        self._ask("look at", path)
+        return super().info(path, **options)
 
 
 fsspec.register_implementation("refusing", Store, clobber=True)
@@ -204,6 +208,27 @@ def test_a_place_that_cannot_be_read_is_no_damage(remote, monkeypatch):
     with pytest.raises(OSError, match="refuses to read"):
         place.newest()
     assert place.warned == []
+
+
+def test_an_error_at_any_call_never_hides_a_checkpoint(remote, monkeypatch):
+    place = store(remote)
+    save(place, 1)
+    save(place, 2)
+    for failing in range(100):
+        calls = []
+
+        def refuses(what, path, failing=failing, calls=calls):
+            calls.append(what)
+            return len(calls) == failing + 1
+
+        monkeypatch.setattr(Store, "refuses", staticmethod(refuses))
+        try:
+            assert store(remote).newest().step == 2
+        except OSError as error:
+            assert "the store refuses" in str(error)
+        if len(calls) <= failing:
+            break
+    assert 5 < failing < 99
 
 
 def test_a_folder_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
