@@ -132,7 +132,7 @@ def _open_sqlite(path: str) -> None:
 _REASONS = (
     (r"database is locked|database table is locked", "another process holds the database: end it, or wait for it"),
     (r"readonly database|read-only|Read-only", "the store is read-only: make it writable for this user"),
-    (r"database or disk is full|No space left|Disk quota", "the disk is full: free some space"),
+    (r"database or disk is full|No space left|Disk quota|disk I/O error", "the disk is full or fails: free some space"),
     (
         r"unable to open database file|Not a directory|File exists",
         "the database file cannot be opened: check that its folder exists and is writable",

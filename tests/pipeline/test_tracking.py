@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -305,6 +306,26 @@ def deleted_experiment(root):
     yield f"sqlite:///{root / 'mlflow.db'}"
 
 
+@contextlib.contextmanager
+def read_only_database(root):
+    store.connect(root)
+    with open(root / "mlflow.db", "r+b") as file:  # the version of its format for writing: SQLite only reads later ones
+        file.seek(18)
+        file.write(bytes([3]))
+    yield f"sqlite:///{root / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def full_disk(root):
+    store.connect(root)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((root / "mlflow.db").stat().st_size // 4, before[1]))
+    try:
+        yield f"sqlite:///{root / 'mlflow.db'}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize(
     ("outage", "words"),
     [
@@ -318,8 +339,23 @@ def deleted_experiment(root):
         (folder_for_a_database, "cannot be opened"),
         (broken_database, "no intact SQLite database"),
         (deleted_experiment, "mlflow experiments restore --experiment-id"),
+        (read_only_database, "the store is read-only: make it writable"),
+        (full_disk, "the disk is full or fails: free some space"),
     ],
-    ids=["closed", "silent", "500", "401", "404", "unknown host", "locked", "folder", "broken", "deleted"],
+    ids=[
+        "closed",
+        "silent",
+        "500",
+        "401",
+        "404",
+        "unknown host",
+        "locked",
+        "folder",
+        "broken",
+        "deleted",
+        "read-only",
+        "full",
+    ],
 )
 def test_a_store_that_cannot_be_used_gets_one_sentence_and_loses_nothing(project, fresh_store, monkeypatch, outage, words):
     root, *_ = project
