@@ -2,7 +2,7 @@
 
 `dvc status` reads every byte; this compares what DVC recorded (params, commands, digests of what each stage read and
 wrote) with what is there now (params, existence and sizes of outputs). A file edited without a change of its size is
-the one thing that only `dvc status` finds.
+what only `dvc status` finds, and files outside the project (`outside`) are what only stage sources looks at.
 """
 
 from __future__ import annotations
@@ -130,6 +130,18 @@ def _why(root: Path, stage: Any, recorded: Any, params: dict[str, Any], digests:
         return "it reads other files now"
     written = {one["path"] for one in recorded.get("outs", [])}
     return "" if written == set(outputs_of(stage)) else "it writes other files now"
+
+
+def all_fresh(root: Path) -> str:
+    """Return what can be said where every stage is fresh. Files outside the project are looked at by stage sources alone."""
+    params = read_yaml(root / "params.yaml") if (root / "params.yaml").exists() else {}
+    named = [] if lookup(params, "data.source") in (None, "builtin") else ["data.train", "data.validation"]
+    named += [name for name in ("tokenizer.weights", "score.features_file") if lookup(params, name) is not None]
+    if lookup(params, "score.reference") not in (None, "train", "validation"):
+        named.append("score.reference")
+    if not named:
+        return "all up to date"
+    return f"all up to date, unless files changed that {', '.join(named)} stand for: `dpar-cli run` looks"
 
 
 def lookup(params: Any, key: str) -> Any:

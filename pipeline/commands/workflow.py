@@ -94,11 +94,12 @@ class Plan:
 
     def words(self) -> str:
         """The plan as a sentence of at most 80 columns per line."""
+        from pipeline.state import all_fresh
         from pipeline.terminal import about, wrapped
 
         due, count = self.due, len(self.states)
         if not due:
-            return f"{count} stages, all up to date"
+            return wrapped(f"{count} stages, {all_fresh(self.root)}")
         return wrapped(
             f"{count} stages, {self._time(due, about)}, {self._disk()}; {count - len(due) or 'none'} "
             f"{'is' if count - len(due) == 1 else 'are'} up to date"
@@ -269,7 +270,8 @@ def status(
 def status_lines(states: list[StageState], root: Path, *, now: float) -> list[str]:
     """Return the table of `dpar-cli status`, 80 columns wide."""
     from pipeline.results import result_line
-    from pipeline.terminal import about, colour, duration, shortened
+    from pipeline.state import all_fresh
+    from pipeline.terminal import about, colour, duration, shortened, wrapped
 
     marks = {"fresh": ("ok ", "green"), "stale": ("old", "yellow"), "never run": ("-  ", "dim")}
     found = [f"{'':3} {'stage':15} {'age':>7} {'took':>13}  result, or why it is to run"]
@@ -281,7 +283,7 @@ def status_lines(states: list[StageState], root: Path, *, now: float) -> list[st
         line = f"{state.name:15} {age:>7} {took:>13}  {words}".rstrip()
         found.append(f"{colour(mark, shade)} {shortened(line, 76)}")
     due = sum(state.state != "fresh" for state in states)
-    end = "all up to date" if not due else f"{due} of {len(states)} to run: dpar-cli run"
+    end = wrapped(all_fresh(root)) if not due else f"{due} of {len(states)} to run: dpar-cli run"
     return [*found, "", end]
 
 

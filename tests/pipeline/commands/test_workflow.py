@@ -120,6 +120,14 @@ def test_the_plan_says_how_long_where_earlier_runs_tell(project):
     assert Plan(project, [state("data", "fresh")]).words() == "1 stages, all up to date"
 
 
+def test_where_files_outside_may_have_changed_that_is_said(project):
+    own_images(project)
+    said = "all up to date, unless files changed that data.train, data.validation"
+    assert said in Plan(project, [state("data", "fresh")]).words().replace("\n", " ")
+    lines = status_lines([state("data", "fresh", 5.0)], project, now=1300.0)
+    assert said in lines[-1].replace("\n", " ") and max(map(len, "\n".join(lines).splitlines())) <= 80
+
+
 def test_a_run_is_told_in_a_line_when_a_stage_begins_and_one_when_it_ends(project):
     said, now = [], [0.0]
     states = [
