@@ -2,7 +2,7 @@
 
 `dvc status` reads every byte; this compares what DVC recorded (params, commands, digests of what each stage read and
 wrote) with what is there now (params, existence and sizes of outputs). A file edited without a change of its size is
-what only `dvc status` finds, and files outside the project (`outside`) are what only stage sources looks at.
+what only `dvc status` finds, and files outside the project are what only stage sources looks at.
 """
 
 from __future__ import annotations

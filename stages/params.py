@@ -86,6 +86,7 @@ class Data(Section):
 
 class Tokenizer(Section):
     weights: str | None
+    weights_key: str | None
     codebook_size: Annotated[int, Field(ge=2, le=65536)]
     codebook_dim: Count
     base_width: Count
@@ -462,6 +463,8 @@ def _data_contradictions(data: Data) -> Iterator[str]:
 
 
 def _tokenizer_contradictions(tokenizer: Tokenizer) -> Iterator[str]:
+    if tokenizer.weights_key is not None and tokenizer.weights is None:
+        yield "`tokenizer.weights_key` is set, but `tokenizer.weights` names no file: set it to null"
     for multiplier in tokenizer.channel_multipliers:
         if tokenizer.base_width * multiplier % tokenizer.norm_groups:
             yield (

@@ -77,7 +77,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         state = train(config, settings, images, tracker, seed=params.seed, device=device, work=work)
     else:
         source = check_file(inputs.weights_seen, "tokenizer.weights", Path(settings.weights))
-        state = read_vq(Path(settings.weights), expected=config)
+        state = read_vq(Path(settings.weights), expected=config, holder=settings.weights_key)
     model = VQ(config).to(device).eval()
     model.load_state_dict(state)
     rows = manifest.split("validation")

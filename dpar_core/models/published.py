@@ -27,7 +27,7 @@ def read_state(path: Path | str, *, holder: str | None = None) -> dict[str, Tens
     Raises FileNotFoundError, ValueError in one sentence.
     """
     found = read_checkpoint(path, holder=holder)
-    if found.note is not None:
+    if found.note is not None and holder is None:
         warnings.warn(f"{path} {found.note}", stacklevel=3)
     return found.state
 
@@ -108,9 +108,12 @@ def read_dpar(
     return state, config
 
 
-def read_vq(path: Path | str, *, expected: VQConfig | None = None) -> dict[str, Tensor]:
-    """Read LlamaGen VQ weights. Raises ValueError when they differ from `expected` or are no such network."""
-    state = read_state(path)
+def read_vq(path: Path | str, *, expected: VQConfig | None = None, holder: str | None = None) -> dict[str, Tensor]:
+    """Read LlamaGen VQ weights. Raises ValueError when they differ from `expected` or are no such network.
+
+    holder: the key to read where there are several sets of weights.
+    """
+    state = read_state(path, holder=holder)
     try:
         config = config_of(state)
     except ValueError as error:

@@ -51,15 +51,16 @@ class Checkpoint:
         if not self.others:
             return None
         others = " and ".join(self.others)
-        return f"holds {self.holder} and {others}: {self.holder} is read; to use {others}, save it as a file of its own"
+        way_out = "name it (tokenizer.weights_key), or save it alone"
+        return f"holds {self.holder} and {others}: {self.holder} is read; to use {others}, {way_out}"
 
 
 def read_checkpoint(path: Path | str, *, holder: str | None = None) -> Checkpoint:
     """Read tensors by name from a .safetensors file or a PyTorch checkpoint, bare or under one of HOLDERS.
 
-    holder: the key to read where there are several. float16, bfloat16 and float64 become float32, and other types are
-    refused. Raises FileNotFoundError, and ValueError in one sentence for a file of another kind, a damaged one, one that
-    holds code, or weights that are not finite.
+    holder: the key to read where there are several, or another one than those. float16, bfloat16 and float64 become
+    float32, and other types are refused. Raises FileNotFoundError, and ValueError in one sentence for a file of another
+    kind, a damaged one, one that holds code, or weights that are not finite.
     """
     path = Path(path)
     if not path.exists():
@@ -156,7 +157,8 @@ def _choose(content: Any, holder: str | None, path: Path) -> tuple[str | None, t
     """Return the key that weights are read from (None: the file holds them bare) and the keys of other whole sets."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds one {type(content).__name__} without names, expected tensors by name")
-    there = [key for key in HOLDERS if isinstance(content.get(key), Mapping) and content[key]]
+    known = dict.fromkeys((*HOLDERS, *([holder] if holder else [])))
+    there = [key for key in known if isinstance(content.get(key), Mapping) and content[key]]
     if holder is not None and holder not in there:
         held = ", ".join(there) or f"none of {', '.join(HOLDERS)}"
         raise ValueError(f"{path} has no weights under {holder!r}: it has {held}")

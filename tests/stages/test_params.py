@@ -55,6 +55,7 @@ def test_the_shipped_params_are_valid():
         ("score.images", 10**6, "asks for more images"),
         ("score.features", "inception", "needs `score.features_file`"),
         ("tokenizer.base_width", 12, "groups of GroupNorm"),
+        ("tokenizer.weights_key", "ema", "`tokenizer.weights` names no file"),
     ],
 )
 def test_a_wrong_value_gets_a_sentence_that_names_it(demo, name, value, words):

@@ -39,6 +39,7 @@ def one_thread():
 def settings(**changes) -> P.Tokenizer:
     values = {
         "weights": None,
+        "weights_key": None,
         "codebook_size": 16,
         "codebook_dim": 4,
         "base_width": 8,
@@ -214,14 +215,15 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path, manifest):
     assert not (tmp_path / "tokenizer.safetensors").exists()
 
 
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_published_weights_are_measured_and_never_trained(tmp_path, manifest, monkeypatch, suffix):
+@pytest.mark.parametrize("key", ["model", "ema", None])
+def test_published_weights_are_measured_and_never_trained(tmp_path, manifest, monkeypatch, key):
     torch.manual_seed(3)
     state = VQ(VQConfig(16, 4, 32, (1, 2), 32, 1)).state_dict()
-    path = tmp_path / f"vq.{suffix}"
-    torch.save({"model": state}, path) if suffix == "pt" else save_file(state, path)
+    path = tmp_path / ("vq.pt" if key else "vq.safetensors")
+    others = {"model": {name: torch.zeros_like(one) for name, one in state.items()}} if key == "ema" else {}
+    torch.save({**others, key: state}, path) if key else save_file(state, path)
     monkeypatch.setattr(stage, "train", lambda *args, **kwargs: pytest.fail("an imported tokenizer was trained"))
-    imported = settings(weights=str(path), base_width=32, z_channels=32, norm_groups=32)
+    imported = settings(weights=str(path), weights_key=key, base_width=32, z_channels=32, norm_groups=32)
     outputs = run_stage(tmp_path / "out", manifest, imported)
     weights = load_weights(outputs.weights, kind="vq")
     assert weights.meta["imported"] is True

@@ -60,6 +60,8 @@ def test_of_two_sets_one_is_read_and_the_choice_is_named(tmp_path):
         read_state(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="no weights under 'module': it has model, ema"):
         read_checkpoint(tmp_path / "x.pt", holder="module")
+    (tmp_path / "x.pt").write_bytes(saved({"generator": STATE, "step": 3}))
+    same(read_checkpoint(tmp_path / "x.pt", holder="generator").state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
