@@ -119,18 +119,14 @@ def verify(
     Reads .npz and .safetensors of the folder; prints the largest difference and the tolerance of every case. Exit 1 when
     one fails.
     """
-    from rich.table import Table
-    from rich.text import Text
-
     from dpar_core.evaluation.golden import verify_folder
-    from pipeline.terminal import plain_console
+    from pipeline.terminal import table
 
-    table = Table("case", "largest difference", "tolerance", "verdict")
     cases = verify_folder(folder)
-    for case in cases:
-        verdict = Text("agrees", style="green") if case.passed else Text("differs", style="red")
-        table.add_row(case.name, f"{case.difference:.3g}", f"{case.tolerance:.3g}", verdict)
-    plain_console(least_width=100).print(table)
+    rows = [
+        (one.name, f"{one.difference:.3g}", f"{one.tolerance:.3g}", "agrees" if one.passed else "DIFFERS") for one in cases
+    ]
+    print(table(("case", "difference", "tolerance", "verdict"), rows))
     failed = sum(not case.passed for case in cases)
     print(f"{len(cases) - failed} of {len(cases)} cases agree")
     if failed:

@@ -1,17 +1,16 @@
-"""Text for a terminal of 80 columns: wrapped lines, durations, sizes, and colour where somebody can see it."""
+"""Text for a terminal of 80 columns or fewer: wrapped lines, tables, durations, sizes, and colour where one can see it."""
 
 from __future__ import annotations
 
-import io
 import os
+import re
+import shutil
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Sequence
+from typing import TextIO
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-WIDTH = 80
+WIDTH, NARROWEST = 80, 30  # columns: lines are never longer than the first, and no terminal is taken for narrower
 _COLOURS = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
 
 
@@ -23,8 +22,16 @@ def colour(text: str, name: str, *, stream: TextIO | None = None) -> str:
     return f"\033[{_COLOURS[name]}m{text}\033[0m"
 
 
-def wrapped(text: str, *, first: str = "", rest: str = "", width: int = WIDTH) -> str:
+def columns() -> int:
+    """Return how wide lines may be: as wide as the terminal (or COLUMNS), 80 at most and where there is no terminal."""
+    return max(min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH), NARROWEST)
+
+
+def wrapped(text: str, *, first: str = "", rest: str = "") -> str:
     """Wrap a sentence; first, rest: what stands before its first and further lines. Long paths are never broken."""
+    width = columns()
+    if 2 * len(rest) > width:  # a hanging indent that would leave little of a narrow terminal
+        rest = "    "
     return textwrap.fill(
         text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
@@ -62,19 +69,20 @@ def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 
-def plain_console(*, least_width: int = 90, file: Any = None) -> Console:
-    """Return a console that prints text as it is: `[/b]` and `:dog:` in a name mean nothing.
-
-    least_width: columns, also where the terminal has fewer. file: what to print to, standard output when None.
-    """
-    from rich.console import Console
-
-    width = max(least_width, Console().width)
-    return Console(width=width, file=file, markup=False, emoji=False, highlight=False)
-
-
-def table_text(table: Any, *, least_width: int = 90) -> str:
-    """Return a table as lines of text without trailing space."""
-    stream = io.StringIO()
-    plain_console(least_width=least_width, file=stream).print(table)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as lines, numbers to the right. Where it is wider than the terminal each row becomes a few lines."""
+    lines = [list(head), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    if sum(widths) + 2 * (len(widths) - 1) > columns():
+        found = []
+        for row in lines[1:]:
+            found.append(wrapped(row[0], rest="  "))
+            found += [wrapped(f"{name} {cell}", first="  ", rest="    ") for name, cell in zip(head[1:], row[1:]) if cell]
+        return "\n".join(found)
+    to_right = [all(re.match(r"[+-]?[\d.]|$", row[place]) for row in lines[1:]) for place in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, to_right)
+        ).rstrip()
+        for row in lines
+    )

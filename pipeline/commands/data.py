@@ -47,7 +47,9 @@ def patches_image(
 
 @patches_app.command("stats")
 def patches_stats(
-    thresholds: Annotated[str, typer.Option(help="Nats: FIRST:LAST:STEP, or numbers with commas.")] = "7.6:8.1:0.1",
+    thresholds: Annotated[
+        str | None, typer.Option(help="Nats: FIRST:LAST:STEP, or numbers with commas; else quantiles of the entropies.")
+    ] = None,
     max_lengths: Annotated[str, typer.Option(help="Tokens, with commas; none: no maximum.")] = "1,2,4,8",
     mode: Annotated[str, typer.Option(help="entropy_rows (patches end with their row) or entropy.")] = "entropy_rows",
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
@@ -59,10 +61,8 @@ def patches_stats(
     Reads artifacts/tokens and artifacts/entropies (made by `dvc repro entropies`); trains and changes nothing. To take a
     threshold over: set patching.threshold in params.yaml, then `dvc repro`.
     """
-    from rich.table import Table
-
     from pipeline.report.curves import draw_curves
-    from pipeline.terminal import plain_console
+    from pipeline.terminal import shortened, table, wrapped
     from stages.artifacts import ENTROPIES, TOKENS
     from stages.tools.patch_stats import parse_max_lengths, parse_range, patch_stats
 
@@ -70,27 +70,27 @@ def patches_stats(
     stats = patch_stats(
         TOKENS.below(artifacts),
         ENTROPIES.below(artifacts),
-        thresholds=parse_range(thresholds),
+        thresholds=None if thresholds is None else parse_range(thresholds),
         max_lengths=parse_max_lengths(max_lengths),
         mode=mode,
         split=split,
         limit=maps,
     )
     whole = "all" if stats.whole else "a sample of"
-    print(f"{mode}, {whole} {stats.maps:,} {split} views of {stats.tokens} tokens")
-    table = Table("threshold", "max", "mean length", "patches", "5 %", "95 %", "fewest patches", "most patches")
-    for cell in stats.cells:
-        table.add_row(
+    print(wrapped(f"{mode}, {whole} {stats.maps:,} {split} views of {stats.tokens} tokens"))
+    rows = [
+        (
             f"{cell.threshold:g}",
             "none" if cell.max_length is None else str(cell.max_length),
-            f"{cell.mean_length:.3f}",
+            f"{cell.mean_length:.2f}",
             f"{cell.patches:.1f}",
-            f"{cell.low:.0f}",
-            f"{cell.high:.0f}",
-            f"{cell.fewest.name} {cell.fewest.patches:.1f}",
-            f"{cell.most.name} {cell.most.patches:.1f}",
+            f"{cell.low:.0f} to {cell.high:.0f}",
+            f"{cell.fewest.patches:.1f} {shortened(cell.fewest.name, 12)}",
+            f"{cell.most.patches:.1f} {shortened(cell.most.name, 12)}",
         )
-    plain_console(least_width=100).print(table)
+        for cell in stats.cells
+    ]
+    print(table(("nats", "max", "length", "patches", "90 % of them", "fewest", "most"), rows))
     draw_curves(stats, out)
     print(out)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 runs_app = typer.Typer(help="List the pipeline runs in MLflow, show one, or send what MLflow missed.")
+MOST_CHANGES = 4  # params named under a run
 _METRICS = ("dpar_loss", "baseline_loss", "dpar_distance", "baseline_distance", "training_speed", "sampling_speed")
 
 
@@ -56,19 +57,32 @@ def _pipeline_runs() -> list[Any]:
 
 
 def run_lines(runs: Sequence[Any]) -> list[str]:
-    """Return a table of pipeline runs for 80 columns."""
-    from pipeline.terminal import shortened
+    """Return a table of pipeline runs for the terminal's width; under each the params that changed since the one before.
+
+    runs: newest first.
+    """
+    from pipeline.terminal import columns, shortened, wrapped
 
     if not runs:
         return ["no pipeline run yet: dpar-cli run"]
-    lines = [f"{'id':8}  {'started':11}  {'status':8}  {'DPAR':>6} {'base':>6} {'speed':>6}  name"]
-    for run in runs:
-        cells = [run.data.metrics.get(name) for name in ("dpar_loss", "baseline_loss", "training_speed")]
-        numbers = " ".join(f"{'' if cell is None else f'{cell:.2f}':>6}" for cell in cells)
+    lines = [f"{'id':8}  {'started':11}  {'status':8}  {'loss':>9}  {'distance':>9}  {'speed':>5}  name"]
+    for run, before in zip(runs, (*runs[1:], None)):
+        found, params = run.data.metrics, run.data.params
+        loss, distance = (
+            "/".join(f"{found[name]:.2f}" for name in (f"dpar_{what}", f"baseline_{what}") if name in found)
+            for what in ("loss", "distance")
+        )
+        speed = f"{found['training_speed']:.2f}" if "training_speed" in found else ""
         started = time.strftime("%m-%d %H:%M", time.localtime(run.info.start_time / 1000))
         name = (run.info.run_name or "").partition(" · ")[0]
-        lines.append(shortened(f"{run.info.run_id[:8]}  {started}  {run.info.status:8}  {numbers}  {name}", 80))
-    return lines
+        line = f"{run.info.run_id[:8]}  {started}  {run.info.status:8}  {loss:>9}  {distance:>9}  {speed:>5}  {name}"
+        lines.append(shortened(line, columns()))
+        old = {} if before is None else before.data.params
+        changed = [f"{key} {old[key]} -> {params[key]}" for key in params if key in old and old[key] != params[key]]
+        if changed:
+            more = [f"{len(changed) - MOST_CHANGES} more"] if len(changed) > MOST_CHANGES else []
+            lines.append(wrapped(", ".join([*changed[:MOST_CHANGES], *more]), first=" " * 10, rest=" " * 10))
+    return [shortened(lines[0], columns()), *lines[1:], "", "loss, distance: DPAR/baseline; speed: of training"]
 
 
 def show_lines(run: Any, params: Mapping[str, str]) -> list[str]:

@@ -273,22 +273,20 @@ def _reference(
 
 
 def _table(names: Sequence[str], found: Sequence[Scores], *, spreads: Mapping[str, Any] | None = None) -> str:
-    from rich.table import Table
-
     from pipeline.report.verdicts import score_name
-    from pipeline.terminal import table_text
+    from pipeline.terminal import table
 
-    table = Table("score", *names, *(["mean", "sd over sets"] if spreads else []))
+    rows = []
     for key in dict.fromkeys(key for one in found for key in one.values):
         cells = []
         for one in found:
             low, high = one.intervals.get(key, (None, None))
             cell = "" if key not in one.values else f"{one.values[key]:.4g}"
-            cells.append(cell if low is None else f"{cell}  ({low:.3g} to {high:.3g})")
+            cells.append(cell if low is None else f"{cell} ({low:.3g} to {high:.3g})")
         if spreads:
             cells += [f"{spreads[key].mean:.4g}", f"{spreads[key].deviation:.2g}"] if key in spreads else ["", ""]
-        table.add_row(score_name(key), *cells)
-    return table_text(table)
+        rows.append((score_name(key), *cells))
+    return table(("score", *names, *(["mean", "sd over sets"] if spreads else [])), rows)
 
 
 def _note(sentence: str) -> None:
@@ -299,7 +297,9 @@ def _note(sentence: str) -> None:
 
 def _protocol_lines(found: Scores) -> str:
     one = found.protocol
-    return (
+    from pipeline.terminal import wrapped
+
+    return wrapped(
         f"protocol {one.id}: {one.images} images of {one.image_width} x {one.image_height} pixels "
         f"({' and '.join(one.formats)}), features {one.features} {one.features_digest}, reference {one.reference} "
         f"{one.reference_digest}; in brackets 95 % intervals"
@@ -307,13 +307,17 @@ def _protocol_lines(found: Scores) -> str:
 
 
 def _verdicts(checks: Sequence[Any]) -> str:
-    from rich.table import Table
-
     from pipeline.report.verdicts import score_name
-    from pipeline.terminal import table_text
+    from pipeline.terminal import table
 
-    table = Table("score", "expected", "got", "tolerance", "verdict")
-    for one in checks:
-        verdict = "agrees" if one.holds else "DIFFERS"
-        table.add_row(score_name(one.name), f"{one.expected:g}", f"{one.got:.4g}", f"{one.tolerance:.3g}", verdict)
-    return table_text(table)
+    rows = [
+        (
+            score_name(one.name),
+            f"{one.expected:g}",
+            f"{one.got:.4g}",
+            f"{one.tolerance:.3g}",
+            "agrees" if one.holds else "DIFFERS",
+        )
+        for one in checks
+    ]
+    return table(("score", "expected", "got", "tolerance", "verdict"), rows)

@@ -19,7 +19,6 @@ sweep_app = typer.Typer(
     help="Try sampling settings of the trained models with Ray Tune, score them, and take the best over into params.yaml.",
 )
 
-OFFSETS = (-0.4, -0.2, 0.0, 0.2, 0.4)  # nats around the training threshold, where nothing else is asked for
 Cfg = Annotated[str, typer.Option(help="Guidance scales: FIRST:LAST:STEP, or numbers with commas.")]
 MaxLength = Annotated[
     int | None, typer.Option(min=1, help="Longest patch in tokens while sampling; else as in params.yaml.")
@@ -37,7 +36,8 @@ Apply = Annotated[bool, typer.Option("--apply", help="Write the winner into the 
 @sweep_app.command("threshold")
 def sweep_threshold(
     thresholds: Annotated[
-        str | None, typer.Option(help="Nats: FIRST:LAST:STEP, or numbers with commas; else around the training threshold.")
+        str | None,
+        typer.Option(help="Nats: FIRST:LAST:STEP, or numbers with commas; else around the training one, by quantiles."),
     ] = None,
     cfg: Cfg = "1.0:3.0:0.5",
     max_length: MaxLength = None,
@@ -136,12 +136,18 @@ def subject_of(model: str, max_length: int | None) -> tuple[Subject, Any]:
 
 
 def _training_thresholds(subject: Subject) -> list[float]:
-    from dpar_core.patches.maps import read_rule
+    from dpar_core.data.shards import TokenShards
+    from dpar_core.patches.maps import EntropyMaps, read_rule
+    from stages.artifacts import ENTROPIES, FOLDER, TOKENS
+    from stages.tools.patch_stats import SAMPLED_MAPS, thresholds_around
 
     rule = read_rule(subject.models[None].rule)
     if not rule.reads_entropies:
         raise ValueError(f"patches of mode {rule.mode} follow no threshold: sweep the guidance with `dpar-cli sweep cfg`")
-    return [round(rule.threshold + offset, 2) for offset in OFFSETS if rule.threshold + offset > 0]
+    tokens, entropies = (one.require(Path(FOLDER).absolute()) for one in (TOKENS, ENTROPIES))
+    return thresholds_around(
+        EntropyMaps(entropies, TokenShards(tokens, "train")).sample(SAMPLED_MAPS).entropies, rule.threshold
+    )
 
 
 def _plan(points, params, images, final_images, finalists, concurrency, search, trials) -> Plan:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from dpar_core.files import atomic_path, atomic_write, write_json
 from dpar_core.secrets import redacted
+from pipeline import terminal
 from pipeline.report.charts import Scatter, scatter_chart
 from pipeline.report.pictures import file_uri
-from pipeline.terminal import table_text
 from stages.shared.sampler import Files
 from stages.tools.sweep import Outcome
 
@@ -262,26 +262,30 @@ def draw_pareto(facts: Facts, path: Path) -> None:
 
 def table(facts: Facts) -> str:
     """Return the finals (or the best of the search) and the failures as text for a terminal."""
-    from rich.table import Table
-
     results = sorted(facts.outcome.finals or facts.outcome.search, key=lambda one: one[facts.distance])[:10]
     kind = "finals, fresh seeds" if facts.outcome.finals else "search"
-    shown = Table("threshold", "cfg", "images", facts.short, "95 %", "patches", "images/s", title=f"{facts.name}: {kind}")
+    rows = []
     for one in results:
         low, high = one["intervals"].get(facts.distance, (float("nan"), float("nan")))
-        shown.add_row(
-            "training" if one["threshold"] is None else f"{one['threshold']:g}",
-            f"{one['cfg_scale']:g}",
-            str(one["images"]),
-            f"{one[facts.distance]:.4g}",
-            f"{low:.3g} to {high:.3g}",
-            f"{one['patch/patches_per_image']:.1f}",
-            f"{one['perf/images_per_s']:.3g}",
+        rows.append(
+            (
+                "training" if one["threshold"] is None else f"{one['threshold']:g}",
+                f"{one['cfg_scale']:g}",
+                str(one["images"]),
+                f"{one[facts.distance]:.4g}",
+                f"{low:.3g} to {high:.3g}",
+                f"{one['patch/patches_per_image']:.1f}",
+                f"{one['perf/images_per_s']:.3g}",
+            )
         )
-    lines = [table_text(shown) if results else ""]
+    lines = []
+    if rows:
+        head = ("threshold", "cfg", "images", facts.short, "95 %", "patches", "images/s")
+        lines += [f"{facts.name}: {kind}", terminal.table(head, rows)]
     if chance := within_chance(facts):
-        lines.append(f"within chance of the best: {', '.join(label(one) for one in chance)}")
-    lines += [f"failed: {one_line(one)}" for one in facts.outcome.failed]
+        words = f"within chance of the best: {', '.join(label(one) for one in chance)}"
+        lines.append(terminal.wrapped(words, rest="  "))
+    lines += [terminal.wrapped(f"failed: {one_line(one)}", rest="  ") for one in facts.outcome.failed]
     if facts.command:
         lines.append(f"reproduce       {facts.command}")
     return "\n".join(lines)

@@ -16,6 +16,8 @@ from dpar_core.patches.maps import EntropyMaps
 from dpar_core.patches.rule import PatchRule, patch_starts_numpy
 
 MOST_STEPS = 10_000  # numbers of a range
+QUANTILES = (0.2, 0.4, 0.5, 0.6, 0.8)  # of the entropies, where nobody names a threshold
+STEP = 0.1  # of the tokens, between thresholds that a sweep tries where nobody names one
 SAMPLED_MAPS = 20_000  # maps that are looked at: the mean length is then known to about 0.1 %
 
 
@@ -55,7 +57,7 @@ def patch_stats(
     tokens: Path,
     entropies: Path,
     *,
-    thresholds: Sequence[float],
+    thresholds: Sequence[float] | None,
     max_lengths: Sequence[int | None],
     mode: str = "entropy_rows",
     split: str = "train",
@@ -63,11 +65,13 @@ def patch_stats(
 ) -> PatchStats:
     """Return what every threshold with every maximum gives on at most `limit` evenly spaced maps.
 
-    thresholds: nats; max_lengths: tokens, None for no maximum. Raises FileNotFoundError or ValueError when entropies are
-    missing or belong to other shards, ValueError for a rule that is none.
+    thresholds: nats, None for quantiles of the entropies. max_lengths: tokens, None for no maximum. Raises
+    FileNotFoundError or ValueError when entropies are missing or belong to other shards, ValueError for a rule that is none.
     """
     shards = TokenShards(tokens, split)
     sample = EntropyMaps(entropies, shards).sample(limit)
+    if thresholds is None:
+        thresholds = entropy_quantiles(sample.entropies)
     images = np.bincount(sample.labels, minlength=len(shards.meta.classes))
     cells = []
     for max_length in max_lengths:
@@ -84,6 +88,24 @@ def patch_stats(
             mean = float(patches.mean())
             cells.append(Cell(float(threshold), max_length, shards.meta.tokens / mean, mean, low, high, *extremes))
     return PatchStats(tuple(cells), len(sample.labels), sample.whole, shards.meta.tokens)
+
+
+def entropy_quantiles(entropies: np.ndarray) -> list[float]:
+    """Return thresholds in nats that keep the shares QUANTILES of tokens below them. entropies: (n, T), nan unknown."""
+    found = np.nanquantile(entropies, QUANTILES)
+    return list(dict.fromkeys(round(float(nats), 2) for nats in found))
+
+
+def thresholds_around(entropies: np.ndarray, threshold: float) -> list[float]:
+    """Return a threshold in nats with two below and two above it, each leaving STEP more of the tokens on its other side.
+
+    entropies: (n, T), nan unknown. The ends of the data are where it stops.
+    """
+    known = np.sort(entropies[~np.isnan(entropies)])
+    share = float(np.searchsorted(known, threshold) / len(known))
+    shares = [share + STEP * place for place in (-2, -1, 1, 2)]
+    beside = [round(float(np.quantile(known, one)), 2) for one in shares if 0 < one < 1]
+    return sorted({threshold, *(nats for nats in beside if nats > 0)})
 
 
 def parse_range(text: str) -> list[float]:

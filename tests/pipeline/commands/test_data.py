@@ -117,11 +117,19 @@ def test_patch_statistics_are_a_table_and_a_picture(place, run):
         "patches", "stats", "--thresholds", "2:2.4:0.2", "--max-lengths", "1,none", "--maps", "9", "--out", "s.png"
     )
     assert code == 0 and lines[0] == "entropy_rows, a sample of 9 train views of 16 tokens" and lines[-1] == "s.png"
-    cells = [line.replace("│", " ").split() for line in lines if line.startswith("│")]
+    cells = [line.split() for line in lines[2:-1]]
     assert [cell[:2] for cell in cells] == [[number, most] for most in ("1", "none") for number in ("2", "2.2", "2.4")]
-    assert all(cell[2:6] == ["1.000", "16.0", "16", "16"] for cell in cells[:3])  # at most 1 token: as many as tokens
+    assert all(cell[2:6] == ["1.00", "16.0", "16", "to"] for cell in cells[:3])  # at most 1 token: as many as tokens
     with Image.open("s.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_patch_statistics_try_quantiles_of_the_entropies_by_themselves(place, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    code, lines, _ = run("patches", "stats", "--max-lengths", "none", "--maps", "9")
+    assert code == 0 and max(map(len, lines)) <= 40
+    lengths = [float(line.split()[1]) for line in lines if line.startswith("  length ")]
+    assert len(lengths) == 5 and lengths == sorted(lengths) and lengths[0] < lengths[-1]
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,19 @@ from pipeline.tracking.journal import Journal
 from tests.helpers.mlflow_stores import closed_port
 
 
-def run(name="demo · DPAR 2.79 / baseline 2.86 nats", **metrics):
+def run(name="demo · DPAR 2.79 / baseline 2.86 nats", steps="480", **metrics):
     info = SimpleNamespace(run_id="0123456789abcdef", run_name=name, status="FINISHED", start_time=1_700_000_000_000)
-    data = SimpleNamespace(metrics=metrics, params={"seed": "0", "train.steps": "480", "gone": "1"}, tags={})
+    data = SimpleNamespace(metrics=metrics, params={"seed": "0", "train.steps": steps, "gone": "1"}, tags={})
     return SimpleNamespace(info=info, data=data)
 
 
-def test_runs_are_a_table_of_80_columns():
-    lines = run_lines(
-        [run(dpar_loss=2.791, baseline_loss=2.862, training_speed=1.07), run("own params · 2026-11-27 16:40:12")]
-    )
+def test_runs_are_a_table_of_80_columns_with_what_changed_since_the_one_before():
+    found = {"dpar_loss": 2.791, "baseline_loss": 2.862, "dpar_distance": 5.53, "baseline_distance": 6.17}
+    lines = run_lines([run(training_speed=1.07, **found), run("own params · 2026-11-27 16:40:12", steps="8")])
     assert max(map(len, lines)) <= 80
-    assert lines[1].startswith("01234567  ") and "  2.79   2.86   1.07  demo" in lines[1]
-    assert lines[2].endswith("own params")
+    assert lines[1].startswith("01234567  ") and lines[1].endswith("2.79/2.86  5.53/6.17   1.07  demo")
+    assert lines[2].split(maxsplit=1) == ["train.steps", "8 -> 480"]
+    assert lines[3].endswith("own params")
     assert run_lines([]) == ["no pipeline run yet: dpar-cli run"]
 
 

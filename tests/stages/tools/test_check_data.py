@@ -19,7 +19,13 @@ from dpar_core.patches.rule import PatchRule, patch_starts_numpy
 from stages.tools import check_data as check_module
 from stages.tools.check_data import check_data, repair_data
 from stages.tools.inspect_data import describe, draw, inspect_image
-from stages.tools.patch_stats import parse_max_lengths, parse_range, patch_stats
+from stages.tools.patch_stats import (
+    entropy_quantiles,
+    parse_max_lengths,
+    parse_range,
+    patch_stats,
+    thresholds_around,
+)
 from stages.tracker import NullTracker
 from tests.helpers.tiny_data import Project, as_artifacts, make_project, photo, tiny_params
 
@@ -319,3 +325,11 @@ def test_maximum_lengths_are_read_and_others_refused():
     for text in ("0", "-1", "x", "1,,2", ""):
         with pytest.raises(ValueError, match=r"expected a number of tokens from 1, or none"):
             parse_max_lengths(text)
+
+
+def test_thresholds_that_nobody_named_follow_the_entropies():
+    entropies = np.linspace(0.0, 1.0, 101, dtype=np.float32).reshape(1, -1).repeat(2, axis=0)
+    entropies[:, 0] = np.nan
+    assert entropy_quantiles(entropies) == pytest.approx([0.21, 0.41, 0.51, 0.6, 0.8], abs=0.011)
+    assert thresholds_around(entropies, 0.55) == pytest.approx([0.35, 0.45, 0.55, 0.65, 0.75], abs=0.011)
+    assert thresholds_around(entropies, 0.95) == pytest.approx([0.75, 0.85, 0.95], abs=0.011)  # there is nothing above
