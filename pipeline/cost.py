@@ -5,8 +5,10 @@ N tokens and M patches an image. Training costs three forward passes; numbers ar
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +17,14 @@ import typer
 
 if TYPE_CHECKING:
     from dpar_core.models.memory import TrainingMemory
+    from dpar_core.models.vq import VQConfig
 
 GIGA, HOUR = 1e9, 3600.0
 IMAGENET_IMAGES, IMAGENET_CLASSES, BUILTIN_CLASSES = 1_281_167, 1000, 9
 CHECKPOINT_BYTES = 12  # a parameter: weight and moments
+INCEPTION_FLOPS = 2 * 5.7e9  # an image of 299 pixels through Inception v3: 5.7 billion multiply-adds
+# Share of the GPU's peak that work other than training reaches: as measured on an H200 (docs/gpu.md), scoring assumed.
+SHARES = {"tokenizing": 0.11, "entropies": 0.043, "sampling": 0.09, "scoring": 0.05}
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,13 @@ class Prices:
     gpu: str
     utilisation: float
     price: float  # for a GPU-hour
+    currency: str = "USD"
 
-    def hours(self, operations: float) -> float:
-        """Return GPU-hours for a number of FLOPs. Raises ValueError for a GPU without a published peak."""
+    def hours(self, operations: float, share: float | None = None) -> float:
+        """Return GPU-hours for a number of FLOPs. share: of the peak, else `utilisation`.
+
+        Raises ValueError for a GPU without a published peak.
+        """
         from dpar_core.models.flops import PUBLISHED_PEAKS, published_peak
 
         peak = published_peak(self.gpu)
@@ -38,7 +48,7 @@ class Prices:
             raise ValueError(f"no peak is known for GPU {self.gpu!r}: expected one of {', '.join(PUBLISHED_PEAKS)}")
         if not 0 < self.utilisation <= 1:
             raise ValueError(f"--utilisation {self.utilisation} must be above 0 and at most 1")
-        return operations / (peak * self.utilisation) / HOUR
+        return operations / (peak * (share or self.utilisation)) / HOUR
 
 
 def patches_an_image(params: Any, tokens: int) -> float:
@@ -77,6 +87,54 @@ def fitting(training: Any, memory: TrainingMemory, gpu: float) -> dict[str, Any]
         "largest_micro_batch": largest,
         "accumulate": training.accumulate,
         "accumulate_that_fits": memory.micro_batches(share, gpu, at_least=training.accumulate),
+    }
+
+
+@functools.cache
+def tokenizer_flops(config: VQConfig, side: int) -> tuple[float, float]:
+    """Return the FLOPs of encoding and of decoding an image of `side` pixels, layer by layer, without computing anything."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from dpar_core.models.vq import VQ
+
+    grid = side // config.downsample
+    with torch.device("meta"):
+        model, image = VQ(config), torch.empty(1, 3, side, side)
+        codes = torch.zeros(1, grid, grid, dtype=torch.int64)
+    counts = []
+    for call, given in ((model.encode, image), (model.decode, codes)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call(given)
+        counts.append(float(counter.get_total_flops()))
+    return counts[0], counts[1]
+
+
+def other_work(params: Any, prices: Prices, *, views: float, gate: float, forward: Mapping[str, float]) -> dict[str, Any]:
+    """Return what a whole run does besides training DPAR, its baseline and the entropy model.
+
+    views: encoded views of the training images. gate, forward: FLOPs of one image through the entropy model, through each
+    model. The baseline is sampled twice, at equal steps and at equal training time.
+    """
+    from stages.tokenizer import vq_config
+
+    encode, decode = tokenizer_flops(vq_config(params.tokenizer), params.data.image_size)
+    images, guided = params.sample.images, 2 if params.sample.cfg_scale > 1 else 1
+    trained = 0 if params.tokenizer.weights else params.tokenizer.steps * params.tokenizer.batch_size
+    gated = gate if params.sample.gate == "entropy_model" else 0.0
+    sampled = guided * (forward["dpar"] + 2 * forward["llamagen"]) + gated + 3 * decode
+    work = {
+        "training the tokenizer": (trained, 3 * (encode + decode) * trained, prices.utilisation),
+        "tokenizing": (views, encode * views, SHARES["tokenizing"]),
+        "entropies": (views, gate * views, SHARES["entropies"]),
+        "sampling": (3 * images, sampled * images, SHARES["sampling"]),
+    }
+    if params.score.features == "inception":
+        work["scoring"] = (3 * images, INCEPTION_FLOPS * 3 * images, SHARES["scoring"])
+    return {
+        name: {"images": count, "exaflops": total / 1e18, "share_of_peak": share, "gpu_hours": prices.hours(total, share)}
+        for name, (count, total, share) in work.items()
+        if count
     }
 
 
@@ -136,6 +194,8 @@ def costs(
             "epochs": training.steps * training.batch_size / images,
             "gpu_hours": hours,
             "price": hours * prices.price,
+            "workers": training.workers,
+            "hours_on_its_workers": hours / training.workers,
             **fitting(training, memory, gpu or 0.0),
             "checkpoint_gb": config.num_parameters * CHECKPOINT_BYTES / GIGA,
             "weights_gb": config.num_parameters * 4 / GIGA,
@@ -153,17 +213,27 @@ def costs(
     twin = forward["llamagen"] / GIGA
     told["llamagen"] |= {"generation_gflops": twin, "generation_cfg_gflops": 2 * twin}
     told["entropy_model"]["exaflops_for_all_views"] = gate * images * views / 1e18
+    others = other_work(params, prices, views=images * views, gate=gate, forward=forward)
+    hours = sum(one["gpu_hours"] for one in (*told.values(), *others.values()))
     return {
         "tokens_per_image": tokens,
         "patches_per_image": patches,
         "training_images": images,
         "views": views,
         "models": told,
+        "other_work": others,
+        "whole_run": {
+            "gpu_hours": hours,
+            "price": hours * prices.price,
+            "workers": params.train.workers,
+            "days_on_its_workers": hours / params.train.workers / 24,
+        },
         "disk_gb": {name: size / GIGA for name, size in _disk_bytes(tokens, patches, images, views).items()},
         "prices": {
             "gpu": prices.gpu,
             "utilisation": prices.utilisation,
             "price_per_gpu_hour": prices.price,
+            "currency": prices.currency,
             "memory_gb": None if gpu is None else gpu / GIGA,
         },
     }
@@ -195,6 +265,7 @@ _ROWS = [
     ("  with entropy model and entropies", "training_exaflops_with_entropy_model", ",.4g"),
     ("epochs", "epochs", ",.4g"),
     ("GPU-hours", "gpu_hours", ",.4g"),
+    ("hours on its GPUs, one per worker", "hours_on_its_workers", ",.4g"),
     ("price", "price", ",.2f"),
     ("GB per worker: weights, AdamW", "state_gb_per_worker", ",.3g"),
     ("  activations, about", "activations_gb_per_worker", ",.3g"),
@@ -214,16 +285,18 @@ def cost(
     gpu: Annotated[str, typer.Option(help="GPU, as H200 or A100.")] = "A100",
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
     price: Annotated[float, typer.Option(help="Price of a GPU-hour.")] = 2.0,
+    currency: Annotated[str, typer.Option(help="Currency of the price.")] = "USD",
 ) -> None:
     """Estimate what a preset costs before it is started.
 
-    Reads a params file only. Prints parameters, FLOPs with and without the entropy model, memory, checkpoints, disk and
-    GPU-hours for DPAR, its LlamaGen baseline and the entropy model. To go on: `dpar-cli params use PRESET`.
+    Reads a params file only. Prints parameters, FLOPs with and without the entropy model, memory, checkpoints, disk,
+    GPU-hours and wall time for DPAR, its LlamaGen baseline and the entropy model, then the rest of a run: tokenizing,
+    entropies, sampling, scoring. To go on: `dpar-cli params use PRESET`.
     """
     from stages.params import load_params
 
     params = load_params(_params_file(preset))
-    told = costs(params, prices=Prices(gpu, utilisation, price), patches=patches, images=images, classes=classes)
+    told = costs(params, prices=Prices(gpu, utilisation, price, currency), patches=patches, images=images, classes=classes)
     print(json.dumps(told, indent=2, sort_keys=True) if as_json else _table(preset or "params.yaml", told))
 
 
@@ -238,25 +311,48 @@ def _params_file(preset: str | None) -> Path:
 
 
 def _table(name: str, told: dict[str, Any]) -> str:
-    """Lay the costs out for reading."""
-    models, prices, disk = told["models"], told["prices"], told["disk_gb"]
+    """Lay the costs out for reading, for the terminal's width."""
+    from pipeline.terminal import table, wrapped
+
+    models, prices, disk, whole = told["models"], told["prices"], told["disk_gb"], told["whole_run"]
     order = ("dpar", "llamagen", "entropy_model")
+    money = f"{prices['price_per_gpu_hour']:g} {prices['currency']}"
     lines = [
-        f"{name}: {told['tokens_per_image']} tokens and {told['patches_per_image']:.4g} patches per image,",
-        f"{told['training_images']:,} images in {told['views']} views",
-        f"{prices['gpu']} at an assumed MFU of {prices['utilisation']:.0%} (share of its peak), "
-        f"{prices['price_per_gpu_hour']:g} per hour",
+        wrapped(
+            f"{name}: {told['tokens_per_image']} tokens and {told['patches_per_image']:.4g} patches per image, "
+            f"{told['training_images']:,} images in {told['views']} views"
+        ),
+        wrapped(f"{prices['gpu']} at an assumed MFU of {prices['utilisation']:.0%} (share of its peak), {money} per hour"),
         "",
-        f"{'':38}{'DPAR':>14}{'LlamaGen':>14}{'entropy model':>14}",
     ]
-    for label, key, form in _ROWS:
-        cells = [format(models[one][key], form) if key in models[one] else "" for one in order]
-        lines.append(f"{label:38}{cells[0]:>14}{cells[1]:>14}{cells[2]:>14}")
-    lines += ["", f"DPAR saves {models['dpar']['saved_percent']:.1f} % of its baseline's FLOPs."]
+    rows = [
+        [label.replace("price", f"price, {prices['currency']}"), *(_cell(models[one], key, form) for one in order)]
+        for label, key, form in _ROWS
+    ]
+    lines += [table(("", "DPAR", "LlamaGen", "entropy model"), rows), ""]
+    lines.append(wrapped(f"DPAR saves {models['dpar']['saved_percent']:.1f} % of its baseline's FLOPs."))
     if prices["memory_gb"] is not None:
-        lines += [_advice(one, models[one], prices) for one in order if _is_too_large(models[one])]
+        lines += [wrapped(_advice(one, models[one], prices), rest="  ") for one in order if _is_too_large(models[one])]
+    rows = [
+        [work, f"{one['images']:,}", f"{one['exaflops']:,.4g}", f"{one['gpu_hours']:,.4g}", f"{one['share_of_peak']:.1%}"]
+        for work, one in told["other_work"].items()
+    ]
+    lines += ["", table(("beside training", "images", "EFLOPs", "GPU-hours", "of the peak"), rows)]
+    days, workers = whole["days_on_its_workers"], whole["workers"]
+    span = f"{days:,.3g} days" if days >= 1 else f"{24 * days:,.3g} hours"
+    lines.append(
+        wrapped(
+            f"The whole run: {whole['gpu_hours']:,.4g} GPU-hours, {whole['price']:,.2f} {prices['currency']}, {span} on "
+            f"{workers or 1} x {prices['gpu']}. Shares of the peak beside training were measured on one H200, for scoring "
+            "assumed."
+        )
+    )
     sizes = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in disk.items()]
-    return "\n".join([*lines, f"GB on disk: {', '.join(sizes)}"])
+    return "\n".join([*lines, wrapped(f"GB on disk: {', '.join(sizes)}")])
+
+
+def _cell(model: dict[str, Any], key: str, form: str) -> str:
+    return format(model[key], form) if key in model else ""
 
 
 def _is_too_large(model: dict[str, Any]) -> bool:
@@ -272,6 +368,6 @@ def _advice(name: str, model: dict[str, Any], prices: dict[str, Any]) -> str:
     fits = model["accumulate_that_fits"]
     way_out = f"set {section}.accumulate to {fits}" if fits else f"set {section}.strategy to fsdp, or use more workers"
     return (
-        f"{name.replace('_', ' ')}: {model['micro_batch']} images at a time need about\n"
-        f"  {model['memory_gb_per_worker']:.3g} GB of the {prices['memory_gb']:.3g} GB of {prices['gpu']}: {way_out}."
+        f"{name.replace('_', ' ')}: {model['micro_batch']} images at a time need about "
+        f"{model['memory_gb_per_worker']:.3g} GB of the {prices['memory_gb']:.3g} GB of {prices['gpu']}: {way_out}."
     )

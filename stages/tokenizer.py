@@ -55,22 +55,27 @@ class Outputs:
     picture: Path
 
 
+def vq_config(section: P.Tokenizer) -> VQConfig:
+    """Return the shape of a tokenizer of the params section."""
+    return VQConfig(
+        section.codebook_size,
+        section.codebook_dim,
+        section.base_width,
+        tuple(section.channel_multipliers),
+        section.z_channels,
+        section.residual_blocks,
+        section.commitment,
+        section.norm_groups,
+    )
+
+
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Make the tokenizer and say how well it reconstructs the validation images."""
     manifest = read_manifest(inputs.manifest)
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
     opener, settings = ImageOpener(manifest), params.tokenizer
     assert settings.precision != "auto", "the runner settles precisions"
-    config = VQConfig(
-        settings.codebook_size,
-        settings.codebook_dim,
-        settings.base_width,
-        tuple(settings.channel_multipliers),
-        settings.z_channels,
-        settings.residual_blocks,
-        settings.commitment,
-        settings.norm_groups,
-    )
+    config = vq_config(settings)
     if settings.weights is None:
         keep_freed_blocks()
         images = CenterCrops(manifest.split("train"), opener, params.data.image_size)

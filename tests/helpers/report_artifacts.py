@@ -14,13 +14,14 @@ from dpar_core.data.shards import TokenShards
 from dpar_core.files import save_weights, write_json, write_record
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
-from dpar_core.models.vq import VQ, VQConfig
+from dpar_core.models.vq import VQ
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.turns import Turns
 from pipeline.report.page import Inputs
 from pipeline.runner import STAGES, load_stage
 from stages.params import Params, parse_params, select
 from stages.shared.pace import Pace, write_pace
+from stages.tokenizer import vq_config
 from stages.tracker import NullTracker
 from tests.helpers.paths import ROOT
 
@@ -122,17 +123,7 @@ def write_artifacts(root: Path, params: Params, *, ratio: float = 1.04, snapshot
     torch.set_num_threads(1)
     made = root / "artifacts"
     run_stage("data", root, params)
-    section = params.tokenizer
-    vq = VQConfig(
-        CODES,
-        section.codebook_dim,
-        section.base_width,
-        tuple(section.channel_multipliers),
-        section.z_channels,
-        section.residual_blocks,
-        section.commitment,
-        section.norm_groups,
-    )
+    vq = vq_config(params.tokenizer)
     state = random_weights(VQ(vq), 1)
     tokenizer = save_weights(
         made / "tokenizer/tokenizer.safetensors", state, kind="vq", config=asdict(vq), meta={"image_size": SIZE}

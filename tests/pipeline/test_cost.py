@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 from typer import Typer
 from typer.testing import CliRunner
@@ -10,10 +11,11 @@ from typer.testing import CliRunner
 from dpar_core.data.images import VIEW_COUNTS
 from dpar_core.data.shards import Sample, TokenMeta, write_shard
 from dpar_core.models import memory
-from dpar_core.models.vq import VQConfig, most_images
-from pipeline.cost import Prices, cost, costs
+from dpar_core.models.vq import VQ, VQConfig, most_images
+from pipeline.cost import Prices, cost, costs, tokenizer_flops
 from stages.entropy_model import entropy_config
 from stages.params import load_params, parse_params
+from stages.tokenizer import vq_config
 from stages.train import dpar_config, llamagen_config
 from tests.helpers.paths import ROOT
 
@@ -148,6 +150,43 @@ def test_hours_and_price_follow_from_flops():
     assert told["checkpoint_gb"] == pytest.approx(115_021_824 * 12e-9)
 
 
+def test_the_rest_of_a_run_is_counted_beside_training():
+    told = costs(load_params(ROOT / "params/imagenet256-dpar-b.yaml"), prices=A100)
+    work, models = told["other_work"], told["models"]
+    assert list(work) == ["tokenizing", "entropies", "sampling", "scoring"]  # published weights: no tokenizer is trained
+    hours = sum(one["gpu_hours"] for one in (*models.values(), *work.values()))
+    whole = told["whole_run"]
+    assert whole["gpu_hours"] == pytest.approx(hours) and whole["price"] == pytest.approx(2 * hours)
+    assert whole["days_on_its_workers"] == pytest.approx(hours / 8 / 24)
+    assert models["dpar"]["hours_on_its_workers"] == pytest.approx(models["dpar"]["gpu_hours"] / 8)
+
+
+def test_the_tokenizer_is_counted_layer_by_layer():
+    """Convolutions by the sizes that go through them; attention and the search of codes are the rest."""
+    raw = YAML(typ="safe").load((ROOT / "params" / "demo.yaml").read_text())
+    params = parse_params(raw)
+    model, found = VQ(vq_config(params.tokenizer)), [0]
+
+    def count(layer, _, out):
+        found[0] += 2 * out.numel() * layer.weight[0].numel()
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        codes = model.encode(torch.zeros(1, 3, 32, 32))
+        encode, (found[0]) = found[0], 0
+        model.decode(codes)
+    told = tokenizer_flops(model.config, 32)
+    width = params.tokenizer.base_width * params.tokenizer.channel_multipliers[-1]
+    attention = 4 * 64**2 * width
+    search = 2 * 64 * params.tokenizer.codebook_size * params.tokenizer.codebook_dim
+    blocks = [
+        sum(type(one).__name__ == "AttentionBlock" for one in half.modules()) for half in (model.encoder, model.decoder)
+    ]
+    assert told == (encode + blocks[0] * attention + search, found[0] + blocks[1] * attention)
+
+
 def test_token_shards_have_the_size_that_was_told(tmp_path):
     """A shard of 40 images; tar rounds a whole file up to 10,240 bytes."""
     import numpy as np
@@ -240,5 +279,9 @@ def test_a_micro_batch_that_does_not_fit_gets_the_accumulate_that_does(monkeypat
     output = CliRunner().invoke(app, ["imagenet384-dpar-xl", "--gpu", "L40S"]).output
     told = json.loads(CliRunner().invoke(app, ["imagenet384-dpar-xl", "--gpu", "L40S", "--json"]).output)["models"]["dpar"]
     fits = told["accumulate_that_fits"]
-    assert f"set train.accumulate to {fits}." in output and fits > 1 and max(map(len, output.splitlines())) <= 80
+    assert (
+        f"set train.accumulate to {fits}." in " ".join(output.split())
+        and fits > 1
+        and max(map(len, output.splitlines())) <= 80
+    )
     assert 32 // fits <= told["largest_micro_batch"] < 32
