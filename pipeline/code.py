@@ -1,14 +1,17 @@
-"""Which code made an artifact: the version of the package and the digest of its sources."""
+"""Which code made an artifact: the version of the package, the digest of its sources, the commit, and the packages used."""
 
 from __future__ import annotations
 
 import functools
+import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
 from dpar_core.files import digest_of, sha256_file
 
 _PACKAGES = ("dpar_core", "stages", "pipeline")
+_USED = ("torch", "numpy", "ray", "mlflow", "dvc")
 
 
 @functools.cache
@@ -26,3 +29,23 @@ def code_identity() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         version = "not installed"
     return {"version": version, "source": source}
+
+
+def commit_of(root: Path) -> str:
+    """Return the commit of a project, 12 hex digits and `-dirty` where files differ from it; empty outside git."""
+    commit = git(root, "rev-parse", "HEAD")[:12]
+    return f"{commit}-dirty" if commit and git(root, "status", "--porcelain", "--untracked-files=no") else commit
+
+
+def packages_used() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results may depend on."""
+    return {"Python": platform.python_version(), **{name: metadata.version(name) for name in _USED}}
+
+
+def git(root: Path, *words: str) -> str:
+    """Return what a git command prints; an empty text where it fails, or there is no git."""
+    try:
+        found = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""

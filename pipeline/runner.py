@@ -17,12 +17,13 @@ from typing import Any
 
 from dpar_core.files import digest_of, write_json
 from dpar_core.system import cpus
-from pipeline.code import code_identity
+from pipeline.code import code_identity, commit_of, packages_used
 from pipeline.state import LAST
 from pipeline.tracking.tracker import open_tracker
 from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
 from stages.params import Compute, Section, load_params, plain, precision_lines, section_of, select, settled
+from stages.shared.pace import machine_words
 from stages.workers.tasks import remove_leftovers
 
 
@@ -128,7 +129,9 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         with open_tracker(name, params, chosen, root=root) as tracker:
             stage.run(chosen, inputs, outputs, tracker, device=device, work=work)
         ended = time.time()
-        write_json(work.parent / LAST, {"finished": ended, "seconds": max(ended - started, 0.0), "code": code_identity()})
+        last = {"finished": ended, "seconds": max(ended - started, 0.0), "code": code_identity()}
+        last |= {"commit": commit_of(root), "packages": packages_used(), "machine": machine_words(device)}
+        write_json(work.parent / LAST, last)
         for old in work.parent.iterdir():
             if old.is_dir() and old != work:
                 shutil.rmtree(old)

@@ -6,6 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from dpar_core.generation.parts import timed_parts
 from dpar_core.turns import take_turns
 from stages import params as P
 from stages.artifacts import artifact_digest
@@ -48,8 +51,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     images = min(params.sample.batch_size, params.sample.images)
 
     def draw(sampler: Sampler) -> None:
-        labels = [index % sampler.config.num_classes for index in range(images)]
-        sampler.draw(labels, [params.sample.seed + index for index in range(images)])
+        draw_batch(sampler, images, params.sample.seed)
 
     while images > 1:
         started = time.perf_counter()
@@ -68,8 +70,32 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
             wait=waits_for(device),
             progress=whole_seconds(bar.advance),
         )
-    pace = Pace("image", images, turns, machine_words(device))
+    parts = {name: parts_of(sampler, images, params.sample.seed) for name, sampler in zip(("dpar", "llamagen"), models)}
+    pace = Pace("image", images, turns, machine_words(device), {} if not all(parts.values()) else parts)
     write_pace(outputs.speed, pace)
     for name, rate in pace.images_per_s.items():
         tracker.log_metrics({f"speed/sampling_{name}": rate})
     tracker.log_metrics({"speed/sampling_ratio": turns.ratio})
+
+
+def draw_batch(sampler: Sampler, images: int, seed: int) -> Tensor:
+    """Sample the images that are timed; return their tokens (images, T)."""
+    labels = [index % sampler.config.num_classes for index in range(images)]
+    return sampler.draw(labels, [seed + index for index in range(images)]).tokens
+
+
+def parts_of(sampler: Sampler, images: int, seed: int) -> dict[str, float]:
+    """Return the seconds per image of each part of sampling and of decoding to pixels; empty on a GPU (see timed_parts)."""
+    with timed_parts(sampler.generator) as spent:
+        started = time.perf_counter()
+        tokens = draw_batch(sampler, images, seed)
+        whole = time.perf_counter() - started
+    if not spent:
+        return {}
+    started = time.perf_counter()
+    sampler.pixels(tokens)
+    spent |= {
+        "choosing tokens and bookkeeping": whole - sum(spent.values()),
+        "decoding to pixels": time.perf_counter() - started,
+    }
+    return {part: seconds / images for part, seconds in spent.items()}

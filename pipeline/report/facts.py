@@ -287,10 +287,10 @@ def contests(
 
 def read_json(path: Path) -> Any:
     """Read JSON, checked against its digest where it carries one. Raises FileNotFoundError, Damaged with the way out."""
-    maker = maker_of(path, _project(path))
+    maker = maker_of(path, project_of(path))
     return files.read_json(path, way_out=f"run `dvc repro -f {maker}`" if maker else "make it again")
 
 
-def _project(path: Path) -> Path:
+def project_of(path: Path) -> Path:
     """Return the project's folder: what holds the folder of artifacts that a path lies in."""
     return next((above.parent for above in path.absolute().parents if above.name == artifacts.FOLDER), path.parent)

@@ -43,12 +43,15 @@ from pipeline.report.facts import (
     equal_time,
     held_out_losses,
     measured_speeds,
+    project_of,
     read_json,
     read_training,
 )
 from pipeline.report.pictures import data_uri, examples, real_cells, sample_cells
+from pipeline.report.provenance import read_provenance
 from pipeline.report.speeds import DRIFT, Speeds
 from pipeline.report.verdicts import FEWEST_STEPS, Contest, Estimate, score_columns, score_name, together
+from pipeline.terminal import duration
 from stages import params as P
 from stages.artifacts import (
     HEADLINE,
@@ -151,18 +154,20 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "busy": busy_sentences(trainings, speeds),
         "machine": speeds.training.pace.machine,
         "parts": [(words, value / sum(costs.parts.values())) for words, value in costs.parts.items()],
+        "times_by_part": times_by_part(speeds.sampling.pace.parts),
         "rule": maps.rule,
         "scale": {"low": low, "high": high, "bar": data_uri(colour_bar(256, 1))},
         "examples": [one.shown(low, high) for one in shown],
         "hero": typical.shown(low, high) | slider(typical.entropies, threshold),
         "tokenizer": read_json(inputs.tokenizer / METRICS),
         "charts": draw_charts(trainings, patches, times, speeds, labels)
-        | {"differences": draw_differences(rounds), "trade": draw_trade(inputs.scores, costs, labels)},
+        | {"differences": draw_differences(rounds), "trade": draw_trade(inputs, costs, speeds, labels)},
         "compared": compared_samples(inputs.samples, manifest, held_out, labels),
         "protocols": [(labels[name], read_json(inputs.samples / name / SAMPLE_PROTOCOL)) for name in MODELS],
         "published": PUBLISHED,
         "tables": score_tables(inputs.scores, inputs.samples, trainings, labels),
         "digests": digests(inputs, manifest, train, maps, labels),
+        "provenance": read_provenance(project_of(inputs.manifest)),
         "sections": flat_params(params),
     }
     environment = Environment(
@@ -172,7 +177,13 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"number": number, "flop": flop, "plain": plain, "percent": lambda share: f"{100 * share:.0f} %"}
+    environment.filters |= {
+        "number": number,
+        "flop": flop,
+        "plain": plain,
+        "duration": duration,
+        "percent": lambda share: f"{100 * share:.0f} %",
+    }
     page = environment.get_template("report.html.j2").render(**facts)
     with atomic_folder(outputs.report) as folder:
         (folder / PAGE).write_text(redacted(page))  # an address in params may hold a password
@@ -190,6 +201,19 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         tracker.log_picture(outputs.report / f"patches-{place:02d}.png")
     tracker.log_artifact(outputs.report / PAGE)
     tracker.log_metrics({"patch/share_of_tokens": patches.mean / patches.tokens, "cost/flops_saved": costs.saved("forward")})
+
+
+def times_by_part(parts: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Return where the time of a sampled image goes: each model's parts in ms, with their share of the slower model."""
+    longest = max((sum(of.values()) for of in parts.values()), default=0.0)
+    return [
+        {
+            "name": name,
+            "total": 1000 * sum(of.values()),
+            "parts": [(words, 1000 * seconds, seconds / longest) for words, seconds in of.items()],
+        }
+        for name, of in parts.items()
+    ]
 
 
 def number(value: float) -> str:
@@ -329,16 +353,32 @@ def draw_differences(rounds: tuple[Contest, Contest]) -> str:
     return difference_plot(rows, title="validation loss, DPAR minus baseline, nats per token")
 
 
-def draw_trade(scores: Path, costs: Costs, labels: Mapping[str, str]) -> str:
-    """Draw the distance of each model, with its interval, over the GFLOPs of a sampled image."""
-    dots, name = [], ""
+def draw_trade(inputs: Inputs, costs: Costs, speeds: Speeds, labels: Mapping[str, str]) -> list[str]:
+    """Draw the distance of each model, with its interval, over FLOPs, runs of the large transformer and images/s.
+
+    The last one is left out where the speed is in doubt.
+    """
+    dots, name = {}, ""
     for model in MODELS:
-        found = read_json(scores / f"{model}.json")
+        found = read_json(inputs.scores / f"{model}.json")
         name = score_columns(found)[0]
         ends = found["intervals"].get(name)
-        dot = Dot(model, found[name], None if ends is None else (ends[0], ends[1]))
-        dots.append((labels[model], costs.sampling["dpar" if model == "dpar" else "llamagen"] / 1e9, dot))
-    return dot_chart(dots, x="GFLOPs per sampled image", y=score_name(name))
+        dots[model] = Dot(model, found[name], None if ends is None else (ends[0], ends[1]))
+
+    def chart(x: str, dpar: float, baseline: float) -> str:
+        rows = [(labels[model], dpar if model == "dpar" else baseline, dot) for model, dot in dots.items()]
+        return dot_chart(rows, x=x, y=score_name(name))
+
+    runs = read_json(inputs.samples / "dpar" / METRICS)["patch/patches_per_image"]
+    tokens = read_training(inputs.models / "llamagen").config.tokens
+    drawn = [
+        chart("GFLOPs per sampled image", costs.sampling["dpar"] / 1e9, costs.sampling["llamagen"] / 1e9),
+        chart("runs of the large transformer per image", runs, tokens),
+    ]
+    if not speeds.sampling.doubt:
+        rates = speeds.sampling.pace.images_per_s
+        drawn.append(chart("images/s, measured in turns", rates["dpar"], rates["llamagen"]))
+    return drawn
 
 
 def _ranked(by_class: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -358,7 +398,8 @@ def dag() -> str:
         read = STAGES[name].inputs.values()
         return sorted({maker for path, maker in makers.items() for r in read if _touches(path, r)} - {name})
 
-    lanes = {name: 2.0 if name.endswith("llamagen") else 0.0 if name in ("features", "sources") else 1.0 for name in STAGES}
+    beside = ("features", "sources", "time_sampling")
+    lanes = {name: 2.0 if name.endswith("llamagen") else 0.0 if name in beside else 1.0 for name in STAGES}
     return graph({name: needs(name) for name in STAGES}, lanes)
 
 

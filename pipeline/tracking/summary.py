@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import getpass
 import json
-import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.code import code_identity
+from pipeline.code import code_identity, commit_of, git
 from stages.artifacts import HEADLINE
 
 WORST_TAG = "dpar.worst"  # how the worst stage of a pipeline run ended, where that is not FINISHED
@@ -49,20 +48,9 @@ def source_tags(root: Path) -> dict[str, str]:
     tags |= {f"dpar.code.{name}": value for name, value in code_identity().items()}
     with suppress(KeyError, OSError):  # a user id without a name, as in some containers
         tags["mlflow.user"] = getpass.getuser()
-    commit = _git(root, "rev-parse", "HEAD")
-    if commit:
-        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
-        tags["mlflow.source.git.commit"] = commit
-        tags["dpar.git"] = f"{commit[:12]}{'-dirty' if dirty else ''}"
+    if commit := git(root, "rev-parse", "HEAD"):
+        tags |= {"mlflow.source.git.commit": commit, "dpar.git": commit_of(root)}
     return tags
-
-
-def _git(root: Path, *words: str) -> str:
-    try:
-        found = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def read_headline(root: Path) -> dict[str, Any] | None:

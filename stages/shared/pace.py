@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ class Pace:
     unit: what a turn's seconds are for: "step" (an optimizer step) or "image".
     images: how many images a step or a batch has.
     machine: what they ran on, in words.
+    parts: model -> part of it -> seconds per image of sampling; empty where parts were not timed.
     """
 
     unit: str
     images: int
     turns: Turns
     machine: str = ""
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -88,6 +91,7 @@ def write_pace(path: Path, pace: Pace, **more: Any) -> None:
             "images": pace.images,
             "images_per_s": pace.images_per_s,
             "machine": pace.machine,
+            "parts": {name: list(of.items()) for name, of in pace.parts.items()},  # a list keeps its order
             "ratio": turns.ratio,
             "interval": list(turns.interval),
             "drift": list(turns.drift),
@@ -105,6 +109,7 @@ def read_pace(path: Path) -> Pace:
     found = read_record(path, way_out=f"run `dvc repro -f {stage}`")
     try:
         turns = Turns(tuple(found["turns"]["dpar"]), tuple(found["turns"]["llamagen"]))
-        return Pace(found["unit"], int(found["images"]), turns, found.get("machine", ""))
+        parts = {name: dict(of) for name, of in found.get("parts", {}).items()}
+        return Pace(found["unit"], int(found["images"]), turns, found.get("machine", ""), parts)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): run `dvc repro -f {stage}`") from None

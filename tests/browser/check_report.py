@@ -1,10 +1,7 @@
-"""The report in a real browser (`make browser`, needs Chromium): the slider cuts patches as the rule does, and nothing
-is loaded or reported as an error. Not part of `make test`, which needs no browser."""
+"""The report in a real browser (`make browser`, needs Chromium): the slider cuts patches as the rule does, by keyboard too,
+and nothing is loaded or reported as an error. Not part of `make test`, which needs no browser."""
 
-import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -16,64 +13,15 @@ from dpar_core.patches.rule import patch_starts
 from pipeline.report import page as report
 from stages.params import select
 from stages.tracker import NullTracker
+from tests.browser.chromium import Browser
 from tests.helpers.report_artifacts import tiny_params, write_artifacts
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-# Moves the slider as a person would, and leaves what the page shows in its title.
-DRIVER = """
-<script>
-{
-const shown = () => ({
+SHOWN = """({
   value: document.querySelector("#slider").value,
   lengths: document.querySelector("#hero").dataset.lengths,
   count: document.querySelector("#count").textContent.replace(/\\s+/g, " ").trim(),
   borders: document.querySelector("#hero .borders").getAttribute("d").length,
-});
-const one = document.querySelector("#slider"), found = [shown()];
-for (const share of [0, 0.25, 0.5, 0.75, 1]) {
-  one.value = Number(one.min) + share * (Number(one.max) - Number(one.min));
-  one.dispatchEvent(new Event("input"));
-  found.push(shown());
-}
-one.stepUp(-3);
-one.dispatchEvent(new Event("input"));
-found.push(shown());
-document.querySelector("#reset").click();
-found.push(shown());
-document.querySelector("#theme").click();
-document.querySelector("#borders").click();
-const wide = document.documentElement.scrollWidth > innerWidth;
-const loaded = performance.getEntriesByType("resource").map((one) => one.name).filter((name) => !name.startsWith("data:"));
-const bordered = document.querySelector("#compared").classList.contains("bordered");
-document.title = JSON.stringify({ found, theme: document.documentElement.dataset.theme, wide, bordered, loaded });
-}
-</script>
-"""
-
-
-def browse(page, folder, *, width: int) -> tuple[dict, str]:
-    """Open a page in Chromium; return what its driver found and what the browser logged."""
-    command = [
-        BROWSER,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-sync",
-        "--disable-component-update",
-        f"--user-data-dir={folder / 'profile'}",
-        f"--window-size={width},1200",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--virtual-time-budget=4000",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    title = re.search(r"<title>(.*?)</title>", result.stdout, re.S).group(1)
-    for code, character in (("&quot;", '"'), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
-        title = title.replace(code, character)
-    return json.loads(title), result.stderr
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +31,32 @@ def made(tmp_path_factory):
     inputs = write_artifacts(root, params)
     outputs = report.Outputs(root / "report", root / "metrics.json")
     report.run(select(params, report.Params), inputs, outputs, NullTracker(), device="cpu", work=root)
-    text = (root / "report/index.html").read_text()
-    (root / "driven.html").write_text(text.replace("</body>", f"{DRIVER}</body>"))
-    return root, inputs, text
+    return root / "report/index.html", inputs
 
 
-@pytest.mark.parametrize("width", [1440, 500])
-def check_report(made, tmp_path, width):
-    assert BROWSER, "no Chromium on this machine: install it, or leave `make browser` out"
-    root, inputs, text = made
-    seen, log = browse(root / "driven.html", tmp_path, width=width)
-    assert "CONSOLE" not in log and seen["loaded"] == [] and not seen["wide"]
-    assert seen["theme"] in ("light", "dark") and seen["bordered"]
-    exact = re.search(r'data-exact="([^"]*)"', text).group(1)
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
+
+
+@pytest.mark.parametrize("width", [390, 1024, 1440])
+@pytest.mark.parametrize("dark", [False, True])
+def check_the_page_fits_and_asks_for_nothing(made, browser, width, dark):
+    browser.loaded.clear()
+    browser.show(made[0], width=width, dark=dark)
+    assert browser.logged == [] and [one for one in browser.loaded if not one.startswith(("file:", "data:"))] == []
+    assert browser.ask("document.documentElement.scrollWidth <= innerWidth")
+    ink, paper = browser.ask("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+    bright = [np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]) for colour in (ink, paper)]
+    assert (bright[0] > bright[1]) == dark
+    assert browser.ask('document.querySelectorAll("#compared figure.dpar .tile").length') > 0
+
+
+def check_the_slider_moves_by_keyboard_and_cuts_patches_as_the_rule_does(made, browser):
+    page, inputs = made
+    browser.show(page, width=1024)
+    exact = browser.ask('document.querySelector("#hero").dataset.exact')
     entropies = np.array([np.nan if nats == "" else float(nats) for nats in exact.split(",")], np.float32)
     rule = read_rule(inputs.patch_maps / "rule.json")
 
@@ -104,10 +65,38 @@ def check_report(made, tmp_path, width):
         starts = patch_starts(torch.from_numpy(np.nan_to_num(entropies))[None], used)[0].numpy()
         return np.diff([*np.flatnonzero(starts), len(entropies)]).tolist()
 
-    first, *moved, stepped, reset = seen["found"]
-    assert first["lengths"] == reset["lengths"] == ",".join(map(str, lengths(rule.threshold)))
-    assert len({one["count"] for one in moved}) > 1
-    for one in (*moved, stepped):
+    first = browser.ask(SHOWN)
+    browser.ask('document.querySelector("#slider").focus()')
+    moved = []
+    for key, times in (("Home", 1), ("ArrowRight", 9), ("End", 1), ("ArrowLeft", 30)):
+        browser.press(key, times)
+        moved.append(browser.ask(SHOWN))
+    assert len({one["value"] for one in moved}) == 4 and len({one["count"] for one in moved}) > 1
+    for one in moved:
         expected = lengths(float(one["value"]))
         assert one["lengths"] == ",".join(map(str, expected))
         assert one["count"].startswith(f"{len(expected)} patches instead of {len(entropies)} tokens")
+    browser.press("Tab")  # on to the button that resets
+    browser.press(" ")
+    assert browser.ask(SHOWN)["lengths"] == first["lengths"] == ",".join(map(str, lengths(rule.threshold)))
+
+
+def check_theme_and_patch_borders_are_switched_by_keyboard(made, browser):
+    browser.show(made[0], width=1024)
+    for selector, then in (
+        ("#theme", "document.documentElement.dataset.theme"),
+        ("#borders", 'document.querySelector("#compared").classList.contains("bordered")'),
+    ):
+        before = browser.ask(then)
+        browser.ask(f'document.querySelector("{selector}").focus()')
+        browser.press(" ")
+        assert browser.ask(then) != before, selector
+
+
+def check_the_page_prints_light_and_without_controls(made, browser, tmp_path):
+    browser.show(made[0], width=1024, dark=True)
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    assert browser.ask('getComputedStyle(document.querySelector("header")).display') == "none"
+    assert browser.ask("getComputedStyle(document.documentElement).colorScheme") == "light"
+    browser.printed(tmp_path / "page.pdf")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")

@@ -114,7 +114,7 @@ def test_timing_waits_for_a_helper_that_works_but_not_for_ever():
     resting = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         started = time.monotonic()
-        pace.wait_for_helpers(longest=1.0, look=0.1)
+        pace.wait_for_helpers(longest=1.0, busy=0.02, look=0.3)  # a share that a crowded machine leaves it too
         assert time.monotonic() - started >= 1.0
         busy.kill()
         busy.wait()

@@ -128,6 +128,29 @@ def test_the_same_artifacts_give_the_same_bytes(inputs, params, tmp_path):
     assert 'class="dpar"' in losses and 'class="llamagen"' in losses and "LlamaGen baseline" in losses
 
 
+def test_the_footer_says_when_and_by_which_code_the_stages_last_ran_here(inputs, params, tmp_path):
+    assert "is not recorded on this machine" in Page(render(inputs, tmp_path / "none", params)).text
+    for stage, finished in (("data", 1_700_000_000.0), ("train_dpar", 1_700_000_900.0)):
+        folder = tmp_path / "work" / stage
+        folder.mkdir(parents=True)
+        code = {"version": "1.0", "source": "abcdef0123456789"}
+        last = {"finished": finished, "seconds": 90.0, "code": code, "commit": "0123456789ab", "machine": "a machine"}
+        (folder / "last.json").write_text(json.dumps(last | {"packages": {"Python": "3.11.9", "torch": "2.11.0"}}))
+    text = Page(render(inputs, tmp_path / "some", params)).text
+    assert "Made by dpar 1.0 (sources abcdef012345), commit 0123456789ab, between 2023-11-14 22:13 and 2023-11-14" in text
+    assert "2 stages, 3 min 00 s in all, by the last run of each on this machine: a machine (Python 3.11.9, torch" in text
+    assert re.search(r"DPAR [0-9a-f]{16} dvc repro -f train_dpar 2023-11-14 22:28 1 min 30 s", text)
+    assert "not recorded" in text  # of the stages that did not run here
+
+
+def test_the_time_of_an_image_is_shown_by_part_where_it_was_measured(inputs, params, tmp_path):
+    assert "Not measured in this run" in Page(render(inputs, tmp_path / "none", params)).text
+    parts = {"dpar": [["patch transformer", 0.0101], ["decoding to pixels", 0.0021]], "llamagen": [["transformer", 0.0201]]}
+    edit_json(inputs.speed / "sampling.json", parts=parts)
+    text = Page(render(inputs, tmp_path / "some", params)).text
+    assert "DPAR: 12.2 ms patch transformer 10.1 decoding to pixels 2.10 baseline: 20.1 ms transformer 20.1" in text
+
+
 def test_the_page_holds_no_path_and_no_place_left_empty(page, made):
     text = Page(page).text
     assert str(made) not in page and "/tmp" not in page
