@@ -41,6 +41,10 @@ def _tokens(found: Found) -> str:
     )
 
 
+def _entropies(found: Found) -> str:
+    return f"{found['facts']['mean_nats']:.2f} nats per token on average"
+
+
 def _patches(found: Found) -> str:
     threshold = found.get("patch/threshold_nats")
     cut = "" if threshold is None else f", threshold {threshold:.2f} nats"
@@ -79,8 +83,10 @@ _LINES: dict[str, tuple[Artifact, Callable[[Found], str]]] = {
     "data": (A.DATA_METRICS, _data),
     "tokenizer": (A.TOKENIZER_METRICS, _tokenizer),
     "features": (A.CLASSIFIER_METRICS, lambda found: f"accuracy {found['features/validation_accuracy']:.2f} on validation"),
+    "sources": (A.IMAGES_SEEN, lambda found: "files from outside, looked at on every run"),
     "tokenize_images": (A.TOKENS_METRICS, _tokens),
     "entropy_model": (A.TRAINED_ENTROPY_MODEL["metrics"], _loss),
+    "entropies": (Artifact(f"{A.ENTROPIES.name}/{A.SUMMARY}", "entropies"), _entropies),
     "patch_maps": (A.PATCH_METRICS, _patches),
     "train_dpar": (A.TRAINED_DPAR["metrics"], _loss),
     "train_llamagen": (A.TRAINED_LLAMAGEN["metrics"], _loss),

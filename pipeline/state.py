@@ -22,7 +22,8 @@ class StageState:
 
     needs: stages whose outputs it reads. why: what is not as DVC recorded it; empty for a fresh stage.
     finished: seconds since 1970; seconds: its last run took; both None when it has not run on this machine.
-    size: bytes of its outputs, as recorded.
+    size: bytes of its outputs, as recorded. changes: whether values of params are what differs, so that its last run
+    says little about how long the next takes. code: digest of the sources that ran it last here, empty when not known.
     """
 
     name: str
@@ -32,6 +33,8 @@ class StageState:
     finished: float | None
     seconds: float | None
     size: int
+    changes: bool = False
+    code: str = ""
 
 
 def project_state(root: Path) -> list[StageState]:
@@ -53,7 +56,9 @@ def project_state(root: Path) -> list[StageState]:
             why = f"{late[0]} is to run before it" if late else f"{newer[0]} has run since" if newer else ""
         state: Literal["fresh", "stale", "never run"] = "never run" if recorded is None else "stale" if why else "fresh"
         total = sum(int(one.get("size") or 0) for one in (recorded or {}).get("outs", []))
-        states[name] = StageState(name, needs, state, why, last.get("finished"), last.get("seconds"), total)
+        times = last.get("finished"), last.get("seconds")
+        code = str(last.get("code", {}).get("source", ""))
+        states[name] = StageState(name, needs, state, why, *times, total, changes=" -> " in why, code=code)
     return list(states.values())
 
 
@@ -75,11 +80,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_last(root: Path, stage: str) -> dict[str, float]:
-    """Return {"finished", "seconds"} of a stage's last run here; empty when there is none, or it cannot be read."""
+def read_last(root: Path, stage: str) -> dict[str, Any]:
+    """Return what was recorded of a stage's last run here; empty when there is none, or it cannot be read.
+
+    finished: seconds since 1970; seconds: it took; code, commit, packages, machine: what ran it (see record_run).
+    """
     try:
         found = json.loads((root / "work" / stage / LAST).read_text())
-        return {name: float(found[name]) for name in ("finished", "seconds")}
+        return found | {name: float(found[name]) for name in ("finished", "seconds")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

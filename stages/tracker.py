@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
+
+PROGRESS_SECONDS = "DPAR_PROGRESS_SECONDS"  # variable of the environment: seconds between lines of progress, 10 when unset
 
 
 class Progress(Protocol):
@@ -49,7 +52,8 @@ def rate_words(rate: float, unit: str) -> str:
 class LineProgress:
     """Progress as one line every few seconds: `tokenize_images 1200/4500 images 26 % 312.4 images/s ETA 0:00:11`."""
 
-    def __init__(self, total: int, description: str, *, done: int, unit: str, interval: float = 10.0) -> None:
+    def __init__(self, total: int, description: str, *, done: int, unit: str, interval: float | None = None) -> None:
+        interval = float(os.environ.get(PROGRESS_SECONDS, 10.0)) if interval is None else interval
         self.total, self.description, self.done, self.unit, self.interval = total, description, done, unit, interval
         self.first = done
         self.started = self.printed = time.monotonic()
@@ -63,9 +67,10 @@ class LineProgress:
             total = max(self.total, self.done)  # a total in seconds is a plan that slow work may exceed
             left = int((total - self.done) / rate) if rate > 0 else 0
             shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
+            pace = "" if self.unit == "s" else f"{rate_words(rate, self.unit)} "  # seconds pass at one per second
             print(
                 f"{self.description} {self.done}/{total} {self.unit} {100 * self.done / max(total, 1):.0f} % "
-                f"{rate_words(rate, self.unit)} ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} {shown}".rstrip(),
+                f"{pace}ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} {shown}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )

@@ -7,16 +7,18 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from pipeline.boundary import INTERRUPTED, TERMINATED, Terminated
+from stages.tracker import PROGRESS_SECONDS
 
 if TYPE_CHECKING:
     from pipeline.state import StageState
@@ -29,8 +31,29 @@ _CHATTER = re.compile(
 )
 _RUNNING = re.compile(r"Running stage '(?:dvc\.yaml:)?([^']+)'")
 _CACHED = re.compile(r"Stage '(?:dvc\.yaml:)?([^']+)' is cached")
-# Seconds that a preset took on two AVX2 cores, where nothing has run on this machine yet.
-FIRST_RUN = {"demo": 900.0, "smoke": 150.0}
+_PROGRESS = re.compile(r"(?P<what>.*?) (?P<count>\d+/\d+ .*) ETA (?P<left>\d+:\d\d:\d\d)(?P<values>.*)")
+# Seconds of each stage on two AVX2 cores, for stages that have not run on this machine yet.
+EXPECTED: dict[str, dict[str, float]] = {
+    "demo": {
+        "data": 9,
+        "tokenizer": 118,
+        "features": 13,
+        "tokenize_images": 12,
+        "entropy_model": 37,
+        "entropies": 14,
+        "patch_maps": 5,
+        "train_dpar": 143,
+        "train_llamagen": 179,
+        "time_training": 40,
+        "time_sampling": 27,
+        "sample_dpar": 22,
+        "sample_llamagen": 30,
+        "score_dpar": 6,
+        "score_llamagen": 9,
+        "report": 10,
+    },
+}
+STARTING = 4.0  # seconds until a stage has imported what it needs and begins, which its own clock does not count
 LOOK = "sources"  # the stage that runs every time, for a second: nothing to announce
 LEAVING = 30.0  # seconds that stages have to end after Ctrl-C
 
@@ -48,6 +71,7 @@ def run(
     """
     from pipeline.doctor import examine, lines
     from pipeline.state import project_state, with_needs
+    from pipeline.terminal import wrapped
     from stages.params import load_params
 
     root = _root()
@@ -60,11 +84,11 @@ def run(
     if any(check.verdict == "fail" for check in checks):
         raise ValueError("nothing was started: mend what is marked FAIL above, then run the same command again")
     if not problems:
-        print(f"checks passed ({len(checks)}; `dpar-cli doctor` lists them)")
-    plan = Plan(root, states, force=force)
+        print(wrapped(f"checks passed ({len(checks)}; `dpar-cli doctor` lists them)"))
+    plan = Plan(root, [state for state in states if state.name != LOOK], force=force)
     print(plan.words(), flush=True)
     command = [sys.executable, "-P", "-m", "dvc", "repro", *(["--force"] if force else []), *(targets or [])]
-    code = _follow(command, Narrator(plan, print), verbose=verbose)
+    code = _follow(command, Narrator(plan, Screen(sys.stdout)), verbose=verbose)
     if code:
         raise SystemExit(code)
     print(_verdict(root))
@@ -72,7 +96,7 @@ def run(
 
 @dataclass
 class Plan:
-    """What a run is expected to do: the stages in order, and how long those took that have run on this machine."""
+    """What a run is expected to do: the stages in order, and how long each takes by its last run here or by EXPECTED."""
 
     root: Path
     states: list[StageState]
@@ -80,7 +104,12 @@ class Plan:
     _seconds: dict[str, float | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._seconds = {state.name: state.seconds for state in self.states}
+        from pipeline.presets.use import preset_of
+
+        expected = EXPECTED.get(preset_of(self.root), {})
+        self._here = {one.name: one.seconds for one in self.states if one.seconds is not None and not one.changes}
+        best = {one.name: self._here.get(one.name, expected.get(one.name, one.seconds)) for one in self.states}
+        self._seconds = {name: None if seconds is None else seconds + STARTING for name, seconds in best.items()}
 
     @property
     def due(self) -> list[str]:
@@ -88,35 +117,32 @@ class Plan:
         return [state.name for state in self.states if self.force or state.state != "fresh"]
 
     def left(self, names: list[str]) -> float | None:
-        """Return the seconds that stages are expected to take, None when one of them has not run here before."""
-        known = [self._seconds[name] for name in names]
+        """Return the seconds that stages are expected to take, None when nothing is known of one of them."""
+        known = [self._seconds[name] for name in names if name in self._seconds]
         return None if None in known else sum(seconds for seconds in known if seconds is not None)
 
     def words(self) -> str:
-        """The plan as a sentence of at most 80 columns per line."""
+        """The plan as a sentence, wrapped for the terminal."""
         from pipeline.state import all_fresh
         from pipeline.terminal import about, wrapped
 
         due, count = self.due, len(self.states)
         if not due:
             return wrapped(f"{count} stages, {all_fresh(self.root)}")
-        return wrapped(
-            f"{count} stages, {self._time(due, about)}, {self._disk()}; {count - len(due) or 'none'} "
-            f"{'is' if count - len(due) == 1 else 'are'} up to date"
-        )
+        fresh = count - len(due)
+        known = "" if not fresh else f"; {fresh} {'is' if fresh == 1 else 'are'} up to date"
+        return wrapped(f"{count} stages, {self._time(due, about)}, {self._disk()}{known}")
 
     def _time(self, due: list[str], about: Callable[[float], str]) -> str:
-        from pipeline.presets.use import preset_of
-
         seconds = self.left(due)
         if seconds is not None:
-            return f"about {about(seconds)} on this machine"
-        known = [self._seconds[name] or 0.0 for name in due]
-        fresh = sum(self._seconds[name] is None for name in due)
-        if fresh < len(due):
-            return f"{about(sum(known))} and what {fresh} take that never ran here"
-        preset = preset_of(self.root)
-        return f"about {about(FIRST_RUN[preset])} on two cores" if preset in FIRST_RUN else "of unknown duration at first"
+            here = all(name in self._here for name in due)
+            return f"about {about(seconds)} {'on this machine' if here else 'on two cores'}"
+        unknown = [name for name in due if self._seconds[name] is None]
+        if len(unknown) == len(due):
+            return "of unknown duration at first"
+        known = sum(self._seconds[name] or 0.0 for name in due)
+        return f"{about(known)} and what {len(unknown)} take that never ran here"
 
     def _disk(self) -> str:
         from pipeline.terminal import size
@@ -125,17 +151,43 @@ class Plan:
         return f"{size(total)} of artifacts" if total else "0.5 GB of artifacts for the demo"
 
 
+class Screen:
+    """Where a run is shown: line by line; on a terminal a line of progress stands until the next line takes its place."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.live = stream, stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._open = False
+
+    def line(self, text: str) -> None:
+        """Show a line that stays."""
+        print(f"{self._cleared()}{text}", file=self.stream, flush=True)
+
+    def progress(self, text: str) -> None:
+        """Show a line of progress."""
+        if not self.live:
+            self.line(text)
+            return
+        self.stream.write(f"{self._cleared()}{text}")
+        self.stream.flush()
+        self._open = True
+
+    def _cleared(self) -> str:
+        before, self._open = "\r\033[K" if self._open else "", False
+        return before
+
+
 class Narrator:
     """Turns the lines that come out of `dvc repro` into a line when a stage begins and one when it ends."""
 
-    def __init__(self, plan: Plan, say: Callable[[str], object], *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.plan, self.say, self.clock = plan, say, clock
-        self.waiting = [name for name in plan.due if name != LOOK]
+    def __init__(self, plan: Plan, screen: Screen, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.plan, self.screen, self.clock = plan, screen, clock
+        self.waiting = list(plan.due)
         self.total, self.begun, self.ended = len(self.waiting), 0, 0
         self.stage, self.since = "", 0.0
+        self.spent = self.planned = 0.0  # seconds of the stages that ran, and what they were expected to take
 
     def line(self, text: str) -> None:
-        """Take one line of output."""
+        """Take one line of standard output."""
         if found := _RUNNING.match(text):
             self.finish()
             if found[1] != LOOK:
@@ -145,19 +197,48 @@ class Narrator:
             self.begin(found[1])
             self.finish(note="from the cache")
         elif text.strip() and not _CHATTER.match(text):
-            self.say(text)
+            self._show(text)
+
+    def progress(self, text: str) -> bool:
+        """Take one line of standard error; whether it was one of progress."""
+        from pipeline.terminal import columns, shortened
+
+        found = _PROGRESS.fullmatch(text)
+        if found is None:
+            return False
+        hours, minutes, seconds = map(int, found["left"].split(":"))
+        left = self._left(3600 * hours + 60 * minutes + seconds)
+        whole = "" if left is None else f", {left} in all"
+        words = f"    {found['what']} {found['count']}, {found['left'].removeprefix('0:')} left{whole}"
+        self.screen.progress(shortened(words, columns() - 1))
+        return True
+
+    def _show(self, text: str) -> None:
+        from pipeline.terminal import columns, wrapped
+
+        self.screen.line(text if len(text) <= columns() else wrapped(text, rest="    "))
+
+    def _left(self, of_this: float) -> str | None:
+        """Return how long everything takes from now on, by how fast the stages before were; None when nothing tells."""
+        from pipeline.terminal import about
+
+        later = self.plan.left(self.waiting)
+        pace = self.spent / self.planned if self.planned > 10 else 1.0
+        return None if later is None else about(of_this + pace * later)
 
     def begin(self, stage: str) -> None:
-        """Say that a stage begins, and what is left in all where earlier runs tell."""
-        from pipeline.terminal import about, colour
+        """Say that a stage begins, and how long everything takes from here, where that is known."""
+        from pipeline.terminal import colour
 
-        left = self.plan.left(self.waiting) if stage in self.waiting else None
         self.waiting = [name for name in self.waiting if name != stage]
         self.begun += 1
         self.total = max(self.total, self.begun + len(self.waiting))
         self.stage, self.since = stage, self.clock()
-        rest = "" if left is None else f"  (about {about(left)} left in all)"
-        self.say(f"{colour(f'[{self.begun}/{self.total}] {stage}', 'bold')}{rest}")
+        pace = self.spent / self.planned if self.planned > 10 else 1.0
+        own = self.plan.left([stage])
+        left = None if own is None else self._left(pace * own)
+        rest = "" if left is None else f"  (about {left} left in all)"
+        self.screen.line(f"{colour(f'[{self.begun}/{self.total}] {stage}', 'bold')}{rest}")
 
     def finish(self, *, note: str = "") -> None:
         """Say what the stage that ran found out, and how long it took."""
@@ -166,8 +247,11 @@ class Narrator:
 
         if not self.stage:
             return
+        seconds, planned = self.clock() - self.since, self.plan.left([self.stage])
+        if planned and not note:
+            self.spent, self.planned = self.spent + seconds, self.planned + planned
         result = result_line(self.stage, self.plan.root) or "done"
-        self.say(wrapped(f"{result} ({note or duration(self.clock() - self.since)})", first="    ", rest="    "))
+        self.screen.line(wrapped(f"{result} ({note or duration(seconds)})", first="    ", rest="    "))
         self.stage, self.ended = "", self.ended + 1
 
     def stopped(self, how: str) -> str:
@@ -187,15 +271,19 @@ def _follow(command: list[str], narrator: Narrator, *, verbose: bool) -> int:
     Ctrl-C reaches DVC and the stage as well: they are waited for, so that what they have is safe.
     """
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    environment |= {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+    environment |= {"PYTHONUNBUFFERED": "1", **({PROGRESS_SECONDS: "1"} if narrator.screen.live else {})}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, errors="replace") as process:
         assert process.stdout is not None
+        beside = threading.Thread(target=_pass_on, args=(process.stderr, narrator), daemon=True)
+        beside.start()
         try:
             for line in process.stdout:
                 narrator.line(line.rstrip("\n"))
                 if verbose and _CHATTER.match(line):
-                    print(line, end="", flush=True)
+                    narrator.screen.line(line.rstrip("\n"))
             code = process.wait()
+            beside.join()
         except KeyboardInterrupt as stopped:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             if isinstance(stopped, Terminated):  # SIGTERM reached us alone, and DVC would leave its stage running
@@ -211,6 +299,13 @@ def _follow(command: list[str], narrator: Narrator, *, verbose: bool) -> int:
         return 1
     narrator.finish()
     return 0
+
+
+def _pass_on(stream: TextIO, narrator: Narrator) -> None:
+    """Show lines of progress among the others, and pass on to standard error whatever else a process says there."""
+    for line in stream:
+        if not narrator.progress(line.rstrip("\n")):
+            print(line, end="", file=sys.stderr, flush=True)
 
 
 def _terminate(process: int) -> None:
@@ -260,31 +355,44 @@ def status(
     Reads dvc.yaml, dvc.lock, params.yaml and the metrics under artifacts/; hashes nothing (`dvc status` does). To bring
     stages up to date: `dpar-cli run`.
     """
+    from pipeline.code import code_identity
     from pipeline.state import project_state
 
     root = _root()
     states = project_state(root)
-    print("\n".join(graph_lines(states) if graph else status_lines(states, root, now=time.time())))
+    if graph:
+        print("\n".join(graph_lines(states)))
+    else:
+        print("\n".join(status_lines(states, root, now=time.time(), code=code_identity())))
 
 
-def status_lines(states: list[StageState], root: Path, *, now: float) -> list[str]:
-    """Return the table of `dpar-cli status`, 80 columns wide."""
+def status_lines(states: list[StageState], root: Path, *, now: float, code: dict[str, str]) -> list[str]:
+    """Return the table of `dpar-cli status` for the terminal's width. code: the code that is here (see code_identity)."""
     from pipeline.results import result_line
     from pipeline.state import all_fresh
-    from pipeline.terminal import about, colour, duration, shortened, wrapped
+    from pipeline.terminal import about, colour, columns, wrapped
 
     marks = {"fresh": ("ok ", "green"), "stale": ("old", "yellow"), "never run": ("-  ", "dim")}
-    found = [f"{'':3} {'stage':15} {'age':>7} {'took':>13}  result, or why it is to run"]
+    wide, other = columns() >= 60, 0
+    found = [f"{'':3} {'stage':15} {'age':>6} {'took':>6}  result, or why it is to run"] if wide else []
     for state in states:
         mark, shade = marks[state.state]
+        if state.state == "fresh" and state.code not in ("", code["source"]):
+            mark, other = "ok*", other + 1
         age = "" if state.finished is None else about(max(now - state.finished, 0))
-        took = "" if state.seconds is None else duration(state.seconds)
+        took = "" if state.seconds is None else about(state.seconds)
         words = result_line(state.name, root) if state.state == "fresh" else state.why or "never run"
-        line = f"{state.name:15} {age:>7} {took:>13}  {words}".rstrip()
-        found.append(f"{colour(mark, shade)} {shortened(line, 76)}")
+        before = f"{mark} {state.name:15} {age:>6} {took:>6}  " if wide else f"{mark} {state.name} {age}: "
+        lines = wrapped(words or "done", first=before, rest=" " * 36)
+        found.append(colour(mark, shade) + lines[len(mark) :])
     due = sum(state.state != "fresh" for state in states)
-    end = wrapped(all_fresh(root)) if not due else f"{due} of {len(states)} to run: dpar-cli run"
-    return [*found, "", end]
+    found += ["", wrapped(all_fresh(root)) if not due else f"{due} of {len(states)} to run: dpar-cli run"]
+    if other:
+        words = (
+            f"* made by other code than this ({code['version']}, {code['source'][:8]}); `dvc repro -f STAGE` makes one again"
+        )
+        found.append(wrapped(words, rest="  "))
+    return found
 
 
 def graph_lines(states: list[StageState]) -> list[str]:
@@ -310,12 +418,14 @@ def doctor() -> None:
     in it. Changes nothing. Exit 1 when something stands in the way of a run. To go on: `dpar-cli run`.
     """
     from pipeline.doctor import examine, lines
+    from pipeline.terminal import wrapped
 
     checks = examine(_root())
     print("\n".join(lines(checks)))
     failed = sum(check.verdict == "fail" for check in checks)
     warned = sum(check.verdict == "warn" for check in checks)
-    print(f"\n{len(checks)} checks, {failed} in the way of a run, {warned} {'warning' if warned == 1 else 'warnings'}")
+    words = f"{len(checks)} checks, {failed} in the way of a run, {warned} {'warning' if warned == 1 else 'warnings'}"
+    print(f"\n{wrapped(words)}")
     if failed:
         raise SystemExit(1)
 

@@ -1,5 +1,6 @@
 """`dpar-cli run`, `status` and `doctor`: what a person reads, and that a fault stops a run before any stage."""
 
+import io
 import json
 import re
 import sys
@@ -10,8 +11,9 @@ from typer.testing import CliRunner
 from pipeline import doctor as health
 from pipeline.cli import app
 from pipeline.commands import workflow
-from pipeline.commands.workflow import Narrator, Plan, graph_lines, status_lines
+from pipeline.commands.workflow import Narrator, Plan, Screen, graph_lines, status_lines
 from pipeline.presets.use import preset_lines
+from pipeline.runner import STAGES
 from pipeline.state import StageState
 from pipeline.terminal import about, colour, duration, shortened, size, wrapped
 from stages.artifacts import HEADLINE, TOKENIZER_METRICS
@@ -19,9 +21,11 @@ from stages.params import load_params
 from stages.tracker import rate_words
 from tests.helpers.paths import ROOT
 
+HERE = {"version": "1.0", "source": "abcdef0123456789"}
 
-def state(name, kind="never run", seconds=None, needs=(), why=""):
-    return StageState(name, tuple(needs), kind, why, None if seconds is None else 1000.0, seconds, 2_000_000)
+
+def state(name, kind="never run", seconds=None, needs=(), why="", **more):
+    return StageState(name, tuple(needs), kind, why, None if seconds is None else 1000.0, seconds, 2_000_000, **more)
 
 
 @pytest.fixture
@@ -34,6 +38,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(workflow, "STARTING", 0.0)
     return tmp_path
 
 
@@ -110,13 +115,17 @@ def test_doctor_tells_what_is_wrong_with_the_surroundings(project, monkeypatch):
     assert max(map(len, "\n".join(health.lines(list(found.values()))).splitlines())) <= 80
 
 
-def test_the_plan_says_how_long_where_earlier_runs_tell(project):
+def test_the_plan_says_how_long_by_runs_on_this_machine_or_by_what_the_preset_takes(project, monkeypatch):
+    monkeypatch.setattr(workflow, "EXPECTED", {"demo": {"data": 20.0, "train": 880.0}})
     first = Plan(project, [state("data"), state("train")])
-    assert first.words() == "2 stages, about 15 min on two cores, 4.0 MB of artifacts; none are up to date"
+    assert first.words() == "2 stages, about 15 min on two cores, 4.0 MB of artifacts"
     again = Plan(project, [state("data", "fresh", 5.0), state("train", "stale", 100.0), state("score", "stale", 20.0)])
     assert "about 2 min on this machine" in again.words() and again.words().endswith("1 is up to date")
+    other = Plan(project, [state("data", "stale", 5.0), state("train", "stale", 2.0, changes=True)])
+    assert "about 15 min on two cores" in other.words()  # with other params its last run here says little
     mixed = Plan(project, [state("train", "stale", 100.0), state("score")])
     assert "2 min and what 1 take that never ran here" in mixed.words()
+    assert "of unknown duration at first" in Plan(project, [state("score")]).words()
     assert Plan(project, [state("data", "fresh")]).words() == "1 stages, all up to date"
 
 
@@ -124,19 +133,21 @@ def test_where_files_outside_may_have_changed_that_is_said(project):
     own_images(project)
     said = "all up to date, unless files changed that data.train, data.validation"
     assert said in Plan(project, [state("data", "fresh")]).words().replace("\n", " ")
-    lines = status_lines([state("data", "fresh", 5.0)], project, now=1300.0)
+    lines = status_lines([state("data", "fresh", 5.0)], project, now=1300.0, code=HERE)
     assert said in lines[-1].replace("\n", " ") and max(map(len, "\n".join(lines).splitlines())) <= 80
 
 
-def test_a_run_is_told_in_a_line_when_a_stage_begins_and_one_when_it_ends(project):
-    said, now = [], [0.0]
-    states = [
-        state("sources", "stale", 1.0),
-        state("tokenizer", "stale", 60.0),
-        state("entropies", "stale", 30.0),
-        state("report", "stale", 9.0),
-    ]
-    narrator = Narrator(Plan(project, states), said.append, clock=lambda: now[0])
+def test_every_stage_of_the_demo_has_an_expected_duration():
+    stages = set(STAGES) - {workflow.LOOK}
+    for preset in workflow.EXPECTED:
+        assert set(workflow.EXPECTED[preset]) == stages, preset
+        assert all(seconds > 0 for seconds in workflow.EXPECTED[preset].values())
+
+
+def test_a_run_shows_a_line_when_a_stage_begins_its_progress_and_one_when_it_ends(project):
+    now, stream = [0.0], io.StringIO()
+    states = [state("tokenizer", "stale", 60.0), state("entropies", "stale", 30.0), state("report", "stale", 9.0)]
+    narrator = Narrator(Plan(project, states), Screen(stream), clock=lambda: now[0])
     metrics = {"tokenizer/psnr_db": 25.11, "tokenizer/codes_used": 419, "tokenizer/codebook_use": 419 / 512}
     (project / TOKENIZER_METRICS.path).parent.mkdir(parents=True)
     (project / TOKENIZER_METRICS.path).write_text(json.dumps(metrics))
@@ -146,36 +157,53 @@ def test_a_run_is_told_in_a_line_when_a_stage_begins_and_one_when_it_ends(projec
         "'data/x.dvc' didn't change, skipping",
         "Running stage 'tokenizer':",
         "> dpar-cli stage tokenizer",
-        "tokenizer.precision: auto is fp32 here",
+        "tokenizer.precision: auto is fp32 here, which is explained in a sentence of more than eighty columns",
         "Updating lock file 'dvc.lock'",
         "",
         "Stage 'entropies' is cached - skipping run, checking out outputs",
         "Running stage 'report':",
     ]
     for number, line in enumerate(lines):
-        now[0] = 10.0 * number
+        now[0] = 24.0 * number
         narrator.line(line)
-    assert said == [
+        if number == 5:
+            assert narrator.progress("tokenizer 19/280 steps 7 % 1.8 steps/s ETA 0:02:21 loss=0.3078")
+            assert not narrator.progress("a warning of a library")
+    assert stream.getvalue().splitlines() == [
         "[1/3] tokenizer  (about 2 min left in all)",
-        "tokenizer.precision: auto is fp32 here",
-        "    25.1 dB, 419 of 512 codes (50 s)",
-        "[2/3] entropies  (about 39 s left in all)",
+        "tokenizer.precision: auto is fp32 here, which is explained in a sentence of more",
+        "    than eighty columns",
+        "    tokenizer 19/280 steps 7 % 1.8 steps/s, 02:21 left, 3 min in all",
+        "    25.1 dB, 419 of 512 codes (2 min 00 s)",
+        "[2/3] entropies  (about 78 s left in all)",  # stages take twice what they took before
         "    done (from the cache)",
-        "[3/3] report  (about 9 s left in all)",
+        "[3/3] report  (about 18 s left in all)",
     ]
     assert narrator.stopped("stopped") == (
         "stopped in stage report: 2 of 3 stages are done, and nothing of them is lost.\n`dpar-cli run` continues from here."
     )
 
 
+def test_on_a_terminal_a_line_of_progress_gives_way_to_the_next(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    screen = Screen(stream)
+    screen.progress("1 of 2")
+    screen.progress("2 of 2")
+    screen.line("done")
+    assert stream.getvalue() == "1 of 2\r\033[K2 of 2\r\033[Kdone\n"
+
+
 def test_dvc_is_followed_to_its_end_and_its_failure_is_told(project, capsys):
-    script = "import sys; print(\"Running stage 'data':\"); print('3 images'); sys.exit(int(sys.argv[1]))"
+    script = "import sys; print(\"Running stage 'data':\"); print('3 images'); print('no such file', file=sys.stderr); "
+    script += "sys.exit(int(sys.argv[1]))"
     for code, expected in ((0, 0), (255, 1)):
-        narrator = Narrator(Plan(project, [state("data")]), print)
+        narrator = Narrator(Plan(project, [state("data", "stale", 1.0)]), Screen(sys.stdout))
         assert workflow._follow([sys.executable, "-c", script, str(code)], narrator, verbose=False) == expected
     printed = capsys.readouterr()
-    assert "[1/1] data\n3 images\n    done (0 s)" in printed.out
-    assert "failed in stage data: 0 of 1 stages are done" in printed.err
+    assert "[1/1] data  (about 1 s left in all)\n3 images\n    done (0 s)" in printed.out
+    assert printed.err.count("no such file") == 2 and "failed in stage data: 0 of 1 stages are done" in printed.err
 
 
 def test_the_verdict_ends_a_run_within_80_columns(project):
@@ -205,11 +233,25 @@ def test_status_fits_80_columns_and_names_what_is_to_run(project):
         state("train_dpar", "stale", 4000.0, ["tokenizer"], "train.lr_schedule cosine -> constant, 7 more differ"),
         state("report", needs=["train_dpar", "tokenizer"]),
     ]
-    lines = status_lines(states, project, now=1300.0)
+    lines = "\n".join(status_lines(states, project, now=1300.0, code=HERE)).splitlines()
     assert max(map(len, lines)) <= 80
-    assert re.match(r"ok  tokenizer +5 min +2 min 31 s", lines[1]) and "train.lr_schedule cosine" in lines[2]
+    assert re.match(r"ok  tokenizer +5 min +3 min  done", lines[1]) and "train.lr_schedule cosine" in lines[2]
     assert lines[-1] == "2 of 3 to run: dpar-cli run"
     assert graph_lines(states)[-1] == "report          <- train_dpar"
+
+
+def test_status_marks_what_other_code_made(project):
+    states = [state("data", "fresh", 1.0, code=HERE["source"]), state("tokenizer", "fresh", 1.0, code="0" * 16)]
+    lines = status_lines(states, project, now=1300.0, code=HERE)
+    assert lines[1].startswith("ok  data") and lines[2].startswith("ok* tokenizer")
+    assert "made by other code than this (1.0, abcdef01)" in " ".join(lines[-1].split())
+
+
+def test_status_fits_a_terminal_of_40_columns(project, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    why = "train.lr_schedule cosine -> constant, 7 more differ"
+    lines = "\n".join(status_lines([state("train_dpar", "stale", 4000.0, why=why)], project, now=1300.0, code=HERE))
+    assert max(map(len, lines.splitlines())) <= 40 and "constant" in lines
 
 
 def test_the_command_line_answers_in_80_columns_and_knows_its_version(project):
