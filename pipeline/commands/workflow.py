@@ -131,7 +131,7 @@ class Plan:
             return wrapped(f"{count} stages, {all_fresh(self.root)}")
         fresh = count - len(due)
         known = "" if not fresh else f"; {fresh} {'is' if fresh == 1 else 'are'} up to date"
-        return wrapped(f"{count} stages, {self._time(due, about)}, {self._disk()}{known}")
+        return wrapped(f"{count} stages, {self._time(due, about)}{self._disk()}{known}")
 
     def _time(self, due: list[str], about: Callable[[float], str]) -> str:
         seconds = self.left(due)
@@ -145,10 +145,12 @@ class Plan:
         return f"{about(known)} and what {len(unknown)} take that never ran here"
 
     def _disk(self) -> str:
+        from pipeline.presets.use import preset_of
         from pipeline.terminal import size
 
-        total = sum(state.size for state in self.states)
-        return f"{size(total)} of artifacts" if total else "0.5 GB of artifacts for the demo"
+        if total := sum(state.size for state in self.states):
+            return f", {size(total)} of artifacts"
+        return ", 0.5 GB with DVC's copy" if preset_of(self.root) == "demo" else ""
 
 
 class Screen:
