@@ -29,6 +29,7 @@ from dpar_core.patches.rule import patch_starts_numpy, starts_from_lengths, thre
 from pipeline.commands.sweep import subject_of
 from stages import entropy_model
 from stages import params as P
+from stages.artifacts import ENTROPY_MODEL, TOKENS
 from stages.entropies import load_entropy_model
 from stages.shared.sampler import Sampler
 from stages.tools.sweep import Point, Subject, Trial, run_trial
@@ -139,7 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(options.root)
     subject, params = subject_of("dpar", None)
-    tokens, folder = Path("artifacts/tokens").resolve(), options.folder.resolve()
+    tokens, folder = Path(TOKENS.path).resolve(), options.folder.resolve()
     train, held_out = TokenShards(tokens, "train"), TokenShards(tokens, "validation")
     files, rule = subject.models[None], read_rule(subject.models[None].rule)
     target, names = params.patching.target_mean_length, options.gates.split(",")
@@ -155,7 +156,7 @@ def main() -> None:
             own = starts_from_lengths(drawn.patch_lengths, train.meta.tokens)
             gate.agreement = float((own == patch_starts_numpy(e, replace(rule, threshold=b.threshold))).mean())
         else:
-            place = Path("artifacts/entropy_model").resolve() if name == "own" else folder / name
+            place = Path(ENTROPY_MODEL.path).resolve().parent if name == "own" else folder / name
             gate = read_gate(name, place) if (place / "metrics.json").exists() else train_gate(name, params, tokens, place)
             model = load_entropy_model(gate.model, train, "cpu")[0]
             gate.threshold = threshold_for_mean_length(entropies(model, train), rule, target)

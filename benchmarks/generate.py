@@ -38,6 +38,7 @@ from dpar_core.generation.guidance import SampleSettings, draw, guide, uniforms
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.flops import block_flops, dpar_forward_flops, gpt_forward_flops
 from dpar_core.models.gpt import GPT, GPTConfig, next_token_entropies
+from dpar_core.models.sizes import GATE_SIZES, MODEL_SIZES, ModelSize
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.rule import (
     BoundaryState,
@@ -49,15 +50,7 @@ from dpar_core.patches.rule import (
 
 CODES, ROW, CLASSES, MEAN, MAX = 16384, 16, 1000, 1.81, 4
 TOKENS = ROW * ROW
-# width, heads, encoder + patch transformer + decoder layers
-SIZES = {
-    "384": (384, 6, (1, 5, 2)),
-    "B": (768, 12, (1, 8, 3)),
-    "XL/3": (1280, 20, (1, 9, 2)),
-    "L": (1024, 16, (1, 19, 4)),
-    "XL": (1280, 20, (1, 30, 5)),
-}
-GATES = {"B": (768, 12, 12), "S": (384, 6, 6), "XS": (256, 4, 3)}
+SIZES = {**MODEL_SIZES, "384": ModelSize(384, 6, 1, 5, 2), "XL/3": ModelSize(1280, 20, 1, 9, 2)}
 RECOMMENDED = "XS"
 clock = time.perf_counter
 begun = time.monotonic()
@@ -77,15 +70,14 @@ def random_model(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 def make(size: str) -> tuple[DPAR, GPT]:
     torch.manual_seed(0)
-    width, heads, (encoder, patch, decoder) = SIZES[size]
-    dpar = DPARConfig(CODES, ROW, width, heads, encoder, patch, decoder, CLASSES)
-    twin = GPTConfig(CODES, ROW, width, heads, encoder + patch + decoder, num_classes=CLASSES)
+    shape = SIZES[size]
+    dpar = DPARConfig(CODES, ROW, *shape, CLASSES)
+    twin = GPTConfig(CODES, ROW, shape.width, shape.heads, shape.layers, num_classes=CLASSES)
     return random_model(DPAR(dpar), 1), random_model(GPT(twin), 2)
 
 
 def make_gate(name: str) -> GPT:
-    width, heads, layers = GATES[name]
-    return random_model(GPT(GPTConfig(CODES, ROW, width, heads, layers)), 3)
+    return random_model(GPT(GPTConfig(CODES, ROW, *GATE_SIZES[name])), 3)
 
 
 class Script:
@@ -111,7 +103,7 @@ class Script:
 @dataclass(frozen=True)
 class Case:
     size: str
-    gate: str  # a key of GATES, or "decoder"
+    gate: str  # a key of GATE_SIZES, or "decoder"
     batch: int
 
 
@@ -392,7 +384,7 @@ def main() -> None:
     result: dict = {"precision": options.precision, "clock": options.clock, "threads": torch.get_num_threads()}
     sizes, gates = options.sizes.split(","), options.gates.split(",")
     batches = [int(batch) for batch in options.batches.split(",")]
-    known = {"--parts": ["cached", "ratio", "parts", "schedules"], "--sizes": SIZES, "--gates": [*GATES, "decoder"]}
+    known = {"--parts": ["cached", "ratio", "parts", "schedules"], "--sizes": SIZES, "--gates": [*GATE_SIZES, "decoder"]}
     for name, values in zip(known, (wanted, sizes, gates)):
         if not set(values) <= set(known[name]):
             parser.error(f"{name} knows {', '.join(known[name])}; got {','.join(values)}")

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -37,7 +38,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started by its path: again as a module, so that this repository's packages are found
+    here = str(Path(__file__).resolve().parents[1])
+    os.execve(
+        sys.executable, [sys.executable, "-P", "-m", "benchmarks.gpu", *sys.argv[1:]], {**os.environ, "PYTHONPATH": here}
+    )
 
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
 from dpar_core.generation.guidance import SampleSettings, draw, guide, uniforms
@@ -457,7 +462,7 @@ def sampling(
     return {"rows": rows}
 
 
-# Parts 3 and 4 lie in files of their own.
+# Parts 3 and 4 are in files of their own.
 
 
 def elsewhere(name: str) -> Callable[..., dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Tokens and entropies on a GPU: views/s of the VQ-16 tokenizer by precision, and of entropy models.
 
-    python -m benchmarks.gpu_data [--device cuda] [--budget 50] [--tiny]
+    python benchmarks/gpu.py --parts data [--device cuda] [--budget 50] [--tiny]
 
-Part 4 of benchmarks/gpu.py; needs torch 2.11 and dpar_core alone. The tokenizer has VQ-16's shape with random weights, its
+Part 4 of benchmarks/gpu.py, which runs it. The tokenizer has VQ-16's shape with random weights, its
 residual branches switched on, and a codebook made of the latents of other images, so that codes lie as close together as
 those of a trained one: the share of codes that a precision changes is an indication, the stage measures the real one. Images
 are random at several scales. Decoding is what sampling ends with. Entropy models are random as well; `flips` is the share of
@@ -11,10 +11,7 @@ tokens whose entropy changes sides of a threshold that half of them exceed. `--t
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
 import time
 from collections.abc import Callable
 from typing import Any, get_args
@@ -245,37 +242,6 @@ def data(device: torch.device | str, *, tiny: bool, budget_s: float, write: Writ
     return result
 
 
-def run(device: torch.device, tiny: bool, budget_s: float, write: Write) -> Row:
-    """Measure data as a part of benchmarks/gpu.py; `write` gets all rows so far, each row is printed as it comes."""
-    rows: list[Row] = []
-
-    def keep(row: Row) -> None:
-        print(line(row), flush=True)
-        rows.append(row)
-        write({"rows_so_far": rows})
-
-    return data(device, tiny=tiny, budget_s=budget_s, write=keep)
-
-
 def line(row: Row) -> str:
     """Lay a row out for reading."""
     return ", ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="small networks, to try every line on a CPU")
-    parser.add_argument("--budget", type=float, default=50.0, help="seconds after which no further row is begun")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"python -m benchmarks.gpu_data: {name}, torch {torch.__version__}, Python {platform.python_version()}")
-    found = data(device, tiny=options.tiny, budget_s=options.budget, write=lambda row: print(line(row), flush=True))
-    if found["left_out"]:
-        print(f"left out for want of time: {', '.join(found['left_out'])}")
-    print("RESULT " + json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

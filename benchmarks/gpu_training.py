@@ -1,8 +1,8 @@
 """Training on a GPU: images/s, share of the peak and memory of DPAR and its LlamaGen baseline, and packed attention.
 
-    python -m benchmarks.gpu_training [--device cuda] [--budget 100] [--tiny]
+    python benchmarks/gpu.py --parts training [--device cuda] [--budget 100] [--tiny]
 
-Part 3 of benchmarks/gpu.py; needs torch 2.11, numpy and dpar_core alone. A step is forward, loss, backward, clipping and
+Part 3 of benchmarks/gpu.py, which runs it. A step is forward, loss, backward, clipping and
 AdamW in bf16 on random tokens (16 x 16 of 16,384 codes) with patch plans of mean length 1.81, as benchmarks/train_step.py
 makes them. The batch is the largest that memory allows: the estimate of dpar_core.models.memory names one, an uncompiled
 step confirms it or the next smaller ones, and the compiled model takes the same. Rows come in order of value; when the
@@ -11,10 +11,7 @@ budget is used up the rest is left out and named. `--tiny` runs all of it on a s
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -429,18 +426,6 @@ def training(device: torch.device | str, *, tiny: bool, budget_s: float, write: 
     return result
 
 
-def run(device: torch.device, tiny: bool, budget_s: float, write: Write) -> Row:
-    """Measure training as a part of benchmarks/gpu.py; `write` gets all rows so far, each row is printed as it comes."""
-    rows: list[Row] = []
-
-    def keep(row: Row) -> None:
-        print(line(row), flush=True)
-        rows.append(row)
-        write({"rows_so_far": rows})
-
-    return training(device, tiny=tiny, budget_s=budget_s, write=keep)
-
-
 def ratios(rows: list[Row], write: Write) -> list[Row]:
     """Return DPAR's speed over its baseline's, beside what FLOPs promise, for each pair of rows."""
     found = []
@@ -479,22 +464,3 @@ def line(row: Row) -> str:
             f"efficiency {row['efficiency']:.3f}"
         )
     return ", ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="a small model, to try every line on a CPU")
-    parser.add_argument("--budget", type=float, default=100.0, help="seconds after which no further row is begun")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"python -m benchmarks.gpu_training: {name}, torch {torch.__version__}, Python {platform.python_version()}")
-    found = training(device, tiny=options.tiny, budget_s=options.budget, write=lambda row: print(line(row), flush=True))
-    if found["left_out"]:
-        print(f"left out for want of time: {', '.join(found['left_out'])}")
-    print("RESULT " + json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

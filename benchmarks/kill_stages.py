@@ -26,8 +26,9 @@ from pathlib import Path
 import psutil
 
 from pipeline.runner import STAGES
+from stages.artifacts import FOLDER
 
-COPIED = ("artifacts", "params", "params.yaml", "dvc.yaml")
+COPIED = (FOLDER, "params", "params.yaml", "dvc.yaml")
 
 
 def start(stage: str, root: Path) -> subprocess.Popen:
@@ -143,7 +144,7 @@ def main() -> None:
                 raise SystemExit(f"{stage} fails after {len(moments)} kills:\n{said}")
             found = files(place, outputs)
             differing = [name for name in before.keys() | found.keys() if before.get(name) != found.get(name)]
-            left = [str(path) for path in (place / "artifacts").rglob(".*") if path.is_file()]
+            left = [str(path) for path in (place / FOLDER).rglob(".*") if path.is_file()]
             equal[stage] = same and not differing and not left
             shown = ", ".join(f"{moment:.1f}" for moment in moments)
             verdict = (

@@ -1,6 +1,6 @@
 """The time of `dpar-cli patches stats` on data of ImageNet's size: 20 views an image, shards of 5,000 images.
 
-    python benchmarks/patch_stats.py [--views 20] [--repeats 3]
+    python -m benchmarks.patch_stats [--views 20] [--repeats 3]
 
 The command reads at most 16 shards, evenly spaced, however many there are, so 16 made shards stand for the 256 of ImageNet
 (2.5 GB on disk). The baseline is reading the same Parquet files with pyarrow alone. "First" includes holding every file
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from loader import SHARD, TOKENS, make
 
+from benchmarks.loader import SHARD, TOKENS, make
 from dpar_core.data.shards import TokenShards
 from dpar_core.patches.maps import parquet_name, write_entropies, write_summary
 from stages.tools.patch_stats import patch_stats

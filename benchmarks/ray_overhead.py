@@ -1,6 +1,6 @@
 """What Ray Train takes of a training step at size B.
 
-    python benchmarks/ray_overhead.py [--size B] [--batch 8] [--steps 60] [--cluster]
+    python -m benchmarks.ray_overhead [--size B] [--batch 8] [--steps 60] [--cluster]
 
 Trains the LlamaGen twin of a size (16,384 codes) twice at once: through Ray Train on one worker with all cores (in local
 mode, as the stages do on one machine; with --cluster in an actor of a cluster), and in a plain process with the same
@@ -33,8 +33,10 @@ import psutil
 import ray
 import torch
 
+from benchmarks.train_memory import GRID, make_data
 from dpar_core.data.shards import TokenShards
 from dpar_core.models.gpt import GPTConfig
+from dpar_core.models.sizes import GATE_SIZES, GateSize
 from dpar_core.system import cpus
 from dpar_core.training import allocator
 from dpar_core.training.parallel import Ranks
@@ -44,8 +46,8 @@ from stages.workers import cluster
 from stages.workers import fit as ray_train
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-SHAPES = {"tiny": (64, 4, 2), "S": (384, 6, 6), "B": (768, 12, 12)}
+MODULE = "benchmarks.ray_overhead"
+SHAPES = {"tiny": GateSize(64, 4, 2), "S": GATE_SIZES["S"], "B": GATE_SIZES["B"]}
 EVERY = 2  # steps of a turn
 CODES = 16384  # of the model; the shards made here draw on the first 1,024 of them, which costs a step the same
 
@@ -170,8 +172,6 @@ def interval(ratios: np.ndarray) -> tuple[float, float]:
 
 
 def make_job(size: str, batch: int, steps: int, data: Path) -> Job:
-    from train_memory import GRID
-
     width, heads, layers = SHAPES[size]
     meta = TokenShards(data / "tokens", "train").meta
     config = GPTConfig(CODES, GRID, width, heads, layers, num_classes=len(meta.classes), dropout=0.1)
@@ -202,10 +202,8 @@ def main() -> None:
     asked = (options.size, options.batch, options.steps)
     if options.plain_on is not None:
         return plain(*asked, options.plain_on, options.driver)
-    from train_memory import make_data
-
     count = cpus()
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    os.environ["PYTHONPATH"] = str(ROOT)
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary)
         make_data(data, 500)
@@ -213,11 +211,11 @@ def main() -> None:
             os.mkfifo(data / name)
         job = make_job(*asked, data)
         scale = ray_train.Scale.of(job.training, device="cpu")
-        words = [sys.executable, __file__, *zip_words(asked), "--plain-on", str(data), "--driver", str(os.getpid())]
+        words = [sys.executable, "-m", MODULE, *zip_words(asked), "--plain-on", str(data), "--driver", str(os.getpid())]
         beside = subprocess.Popen(words, env={**os.environ, **allocator.ENVIRONMENT}, stdout=subprocess.PIPE, text=True)
         try:
             meter, root = Meter(beside), str(data / "run")
-            function = partial(importlib.import_module("ray_overhead").with_ray, job, root, data)  # found by its name
+            function = partial(importlib.import_module(MODULE).with_ray, job, root, data)  # found by its name
             with cluster.connected() if options.cluster else contextlib.nullcontext():
                 with_turns = ray_train.fit(
                     function, root=root, work=data / "work", scale=scale, section="train", on_event=meter
@@ -234,7 +232,7 @@ def main() -> None:
     share = of_ray / (of_ray + of_worker)
     versions = f"Ray {ray.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     said = [*zip_words(asked), *(["--cluster"] if options.cluster else [])]
-    print(f"python benchmarks/ray_overhead.py {' '.join(said)}: {versions}, {count} CPUs, bf16")
+    print(f"python -m {MODULE} {' '.join(said)}: {versions}, {count} CPUs, bf16")
     print(f"{'':34}{'CPU s a step':>14}{'share':>10}")
     print(f"{'the worker':34}{of_worker / steps:>14.3f}{1 - share:>10.2%}")
     print(f"{'Ray and the driver':34}{of_ray / steps:>14.3f}{share:>10.2%}")

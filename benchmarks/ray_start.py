@@ -33,12 +33,13 @@ def make_project(folder: Path) -> None:
     """Write what the stage reads: params.yaml, a dvc.yaml to stand in for the workflow, token shards."""
     from ruamel.yaml import YAML
 
+    from stages.artifacts import TOKENS
     from tests.helpers.tiny_shards import tiny_params, write_tokens
 
     params = tiny_params(steps=1, validate_every=1, log_every=1, checkpoint_every=1, equal_time_step=None)
     raw = params.model_dump(mode="json")
     raw["compute"]["device"] = "cpu"
-    write_tokens(folder / "artifacts" / "tokens")
+    write_tokens(folder / TOKENS.path)
     with open(folder / "params.yaml", "w") as stream:
         YAML().dump(raw, stream)
     (folder / "dvc.yaml").write_text("stages: {}\n")

@@ -21,7 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-FILES = ("samples.npz", "tokens.npz", "samples.json", "grid.png", "metrics.json")
+from stages import artifacts
+from stages.artifacts import METRICS, SAMPLE_GRID, SAMPLE_IMAGES, SAMPLE_PROTOCOL, SAMPLE_TOKENS
+
+FILES = (SAMPLE_IMAGES, SAMPLE_TOKENS, SAMPLE_PROTOCOL, SAMPLE_GRID, METRICS)
 
 
 def draw(model: str, root: Path, folder: Path, images: int, batch_size: int, workers: int) -> None:
@@ -32,17 +35,14 @@ def draw(model: str, root: Path, folder: Path, images: int, batch_size: int, wor
 
     section = P.settled(P.load_params(root / "params.yaml"), "cpu").sample
     section = section.model_copy(update={"images": images, "batch_size": batch_size, "workers": workers})
-    a, settings = root / "artifacts", sample.Params(section)
-    tokenizer = a / "tokenizer/tokenizer.safetensors"
+    made, settings = root / artifacts.FOLDER, sample.Params(section)
+    inputs = {field: one.below(made) for field, one in artifacts.INPUTS[f"sample_{model}"].items()}
     common = {"tracker": PrintTracker(), "device": "cpu", "work": folder / "work"}
     if model == "dpar":
-        gate, rule = a / "entropy_model/model.safetensors", a / "patch_maps/rule.json"
-        inputs = sample.DPARInputs(a / "models/dpar/model.safetensors", gate, tokenizer, rule)
-        sample.run_dpar(settings, inputs, sample.DPAROutputs(folder / "dpar"), **common)
+        sample.run_dpar(settings, sample.DPARInputs(**inputs), sample.DPAROutputs(folder / "dpar"), **common)
     else:
-        twin = a / "models/llamagen"
-        inputs = sample.LlamaGenInputs(twin / "model.safetensors", twin / "equal_time.safetensors", tokenizer)
-        sample.run_llamagen(settings, inputs, sample.LlamaGenOutputs(folder / "llamagen", folder / "early"), **common)
+        outputs = sample.LlamaGenOutputs(folder / "llamagen", folder / "early")
+        sample.run_llamagen(settings, sample.LlamaGenInputs(**inputs), outputs, **common)
 
 
 def run(root: Path, model: str, folder: Path, images: int, batch_size: int, workers: int, *, kill_after: int = 0) -> None:

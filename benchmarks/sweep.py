@@ -22,11 +22,12 @@ import psutil
 
 from dpar_core.patches.maps import read_rule
 from dpar_core.system import cpus
+from stages.artifacts import PATCH_RULE
 
 
 def command(name: str, images: int) -> list[str]:
     """Return the sweep of 4 x 3 trials around the training threshold."""
-    middle = read_rule(Path("artifacts/patch_maps/rule.json")).threshold
+    middle = read_rule(Path(PATCH_RULE.path)).threshold
     thresholds = ",".join(f"{middle + offset:.2f}" for offset in (-0.4, 0.0, 0.3, 0.6))
     return [
         sys.executable,

@@ -20,6 +20,16 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most who write a file ha
     from torch import Tensor
 
 
+# Where a run keeps what `dpar_core.load_run` reads. stages.artifacts builds on these names and has all others.
+RUN_FOLDER = "artifacts"
+RUN_FILES = {
+    "tokenizer": "tokenizer/tokenizer.safetensors",
+    "entropy_model": "entropy_model/model.safetensors",
+    "dpar": "models/dpar/model.safetensors",
+    "llamagen": "models/llamagen/model.safetensors",
+    "rule": "patch_maps/rule.json",
+}
+
 # What new files may be, as for any file of this user. Read once, as the process's mask can only be read by setting it.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)

@@ -27,6 +27,7 @@ from dpar_core.evaluation.metrics import (
     inception_score,
     precision_recall,
 )
+from dpar_core.files import RUN_FILES, RUN_FOLDER
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
 from dpar_core.generation.guidance import SampleSettings
 from dpar_core.models.dpar import DPAR
@@ -37,15 +38,6 @@ from dpar_core.patches.maps import read_rule, rule_precision
 from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts
 from dpar_core.pictures import patch_overview
 from dpar_core.precision import dtype_of
-
-# The files of a run below its folder of artifacts; a test compares them with the workflow's own catalog.
-FILES = {
-    "tokenizer": "tokenizer/tokenizer.safetensors",
-    "entropy_model": "entropy_model/model.safetensors",
-    "dpar": "models/dpar/model.safetensors",
-    "llamagen": "models/llamagen/model.safetensors",
-    "rule": "patch_maps/rule.json",
-}
 
 Images = npt.NDArray[np.uint8]
 
@@ -168,7 +160,7 @@ class Run:
         )
 
 
-def load_run(artifacts: Path | str = "artifacts", *, device: str | None = None) -> Run:
+def load_run(artifacts: Path | str = RUN_FOLDER, *, device: str | None = None) -> Run:
     """Load the trained models of a run.
 
     artifacts: the folder that `dpar-cli run` fills. device: "cpu", "cuda"; None: CUDA where there is a GPU.
@@ -177,15 +169,15 @@ def load_run(artifacts: Path | str = "artifacts", *, device: str | None = None) 
     """
     folder = Path(artifacts)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = read_trained(folder / FILES["tokenizer"], "tokenizer")
+    tokenizer = read_trained(folder / RUN_FILES["tokenizer"], "tokenizer")
     made_with = {"tokenizer": tokenizer.digest}
-    gate = read_trained(folder / FILES["entropy_model"], "entropy_model", made_with=made_with)
-    rule = read_rule(folder / FILES["rule"], entropy_model=gate.digest)
+    gate = read_trained(folder / RUN_FILES["entropy_model"], "entropy_model", made_with=made_with)
+    rule = read_rule(folder / RUN_FILES["rule"], entropy_model=gate.digest)
     models: dict[str, DPAR | GPT | None] = {"dpar": None, "llamagen": None}
     names: list[str] = []
     for role in ("dpar", "llamagen"):
-        if (folder / FILES[role]).exists():
-            found = read_trained(folder / FILES[role], role, made_with=made_with)
+        if (folder / RUN_FILES[role]).exists():
+            found = read_trained(folder / RUN_FILES[role], role, made_with=made_with)
             models[role] = found.build(chosen)
             names = found.meta.get("classes") or names
     dpar, llamagen = models["dpar"], models["llamagen"]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
 from stages.params import Compute, Section, load_params, plain, precision_lines, section_of, select, settled
 from stages.shared.pace import machine_words
+from stages.workers.lock import locked
 from stages.workers.tasks import remove_leftovers
 
 
@@ -120,7 +118,11 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     set_threads(params.compute)
     if name != "report":
         _print_precisions(select(asked, stage.params), device)
-    with _alone(work.parent, name):
+
+    def wait(holder: str) -> None:  # a killed `dvc repro` leaves its stage running
+        print(f"stage {name} is running already in process {holder}; waiting for it", file=sys.stderr, flush=True)
+
+    with locked(work.parent / ".lock", busy=wait):
         work.mkdir(parents=True, exist_ok=True)
         for field in dataclasses.fields(outputs):
             getattr(outputs, field.name).parent.mkdir(parents=True, exist_ok=True)
@@ -172,24 +174,6 @@ def set_threads(compute: Compute) -> None:
     import torch
 
     torch.set_num_threads(compute.threads or cpus())
-
-
-@contextmanager
-def _alone(folder: Path, name: str) -> Iterator[None]:
-    """Keep others out while a stage runs: a killed `dvc repro` leaves its stage running, and the next must wait for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            print(f"stage {name} is running already in process {holder}; waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 def params_of(stage: LoadedStage) -> list[str]:

@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpar_core.files import digest_of, sha256_file
+from dpar_core.files import RUN_FILES, RUN_FOLDER, digest_of, sha256_file
 
-FOLDER = "artifacts"
+FOLDER = RUN_FOLDER
 SUMMARY = "summary.json"
 
 # Files inside a folder of samples: what the ADM evaluator reads, how they were made, tokens with patch boundaries.
@@ -44,8 +44,9 @@ class Artifact:
         return path
 
 
-def _trained(folder: str, stage: str) -> dict[str, Artifact]:
+def _trained(model: str, stage: str) -> dict[str, Artifact]:
     """Return what a training stage makes, by the fields of its Outputs."""
+    folder = RUN_FILES[model].removesuffix(f"/{WEIGHTS}")
     names = {"model": WEIGHTS, "metrics": METRICS, "curve": CURVE, "timings": TIMINGS}
     return {field: Artifact(f"{folder}/{name}", stage) for field, name in names.items()}
 
@@ -59,7 +60,7 @@ IMAGES_SEEN, WEIGHTS_SEEN, SCORING_SEEN = (
     Artifact(f"sources/{name}.json", "sources") for name in ("images", "weights", "scoring")
 )
 MANIFEST, DATA_METRICS = Artifact("data/manifest.parquet", "data"), Artifact("data/metrics.json", "data")
-TOKENIZER = Artifact("tokenizer/tokenizer.safetensors", "tokenizer")
+TOKENIZER = Artifact(RUN_FILES["tokenizer"], "tokenizer")
 TOKENIZER_METRICS = Artifact("tokenizer/metrics.json", "tokenizer")
 RECONSTRUCTIONS = Artifact("tokenizer/reconstructions.png", "tokenizer")
 CLASSIFIER = Artifact("features/demo_classifier.safetensors", "features")
@@ -68,11 +69,11 @@ TOKENS, TOKENS_METRICS = Artifact("tokens", "tokenize_images"), Artifact("tokens
 TRAINED_ENTROPY_MODEL = _trained("entropy_model", "entropy_model")
 ENTROPY_MODEL = TRAINED_ENTROPY_MODEL["model"]
 ENTROPIES = Artifact("entropies", "entropies")
-PATCH_MAPS, PATCH_RULE = Artifact("patch_maps", "patch_maps"), Artifact("patch_maps/rule.json", "patch_maps")
+PATCH_MAPS, PATCH_RULE = Artifact("patch_maps", "patch_maps"), Artifact(RUN_FILES["rule"], "patch_maps")
 PATCH_METRICS = Artifact("patch_maps_metrics.json", "patch_maps")
 PATCH_LENGTHS = Artifact("patch_lengths.csv", "patch_maps")
-TRAINED_DPAR = _trained("models/dpar", "train_dpar")
-TRAINED_LLAMAGEN = _trained("models/llamagen", "train_llamagen")
+TRAINED_DPAR = _trained("dpar", "train_dpar")
+TRAINED_LLAMAGEN = _trained("llamagen", "train_llamagen")
 SNAPSHOTS = Artifact("models/llamagen/snapshots", "train_llamagen")
 EQUAL_TIME = Artifact("models/llamagen/equal_time.safetensors", "time_training")
 TRAINING_SPEED = Artifact("speed/training.json", "time_training")
@@ -86,6 +87,7 @@ SUMMARY_METRICS = Artifact("metrics.json", "report")
 REPORT_PAGE, HEADLINE = Artifact("report/index.html", "report"), Artifact("report/headline.json", "report")
 # What `dvc plots show` and `dvc plots diff` show: pictures, as a page of DVC's own charts needs the internet.
 LOSSES_PICTURE, LENGTHS_PICTURE = Artifact("report/losses.svg", "report"), Artifact("report/patch_lengths.svg", "report")
+PROBE = Artifact("probe", "probe")  # of `dpar-cli probe`, which is no stage
 # Folders that hold artifacts of several stages, or all of one: what the report reads.
 TOKENIZER_FOLDER, ENTROPY_MODEL_FOLDER = Artifact("tokenizer", "tokenizer"), Artifact("entropy_model", "entropy_model")
 MODELS_FOLDER, SPEED_FOLDER, SAMPLES_FOLDER, SCORES_FOLDER = (

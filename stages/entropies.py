@@ -20,7 +20,7 @@ from dpar_core.models.load import read_trained
 from dpar_core.patches.maps import parquet_name, stated, write_entropies, write_summary
 from stages import params as P
 from stages.tracker import Tracker
-from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, make_shards, place, remove_leftovers
+from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers, run_units
 
 MOST_MOVED = 0.02  # share of tokens that a lower precision may put on the other side of a threshold
 MEASURED_SHARDS, MEASURED_IMAGES = 8, 32  # shards, evenly spaced, and images of each that tell that share
@@ -78,7 +78,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         facts["moved_share"] = build().moved_share(plan)
         tracker.log_metrics({f"entropy/{precision}_moved_share": facts["moved_share"]})
     with tracker.progress(images, "entropies", done=images - left, unit="images") as progress:
-        for unit in make_shards(todo, build, workers=workers, device=device, section="entropies"):
+        for unit, _ in run_units(todo, build, workers=workers, device=device, section="entropies"):
             progress.advance(unit.last - unit.first)
     mean = publish(plan, work, outputs.entropies, made_by=made_by, facts=facts)
     tracker.log_metrics({"entropy/mean_nats": mean})

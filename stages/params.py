@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from dpar_core.choices import (
     EncodePrecisionChoice,
+    FeatureName,
     Gate,
     GatePrecision,
     GuidanceSchedule,
@@ -23,6 +24,7 @@ from dpar_core.choices import (
     PositionEncoding,
     Strategy,
     ViewSet,
+    head_multiple,
 )
 from dpar_core.models.sizes import FFN_MULTIPLE, GATE_SIZES
 from dpar_core.precision import PrecisionChoice, multiplies_bf16, settle, slowdown
@@ -228,7 +230,7 @@ class DemoClassifier(Section):
 
 
 class Score(Section):
-    features: Literal["demo", "inception", "dinov2"]
+    features: FeatureName
     features_file: str | None
     reference: str
     images: Annotated[int, Field(ge=2)]
@@ -415,7 +417,7 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
                 )
         yield from _training_contradictions("entropy_model.train", entropy_model.train)
     if model:
-        multiple = {"4d": 16, "3d": 8, "1d": 4}[model.position_encoding]
+        multiple = head_multiple(model.position_encoding)
         yield from _heads(
             "model", model.width, model.heads, multiple=multiple, why=f"position_encoding {model.position_encoding}"
         )

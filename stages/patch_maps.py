@@ -6,7 +6,6 @@ import csv
 import io
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from dpar_core.patches.rule import PatchRule, flat_lengths, patch_starts_numpy, 
 from stages import params as P
 from stages.tracker import Tracker
 from stages.workers.cluster import local_cpus
-from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers
+from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers, run_units
 
 MEASURED_MAPS = 50_000  # a threshold is measured on so many maps: the mean length of all is then known to about 0.05 %
 
@@ -152,15 +151,13 @@ def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict[str
     todo = [name for name in parts if finished_unit(work, name) is None]
     done = len(maps.shards) - sum(parts[name].stop - parts[name].start for name in todo)
 
-    def make(name: str) -> str:
+    def make(name: str) -> None:
         make_map(maps, name, parts[name], rule, work, made_by)
-        return name
 
     description = f"patch_maps {maps.shards.split}"
     with tracker.progress(len(maps.shards), description, done=done, unit="images") as progress:
-        with ThreadPoolExecutor(local_cpus()) as pool:
-            for name in pool.map(make, todo):
-                progress.advance(parts[name].stop - parts[name].start)
+        for name, _ in run_units(todo, lambda threads: make, section="patching", at_once=local_cpus()):
+            progress.advance(parts[name].stop - parts[name].start)
     total: Histograms | None = None
     for name in parts:
         record = facts_of_unit(work, name)

@@ -6,6 +6,7 @@ units of work that appear whole or not at all, drawn here or by Ray workers; no 
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +28,8 @@ from stages import params as P
 from stages.artifacts import METRICS, SAMPLE_GRID, SAMPLE_IMAGES, SAMPLE_PROTOCOL, SAMPLE_TOKENS, TIMINGS, artifact_digest
 from stages.shared.sampler import Files, Sampler
 from stages.tracker import Progress, Tracker
-from stages.workers import cluster
-from stages.workers.tasks import finish_unit, finished_unit
+from stages.workers.cluster import Node
+from stages.workers.tasks import KeptLast, finish_unit, finished_unit, run_units
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8
 
@@ -118,24 +119,17 @@ class Job:
         return Path(self.work) / f"batch-{batch:06d}.npz"
 
 
-class _Held:
-    """The sampler a process used last: another job on the same files takes its networks over."""
-
-    key: tuple = ()
-    sample: str = ""
-    sampler: Sampler | None = None
+_KEPT: KeptLast[Sampler] = KeptLast()
 
 
 def sampler_of(job: Job) -> Sampler:
-    """Return the job's sampler; the files are read once a process."""
-    key = (job.files, job.content, job.device, job.section.gate)
-    if _Held.key != key:
-        _Held.key, _Held.sampler = (), None  # frees the old networks before the new ones are read
-        _Held.sampler, _Held.key = Sampler(job.files, job.section, device=job.device), key
-        _Held.sample = job.sample
-    elif _Held.sample != job.sample:
-        _Held.sampler, _Held.sample = _Held.sampler.with_settings(job.section), job.sample
-    return _Held.sampler
+    """Return the job's sampler; the files are read once per process, another job on them takes the networks over."""
+    section = job.section
+    key = (job.files, job.content, job.device, section.gate)
+    sampler = _KEPT.get(key, lambda: Sampler(job.files, section, device=job.device))
+    if sampler.sample != section:
+        sampler = _KEPT.value = sampler.with_settings(section)
+    return sampler
 
 
 def draw_batch(job: Job, batch: int, progress: Callable[[int], None] | None = None) -> int:
@@ -196,11 +190,17 @@ def draw_samples(
     left = [batch for batch in job.batches() if finished_unit(work, job.path(batch).name) is None]
     done = sample.images - sum(_size(sample, batch) for batch in left)
     with tracker.progress(sample.images, f"sample {target.name}", done=done, unit="images") as progress:
-        if sample.workers and left:
-            _by_workers(job, sampler, left, sample.workers, progress)
-        else:
-            for batch in left:
-                draw_batch(job, batch, _whole_images(progress, sampler.config.tokens))
+        advance = _whole_images(progress, sampler.config.tokens)
+
+        def check(nodes: list[Node]) -> None:
+            if not device.startswith("cuda"):  # on GPUs every worker has one of its own
+                largest = max(_size(sample, batch) for batch in left)
+                check_memory(sampler, largest, workers=-(-sample.workers // len(nodes)))
+
+        build = functools.partial(_drawer, job) if sample.workers else lambda threads: _drawer(job, threads, advance)
+        for _, count in run_units(left, build, workers=sample.workers, device=device, section="sample", check=check):
+            if sample.workers:
+                progress.advance(count)
     _publish(job, sampler, target, tracker, prefix=prefix)
 
 
@@ -220,30 +220,9 @@ def _whole_images(progress: Progress, tokens: int) -> Callable[[int], None]:
     return advance
 
 
-def _by_workers(job: Job, sampler: Sampler, batches: list[int], workers: int, progress: Progress) -> None:
-    """Spread batches over Ray workers; a worker that dies has its batch drawn again by another."""
-    with cluster.connected() as nodes:
-        import ray
-
-        gpus = 1 if job.device.startswith("cuda") else 0
-        cpus = max(int(sum(node.cpus for node in nodes)) // workers, 1)
-        cluster.require(nodes, workers=workers, cpus=cpus, gpus=gpus, section="sample")
-        if not gpus:  # on GPUs every worker has one of its own
-            largest = max(_size(job.section, batch) for batch in batches)
-            check_memory(sampler, largest, workers=-(-workers // len(nodes)))
-
-        def work_on(job: Job, batch: int) -> int:
-            torch.set_num_threads(cpus)
-            return draw_batch(job, batch)
-
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(work_on)
-        waiting, running = list(batches), []
-        while waiting or running:
-            while waiting and len(running) < workers:
-                running.append(task.remote(job, waiting.pop(0)))
-            finished, running = ray.wait(running, num_returns=1)
-            for count in ray.get(finished):
-                progress.advance(count)
+def _drawer(job: Job, threads: int, advance: Callable[[int], None] | None = None) -> Callable[[int], int]:
+    """Return the function that draws a batch of the job. advance: called with counts of tokens."""
+    return lambda batch: draw_batch(job, batch, advance)
 
 
 def batch_arrays(job: Job, name: str) -> Iterator[np.ndarray]:

@@ -29,7 +29,7 @@ from dpar_core.models.vq import VQ, encode_at, most_images, to_float
 from stages import params as P
 from stages.data import ImageOpener
 from stages.tracker import Tracker
-from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, make_shards, place, remove_leftovers
+from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers, run_units
 
 BAD_IMAGES, BOTH_SPLITS = "bad_images.json", "images_in_both_splits.json"
 MOST_MOVED = 0.05  # share of tokens that a lower precision may change
@@ -124,7 +124,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     ready = sum(len(shard.indices) for shard in done)
     with tracker.progress(total, "tokenize_images", done=ready, unit="images") as progress:
         todo = [shard for shard in plan if shard.name not in names]
-        for shard in make_shards(todo, build, workers=settings.workers, device=device, section="tokenize_images"):
+        for shard, _ in run_units(todo, build, workers=settings.workers, device=device, section="tokenize_images"):
             progress.advance(len(shard.indices))
             bad += read_contents(shard, work).bad
             _check_share(bad, total, params.data.max_bad_share)

@@ -1,11 +1,19 @@
 """The house: pipeline -> stages -> dpar_core, never back. Imports are read from the source, not run."""
 
 import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dpar_core.files import RUN_FILES
+from stages import artifacts
 from tests.helpers.paths import ROOT
+
+FLOORS = ("dpar_core", "stages", "pipeline")
 
 WORKFLOW = {"ray", "mlflow", "dvc", "typer", "pydantic"}
 FORBIDDEN = {
@@ -14,6 +22,7 @@ FORBIDDEN = {
 }
 GROUND = {"torch", "numpy", "pyarrow", "PIL", "safetensors", "fsspec", "dpar_core"}
 GROUND |= {"triton"}  # comes with torch for CUDA, imported there alone
+WRITES_SHARDS = ROOT / "dpar_core" / "data" / "shards.py"  # which imports webdataset where a shard is written, never to read
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:
@@ -42,16 +51,26 @@ def test_nobody_imports_the_top_floor():
 
 
 def test_the_ground_floor_needs_five_packages_alone():
-    import sys
-
     known = GROUND | set(sys.stdlib_module_names)
-    strangers = {f.name: imports(f) - known for f in (ROOT / "dpar_core").rglob("*.py") if imports(f) - known}
-    assert not strangers
+    strangers = {f: imports(f) - known for f in (ROOT / "dpar_core").rglob("*.py") if imports(f) - known}
+    assert strangers == {WRITES_SHARDS: {"webdataset"}}
+    assert "webdataset" not in imports(WRITES_SHARDS, top_level_only=True)
 
 
 def test_the_command_line_imports_nothing_heavy_before_a_command_runs():
     heavy = {"torch", "ray", "mlflow", "dvc", "sklearn", "skimage", "matplotlib", "pyarrow", "numpy", "dpar_core", "stages"}
     assert not imports(ROOT / "pipeline" / "cli.py", top_level_only=True) & heavy
+
+
+def own_imports(file: Path) -> set[str]:
+    """Return what a file imports of this project, as dotted names: of modules, or of names in them."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] in FLOORS}
 
 
 def rooms(floor: str) -> dict[str, dict[str, list[str]]]:
@@ -62,19 +81,13 @@ def rooms(floor: str) -> dict[str, dict[str, list[str]]]:
         if len(path) == 2 and path[1] == "__init__":
             continue  # the names that a floor offers come from its rooms
         mine = found.setdefault(path[1], {})
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-                names = [node.module] if "." in node.module else [f"{node.module}.{alias.name}" for alias in node.names]
-            else:
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for name in names:
-                parts = name.split(".")
-                if parts[0] == floor and len(parts) > 1 and parts[1] != path[1]:
-                    mine.setdefault(parts[1], []).append(".".join(path))
+        for parts in (name.split(".") for name in own_imports(file)):
+            if parts[0] == floor and len(parts) > 1 and parts[1] != path[1]:
+                mine.setdefault(parts[1], []).append(".".join(path))
     return found
 
 
-@pytest.mark.parametrize("floor", ["dpar_core", "stages", "pipeline"])
+@pytest.mark.parametrize("floor", FLOORS)
 def test_rooms_import_each_other_without_circles(floor):
     left = rooms(floor)
     assert sum(len(imported) for imported in left.values()) > 5
@@ -82,3 +95,117 @@ def test_rooms_import_each_other_without_circles(floor):
         for room in done:
             del left[room]
     assert not left, {room: {name: who for name, who in imported.items() if name in left} for room, imported in left.items()}
+
+
+def sources(*folders: str) -> Iterator[Path]:
+    """Yield the Python files of some folders of the project."""
+    for folder in folders:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+# Packages that are run in a process of their own, and where; and the names packages are imported by, where those differ.
+RUN_ELSEWHERE = {
+    "dvc": ("pipeline/commands/workflow.py", '"-m", "dvc"'),
+    "scipy": ("stages/data.py", "from scipy.io import loadmat"),
+}
+IMPORTED_AS = {"pillow": "PIL", "ruamel.yaml": "ruamel", "scikit-image": "skimage", "scikit-learn": "sklearn"}
+
+
+def test_every_dependency_is_used_by_what_runs():
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.match(r"[\w.-]+", line).group() for line in named}
+    used = set().union(*(imports(file) for file in sources(*FLOORS)))
+    assert {name for name in names if IMPORTED_AS.get(name, name) not in used} == set(RUN_ELSEWHERE)
+    assert all(words in (ROOT / file).read_text() for file, words in RUN_ELSEWHERE.values())
+
+
+ONE_PLACE = {
+    r"\bray\.(wait|remote|kill)\(": {"stages/workers/tasks.py"},
+    r"\bfcntl\b|\bFileLock\(": {"stages/workers/lock.py"},
+    r"\bsys\.path\.(insert|append)": set(),
+}
+
+
+@pytest.mark.parametrize("pattern", ONE_PLACE)
+def test_what_has_one_way_is_done_in_one_place(pattern):
+    found = {file for file in sources(*FLOORS, "benchmarks", "tests") if re.search(pattern, file.read_text())}
+    known = {ROOT / name for name in ONE_PLACE[pattern]}
+    tests_of_ray = {ROOT / "tests" / "test_architecture.py", ROOT / "tests" / "stages" / "workers" / "test_cluster.py"}
+    assert known <= found and found - known <= tests_of_ray
+
+
+def words_of(file: Path) -> Iterator[str]:
+    """Yield the strings of a file that stand for one word, as paths do; sentences and docstrings are left out."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+            yield node.value
+
+
+def test_no_path_below_artifacts_is_spelled_outside_the_catalog():
+    made = {one.name for outputs in artifacts.OUTPUTS.values() for one in outputs.values()}
+    paths = {name for name in made if "/" in name}
+    assert len(paths) > 20 and set(RUN_FILES.values()) <= paths | {artifacts.PATCH_RULE.name}
+    catalog = {ROOT / "stages" / "artifacts.py", ROOT / "dpar_core" / "files.py"}
+    spelled = [
+        (str(file.relative_to(ROOT)), word)
+        for file in sources(*FLOORS, "benchmarks")
+        if file not in catalog
+        for word in words_of(file)
+        if word.startswith(f"{artifacts.FOLDER}/") or word == artifacts.FOLDER or word.strip("/") in paths
+    ]
+    assert not spelled
+
+
+# Modules of the core whose tests are in a file of another name.
+HOMES = {
+    "choices": "stages/test_params.py",
+    "data.contents": "stages/test_sources.py",
+    "data.fingerprint": "stages/test_sources.py",
+    "data.folders": "dpar_core/data/test_sources.py",
+    "data.image_parquet": "dpar_core/data/test_world_files.py",
+    "data.image_tars": "dpar_core/data/test_world_files.py",
+    "data.listing": "dpar_core/data/test_sources.py",
+    "data.manifest": "dpar_core/data/test_sources.py",
+    "data.remote": "dpar_core/data/test_shards.py",
+    "data.synsets": "dpar_core/data/test_sources.py",
+    "evaluation.arrays": "dpar_core/evaluation/test_image_sets.py",
+    "evaluation.block_features": "stages/tools/test_probe.py",
+    "evaluation.measure": "stages/shared/test_scoring.py",
+    "evaluation.reconstruction": "stages/test_tokenizer_stage.py",
+    "evaluation.reference": "dpar_core/evaluation/test_scores.py",
+    "evaluation.sample_files": "stages/test_sample.py",
+    "generation.lanes": "dpar_core/generation/test_generate.py",
+    "generation.sampling": "dpar_core/generation/test_guidance.py",
+    "generation.static_ops": "dpar_core/generation/test_static.py",
+    "generation.stepping": "dpar_core/generation/test_kv_cache.py",
+    "generation.triton_ops": "dpar_core/generation/test_static.py",
+    "models.flops": "dpar_core/training/test_loop.py",
+    "models.gpt": "dpar_core/models/test_load.py",
+    "models.memory": "pipeline/test_cost.py",
+    "models.published": "dpar_core/models/test_weights.py",
+    "models.rope": "dpar_core/models/test_dpar.py",
+    "models.sizes": "pipeline/test_cost.py",
+    "patches.layout": "dpar_core/models/test_dpar.py",
+    "patches.maps": "stages/test_token_stages.py",
+    "secrets": "pipeline/test_boundary.py",
+    "signatures": "dpar_core/models/test_weights.py",
+    "training.codebook": "stages/test_tokenizer_stage.py",
+    "training.meters": "dpar_core/training/test_loop.py",
+    "training.optim": "dpar_core/training/test_loop.py",
+    "training.prefetch": "dpar_core/training/test_loop.py",
+}
+
+
+def test_every_module_of_the_core_has_a_test_of_its_name_or_a_stated_home():
+    modules = {file.relative_to(ROOT): file for file in sources("dpar_core") if file.name != "__init__.py"}
+    nameless = {path for path in modules if not (ROOT / "tests" / path.with_name(f"test_{path.name}")).exists()}
+    assert {".".join(path.with_suffix("").parts[1:]) for path in nameless} == set(HOMES)
+
+    def reached(file: Path, steps: int) -> set[str]:
+        found = own_imports(file)
+        found |= {name.rpartition(".")[0] for name in found}
+        files = {ROOT / f"{name.replace('.', '/')}.py" for name in found} if steps else set()
+        return found.union(*(reached(one, steps - 1) for one in files if one.exists()))
+
+    lost = {name: home for name, home in HOMES.items() if f"dpar_core.{name}" not in reached(ROOT / "tests" / home, 2)}
+    assert not lost

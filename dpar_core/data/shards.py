@@ -86,21 +86,28 @@ class ShardContents:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardContents:
-    """Write a shard, whole or not at all; the same samples give the same bytes (times, owners and order are fixed)."""
+    """Write a shard, whole or not at all; the same samples give the same bytes (times, owners and order are fixed).
+
+    Needs webdataset, which nothing that only reads shards imports.
+    """
+    from webdataset import TarWriter
+
     keys, labels, offsets = [], [], []
     with atomic_path(path) as temporary:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with (
+            open(temporary, "wb") as stream,
+            TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as tar,
+        ):
+            tar.tarstream.format = tarfile.USTAR_FORMAT  # TarWriter takes a format and leaves it unused
             for sample in samples:
                 tokens = np.ascontiguousarray(sample.tokens, dtype="<u2")
                 header = _npy_header(*tokens.shape)
                 keys.append(sample.key)
                 labels.append(int(sample.label))
-                offsets.append(tar.offset + BLOCK + len(header))
+                offsets.append(tar.tarstream.offset + BLOCK + len(header))
                 parts = (header + tokens.tobytes(), str(sample.label).encode(), canonical_json(sample.info).encode())
-                for ending, content in zip(_ENDINGS, parts):
-                    member = tarfile.TarInfo(f"{sample.key}.{ending}")
-                    member.size, member.mode = len(content), 0o644
-                    tar.addfile(member, io.BytesIO(content))
+                for ending, content in zip(_ENDINGS, parts):  # one at a time: TarWriter sorts the endings of a sample
+                    tar.write({"__key__": sample.key, ending: content})
         size, sha256 = temporary.stat().st_size, sha256_file(temporary)
     return ShardContents(keys, labels, offsets, size, sha256)
 

@@ -21,17 +21,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpar_core.choices import ENCODED, Coordinate
 from dpar_core.generation.guidance import SampleSettings, uniforms
 from dpar_core.generation.static_ops import Opened, StaticCache, TorchOps, static_cache_bytes
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
-from dpar_core.models.rope import frequencies
+from dpar_core.models.rope import frequencies, pairs_of
 from dpar_core.patches.rule import BoundaryState, PatchRule
 
 Schedule = Literal["ahead", "buckets"]
@@ -534,12 +535,8 @@ def _known_starts(rule: PatchRule, tokens: int) -> list[bool]:
 def _patch_turns(head_dim: int, config: Any) -> tuple[Tensor, Tensor]:
     """Return cos and sin of every value times every pair's frequency, (n, hd / 2, 2) float32, and which value turns each
     pair, (hd / 2,) int64: 0 row, 1 first column, 2 last column, 3 number of the patch (see rope.patch_rotary)."""
-    sources = {"1d": [3], "3d": [0, 1, 2], "4d": [0, 1, 2, 2, 1]}[config.position_encoding]
-    if sources == [3]:
-        counts = [head_dim // 2]
-    else:
-        columns = len(sources) - 1
-        counts = [head_dim // 4, *[head_dim // (4 * columns)] * columns]
+    sources = [get_args(Coordinate).index(name) for name in ENCODED[config.position_encoding]]
+    counts = pairs_of(head_dim, config.position_encoding)
     f = torch.cat([frequencies(count) for count in counts])
     angles = torch.arange(config.tokens + 1)[:, None] * f
     source = torch.cat([torch.full((count,), source) for source, count in zip(sources, counts)])

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpar_core.choices import ENCODED, PositionEncoding, head_multiple
+
 BASE = 10000.0
 
 
@@ -51,26 +53,28 @@ def token_rotary(row_width: int, head_dim: int, *, leading: int) -> Rotary:
 
 
 def patch_rotary(
-    rows: Tensor, first_cols: Tensor, last_cols: Tensor, index: Tensor, head_dim: int, *, encoding: str
+    rows: Tensor, first_cols: Tensor, last_cols: Tensor, index: Tensor, head_dim: int, *, encoding: PositionEncoding
 ) -> Rotary:
     """Return the table of patches: (M, hd / 2).
 
     rows, first_cols, last_cols, index: (M,) integers: row of the patch's first token, column of its first and of its
-    last token, number of the patch in its image. encoding: "4d" (row; c0, c1, c1, c0), "3d" (row; c0, c1) or "1d"
-    (the number of the patch). Raises ValueError for another encoding or a head dimension it does not divide.
+    last token, number of the patch in its image. encoding: see choices.ENCODED.
+    Raises ValueError for another encoding or a head dimension it does not divide.
     """
-    device = rows.device
-    if encoding == "1d":
-        return rotary(index[:, None] * frequencies(head_dim // 2, device))
-    shares = {"3d": (first_cols, last_cols), "4d": (first_cols, last_cols, last_cols, first_cols)}
-    if encoding not in shares:
-        raise ValueError(f"position_encoding must be 4d, 3d or 1d; got {encoding!r}")
-    columns = shares[encoding]
-    if head_dim % (4 * len(columns)):
-        raise ValueError(f"{encoding} needs a head dimension that {4 * len(columns)} divides; got {head_dim}")
-    f = frequencies(head_dim // (4 * len(columns)), device)
-    angles = [rows[:, None] * frequencies(head_dim // 4, device), *(column[:, None] * f for column in columns)]
+    known = {"row": rows, "first_column": first_cols, "last_column": last_cols, "number": index}
+    counts = pairs_of(head_dim, encoding)
+    angles = [known[name][:, None] * frequencies(count, rows.device) for name, count in zip(ENCODED[encoding], counts)]
     return rotary(torch.cat(angles, dim=1))
+
+
+def pairs_of(head_dim: int, encoding: PositionEncoding) -> list[int]:
+    """Return how many pairs of a head each coordinate of an encoding turns; they sum to hd / 2. Raises ValueError."""
+    if encoding not in ENCODED:
+        raise ValueError(f"position_encoding must be one of {', '.join(ENCODED)}; got {encoding!r}")
+    others = len(ENCODED[encoding]) - 1
+    if head_dim % head_multiple(encoding):
+        raise ValueError(f"{encoding} needs a head dimension that {head_multiple(encoding)} divides; got {head_dim}")
+    return [head_dim // 4, *[head_dim // 4 // others] * others] if others else [head_dim // 2]
 
 
 def rotate(x: Tensor, table: Rotary) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +23,7 @@ def init(
     you have changed is kept as params.yaml.bak with --force. To go on: `dpar-cli run`. docs/own-images.md is the recipe.
     """
     from dpar_core.files import atomic_write
+    from pipeline.presets.use import with_values
     from pipeline.terminal import wrapped
     from stages.params import load_params
     from stages.tools.own_images import describe, split_images
@@ -38,7 +38,8 @@ def init(
     for line in describe(found, images):
         print(wrapped(line.strip(), first="  " if line.startswith(" ") else "", rest="  "))
     values = suggested(text, train=found.training, validation=found.validation, classes=len(found.counts), into=into)
-    text = written(text, values, images)
+    body = with_values(text, values).split("\n", 1)[1]
+    text = f"# Own images from {str(images)!a}. Made by dpar-cli init.\n{body}"
     if kept:
         (root / "params.yaml").replace(root / "params.yaml.bak")
         print("the old params.yaml is params.yaml.bak")
@@ -90,22 +91,3 @@ def suggested(text: str, *, train: int, validation: int, classes: int, into: Pat
     if train <= _FEATURES or values["score.images"] <= _FEATURES:
         values["score.allow_singular"] = True
     return values
-
-
-def written(text: str, values: dict[str, Any], images: Path) -> str:
-    """Return a preset's text with values set by dotted name, its comments kept, and a first line of its own."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width = 200
-    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    content = yaml.load(text)
-    for name, value in values.items():
-        *sections, key = name.split(".")
-        part = content
-        for section in sections:
-            part = part[section]
-        part[key] = value
-    stream = io.StringIO()
-    yaml.dump(content, stream)
-    return f"# Own images from {str(images)!a}. Made by dpar-cli init.\n" + stream.getvalue().split("\n", 1)[1]

@@ -15,7 +15,7 @@ def probe(
     models: Annotated[str, typer.Option(help="Trained models, separated by commas.")] = "dpar,llamagen",
     images: Annotated[int, typer.Option(help="Training images the probe is fitted on (0: all).")] = 5000,
     held_out: Annotated[int, typer.Option(help="Validation images it is tested on (0: all).")] = 5000,
-    out: Annotated[Path, typer.Option(help="Folder for probe.json and probe.png.")] = Path("artifacts/probe"),
+    out: Annotated[Path | None, typer.Option(help="Folder for probe.json and probe.png; default artifacts/probe.")] = None,
 ) -> None:
     """Fit a linear classifier on the frozen features of every block of the trained models.
 
@@ -26,11 +26,12 @@ def probe(
     import torch
 
     from dpar_core.files import write_json
-    from stages.artifacts import FOLDER
+    from stages.artifacts import FOLDER, PROBE
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name.strip() for name in models.split(",")]
     found = probe_models(names, images, held_out, device=device, artifacts=Path(FOLDER))
+    out = out or Path(PROBE.path)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "probe.json", found)
     draw(found, out / "probe.png")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,12 +156,14 @@ def _plan(points, params, images, final_images, finalists, concurrency, search, 
 
 def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, retrain: bool, apply: bool) -> None:
     from dataclasses import replace
+    from functools import partial
 
     from pipeline.sweep import output as sweep_output
     from pipeline.sweep.tracking import open_sweep
     from stages import artifacts
     from stages.tools.sweep import check_points, sweep
     from stages.tools.sweep_models import retrain as train_models
+    from stages.workers.lock import locked
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"--name is {name!r}, expected letters, digits, dots, dashes: it becomes a folder under sweeps/")
@@ -181,7 +180,7 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
         "search": plan.search,
         "retrain": retrain,
     }
-    with alone(work), open_sweep(name, settings, root=root) as runs:
+    with locked(work / ".lock", busy=partial(refuse_second, name)), open_sweep(name, settings, root=root) as runs:
         if retrain:
             models = train_models(
                 params,
@@ -227,18 +226,9 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
         print("take it over    the same command with --apply, then dvc repro")
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep a second sweep of the same name out. Raises ValueError in a sentence."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"sweep {folder.name} is running already: wait for it, or give this one another --name"
-            ) from None
-        yield
+def refuse_second(name: str, holder: str) -> None:
+    """Raise ValueError for a sweep that process `holder` runs already."""
+    raise ValueError(f"sweep {name} is running already in process {holder}: wait for it, or give this one another --name")
 
 
 def _listed(values: Any) -> str:

@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from ruamel.yaml import YAML
 
 from dpar_core.files import atomic_write
 from dpar_core.models import memory
@@ -18,6 +15,7 @@ from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import GPTConfig
 from dpar_core.models.sizes import FFN_MULTIPLE, GATE_SIZES, MODEL_SIZES
 from pipeline.presets.published import PATCHES, published
+from pipeline.presets.use import with_values
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 300, 256
 THRESHOLDS = {256: 7.8, 384: 7.9}
@@ -187,23 +185,7 @@ def _fitting(pixels: int, size: str) -> Fitting:
 
 
 def _text(demo: str, head: str, values: dict[str, Any]) -> str:
-    yaml = YAML()
-    yaml.width = 200
-    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    content = yaml.load(demo)
-    for name, value in values.items():
-        *sections, key = name.split(".")
-        place = content
-        for section in sections:
-            place = place[section]
-        if isinstance(value, list):
-            place[key][:] = value
-        else:
-            place[key] = value
-    stream = io.StringIO()
-    yaml.dump(content, stream)
-    body = stream.getvalue().split("\n", 1)[1]
-    return f"# {head}\n{body}"
+    return f"# {head}\n" + with_values(demo, values).split("\n", 1)[1]
 
 
 def main() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import io
 import shutil
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from dpar_core.files import atomic_write
 from pipeline.terminal import wrapped
@@ -61,3 +65,23 @@ def use_preset(root: Path, name: str, *, force: bool = False) -> str:
             said = "; the old one is params.yaml.bak"
     atomic_write(target, file.read_text())
     return f"params.yaml is now preset {name}{said}: go on with `dpar-cli run`"
+
+
+def with_values(text: str, values: dict[str, Any]) -> str:
+    """Return the text of a params file with values set by dotted name; its comments are kept."""
+    yaml = YAML()
+    yaml.width = 200
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    content = yaml.load(text)
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        part = content
+        for section in sections:
+            part = part[section]
+        if isinstance(value, list):
+            part[key][:] = value  # keeps the style of the list
+        else:
+            part[key] = value
+    stream = io.StringIO()
+    yaml.dump(content, stream)
+    return stream.getvalue()

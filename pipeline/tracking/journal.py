@@ -8,7 +8,6 @@ holds one on `sent.json`, which says how far it is, and removes the folder at th
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import lock_descriptor
 
 from dpar_core.secrets import redacted_data
 
@@ -52,7 +53,7 @@ class Journal:
         self.folder = folder / f"{stamp}-{socket.gethostname()}-{os.getpid()}-{name.replace('/', '_').replace(' ', '_')}"
         self.folder.mkdir(parents=True)
         self._stream = open(self.folder / EVENTS, "a", encoding="utf-8")  # noqa: SIM115
-        fcntl.flock(self._stream, fcntl.LOCK_EX)
+        lock_descriptor(self._stream.fileno())
         self._lock, self._files = threading.Lock(), 0
 
     def write(self, op: Operation, run: str, data: dict[str, Any], *, time_ms: int | None = None) -> None:
@@ -108,9 +109,7 @@ def _event(line: bytes) -> Event | None:
 def bury(folder: Path) -> bool:
     """Write the end of runs whose process is gone (kill -9, power cut) as KILLED; return whether the process is gone."""
     with open(folder / EVENTS, "r+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_descriptor(stream.fileno(), blocking=False):
             return False
         content = stream.read()
         whole = content.rfind(b"\n") + 1

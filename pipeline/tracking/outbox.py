@@ -6,7 +6,6 @@ once), so nothing depends on knowing whether an answer that was lost had been ac
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import select
@@ -21,6 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from dpar_core.secrets import redacted
 from pipeline.tracking import store
@@ -341,9 +342,7 @@ def held(folder: Path) -> Iterator[bool]:
         yield False
         return
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_descriptor(stream.fileno(), blocking=False):
             yield False
             return
         yield (folder / SENT).exists()

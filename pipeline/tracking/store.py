@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
 from dpar_core.secrets import redacted
+from stages.workers import lock
 
 EXPERIMENT = "dpar"
 PID_TAG, HOST_TAG, STARTED_TAG = "dpar.pid", "dpar.host", "dpar.started"
@@ -166,11 +165,6 @@ def reason(error: BaseException) -> str:
     return f"{first} ({type(error).__name__}): check MLFLOW_TRACKING_URI"
 
 
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
+def locked(root: Path) -> AbstractContextManager[None]:
     """Hold the lock under which runs are found and made: two processes never make the same one."""
-    folder = store_root(root) / "work"
-    folder.mkdir(exist_ok=True)
-    with open(folder / ".mlflow.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return lock.locked(store_root(root) / "work" / ".mlflow.lock")

@@ -63,14 +63,13 @@ class Sampler:
     """
 
     def __init__(self, files: Files, sample: P.Sample, *, device: str) -> None:
-        self.files, self.device = files, torch.device(device)
+        self.files, self.sample, self.device = files, sample, torch.device(device)
         self.is_dpar = files.rule is not None
         tokenizer = read_trained(files.tokenizer, "tokenizer")
         self.trained_with = {"tokenizer": tokenizer.digest}
         trained = read_trained(files.model, "dpar" if self.is_dpar else "llamagen", made_with=self.trained_with)
         self.weights = trained.weights
         self.vq = tokenizer.build(self.device)
-        self.precision = sample.precision
         self.made_by = {"model": trained.digest, "tokenizer": tokenizer.digest}
         self.rule = read_rule(files.rule) if self.is_dpar else None
         self.gate_precision = rule_precision(files.rule) if self.is_dpar else "fp32"
@@ -91,7 +90,7 @@ class Sampler:
     def _generator(self) -> DPARGenerator | GPTGenerator:
         kind = DPARGenerator if self.is_dpar else GPTGenerator
         how = {"gate_dtype": dtype_of(self.gate_precision)} if self.is_dpar else {}
-        return kind(*self.networks, self.settings, dtype=dtype_of(self.precision), **how)
+        return kind(*self.networks, self.settings, dtype=dtype_of(self.sample.precision), **how)
 
     def with_settings(self, sample: P.Sample) -> Sampler:
         """Return a sampler of the same networks, which stay where they are in memory, with other settings.
@@ -99,7 +98,7 @@ class Sampler:
         Raises ValueError when the gate is another: it decides which networks there are.
         """
         other = copy.copy(self)
-        other.precision, other.settings = sample.precision, settings_of(sample, self.rule)
+        other.sample, other.settings = sample, settings_of(sample, self.rule)
         if other.settings.gate != self.settings.gate:
             raise ValueError(f"the networks were read for gate {self.settings.gate}, not {other.settings.gate}")
         other.generator = other._generator()
@@ -180,4 +179,4 @@ class Sampler:
         if self.asks_model:
             settings["gate_precision"] = self.gate_precision
         model = "dpar" if self.is_dpar else "llamagen"
-        return {"model": model, "made_by": self.made_by, "precision": self.precision, **settings}
+        return {"model": model, "made_by": self.made_by, "precision": self.sample.precision, **settings}

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from dpar_core.data.images import BadImage, center_crop
 from dpar_core.data.manifest import Manifest, read_manifest
@@ -29,7 +27,7 @@ from dpar_core.files import digest_of
 from stages import params as P
 from stages.data import ImageOpener
 from stages.tracker import Tracker
-from stages.workers import cluster
+from stages.workers.tasks import run_units
 
 
 def settings_of(section: P.Score) -> ScoreSettings:
@@ -43,14 +41,22 @@ def measure(
 ) -> Measured:
     """Return features and moments of images (n, h, w, 3) uint8, n > 1.
 
-    workers: Ray tasks at once, each with its share of the CPUs or a GPU of its own; 0: in this process. done: called with
+    workers: Ray actors, each with its share of the CPUs or a GPU of its own; 0: in this process. done: called with
     how many more images are finished. Raises ScoreError for fewer than two images or features that are not finite,
     ValueError when the cluster has no room for the workers.
     """
     cut = list(pieces(len(images)))
     if workers == 0 or len(cut) == 1:
         return measure_here(network, images, done=done)
-    return merged(_by_workers(network, [images[piece] for piece in cut], workers, done))
+    identity = (network.name, str(network.file.resolve()), network.digest, network.device)
+    build = partial(_PieceMeasurer, *identity)
+    units = [(number, images[piece]) for number, piece in enumerate(cut)]
+    found: dict[int, Measured] = {}
+    for (number, part), measured in run_units(units, build, workers=workers, device=network.device, section="score"):
+        found[number] = measured
+        if done is not None:
+            done(len(part))
+    return merged([found[number] for number in range(len(units))])
 
 
 def measure_with_progress(network: FeatureNetwork, tracker: Tracker, what: str, *, workers: int) -> Measure:
@@ -130,42 +136,15 @@ def _split_images(manifest: Manifest, split: str, size: int) -> ImageSet:
     return ImageSet(np.stack(images), left_out=tuple(bad))
 
 
-def _by_workers(
-    network: FeatureNetwork, parts: list[np.ndarray], workers: int, done: Callable[[int], None] | None
-) -> list[Measured]:
-    """Measure pieces on Ray workers; one that dies has its piece measured again by another."""
-    with cluster.connected() as nodes:
-        import ray
+class _PieceMeasurer:
+    """Measures pieces on a Ray worker, which opens the network itself: scripts and closures do not travel."""
 
-        gpus = 1 if network.device.startswith("cuda") else 0
-        cpus = max(int(sum(node.cpus for node in nodes)) // workers, 1)
-        cluster.require(nodes, workers=workers, cpus=cpus, gpus=gpus, section="score")
-        # What a worker needs to open the network itself: scripts and closures do not travel.
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_measure_piece)
-        identity = (network.name, str(network.file.resolve()), network.digest, network.device)
-        found: dict[int, Measured] = {}
-        waiting = list(range(len(parts)))
-        running: dict[Any, int] = {}
-        while waiting or running:
-            while waiting and len(running) < workers:
-                number = waiting.pop(0)
-                running[task.remote(identity, parts[number], cpus)] = number
-            finished, _ = ray.wait(list(running), num_returns=1)
-            number = running.pop(finished[0])
-            found[number] = ray.get(finished[0])
-            if done is not None:
-                done(len(parts[number]))
-    return [found[number] for number in range(len(parts))]
+    def __init__(self, name: str, file: str, digest: str, device: str, threads: int) -> None:
+        self.network = open_network(name, Path(file), device)
+        if self.network.digest != digest:
+            raise ValueError(
+                f"{file} is another network on this machine ({self.network.digest}, expected {digest}): share one file"
+            )
 
-
-def _measure_piece(identity: tuple[str, str, str, str], images: np.ndarray, cpus: int) -> Measured:
-    torch.set_num_threads(cpus)
-    return Measured.of(_opened(*identity)(images))
-
-
-@lru_cache(maxsize=1)
-def _opened(name: str, file: str, digest: str, device: str) -> FeatureNetwork:
-    network = open_network(name, Path(file), device)
-    if network.digest != digest:
-        raise ValueError(f"{file} is another network on this machine ({network.digest}, expected {digest}): share one file")
-    return network
+    def __call__(self, piece: tuple[int, np.ndarray]) -> Measured:
+        return Measured.of(self.network(piece[1]))

@@ -35,6 +35,7 @@ from stages.shared.sampler import Files
 from stages.shared.scoring import make_reference, measure, settings_of
 from stages.tracker import Tracker
 from stages.workers import cluster
+from stages.workers.tasks import KeptLast
 
 # Seeds of trials lie far above those of params.yaml: what `dvc repro` scores at the end was not used to choose.
 SEARCH_SEEDS, FINAL_SEEDS = 10_000_000, 20_000_000
@@ -219,19 +220,15 @@ class _Silent:
         pass
 
 
-class _Networks:
-    key: tuple = ()
-    network: FeatureNetwork | None = None
+_KEPT: KeptLast[FeatureNetwork] = KeptLast()
 
 
 def _network(subject: Subject) -> FeatureNetwork:
-    """Return the feature network, read once a process."""
+    """Return the feature network, read once per process."""
     settings = subject.score.score
     file = subject.features if settings.features == "demo" else Path(settings.features_file)
     key = (settings.features, file, subject.device)
-    if _Networks.key != key:
-        _Networks.network, _Networks.key = feature_network(settings.features, file, subject.device), key
-    return _Networks.network
+    return _KEPT.get(key, lambda: feature_network(*key))
 
 
 def sweep(

@@ -8,7 +8,6 @@ is never needed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -16,8 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +31,7 @@ from dpar_core.training.parallel import Ranks
 from stages.params import Training
 from stages.workers import cluster
 from stages.workers.local import Call, LocalFit
+from stages.workers.lock import locked
 
 EVENTS, RETURNED = "events.jsonl", "returned.json"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -98,7 +97,7 @@ def fit(
     asked = {"workers": scale.workers, "cpus": scale.cpus, "gpus": scale.gpus, "section": section}
     if (own := cluster.expected()) is not None:
         cluster.require(own, **asked)
-    with _only_one(work / "lock"):
+    with locked(work / "lock", busy=_trained_already):
         events.write_text("")
         if own is not None and scale.workers == 1 and not scale.group:
             returned = _fit_here(function, root, events, scale, on_event)
@@ -388,18 +387,5 @@ class _Silence:
             )
 
 
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Hold a lock that dies with this process. Raises RuntimeError when another process trains the same run."""
-    with open(path, "a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            raise RuntimeError(
-                f"process {stream.read() or 'unknown'} is training this run already: wait for it, or end it"
-            ) from None
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
+def _trained_already(holder: str) -> None:
+    raise RuntimeError(f"process {holder} is training this run already: wait for it, or end it")

@@ -1,92 +1,103 @@
-"""Work that is done shard by shard, in this process or by Ray actors, and goes on where an interrupted run stopped."""
+"""The one way to run units of work: in this process or on Ray actors, going on where an interrupted run stopped."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dpar_core.files import Damaged, read_record, sha256_file, write_record
-from stages.workers.cluster import connected, local_cpus, require
+from stages.workers.cluster import Node, connected, local_cpus, require
 
 Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+Kept = TypeVar("Kept")
+Worker = Callable[[Unit], Result]  # does one unit; it is built once per process, so that models are loaded once
 _RESTARTS = 3  # times a lost actor comes back before the run gives up
 
 
-class Worker(Protocol):
-    """Makes one shard. It is built once a process, so that models are loaded once."""
+def run_units(
+    units: Sequence[Unit],
+    build: Callable[[int], Worker[Unit, Result]],
+    *,
+    section: str,
+    workers: int = 0,
+    device: str = "cpu",
+    at_once: int = 1,
+    check: Callable[[list[Node]], None] = lambda nodes: None,
+) -> Iterator[tuple[Unit, Result]]:
+    """Do every unit of work, in any order; yield each with its result when it is done.
 
-    def __call__(self, unit: Unit) -> None:
-        """Make a shard and put it whole into the work folder."""
+    build: makes a worker, given the threads it may use; with workers > 0 it travels to that many Ray actors, so it must be
+        picklable and its paths absolute and shared by all machines.
+    section: of params.yaml, for sentences.
+    workers: actors, each with its share of the CPUs, and a GPU where device is cuda; 0: in this process.
+    at_once: threads of this process that share the worker, where there are no actors.
+    check: called with the nodes of the cluster before anything starts, raises when the work does not suit them.
 
-
-def make_shards(
-    units: Sequence[Unit], build: Callable[[int], Worker], *, workers: int, device: str, section: str
-) -> Iterator[Unit]:
-    """Make every shard of `units`, in any order; yield each when it is done.
-
-    build: makes a worker, given the threads it may use; with workers > 0 it travels to that many Ray actors, each with a
-    GPU where device is cuda, so it must be picklable and its paths absolute and shared by all machines. section: of
-    params.yaml, for sentences. Raises what a worker raised, ValueError when the cluster cannot hold the workers.
+    Raises what a worker raised, ValueError when the cluster cannot hold the workers, RuntimeError when one is lost again
+    and again.
     """
     if not units:
         return
     if not workers:
         worker = build(local_cpus())
-        for unit in units:
-            worker(unit)
-            yield unit
+        if at_once == 1:
+            yield from ((unit, worker(unit)) for unit in units)
+        else:
+            with ThreadPoolExecutor(at_once) as pool:
+                yield from zip(units, pool.map(worker, units))
         return
+    import ray
+
     with connected() as nodes:
-        gpus = 1 if device == "cuda" else 0
+        gpus = 1 if device.startswith("cuda") else 0
         require(nodes, workers=workers, cpus=1, gpus=gpus, section=section)
-        threads = max(int(sum(node.cpus for node in nodes)) // workers, 1)
-        yield from _by_actors(units, build, workers=min(workers, len(units)), threads=threads, gpus=gpus)
+        check(nodes)
+        share = int(sum(node.cpus for node in nodes)) // workers
+        fitting = (n for n in range(share, 1, -1) if sum(node.fits(cpus=n, gpus=gpus) for node in nodes) >= workers)
+        threads = next(fitting, 1)
+
+        class Actor:
+            worker: Worker[Unit, Result] | None = None
+
+            def work_on(self, unit: Unit) -> Result:
+                if self.worker is None:  # not in __init__, of whose errors Ray hands on the text alone
+                    import torch
+
+                    torch.set_num_threads(threads)
+                    self.worker = build(threads)
+                return self.worker(unit)
+
+        kind = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(Actor)
+        waiting = list(reversed(units))
+        actors = [kind.remote() for _ in range(min(workers, len(units)))]
+        busy: dict[Any, tuple[Any, Unit]] = {}
+        free = list(actors)
+        try:
+            while waiting or busy:
+                while waiting and free:
+                    actor, unit = free.pop(), waiting.pop()
+                    busy[actor.work_on.remote(unit)] = actor, unit
+                (done,), _ = ray.wait(list(busy), num_returns=1)
+                actor, unit = busy.pop(done)
+                free.append(actor)
+                yield unit, _result_of(done)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
 
 
-def _by_actors(
-    units: Sequence[Unit], build: Callable[[int], Worker], *, workers: int, threads: int, gpus: int
-) -> Iterator[Unit]:
-    import ray
-
-    class Actor:
-        def __init__(self) -> None:
-            import torch
-
-            torch.set_num_threads(threads)
-            self.worker = build(threads)
-
-        def make(self, unit: Unit) -> None:
-            self.worker(unit)
-
-    kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(Actor)
-    actors = [kind.remote() for _ in range(workers)]
-    waiting, busy = list(reversed(units)), {}
-    for actor in actors:
-        unit = waiting.pop()
-        busy[actor.make.remote(unit)] = actor, unit
-    try:
-        while busy:
-            (done,), _ = ray.wait(list(busy), num_returns=1)
-            actor, unit = busy.pop(done)
-            _raise_what_it_raised(done)
-            yield unit
-            if waiting:
-                unit = waiting.pop()
-                busy[actor.make.remote(unit)] = actor, unit
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def _raise_what_it_raised(reference: Any) -> None:
+def _result_of(reference: Any) -> Any:
+    """Return what a worker returned, or raise what it raised without what Ray wraps around it."""
     import ray
 
     try:
-        ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, Exception) else RuntimeError(str(error))) from None
@@ -152,3 +163,18 @@ def remove_leftovers(work: Path, *outputs: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+class KeptLast(Generic[Kept]):
+    """What a process keeps of one kind, as networks in memory: the newest alone, made when its key is asked for first."""
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self.value: Kept | None = None
+
+    def get(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """Return what `make` gave for this key; what was kept for another one is freed before."""
+        if self.value is None or self._key != key:
+            self.value = None
+            self.value, self._key = make(), key
+        return self.value

@@ -28,8 +28,8 @@ def project(tmp_path_factory):
     rule = json.loads(made.rule.read_text())["rule"]
     gate = load_weights(made.entropy_model, kind="gpt").digest
     write_rule(made.rule, dpar_core.PatchRule(**rule), made_by={"entropy_model": gate})
-    for source, name in zip((made.tokenizer, made.entropy_model, made.dpar, made.twin, made.rule), library.FILES):
-        target = folder / "artifacts" / library.FILES[name]
+    for source, name in zip((made.tokenizer, made.entropy_model, made.dpar, made.twin, made.rule), library.RUN_FILES):
+        target = folder / "artifacts" / library.RUN_FILES[name]
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
     network = DemoClassifier(CLASSES)
@@ -75,7 +75,7 @@ def test_files_of_a_run_are_those_of_the_catalog():
         "llamagen": artifacts.MODELS["llamagen"],
         "rule": artifacts.PATCH_RULE,
     }
-    assert {name: artifact.name for name, artifact in expected.items()} == library.FILES
+    assert {name: artifact.name for name, artifact in expected.items()} == library.RUN_FILES
 
 
 def test_an_image_becomes_tokens_entropies_and_patches_that_belong_together(run, project):
@@ -110,8 +110,8 @@ def test_a_rule_of_another_entropy_model_is_refused(project, tmp_path):
     import shutil
 
     copy = shutil.copytree(project / "artifacts", tmp_path / "artifacts")
-    rule = json.loads((copy / library.FILES["rule"]).read_text())["rule"]
-    write_rule(copy / library.FILES["rule"], dpar_core.PatchRule(**rule), made_by={"entropy_model": "another"})
+    rule = json.loads((copy / library.RUN_FILES["rule"]).read_text())["rule"]
+    write_rule(copy / library.RUN_FILES["rule"], dpar_core.PatchRule(**rule), made_by={"entropy_model": "another"})
     with pytest.raises(ValueError, match="dvc repro patch_maps"):
         dpar_core.load_run(copy, device="cpu")
 

@@ -13,9 +13,9 @@ def test_code_is_named_by_its_sources_wherever_they_lie(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
 
     def named() -> str:
-        code = "import sys; sys.path.insert(0, sys.argv[1]); import pipeline.code as c; print(c.code_identity()['source'])"
-        words = [sys.executable, "-P", "-c", code, str(tmp_path)]
-        return subprocess.run(words, capture_output=True, text=True, check=True, env={}).stdout.strip()
+        code = "import pipeline.code as c; print(c.code_identity()['source'])"
+        words, path = [sys.executable, "-P", "-c", code], {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run(words, capture_output=True, text=True, check=True, env=path).stdout.strip()
 
     assert named() == code_identity()["source"]
     with open(tmp_path / "stages" / "data.py", "a") as stream:

@@ -96,6 +96,15 @@ def test_webdataset_reads_the_shards(tmp_path):
     assert all(one["json"] == s.info for one, s in zip(found, samples("train", 9)))
 
 
+def test_a_shard_has_the_bytes_that_it_had_when_tarfile_wrote_it(tmp_path):
+    tokens = np.arange(3 * 2 * 16, dtype=np.uint16).reshape(3, 2, 16) * 521
+    keys = ["train-a", "train-" + "b" * 80, "train-ä"]
+    infos = [{"source": "ä/x.jpg", "box": None, "class": "c" * (600 * n)} for n in range(3)]
+    found = write_shard(tmp_path / "a.tar", [Sample(keys[n], n * 500, tokens[n], infos[n]) for n in range(3)])
+    assert found.sha256 == "60bc9c7956c9136acb35b95f92874eb841cfe85362a387a63eb595026bf149e5"
+    assert (found.offsets, found.bytes) == ([640, 3712, 7296], 20480)
+
+
 def test_the_same_samples_give_the_same_bytes(tmp_path):
     for place in ("a", "b"):
         write_folder(tmp_path / place)

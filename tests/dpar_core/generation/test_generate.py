@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpar_core.choices import ENCODED
 from dpar_core.generation.generate import DPARGenerator, GPTGenerator, generate_dpar, generate_gpt
 from dpar_core.generation.guidance import SampleSettings
 from dpar_core.generation.stepping import BlockStepper
@@ -79,7 +80,7 @@ def test_cached_steps_give_the_logits_of_the_full_forward_for_every_patch_rule(r
 
 
 @pytest.mark.parametrize("encoder_layers", [1, 2])
-@pytest.mark.parametrize("encoding", ["4d", "3d", "1d"])
+@pytest.mark.parametrize("encoding", ENCODED)
 def test_cached_steps_give_the_logits_of_the_full_forward_for_every_position_encoding(encoding, encoder_layers):
     settings = SampleSettings(cfg_scale=2.0, rule=RULES["rows"]())
     model, gate = tiny_dpar(encoding, encoder_layers=encoder_layers), tiny_gate()

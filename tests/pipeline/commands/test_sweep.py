@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.tracking import store
 from stages.params import ParamsError
 from stages.shared.sampler import Files
 from stages.tools.sweep import Outcome
+from stages.workers.lock import locked
 from tests.helpers.mlflow_stores import delivered
 from tests.helpers.paths import ROOT
 
@@ -153,10 +155,11 @@ def test_trials_hang_under_one_run_and_are_written_once(facts, fresh_store, tmp_
 
 
 def test_a_second_sweep_of_the_same_name_is_refused(tmp_path):
-    with sweep.alone(tmp_path / "x"):
-        with pytest.raises(ValueError, match="sweep x is running already"), sweep.alone(tmp_path / "x"):
+    refuse = partial(sweep.refuse_second, "x")
+    with locked(tmp_path / "x" / ".lock", busy=refuse):
+        with pytest.raises(ValueError, match="sweep x is running already"), locked(tmp_path / "x" / ".lock", busy=refuse):
             pass
-        with sweep.alone(tmp_path / "y"):
+        with locked(tmp_path / "y" / ".lock", busy=refuse):
             pass
 
 

@@ -112,8 +112,6 @@ def test_folders_of_killed_processes_are_removed_and_those_of_live_ones_are_not(
 
 
 FINDS = """
-import sys
-sys.path.insert(0, {root!r})
 from stages.workers import cluster
 def main():
     import ray
@@ -132,10 +130,10 @@ def test_workers_run_our_code_and_the_session_leaves_no_folder(home, tmp_path):
     from tests.helpers.paths import ROOT
 
     (tmp_path / "stages.py").write_text("raise SystemExit('code of the current folder was run')")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"RAY_TMPDIR": "/tmp"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": "/tmp"}
     before = set(Path("/tmp").glob("dpar-ray-*"))
     found = subprocess.run(
-        [sys.executable, "-P", "-c", FINDS.format(root=str(ROOT))],
+        [sys.executable, "-P", "-c", FINDS],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
