@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dpar_core.files import Damaged, read_record, sha256_file, write_record
-from stages.workers.cluster import Node, connected, local_cpus, require
+from stages.workers.cluster import Node, connected, expected, local_cpus, require
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
@@ -52,10 +52,12 @@ def run_units(
             with ThreadPoolExecutor(at_once) as pool:
                 yield from zip(units, pool.map(worker, units))
         return
+    gpus = 1 if device.startswith("cuda") else 0
+    if (own := expected()) is not None:  # what has no room here is refused before Ray starts
+        require(own, workers=workers, cpus=1, gpus=gpus, section=section)
     import ray
 
     with connected() as nodes:
-        gpus = 1 if device.startswith("cuda") else 0
         require(nodes, workers=workers, cpus=1, gpus=gpus, section=section)
         check(nodes)
         share = int(sum(node.cpus for node in nodes)) // workers

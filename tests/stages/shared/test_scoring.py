@@ -7,7 +7,8 @@ import pytest
 
 from dpar_core.evaluation.measure import PIECE
 from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
-from stages.shared.scoring import _opened, measure
+from stages.shared.scoring import measure
+from stages.workers.cluster import connected
 
 
 def pictures(count):
@@ -23,9 +24,12 @@ def same(a, b):
         np.testing.assert_array_equal(one.covariance, other.covariance)
 
 
-def test_workers_give_what_one_process_gives(network):
+def test_workers_give_what_one_process_gives_and_end_with_their_own_sentence(network):
     images, told = pictures(2 * PIECE + 70), []
-    alone, spread = measure(network, images), measure(network, images, workers=2, done=told.append)
+    with connected():
+        alone, spread = measure(network, images), measure(network, images, workers=2, done=told.append)
+        with pytest.raises(ValueError, match=r"^\S+ is another network on this machine .*: share one file$"):
+            measure(replace(network, digest="0" * 16), images, workers=1)
     same(alone, spread)
     assert sorted(told) == [70, PIECE, PIECE]
 
@@ -51,9 +55,3 @@ def test_fewer_than_two_images_have_no_moments(network, count):
 def test_more_workers_than_the_cluster_has_are_refused(network):
     with pytest.raises(ValueError, match=r"`score.workers` asks for 1000 workers"):
         measure(network, pictures(PIECE + 70), workers=1000)
-
-
-def test_a_worker_refuses_another_file_under_the_same_name(network):
-    other = replace(network, digest="0" * 16)
-    with pytest.raises(ValueError, match="is another network on this machine"):
-        _opened(other.name, str(other.file), other.digest, "cpu")
