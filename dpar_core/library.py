@@ -185,7 +185,7 @@ def load_run(artifacts: Path | str = RUN_FOLDER, *, device: str | None = None) -
     assert llamagen is None or isinstance(llamagen, GPT)
     vq = tokenizer.build(chosen)
     size = rule.row_width * vq.config.downsample
-    precision = rule_precision(folder / FILES["rule"])
+    precision = rule_precision(folder / RUN_FILES["rule"])
     return Run(vq, gate.build(chosen), rule, dpar, llamagen, size, names, chosen, precision)
 
 
