@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dpar_core import files
 from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.shards import TokenShards
+from dpar_core.evaluation.scores import Scores, read_scores
 from dpar_core.files import read_weights_header, sha256_file
 from dpar_core.models import flops
 from dpar_core.models.dpar import DPARConfig
@@ -273,7 +274,7 @@ def contests(
 
     losses: by model (see held_out_losses). seen: images in all training batches; images: in the training set.
     """
-    found = {name: read_json(scores / f"{name}.json") for name in MODELS}
+    found = {name: scores_of(scores, name) for name in MODELS}
     short = too_little_training(steps=times.steps, seen=seen, images=images)
 
     def rows(baseline: str) -> tuple[Row, ...]:
@@ -283,6 +284,13 @@ def contests(
     unequal = tuple(filter(None, (training.doubt, "" if training.doubt else times.obstacle)))
     by_time = Contest("at equal training time", rows(times.model), (*short, *unequal))
     return Contest("at equal steps", rows("llamagen"), short), by_time
+
+
+def scores_of(folder: Path, name: str) -> Scores:
+    """Return the scores of a model. Raises FileNotFoundError, Damaged, ScoreError with the way out."""
+    path = folder / f"{name}.json"
+    read_json(path)  # names the stage to run, for a file that is missing or damaged
+    return read_scores(path)
 
 
 def read_json(path: Path) -> Any:

@@ -46,6 +46,7 @@ from pipeline.report.facts import (
     project_of,
     read_json,
     read_training,
+    scores_of,
 )
 from pipeline.report.pictures import data_uri, examples, real_cells, sample_cells
 from pipeline.report.provenance import read_provenance
@@ -360,10 +361,9 @@ def draw_trade(inputs: Inputs, costs: Costs, speeds: Speeds, labels: Mapping[str
     """
     dots, name = {}, ""
     for model in MODELS:
-        found = read_json(inputs.scores / f"{model}.json")
+        found = scores_of(inputs.scores, model)
         name = score_columns(found)[0]
-        ends = found["intervals"].get(name)
-        dots[model] = Dot(model, found[name], None if ends is None else (ends[0], ends[1]))
+        dots[model] = Dot(model, found.values[name], found.intervals.get(name))
 
     def chart(x: str, dpar: float, baseline: float) -> str:
         rows = [(labels[model], dpar if model == "dpar" else baseline, dot) for model, dot in dots.items()]
@@ -431,27 +431,27 @@ def score_tables(
     """Return our rows for the table of the paper: a table of its own for every protocol."""
     tables: dict[str, dict[str, Any]] = {}
     for name in MODELS:
-        found = read_json(scores / f"{name}.json")
+        found = scores_of(scores, name)
         config = trainings["dpar" if name == "dpar" else "llamagen"].config
         table = tables.setdefault(
-            found["protocol_id"],
+            found.protocol.id,
             {
-                "id": found["protocol_id"],
-                "protocol": found["protocol"],
+                "id": found.protocol.id,
+                "protocol": found.protocol.to_json(),
                 "rows": [],
                 "columns": [(key, score_name(key)) for key in score_columns(found)],
                 "others": [],
             },
         )
         compared = [key for key, _ in table["columns"]]
-        rest = [key for key in found if key.startswith("eval/") and key not in compared]
-        table["others"] += [(f"{score_name(key)}, {labels[name]}", number(found[key])) for key in rest]
+        rest = [key for key in found.values if key not in compared]
+        table["others"] += [(f"{score_name(key)}, {labels[name]}", number(found.values[key])) for key in rest]
         sampled = read_json(samples / name / METRICS)
         table["rows"].append(
             {
                 "label": labels[name],
                 "parameters": config.num_parameters,
-                "scores": found,
+                "scores": found.values,
                 "steps": sampled["patch/patches_per_image"] if name == "dpar" else config.tokens,
             }
         )

@@ -6,11 +6,13 @@ features, enough training, and, at equal training time, times that were measured
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from dpar_core.evaluation.scores import Scores
 
 Side = Literal["dpar", "baseline"]
 NAMES: dict[Side, str] = {"dpar": "DPAR", "baseline": "the baseline"}
@@ -174,9 +176,9 @@ def score_name(key: str) -> str:
 JUDGED = ("eval/fid", "eval/fd_", "eval/is", "eval/precision", "eval/recall")
 
 
-def score_columns(scores: Mapping[str, Any]) -> list[str]:
-    """Return the keys of a score file that are compared, in the order of a table: distance, IS, precision, recall."""
-    return [key for start in JUDGED for key in scores if key.startswith(start)]
+def score_columns(scores: Scores) -> list[str]:
+    """Return the names of scores that are compared, in the order of a table: distance, IS, precision, recall."""
+    return [key for start in JUDGED for key in scores.values if key.startswith(start)]
 
 
 def higher_is_better(key: str) -> bool:
@@ -184,44 +186,40 @@ def higher_is_better(key: str) -> bool:
     return key.startswith(("eval/is", "eval/precision", "eval/recall"))
 
 
-def too_few_images(scores: Mapping[str, Any]) -> str:
+def too_few_images(scores: Scores) -> str:
     """Return why a score file has too few images for its features; an empty text when it has enough.
 
     A covariance of d features has full rank only with more than d images on either side.
     """
-    protocol, features = scores["protocol"], scores.get("feature_count")
-    if features is None:
+    protocol, features = scores.protocol, scores.feature_count
+    if not features:
         return "the score file does not say how many features an image has: run `dvc repro -f score_dpar score_llamagen`"
-    counts = [protocol["images"], protocol.get("reference_images") or features + 1]
+    counts = [protocol.images, protocol.reference_images or features + 1]
     if min(counts) > features:
         return ""
     return f"{min(counts):,} images are too few for {features:,} features (singular covariance)"
 
 
-def judge_scores(dpar: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[Row]:
+def judge_scores(dpar: Scores, baseline: Scores) -> list[Row]:
     """Compare distance, IS, precision and recall of two score files.
 
     Raises ValueError when they were made under different protocols.
     """
-    if dpar["protocol_id"] != baseline["protocol_id"]:
+    if dpar.protocol.id != baseline.protocol.id:
         raise ValueError(
-            f"scores of protocols {dpar['protocol_id']} and {baseline['protocol_id']} are not compared: run "
+            f"scores of protocols {dpar.protocol.id} and {baseline.protocol.id} are not compared: run "
             "`dvc repro score_dpar score_llamagen`"
         )
     doubt = too_few_images(dpar) or too_few_images(baseline)
-
-    def estimate(scores: Mapping[str, Any], key: str) -> Estimate:
-        ends = scores["intervals"].get(key)
-        return Estimate(scores[key], None if ends is None else (ends[0], ends[1]))
 
     return [
         judge(
             score_name(key),
             "higher" if higher_is_better(key) else "lower",
-            estimate(dpar, key),
-            estimate(baseline, key),
+            Estimate(dpar.values[key], dpar.intervals.get(key)),
+            Estimate(baseline.values[key], baseline.intervals.get(key)),
             doubt=doubt,
         )
         for key in score_columns(dpar)
-        if key in baseline
+        if key in baseline.values
     ]

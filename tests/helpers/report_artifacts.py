@@ -11,6 +11,8 @@ import torch
 from ruamel.yaml import YAML
 
 from dpar_core.data.shards import TokenShards
+from dpar_core.evaluation.metrics import Interval
+from dpar_core.evaluation.scores import Protocol, Scores
 from dpar_core.files import save_weights, write_json, write_record
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
@@ -93,25 +95,15 @@ def write_speed(file: Path, dpar: list[float], baseline: list[float]) -> None:
     write_pace(file, Pace(unit, images, Turns(tuple(dpar), tuple(baseline))))
 
 
-def write_scores(
-    file: Path, *, protocol_id: str = "abcd1234", intervals: dict | None = None, features: int = 8, **values: float
-) -> None:
+def write_scores(file: Path, *, splits: int = 10, intervals: dict | None = None, features: int = 8, **values: float) -> None:
     """Write a score file; values by short name (fd_demo=12.0), intervals by full name, features an image has."""
     scores = SCORES | {f"eval/{name}": value for name, value in values.items()}
     given = {"eval/fd_demo": 1.0, "eval/is_demo": 0.2} if intervals is None else {}
-    ends = {name: [scores[name] - half, scores[name] + half] for name, half in given.items()} | (intervals or {})
-    protocol = {"features": "demo", "images": 18, "reference": "train", "reference_images": 18}
+    ends = {name: (scores[name] - half, scores[name] + half) for name, half in given.items()} | (intervals or {})
+    protocol = Protocol("demo", "f" * 16, "train", "r" * 16, 18, 18, SIZE, SIZE, ("samples.npz",), 3, splits)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        file,
-        {
-            **scores,
-            "intervals": ends,
-            "protocol": protocol,
-            "protocol_id": protocol_id,
-            "samples": {},
-            "feature_count": features,
-        },
+    write_record(
+        file, Scores(scores, {name: Interval(*two) for name, two in ends.items()}, protocol, {}, features).to_json()
     )
 
 

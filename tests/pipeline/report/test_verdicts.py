@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from dpar_core.evaluation.metrics import Interval
+from dpar_core.evaluation.scores import Protocol, Scores
 from pipeline.report.verdicts import (
     Contest,
     Estimate,
@@ -17,18 +19,11 @@ from pipeline.report.verdicts import (
 )
 
 
-def scores(fd=(20.0, 19.0, 21.0), is_=(3.0, 2.8, 3.2), precision=0.5, protocol="p1", images=450, features=64):
-    return {
-        "protocol": {"images": images, "reference_images": 2250},
-        "feature_count": features,
-        "eval/kid_demo": 0.1,
-        "eval/recall": 0.2,
-        "eval/precision": precision,
-        "eval/is_demo": is_[0],
-        "eval/fd_demo": fd[0],
-        "intervals": {"eval/fd_demo": list(fd[1:]), "eval/is_demo": list(is_[1:])},
-        "protocol_id": protocol,
-    }
+def scores(fd=(20.0, 19.0, 21.0), is_=(3.0, 2.8, 3.2), precision=0.5, splits=10, images=450, features=64):
+    values = {"kid_demo": 0.1, "recall": 0.2, "precision": precision, "is_demo": is_[0], "fd_demo": fd[0]}
+    protocol = Protocol("demo", "f", "train", "r", 2250, images, 32, 32, ("png",), 3, splits)
+    intervals = {"eval/fd_demo": Interval(*fd[1:]), "eval/is_demo": Interval(*is_[1:])}
+    return Scores({f"eval/{name}": value for name, value in values.items()}, intervals, protocol, {}, features)
 
 
 def test_one_side_wins_only_when_the_intervals_do_not_overlap():
@@ -69,8 +64,9 @@ def test_scores_are_judged_in_the_order_of_the_table_and_others_left_out():
 
 
 def test_scores_of_different_protocols_are_not_compared():
-    with pytest.raises(ValueError, match="protocols p1 and p2 are not compared"):
-        judge_scores(scores(), scores(protocol="p2"))
+    ids = [scores().protocol.id, scores(splits=5).protocol.id]
+    with pytest.raises(ValueError, match="protocols {} and {} are not compared".format(*ids)):
+        judge_scores(scores(), scores(splits=5))
 
 
 def contest(dpar, baseline, when="at equal steps", obstacles=()):
@@ -98,7 +94,7 @@ def test_an_obstacle_leaves_no_verdict_and_is_the_sentence():
 def test_fewer_images_than_features_judge_no_score():
     few = scores(fd=(10.0, 9.0, 11.0), images=64)
     assert too_few_images(few) == "64 images are too few for 64 features (singular covariance)"
-    assert not too_few_images(scores(images=65)) and "does not say how many" in too_few_images(few | {"feature_count": None})
+    assert not too_few_images(scores(images=65)) and "does not say how many" in too_few_images(scores(features=0))
     rows = judge_scores(few, scores(images=64))
     assert [row.winner for row in rows] == [None] * 4 and not any(row.judged for row in rows)
     shown = Contest("at equal steps", tuple(rows))
