@@ -146,8 +146,8 @@ class Meter:
     def __init__(self, plain_process: subprocess.Popen) -> None:
         self.without, self.points = plain_process.pid, []
 
-    def __call__(self, event: dict) -> None:
-        if event["event"] != "log":
+    def __call__(self, event: ray_train.Event) -> None:
+        if event.kind != "log":
             return
         ray_seconds = worker = 0.0
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
@@ -161,7 +161,7 @@ class Meter:
                 worker += times.user + times.system
             else:
                 ray_seconds += times.user + times.system
-        self.points.append((event["step"], ray_seconds, worker))
+        self.points.append((event.step, ray_seconds, worker))
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:

@@ -58,7 +58,7 @@ def watch(folder: Path) -> dict[str, float]:
             for events in folder.glob("work/entropy_model/*/events.jsonl"):
                 times.setdefault("Ray Train is called", time.monotonic() - started)
                 for line in events.read_text().splitlines(keepends=True):
-                    if line.endswith("\n") and (name := NEWS.get(json.loads(line)["event"])):
+                    if line.endswith("\n") and (name := NEWS.get(json.loads(line)["kind"])):
                         times.setdefault(name, time.monotonic() - started)
             time.sleep(0.02)
         times["command is over"] = time.monotonic() - started

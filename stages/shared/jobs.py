@@ -286,8 +286,8 @@ class _Reporter:
     def __init__(self, tracker: Tracker, bar, done: int) -> None:
         self.tracker, self.bar, self.step = tracker, bar, done
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        step, metrics = event["step"], event.get("metrics", {})
+    def __call__(self, event: ray_train.Event) -> None:
+        step, metrics = event.step, event.metrics
         if metrics:
             self.tracker.log_metrics(metrics, step)
         shown = {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}

@@ -16,10 +16,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 import torch.distributed
@@ -42,7 +42,17 @@ _START_TRIES = 24 * 60  # times Ray waits a minute for room: until a lost machin
 _NO_MEMORY = re.compile(r"low on memory|OutOfMemory|CUDA out of memory")
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")  # the line of a traceback that tells
 
-Event = dict[str, Any]
+Returned = dict[str, Any]  # what a worker's function returned, or {"error", perhaps "traceback"}
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a run reports on its way. metrics: of a log line; address: of a checkpoint."""
+
+    kind: Literal["begin", "log", "checkpoint"]
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,19 +87,19 @@ def run_folder(storage: str | None, work: Path, name: str) -> str:
 
 
 def fit(
-    function: Callable[..., Event],
+    function: Callable[..., Returned],
     *,
     root: str,
     work: Path,
     scale: Scale,
     section: str,
     on_event: Callable[[Event], None],
-) -> Event:
+) -> Returned:
     """Run `function(ranks=, hooks=)` on every rank and return what rank 0 returned, which has to be plain data.
 
     function: importable by name on the workers (a module-level function or a partial of one), reports by `hooks`.
     root: folder or address of the run, on storage that all nodes see. work: local folder of this stage. on_event: called
-    here, in order, with {"event": "begin" | "log" | "checkpoint", "step": ...}. Raises TrainingFailed with a worker's
+    here, in order. Raises TrainingFailed with a worker's
     sentence, ValueError when the cluster is too small, RuntimeError when too many workers were lost.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -116,8 +126,8 @@ def fit(
 
 
 def _fit_here(
-    function: Callable[..., Event], root: str, events: Path, scale: Scale, on_event: Callable[[Event], None]
-) -> Event:
+    function: Callable[..., Returned], root: str, events: Path, scale: Scale, on_event: Callable[[Event], None]
+) -> Returned:
     _prepare(root)
     loop = partial(_worker, function, root, scale, events.absolute())
     thread = LocalFit(Call(root.rsplit("/", 1)[1], loop, events.absolute().with_name(RETURNED)))
@@ -140,7 +150,7 @@ def _follow(thread: threading.Thread, events: Path, silence: _Silence | None, on
         tail.deliver(on_event)
 
 
-def _trainer(function: Callable[..., Event], root: str, events: Path, scale: Scale):
+def _trainer(function: Callable[..., Returned], root: str, events: Path, scale: Scale):
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     files, path = file_system(root)
@@ -196,12 +206,12 @@ def _relay(events: Path):
     return Relay()
 
 
-def _append(path: Path, events: list[Event]) -> None:
+def _append(path: Path, events: list[dict[str, Any]]) -> None:
     with open(path, "a") as stream:
         stream.writelines(json.dumps(event) + "\n" for event in events)
 
 
-def _worker(function: Callable[..., Event], root: str, scale: Scale, events: Path | None = None) -> Event:
+def _worker(function: Callable[..., Returned], root: str, scale: Scale, events: Path | None = None) -> Returned:
     """What runs on every rank. A reason that trying again cannot change is returned, anything else makes Ray retry.
 
     events: the file for reports in local mode, where Ray calls nobody back.
@@ -279,28 +289,29 @@ class RayHooks:
         self.reported = time.monotonic()
 
     def begin(self, step: int) -> None:
-        self._report({"event": "begin", "step": step})
+        self._report(Event("begin", step))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         # Of lines between two reports the newest is sent, and every validation loss: however short a step, few wait.
-        if "train/loss" in metrics and self.waiting and "validation/loss" not in self.waiting[-1]["metrics"]:
+        if "train/loss" in metrics and self.waiting and "validation/loss" not in self.waiting[-1].metrics:
             self.waiting.pop()
-        self.waiting.append({"event": "log", "step": step, "metrics": metrics})
+        self.waiting.append(Event("log", step, metrics))
         if self.ranks.agree(time.monotonic() - self.reported > _REPORT_SECONDS):
             self._report()
 
     def checkpoint(self, step: int, address: str) -> None:
-        self._report({"event": "checkpoint", "step": step, "address": address}, address)
+        self._report(Event("checkpoint", step, address=address))
 
-    def _report(self, event: Event | None = None, address: str | None = None) -> None:
+    def _report(self, event: Event | None = None) -> None:
         from ray import train
         from ray.train import Checkpoint, CheckpointUploadMode
 
         checkpoint = None
-        if address is not None and self.ranks.first:
-            files, path = file_system(address)
+        if event is not None and event.address is not None and self.ranks.first:
+            files, path = file_system(event.address)
             checkpoint = Checkpoint(path, filesystem=files)
-        events = self.waiting + ([event] if event else [])
+        # As plain data: Ray's controller would import this module, and torch with it, to read records.
+        events = [asdict(one) for one in (*self.waiting, *([event] if event else []))]
         train.report({"events": events}, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
         if self.file is not None:
             _append(self.file, events)
@@ -321,7 +332,7 @@ class _Fit(threading.Thread):
         except BaseException as error:  # raised again by `outcome`, in the main thread
             self._error = error
 
-    def outcome(self) -> Event:
+    def outcome(self) -> Returned:
         if self._error is None:
             return self._returned
         raise RuntimeError(f"Ray Train gave up: {_cause(self._error)}") from self._error
@@ -360,7 +371,7 @@ class _Tail:
         while line := self._stream.readline():
             self._begun += line
             if self._begun.endswith(b"\n"):
-                event, self._begun = json.loads(self._begun), b""
+                event, self._begun = Event(**json.loads(self._begun)), b""
                 on_event(event)
                 count += 1
         return count

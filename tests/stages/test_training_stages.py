@@ -23,6 +23,7 @@ from stages.params import select
 from stages.shared import jobs as training
 from stages.shared.jobs import Job, JobData, train_job
 from stages.tracker import NullTracker
+from stages.workers.fit import Event
 from tests.helpers.tiny_shards import ENTROPY_MODEL, GRID, ROOT, tiny_params, write_maps, write_tokens
 
 
@@ -147,8 +148,8 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_be
     opened, bar = [], []
 
     def reported(function, *, on_event, **same):
-        on_event({"event": "begin", "step": 10})
-        on_event({"event": "checkpoint", "step": 12})
+        on_event(Event("begin", 10))
+        on_event(Event("checkpoint", 12))
         return in_process(function, on_event=on_event, **same)
 
     class Tracker(NullTracker):

@@ -68,13 +68,14 @@ def test_a_run_in_progress_is_not_started_twice(tmp_path):
 
 def test_only_whole_lines_are_delivered(tmp_path):
     path, seen = tmp_path / "events", []
-    path.write_text('{"step": 1}\n{"st')
+    path.write_text('{"kind": "log", "step": 1}\n{"kind": "begin", "st')
+    lines = '{"kind": "log", "step": 3}\n{"kind": "log", "step": 4}\n'
     with open(path, "rb") as reader, open(path, "a") as writer:
         tail = _Tail(reader)
-        for more, expected in (("", [1]), ("ep", [1]), ('": 2}\n', [1, 2]), ('{"step": 3}\n{"step": 4}\n', [1, 2, 3, 4])):
+        for more, expected in (("", [1]), ("ep", [1]), ('": 2}\n', [1, 2]), (lines, [1, 2, 3, 4])):
             writer.write(more)
             writer.flush()
-            tail.deliver(lambda event: seen.append(event["step"]))
+            tail.deliver(lambda event: seen.append(event.step))
             assert seen == expected
 
 
@@ -297,7 +298,7 @@ def test_a_run_survives_a_killed_node(tmp_path):
     finally:
         nodes.shutdown()
     events = [json.loads(line) for line in (tmp_path / "work" / "events.jsonl").read_text().splitlines()]
-    begun = [event["step"] for event in events if event["event"] == "begin"]
+    begun = [event["step"] for event in events if event["kind"] == "begin"]
     assert begun[0] == 0 and len(begun) == 2 and 0 < begun[1] < 120
 
     undisturbed = tmp_path / "undisturbed"
