@@ -116,10 +116,10 @@ def measure(gate: Gate, subject: Subject, images: int, folder: Path) -> dict[str
         "parameters": gate.parameters,
         "threshold": gate.threshold,
         "agreement": gate.agreement,
-        "mean_length": found["patch/mean_length"],
-        "distance": found[name],
-        "interval": found["intervals"][name],
-        "images_per_s": found["perf/images_per_s"],
+        "mean_length": found.patches["patch/mean_length"],
+        "distance": found.value(name),
+        "interval": found.interval(name),
+        "images_per_s": found.images_per_s,
     }
     if gate.model:
         row["validation_loss"] = gate.loss

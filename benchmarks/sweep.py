@@ -23,6 +23,7 @@ import psutil
 from dpar_core.patches.maps import read_rule
 from dpar_core.system import cpus
 from stages.artifacts import PATCH_RULE
+from stages.tools.sweep import TrialResult, read_result
 
 
 def command(name: str, images: int) -> list[str]:
@@ -46,9 +47,11 @@ def command(name: str, images: int) -> list[str]:
     ]
 
 
-def results(name: str) -> list[dict]:
+def results(name: str) -> list[TrialResult]:
     """Return the trials of a sweep."""
-    return [json.loads(path.read_text()) for path in sorted(Path("sweeps", name, "trials").glob("*.json"))]
+    folder = Path("sweeps", name, "trials")
+    found = [read_result(folder, path.stem) for path in sorted(folder.glob("*.json"))]
+    return [one for one in found if one is not None]
 
 
 def kill_after(process: subprocess.Popen, name: str, count: int) -> dict[str, int]:
@@ -85,9 +88,9 @@ def main() -> None:
     subprocess.run(command("benchmark-whole", options.images), check=True)
     seconds = time.perf_counter() - started
     whole = results("benchmark-whole")
-    search = [one for one in whole if not one["final"]]
-    inside = sum(one["seconds"] for one in whole)
-    drawing = sum(one["images"] / one["perf/images_per_s"] for one in whole)
+    search = [one for one in whole if not one.trial.final]
+    inside = sum(one.seconds for one in whole)
+    drawing = sum(one.trial.images / one.images_per_s for one in whole)
     process = subprocess.Popen(command("benchmark-killed", options.images), start_new_session=True)
     kept = kill_after(process, "benchmark-killed", options.kill_after)
     again = subprocess.run(command("benchmark-killed", options.images), check=True, stdout=subprocess.DEVNULL)
@@ -98,7 +101,7 @@ def main() -> None:
         "finals": len(whole) - len(search),
         "images": options.images,
         "seconds": seconds,
-        "seconds_per_trial": statistics.median(one["seconds"] for one in search),
+        "seconds_per_trial": statistics.median(one.seconds for one in search),
         "overhead_per_trial": (seconds - inside) / len(whole),
         "not_drawing_per_trial": (seconds - drawing) / len(whole),
         "kept_after_kill": len(kept),

@@ -99,12 +99,16 @@ def load_stage(name: str) -> LoadedStage:
 
 def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     """Run a stage as dvc does. Raises ParamsError, StageError, or what the stage says is wrong."""
+
+    def wait(holder: str) -> None:  # a killed `dvc repro` leaves its stage running
+        print(f"stage {name} is running already in process {holder}; waiting for it", file=sys.stderr, flush=True)
+
     asked = load_params(params_file)
     stage = load_stage(name)
     if name == "sources":  # a look on every run: no network, no tracking, nothing that takes time to import
         inputs, outputs = stage.bind(root)
         work = root / "work" / name
-        with _alone(work, name):
+        with locked(work / ".lock", busy=wait):
             remove_leftovers(work, *vars(outputs).values())
             stage.run(select(asked, stage.params), inputs, outputs, None, device="cpu", work=work)
         return
@@ -118,9 +122,6 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     set_threads(params.compute)
     if name != "report":
         _print_precisions(select(asked, stage.params), device)
-
-    def wait(holder: str) -> None:  # a killed `dvc repro` leaves its stage running
-        print(f"stage {name} is running already in process {holder}; waiting for it", file=sys.stderr, flush=True)
 
     with locked(work.parent / ".lock", busy=wait):
         work.mkdir(parents=True, exist_ok=True)

@@ -206,6 +206,11 @@ def read_scores(path: Path) -> Scores:
         raise ScoreError(f"{path} is not a score file: expected one that `dpar-cli score` or `dvc repro` has written")
     if "digest" in found:  # read_json compares it
         found = read_json(path, way_out="score the images again")
+    return scores_in(found, path)
+
+
+def scores_in(found: Mapping[str, Any], path: Path) -> Scores:
+    """Return the scores in the content of a score file. path: for sentences. Raises ScoreError."""
     protocol = _read_protocol(found["protocol"], path)
     if found["protocol_id"] != protocol.id:
         raise ScoreError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from stages.tools.sweep import Plan, Subject
+    from stages.tools.sweep import Plan, Subject, TrialResult
 
 sweep_app = typer.Typer(
     no_args_is_help=True,
@@ -201,7 +201,7 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
             trials,
             work,
             runs.tracker,
-            finished=lambda result: runs.log_trial(result, trials / f"{result['key']}.png"),
+            finished=lambda result: runs.log_trial(result, trials / f"{result.key}.png"),
         )
         for failed in outcome.failed:
             runs.log_failure(failed)
@@ -212,15 +212,15 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
             runs.tracker.log_artifact(path)
         runs.tracker.log_metrics(written.metrics)
         if winner := outcome.winner(subject.distance):
-            runs.log_winner(sweep_output.label(winner), command)
+            runs.log_winner(sweep_output.label(winner.point), command)
     print(sweep_output.table(facts))
     if not outcome.search:
-        raise RuntimeError(f"all {len(outcome.failed)} trials failed, the last with: {outcome.failed[-1]['error']}")
+        raise RuntimeError(f"all {len(outcome.failed)} trials failed, the last with: {outcome.failed[-1].error}")
     if apply:
         winner = outcome.winner(subject.distance)
         print(apply_winner(root / "params.yaml", winner, with_threshold=model == "dpar"))
         if retrain:
-            print(f"the winner was trained at its threshold: set patching.threshold to {winner['threshold']:g} as well")
+            print(f"the winner was trained at its threshold: set patching.threshold to {winner.point.threshold:g} as well")
     print(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
     if not apply:
         print("take it over    the same command with --apply, then dvc repro")
@@ -235,52 +235,35 @@ def _listed(values: Any) -> str:
     return ",".join("training" if value is None else f"{value:g}" for value in values)
 
 
-def reproduce(name: str, subject: Subject, winner: dict[str, Any] | None, plan: Plan, *, model: str, retrain: bool) -> str:
+def reproduce(name: str, subject: Subject, winner: TrialResult | None, plan: Plan, *, model: str, retrain: bool) -> str:
     """Return the command that draws and scores the winner again."""
     if winner is None:
         return ""
-    kind = f"cfg --model {model}" if winner["threshold"] is None else f"threshold --thresholds {winner['threshold']!r}"
-    words = [f"dpar-cli sweep {kind} --cfg {winner['cfg_scale']!r}"]
-    if subject.sample.max_patch_length is not None and winner["threshold"] is not None:
+    point = winner.point
+    kind = f"cfg --model {model}" if point.threshold is None else f"threshold --thresholds {point.threshold!r}"
+    words = [f"dpar-cli sweep {kind} --cfg {point.cfg_scale!r}"]
+    if subject.sample.max_patch_length is not None and point.threshold is not None:
         words.append(f"--max-length {subject.sample.max_patch_length}")
     words.append(f"--images {plan.images} --final-images {plan.final_images} --name {name}-winner")
     return " ".join([*words, *(["--retrain"] if retrain else [])])
 
 
-def apply_winner(path: Path, winner: dict[str, Any], *, with_threshold: bool) -> str:
+def apply_winner(path: Path, winner: TrialResult, *, with_threshold: bool) -> str:
     """Write a winner's settings into the sample section of a params file, its comments untouched; return a sentence.
 
     Raises ParamsError when the file would not be valid; then it stays as it is.
     """
     from dpar_core.files import atomic_write
+    from pipeline.presets.use import with_values
     from stages.params import parse_params
 
-    values = {"cfg_scale": winner["cfg_scale"]}
-    if with_threshold and winner["threshold"] is not None:
-        values |= {"threshold": winner["threshold"], "max_patch_length": winner["max_patch_length"]}
-    text = set_values(path.read_text(), "sample", values)
+    values: dict[str, Any] = {"sample.cfg_scale": winner.point.cfg_scale}
+    if with_threshold and winner.point.threshold is not None:
+        values |= {"sample.threshold": winner.point.threshold, "sample.max_patch_length": winner.max_patch_length}
+    text = with_values(path.read_text(), values)
     from ruamel.yaml import YAML
 
     parse_params(YAML(typ="safe").load(text), where=path.name)
     atomic_write(path, text)
-    told = ", ".join(f"sample.{key} {'null' if value is None else value}" for key, value in values.items())
+    told = ", ".join(f"{key} {'null' if value is None else value}" for key, value in values.items())
     return f"{path.name} now has {told}: `dvc repro` samples and scores with it"
-
-
-def set_values(text: str, section: str, values: dict[str, Any]) -> str:
-    """Replace values of a section of a YAML file line by line, so that comments and order stay. Raises ValueError."""
-    lines, inside, left = text.split("\n"), False, dict(values)
-    for place, line in enumerate(lines):
-        if line and not line[0].isspace() and not line.startswith("#"):
-            inside = line.split(":")[0] == section
-        found = re.match(r"  (\w+):(\s*)([^#]*?)(\s+#.*)?$", line)
-        if inside and found and found[1] in left:
-            value = left.pop(found[1])
-            new = "null" if value is None else repr(value)
-            comment = found[4] or ""
-            if comment:  # keep the column of the comment where there is room
-                comment = " " * max(len(line) - len(comment.lstrip()) - len(f"  {found[1]}: {new}"), 1) + comment.lstrip()
-            lines[place] = f"  {found[1]}: {new}{comment}"
-    if left:
-        raise ValueError(f"no {', '.join(f'{section}.{name}' for name in left)} in the params file: write every value out")
-    return "\n".join(lines)

@@ -68,7 +68,7 @@ def use_preset(root: Path, name: str, *, force: bool = False) -> str:
 
 
 def with_values(text: str, values: dict[str, Any]) -> str:
-    """Return the text of a params file with values set by dotted name; its comments are kept."""
+    """Return the text of a params file with values set by dotted name; its comments are kept. Raises ValueError."""
     yaml = YAML()
     yaml.width = 200
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
@@ -77,7 +77,9 @@ def with_values(text: str, values: dict[str, Any]) -> str:
         *sections, key = name.split(".")
         part = content
         for section in sections:
-            part = part[section]
+            part = part.get(section, {})
+        if key not in part:
+            raise ValueError(f"no {name} in the params file: write every value out")
         if isinstance(value, list):
             part[key][:] = value  # keeps the style of the list
         else:

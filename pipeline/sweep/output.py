@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,22 +15,8 @@ from pipeline import terminal
 from pipeline.report.charts import Scatter, scatter_chart
 from pipeline.report.pictures import file_uri
 from stages.shared.sampler import Files
-from stages.tools.sweep import Outcome
+from stages.tools.sweep import Failure, Outcome, Point, TrialResult
 
-COLUMNS = (
-    "final",
-    "threshold",
-    "max_patch_length",
-    "cfg_scale",
-    "images",
-    "first_seed",
-    "patch/patches_per_image",
-    "patch/mean_length",
-    "perf/images_per_s",
-    "seconds",
-    "protocol_id",
-    "key",
-)
 DVC_FILE = """# Made by `dpar-cli sweep`: lets `dvc metrics show` and `dvc plots show` find what the sweep measured.
 metrics:
   - metrics.json
@@ -75,18 +61,6 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def rows_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one flat row per trial."""
-    rows = []
-    for result in results:
-        row = {name: result[name] for name in COLUMNS}
-        row |= {name: value for name, value in result.items() if name.startswith("eval/")}
-        for name, (low, high) in result["intervals"].items():
-            row |= {f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
-    return rows
-
-
 def write(facts: Facts, folder: Path) -> Written:
     """Write everything into the sweep's folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,15 +73,15 @@ def write(facts: Facts, folder: Path) -> Written:
             "name": facts.name,
             "distance": facts.distance,
             "reproduce": facts.command,
-            "winner": facts.outcome.winner(facts.distance),
-            "failed": facts.outcome.failed,
+            "winner": None if (winner := facts.outcome.winner(facts.distance)) is None else winner.row(),
+            "failed": [{**asdict(one.point), "error": one.error} for one in facts.outcome.failed],
         },
     )
     tracked = [folder / "sweep.json"]
     if facts.outcome.search:
-        _write_tables(rows_of(facts.outcome.search), folder / "results")
+        _write_tables([one.row() for one in facts.outcome.search], folder / "results")
         if facts.outcome.finals:  # of other numbers of images, hence in a table of their own
-            tracked += [_write_tables(rows_of(facts.outcome.finals), folder / "finals")]
+            tracked += [_write_tables([one.row() for one in facts.outcome.finals], folder / "finals")]
         draw_heatmap(facts, folder / "heatmap.png")
         draw_pareto(facts, folder / "pareto.png")
         atomic_write(folder / "dvc.yaml", DVC_FILE)
@@ -121,18 +95,16 @@ def winner_metrics(facts: Facts) -> dict[str, float]:
     winner = facts.outcome.winner(facts.distance)
     if winner is None:
         return {"sweep/failed": len(facts.outcome.failed)}
-    names = [name for name in winner if name.startswith("eval/")]
-    metrics = {f"sweep/{name.removeprefix('eval/')}": winner[name] for name in names}
-    low, high = winner["intervals"].get(facts.distance, (None, None))
-    if low is not None:
-        metrics |= {f"sweep/{facts.short}_low": low, f"sweep/{facts.short}_high": high}
-    if winner["threshold"] is not None:
-        metrics["sweep/threshold"] = winner["threshold"]
+    metrics = {f"sweep/{name.removeprefix('eval/')}": value for name, value in winner.scores.values.items()}
+    if (ends := winner.interval(facts.distance)) is not None:
+        metrics |= {f"sweep/{facts.short}_low": ends.low, f"sweep/{facts.short}_high": ends.high}
+    if winner.point.threshold is not None:
+        metrics["sweep/threshold"] = winner.point.threshold
     return {
         **metrics,
-        "sweep/cfg_scale": winner["cfg_scale"],
-        "sweep/patches_per_image": winner["patch/patches_per_image"],
-        "sweep/images_per_s": winner["perf/images_per_s"],
+        "sweep/cfg_scale": winner.point.cfg_scale,
+        "sweep/patches_per_image": winner.patches_per_image,
+        "sweep/images_per_s": winner.images_per_s,
         "sweep/trials": len(facts.outcome.search),
         "sweep/failed": len(facts.outcome.failed),
     }
@@ -174,9 +146,9 @@ def _save(figure: Any, path: Path) -> None:
     pyplot.close(figure)
 
 
-def cells_of(facts: Facts) -> tuple[list[float | None], list[float], dict[tuple[float | None, float], dict[str, Any]]]:
+def cells_of(facts: Facts) -> tuple[list[float | None], list[float], dict[tuple[float | None, float], TrialResult]]:
     """Return thresholds, cfg scales, and the search's result of each pair that was tried."""
-    cells = {(one["threshold"], one["cfg_scale"]): one for one in facts.outcome.search}
+    cells = {(one.point.threshold, one.point.cfg_scale): one for one in facts.outcome.search}
     thresholds = sorted({t for t, _ in cells}, key=lambda t: (t is not None, t or 0))
     return thresholds, sorted({c for _, c in cells}), cells
 
@@ -186,13 +158,13 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
     import numpy as np
 
     thresholds, scales, cells = cells_of(facts)
-    best = min(facts.outcome.search, key=lambda one: one[facts.distance])
+    best = min(one.value(facts.distance) for one in facts.outcome.search)
     if facts.settings["search"] != "grid":
         figure, axes = _figure(7, 4.6)
         dots = axes.scatter(
-            [one["cfg_scale"] for one in facts.outcome.search],
-            [one["threshold"] or 0 for one in facts.outcome.search],
-            c=[one[facts.distance] for one in facts.outcome.search],
+            [one.point.cfg_scale for one in facts.outcome.search],
+            [one.point.threshold or 0 for one in facts.outcome.search],
+            c=[one.value(facts.distance) for one in facts.outcome.search],
             cmap="viridis_r",
             s=70,
         )
@@ -200,12 +172,12 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
         figure, axes = _figure(max(1.1 * len(scales) + 2.4, 5), max(0.55 * len(thresholds) + 1.6, 2.6))
         grid = np.full((len(thresholds), len(scales)), np.nan)
         for (threshold, scale), one in cells.items():
-            grid[thresholds.index(threshold), scales.index(scale)] = one[facts.distance]
+            grid[thresholds.index(threshold), scales.index(scale)] = one.value(facts.distance)
         dots = axes.imshow(grid, cmap="viridis_r", aspect="auto", origin="lower")
         middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
         for row, column in np.ndindex(grid.shape):
             if np.isfinite(grid[row, column]):
-                chosen = grid[row, column] == best[facts.distance]
+                chosen = grid[row, column] == best
                 axes.text(
                     column,
                     row,
@@ -227,21 +199,18 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
 def fronts(facts: Facts) -> list[Scatter]:
     """Return the two trade-offs: distance against patches per image, and against measured images/s."""
     found = []
-    for name, words, sign in (
-        ("patch/patches_per_image", "patches per image", 1),
-        ("perf/images_per_s", "images/s", -1),
-    ):
-        points = [(one[name], one[facts.distance]) for one in facts.outcome.search]
+    for name, words, sign in (("patches_per_image", "patches per image", 1), ("images_per_s", "images/s", -1)):
+        points = [(getattr(one, name), one.value(facts.distance)) for one in facts.outcome.search]
         front = pareto_front([(sign * x, y) for x, y in points])
-        labels = [label(one) for one in facts.outcome.search]
+        labels = [label(one.point) for one in facts.outcome.search]
         found.append(Scatter(points, front, labels, words, facts.short))
     return found
 
 
-def label(result: dict[str, Any]) -> str:
-    """Return a trial's name for people."""
-    threshold = "" if result["threshold"] is None else f"{result['threshold']:g} nats, "
-    return f"{threshold}cfg {result['cfg_scale']:g}"
+def label(point: Point) -> str:
+    """Return the name of a trial at a point for people."""
+    threshold = "" if point.threshold is None else f"{point.threshold:g} nats, "
+    return f"{threshold}cfg {point.cfg_scale:g}"
 
 
 def draw_pareto(facts: Facts, path: Path) -> None:
@@ -262,20 +231,20 @@ def draw_pareto(facts: Facts, path: Path) -> None:
 
 def table(facts: Facts) -> str:
     """Return the finals (or the best of the search) and the failures as text for a terminal."""
-    results = sorted(facts.outcome.finals or facts.outcome.search, key=lambda one: one[facts.distance])[:10]
+    results = sorted(facts.outcome.finals or facts.outcome.search, key=lambda one: one.value(facts.distance))[:10]
     kind = "finals, fresh seeds" if facts.outcome.finals else "search"
     rows = []
     for one in results:
-        low, high = one["intervals"].get(facts.distance, (float("nan"), float("nan")))
+        low, high = one.interval(facts.distance) or (float("nan"), float("nan"))
         rows.append(
             (
-                "training" if one["threshold"] is None else f"{one['threshold']:g}",
-                f"{one['cfg_scale']:g}",
-                str(one["images"]),
-                f"{one[facts.distance]:.4g}",
+                "training" if one.point.threshold is None else f"{one.point.threshold:g}",
+                f"{one.point.cfg_scale:g}",
+                str(one.trial.images),
+                f"{one.value(facts.distance):.4g}",
                 f"{low:.3g} to {high:.3g}",
-                f"{one['patch/patches_per_image']:.1f}",
-                f"{one['perf/images_per_s']:.3g}",
+                f"{one.patches_per_image:.1f}",
+                f"{one.images_per_s:.3g}",
             )
         )
     lines = []
@@ -283,7 +252,7 @@ def table(facts: Facts) -> str:
         head = ("threshold", "cfg", "images", facts.short, "95 %", "patches", "images/s")
         lines += [f"{facts.name}: {kind}", terminal.table(head, rows)]
     if chance := within_chance(facts):
-        words = f"within chance of the best: {', '.join(label(one) for one in chance)}"
+        words = f"within chance of the best: {', '.join(label(one.point) for one in chance)}"
         lines.append(terminal.wrapped(words, rest="  "))
     lines += [terminal.wrapped(f"failed: {one_line(one)}", rest="  ") for one in facts.outcome.failed]
     if facts.command:
@@ -291,19 +260,18 @@ def table(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def one_line(failed: dict[str, Any]) -> str:
+def one_line(failed: Failure) -> str:
     """Return what is to be said of a failed trial."""
-    return f"{label(failed)}: {failed['error']}"
+    return f"{label(failed.point)}: {failed.error}"
 
 
-def within_chance(facts: Facts) -> list[dict[str, Any]]:
+def within_chance(facts: Facts) -> list[TrialResult]:
     """Return the other finals whose interval overlaps the winner's: chance may have put them behind."""
     winner = facts.outcome.winner(facts.distance)
-    if winner is None:
+    if winner is None or (best := winner.interval(facts.distance)) is None:
         return []
-    high = winner["intervals"].get(facts.distance, (0.0, -1.0))[1]
-    others = [one for one in facts.outcome.finals if one["key"] != winner["key"]]
-    return [one for one in others if one["intervals"].get(facts.distance, (high + 1, 0.0))[0] <= high]
+    others = [(one, one.interval(facts.distance)) for one in facts.outcome.finals if one.key != winner.key]
+    return [one for one, ends in others if ends is not None and ends.low <= best.high]
 
 
 def page(facts: Facts, folder: Path) -> str:
@@ -312,7 +280,7 @@ def page(facts: Facts, folder: Path) -> str:
 
     thresholds, scales, cells = cells_of(facts)
     search, finals = facts.outcome.search, facts.outcome.finals
-    values = [one[facts.distance] for one in search]
+    values = [one.value(facts.distance) for one in search]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     environment = Environment(
         loader=PackageLoader("pipeline.report"),
@@ -321,19 +289,19 @@ def page(facts: Facts, folder: Path) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"g": lambda value: f"{value:.3g}", "trial": label}
+    environment.filters |= {"g": lambda value: f"{value:.3g}", "trial": lambda one: label(one.point)}
     return environment.get_template("sweep.html.j2").render(
         facts=facts,
         thresholds=thresholds,
         scales=scales,
         cells=cells,
         search=search,
-        finals=sorted(finals, key=lambda one: one[facts.distance]),
+        finals=sorted(finals, key=lambda one: one.value(facts.distance)),
         winner=facts.outcome.winner(facts.distance),
         best=min(values, default=None),
         chance=within_chance(facts),
-        share={key: (one[facts.distance] - low) / (high - low or 1) for key, one in cells.items()},
+        share={key: (one.value(facts.distance) - low) / (high - low or 1) for key, one in cells.items()},
         charts=[scatter_chart(one) for one in fronts(facts)] if search else [],
-        pictures=[(one, file_uri(folder / "trials" / f"{one['key']}.png")) for one in search],
+        pictures=[(one, file_uri(folder / "trials" / f"{one.key}.png")) for one in search],
         failed=[one_line(one) for one in facts.outcome.failed],
     )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dpar_core.files import digest_of
+from pipeline.sweep.output import label
 from pipeline.tracking.tracker import MlflowTracker, Recording, process_tags, recording, status_of
+from stages.tools.sweep import Failure, TrialResult
 
 SWEEP_TAG, TRIAL_TAG = "dpar.sweep", "dpar.trial"
 
@@ -21,28 +24,26 @@ class SweepRuns:
         self.records, self.run = records, run
         self.tracker = MlflowTracker(records, run, run, f"sweep {name}")
 
-    def log_trial(self, result: dict[str, Any], picture: Path) -> None:
+    def log_trial(self, result: TrialResult, picture: Path) -> None:
         """Write a trial's settings, scores with intervals and grid picture; once for each key."""
-        shown = "" if result["threshold"] is None else f"{result['threshold']:g} nats, "
-        name = f"{'final ' if result['final'] else ''}{shown}cfg {result['cfg_scale']:g}"
-        tags = {TRIAL_TAG: result["key"], **process_tags()}
-        run = self.records.run(digest_of([self.run, result["key"]]), name, tags=tags, parent=self.run, once=True)
-        values = {name: value for name, value in result.items() if "/" in name and isinstance(value, int | float)}
-        for name, (low, high) in result["intervals"].items():
-            values |= {f"{name}_low": low, f"{name}_high": high}
+        name = f"{'final ' if result.trial.final else ''}{label(result.point)}"
+        tags = {TRIAL_TAG: result.key, **process_tags()}
+        run = self.records.run(digest_of([self.run, result.key]), name, tags=tags, parent=self.run, once=True)
+        row = result.row()
+        values = {name: value for name, value in (row | result.patches).items() if "/" in name}
         settings = ("threshold", "cfg_scale", "max_patch_length", "images", "first_seed", "final", "protocol_id")
-        self.records.params(run, {name: result[name] for name in settings})
+        self.records.params(run, {name: row[name] for name in settings})
         # The time of the picture, so that a sweep that is resumed writes the same rows.
         self.records.metrics(run, values, time_ms=int(os.path.getmtime(picture) * 1000))
         self.records.artifact(run, picture)
         self.records.end(run, "FINISHED")
 
-    def log_failure(self, failed: dict[str, Any]) -> None:
+    def log_failure(self, failed: Failure) -> None:
         """Write a trial that failed, with its error."""
-        tags = {"mlflow.note.content": failed["error"], **process_tags()}
+        tags = {"mlflow.note.content": failed.error, **process_tags()}
         key = digest_of([self.run, self.records.journal.folder.name, str(failed)])
         run = self.records.run(key, "failed trial", tags=tags, parent=self.run)
-        self.records.params(run, {name: failed[name] for name in ("threshold", "cfg_scale")})
+        self.records.params(run, asdict(failed.point))
         self.records.end(run, "FAILED")
 
     def log_winner(self, winner: str, command: str) -> None:

@@ -6,11 +6,11 @@ written whole or not at all: whoever runs the sweep again, after a kill or with 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +24,9 @@ import torch
 
 from dpar_core.evaluation.features import FeatureNetwork, feature_network
 from dpar_core.evaluation.image_sets import ImageSet
-from dpar_core.evaluation.scores import DISTANCE_NAMES, check_rank, compare, protocol_of
-from dpar_core.files import digest_of, read_weights_header, write_json
+from dpar_core.evaluation.metrics import Interval
+from dpar_core.evaluation.scores import DISTANCE_NAMES, Scores, check_rank, compare, protocol_of, scores_in
+from dpar_core.files import Damaged, digest_of, read_record, read_weights_header, write_record
 from dpar_core.patches.maps import read_rule
 from dpar_core.pictures import save_png
 from stages import params as P
@@ -39,7 +40,7 @@ from stages.workers.tasks import KeptLast
 
 # Seeds of trials lie far above those of params.yaml: what `dvc repro` scores at the end was not used to choose.
 SEARCH_SEEDS, FINAL_SEEDS = 10_000_000, 20_000_000
-RESULT_FORMAT = 3  # of a trial's file; results of another are drawn anew
+RESULT_FORMAT = 4  # of a trial's file; results of another are drawn anew
 DIGITS = 4  # decimals of settings that a search makes up
 Search = Literal["grid", "random", "optuna"]
 
@@ -60,6 +61,70 @@ class Trial:
     images: int
     first_seed: int
     final: bool
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What came of a trial.
+
+    key: see `Subject.key`.
+    scores: with intervals, protocol and how the images were sampled.
+    patches: metrics of the sampled patches, as "patch/mean_length".
+    images_per_s: sampling alone, without decoding. seconds: of the whole trial.
+    """
+
+    key: str
+    trial: Trial
+    scores: Scores
+    patches: dict[str, float]
+    max_patch_length: int | None
+    tokens: int
+    images_per_s: float
+    seconds: float
+
+    @property
+    def point(self) -> Point:
+        return self.trial.point
+
+    @property
+    def patches_per_image(self) -> float:
+        return self.patches["patch/patches_per_image"]
+
+    def value(self, score: str) -> float:
+        """Return a score by its name, as "eval/fid"."""
+        return self.scores.values[score]
+
+    def interval(self, score: str) -> Interval | None:
+        """Return the 95 % interval of a score, None where it has none."""
+        return self.scores.intervals.get(score)
+
+    def row(self) -> dict[str, Any]:
+        """Return it as a row of a table."""
+        row = {
+            "final": self.trial.final,
+            "threshold": self.point.threshold,
+            "max_patch_length": self.max_patch_length,
+            "cfg_scale": self.point.cfg_scale,
+            "images": self.trial.images,
+            "first_seed": self.trial.first_seed,
+            **{name: self.patches[name] for name in ("patch/patches_per_image", "patch/mean_length")},
+            "perf/images_per_s": self.images_per_s,
+            "seconds": self.seconds,
+            "protocol_id": self.scores.protocol.id,
+            "key": self.key,
+            **self.scores.values,
+        }
+        for name, (low, high) in self.scores.intervals.items():
+            row |= {f"{name}_low": low, f"{name}_high": high}
+        return row
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A point that could not be sampled from or scored, and why, in a sentence."""
+
+    point: Point
+    error: str
 
 
 @dataclass(frozen=True)
@@ -122,16 +187,15 @@ class Subject:
 
 @dataclass
 class Outcome:
-    """What a sweep found. Results are the dicts of `run_trial`; failed: point -> one sentence."""
+    """What a sweep found."""
 
-    search: list[dict[str, Any]] = field(default_factory=list)
-    finals: list[dict[str, Any]] = field(default_factory=list)
-    failed: list[dict[str, Any]] = field(default_factory=list)
+    search: list[TrialResult] = field(default_factory=list)
+    finals: list[TrialResult] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
 
-    def winner(self, distance: str) -> dict[str, Any] | None:
+    def winner(self, distance: str) -> TrialResult | None:
         """Return the final with the smallest distance, or without finals the best of the search."""
-        among = self.finals or self.search
-        return min(among, key=lambda one: (one[distance], one["key"])) if among else None
+        return min(self.finals or self.search, key=lambda one: (one.value(distance), one.key), default=None)
 
 
 def check_points(points: Sequence[Point], files: Files) -> None:
@@ -153,7 +217,7 @@ def check_points(points: Sequence[Point], files: Files) -> None:
         raise ValueError(f"cfg scales {', '.join(f'{c:g}' for c in wrong)}: expected numbers from 1, which is no guidance")
 
 
-def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> dict[str, Any]:
+def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> TrialResult:
     """Draw and score one trial; its result goes to `folder` as KEY.json and KEY.png, and is returned.
 
     Batches that an interrupted run drew are taken from `work`.
@@ -177,34 +241,40 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> dict[
     network = _network(subject)
     scored, settings = subject.score, settings_of(subject.score.score)
     reference = make_reference(scored.score, scored.data, subject.manifest, network, _Silent, cache=work)
-    scores, intervals = compare(measure(network, images), reference, settings, seed=scored.seed)
+    measured = measure(network, images)
+    values, intervals = compare(measured, reference, settings, seed=scored.seed)
     protocol = protocol_of(network, reference, settings, ImageSet(images))
-    result = {
-        "key": key,
-        **asdict(trial.point),
-        "images": trial.images,
-        "first_seed": trial.first_seed,
-        "final": trial.final,
-        "max_patch_length": sampler.rule and sampler.settings.rule.max_patch_length,
-        **scores,
-        "intervals": {name: list(ends) for name, ends in intervals.items()},
-        **sample.patch_metrics(sampler, starts),
-        "tokens": sampler.config.tokens,
-        "perf/images_per_s": len(images) / draw_seconds,
-        "samples": sample.protocol(sampler, section),
-        "protocol": protocol.to_json(),
-        "protocol_id": protocol.id,
-    }
+    sampled = sample.protocol(sampler, section)
+    result = TrialResult(
+        key=key,
+        trial=trial,
+        scores=Scores(values, intervals, protocol, sampled, measured.features.pool.shape[1]),
+        patches=sample.patch_metrics(sampler, starts),
+        max_patch_length=sampler.rule and sampler.settings.rule.max_patch_length,
+        tokens=sampler.config.tokens,
+        images_per_s=len(images) / draw_seconds,
+        seconds=time.perf_counter() - started,
+    )
     save_png(sample.grid_picture(job, sampler, labels), folder / f"{key}.png")
-    write_json(folder / f"{key}.json", {**result, "seconds": time.perf_counter() - started})
+    write_record(folder / f"{key}.json", {**asdict(result), "scores": result.scores.to_json()})
     shutil.rmtree(place)
-    return read_result(folder, key)
+    return result
 
 
-def read_result(folder: Path, key: str) -> dict[str, Any] | None:
-    """Return the result of a trial, None when there is none yet."""
+def read_result(folder: Path, key: str) -> TrialResult | None:
+    """Return the result of a trial, None when there is none yet; one that was damaged since is named on stderr."""
     path = folder / f"{key}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        found = read_record(path, way_out="the trial is sampled again")
+    except Damaged as error:
+        print(error, file=sys.stderr, flush=True)
+        return None
+    del found["digest"]
+    scores = scores_in(found.pop("scores"), path)
+    trial = found.pop("trial")
+    return TrialResult(scores=scores, trial=Trial(**{**trial, "point": Point(**trial["point"])}), **found)
 
 
 class _Silent:
@@ -238,7 +308,7 @@ def sweep(
     work: Path,
     tracker: Tracker,
     *,
-    finished: Callable[[dict[str, Any]], None],
+    finished: Callable[[TrialResult], None],
 ) -> Outcome:
     """Run a plan: search, then the best few again with more images and fresh seeds.
 
@@ -258,9 +328,9 @@ def sweep(
     with runner:
         points = None if plan.search == "optuna" else _points(plan)
         outcome.search = runner.run("search", points, images=plan.images, first_seed=SEARCH_SEEDS, final=False)
-        best = sorted(outcome.search, key=lambda one: (one[subject.distance], one["key"]))[: plan.finalists]
+        best = sorted(outcome.search, key=lambda one: (one.value(subject.distance), one.key))[: plan.finalists]
         if best and plan.final_images:
-            chosen = [Point(one["threshold"], one["cfg_scale"]) for one in best]
+            chosen = [one.point for one in best]
             outcome.finals = runner.run("finals", chosen, images=plan.final_images, first_seed=FINAL_SEEDS, final=True)
         outcome.failed = runner.failed
     return outcome
@@ -297,9 +367,7 @@ class _Runner:
         if self.connection is not None:
             self.connection.__exit__(*error)
 
-    def run(
-        self, name: str, points: list[Point] | None, *, images: int, first_seed: int, final: bool
-    ) -> list[dict[str, Any]]:
+    def run(self, name: str, points: list[Point] | None, *, images: int, first_seed: int, final: bool) -> list[TrialResult]:
         """Return the results of these points in their order; points None: those an optimizer chooses."""
         seed = self.subject.sample.seed + first_seed
 
@@ -319,7 +387,7 @@ class _Runner:
         found = [read_result(self.folder, key) for key in keys]
         return [result for result in found if result is not None]
 
-    def _optimize(self, name: str, trial: Callable[[Point], Trial]) -> list[dict[str, Any]]:
+    def _optimize(self, name: str, trial: Callable[[Point], Trial]) -> list[TrialResult]:
         """Let Optuna choose; what an earlier run has tried is told to it first."""
         import optuna
         from ray import tune
@@ -333,14 +401,14 @@ class _Runner:
         known = self._known(trial)
         for result in known:
             self.finished(result)
-        told = [{name: result[name] for name in space} for result in known]
+        told = [{name: getattr(result.point, name) for name in space} for result in known]
         searcher = OptunaSearch(
             metric="distance",
             mode="min",
             sampler=optuna.samplers.TPESampler(seed=len(known)),
             space=space,
             points_to_evaluate=told or None,
-            evaluated_rewards=[result[self.subject.distance] for result in known] or None,
+            evaluated_rewards=[result.value(self.subject.distance) for result in known] or None,
         )
         missing = self.plan.trials - len(known)
         if missing > 0:
@@ -348,11 +416,11 @@ class _Runner:
                 self._tune({}, trial, progress, searcher=searcher, samples=missing)
         return self._known(trial)
 
-    def _known(self, trial: Callable[[Point], Trial]) -> list[dict[str, Any]]:
+    def _known(self, trial: Callable[[Point], Trial]) -> list[TrialResult]:
         """Return the results in the folder that belong to a search with these settings, oldest first."""
         files = sorted(self.folder.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-        found = [json.loads(path.read_text()) for path in files]
-        return [one for one in found if one["key"] == self.subject.key(trial(Point(one["threshold"], one["cfg_scale"])))]
+        found = [read_result(self.folder, path.stem) for path in files]
+        return [one for one in found if one is not None and one.key == self.subject.key(trial(one.point))]
 
     def _room(self) -> dict[str, float]:
         """Return what a trial takes, having made sure that as many as asked for fit at once."""
@@ -414,12 +482,12 @@ class _Runner:
         point = point_of(config)
         error = error or (last or {}).get("error")
         if error:
-            self.failed.append({**asdict(point), "error": error})
+            self.failed.append(Failure(point, error))
             progress.advance()
             return
         result = read_result(self.folder, last["key"])
         self.finished(result)
-        progress.advance(**{self.subject.distance.removeprefix("eval/"): result[self.subject.distance]})
+        progress.advance(**{self.subject.distance.removeprefix("eval/"): result.value(self.subject.distance)})
 
 
 def point_of(config: dict[str, Any]) -> Point:
@@ -474,6 +542,6 @@ def _trainable() -> type:
             except Exception as error:  # whatever it is, it is told, and sinks no other trial
                 words = " ".join(str(error).split()) or type(error).__name__
                 return {"done": True, "distance": math.nan, "error": words}
-            return {"done": True, "distance": result[self.subject.distance], "key": result["key"]}
+            return {"done": True, "distance": result.value(self.subject.distance), "key": result.key}
 
     return SweepTrial

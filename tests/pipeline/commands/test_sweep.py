@@ -13,6 +13,8 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from dpar_core.evaluation.metrics import Interval
+from dpar_core.evaluation.scores import Protocol, Scores
 from pipeline.cli import app
 from pipeline.commands import sweep
 from pipeline.sweep import output as sweep_output
@@ -20,7 +22,7 @@ from pipeline.sweep import tracking as sweep_tracking
 from pipeline.tracking import store
 from stages.params import ParamsError
 from stages.shared.sampler import Files
-from stages.tools.sweep import Outcome
+from stages.tools.sweep import Failure, Outcome, Point, Trial, TrialResult
 from stages.workers.lock import locked
 from tests.helpers.mlflow_stores import delivered
 from tests.helpers.paths import ROOT
@@ -30,25 +32,12 @@ def result(threshold, scale, distance, patches, speed, *, final=False, folder=No
     key = f"{'f' if final else 's'}{threshold}-{scale}"
     if folder is not None:
         Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(folder / f"{key}.png")
-    return {
-        "key": key,
-        "threshold": threshold,
-        "cfg_scale": scale,
-        "max_patch_length": 4,
-        "images": 20,
-        "first_seed": 7,
-        "final": final,
-        "eval/fd_demo": distance,
-        "intervals": {"eval/fd_demo": [distance - 0.1, distance + 0.1]},
-        "patch/patches_per_image": patches,
-        "patch/mean_length": 64 / patches,
-        "perf/images_per_s": speed,
-        "seconds": 1.5,
-        "tokens": 64,
-        "samples": {"made_by": {"model": "abc"}},
-        "protocol": {"reference_digest": "ref"},
-        "protocol_id": "f1f1f1f1" if final else "a2a2a2a2",
-    }
+    images = 40 if final else 20
+    protocol = Protocol("demo", "f", "train", "ref", 90, images, 8, 8, ("png",), 3, 1)
+    intervals = {"eval/fd_demo": Interval(distance - 0.1, distance + 0.1)}
+    scores = Scores({"eval/fd_demo": distance}, intervals, protocol, {"made_by": {"model": "abc"}}, 8)
+    lengths = {"patch/patches_per_image": patches, "patch/mean_length": 64 / patches}
+    return TrialResult(key, Trial(Point(threshold, scale), images, 7, final), scores, lengths, 4, 64, speed, 1.5)
 
 
 @pytest.fixture
@@ -62,7 +51,7 @@ def facts(tmp_path):
         result(4.2, 2.0, 1.0, 30.0, 62.0, folder=trials),
     ]
     finals = [result(3.8, 2.0, 1.1, 40.0, 50.0, final=True, folder=trials), result(4.2, 2.0, 1.05, 30.0, 61.0, final=True)]
-    failed = [{"threshold": 5.0, "cfg_scale": 1.0, "error": "no room"}]
+    failed = [Failure(Point(5.0, 1.0), "no room")]
     outcome, settings = Outcome(search, finals, failed), {"images": 20, "search": "grid"}
     return sweep_output.Facts("t", "dpar", "eval/fd_demo", settings, outcome, "dpar-cli sweep x", Files(Path(), Path()))
 
@@ -82,9 +71,10 @@ def test_files_tell_the_winner_of_the_second_round(facts, tmp_path):
     assert written.metrics["sweep/threshold"] == 4.2
     table = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert [row["threshold"] for row in table] == [3.8, 3.8, 4.2, 4.2]
-    assert {row["protocol_id"] for row in table} == {"a2a2a2a2"}  # finals are of another number of images
+    search, final = (facts.outcome.search[0].scores.protocol.id, facts.outcome.finals[0].scores.protocol.id)
+    assert {row["protocol_id"] for row in table} == {search} != {final}  # finals are of another number of images
     finals = pq.read_table(tmp_path / "finals.parquet").to_pylist()
-    assert [(row["threshold"], row["protocol_id"]) for row in finals] == [(3.8, "f1f1f1f1"), (4.2, "f1f1f1f1")]
+    assert [(row["threshold"], row["protocol_id"]) for row in finals] == [(3.8, final), (4.2, final)]
     assert table[0]["eval/fd_demo_low"] == pytest.approx(1.3)
     with open(tmp_path / "results.csv") as stream:
         assert len(list(csv.DictReader(stream))) == 4

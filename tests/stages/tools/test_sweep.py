@@ -1,6 +1,5 @@
 """Sweeps: trials are functions of their settings, finished ones are kept, bad settings and failures get a sentence."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -56,29 +55,25 @@ def run(subject, plan, folder):
 
 
 def without_clock(results):
-    return [{n: v for n, v in one.items() if n not in ("seconds", "perf/images_per_s")} for one in results]
+    return [replace(one, seconds=0.0, images_per_s=0.0) for one in results]
 
 
 def test_a_grid_is_searched_the_best_are_drawn_again_and_a_second_start_runs_only_what_is_missing(subject, tmp_path):
     outcome, told = run(subject, plan(), tmp_path)
-    assert [(one["threshold"], one["cfg_scale"]) for one in outcome.search] == [
-        (1.0, 1.0),
-        (1.0, 2.0),
-        (2.6, 1.0),
-        (2.6, 2.0),
-    ]
+    assert [one.point for one in outcome.search] == [Point(1.0, 1.0), Point(1.0, 2.0), Point(2.6, 1.0), Point(2.6, 2.0)]
     assert not outcome.failed
     assert len(told) == 6
-    best = sorted(outcome.search, key=lambda one: one["eval/fd_demo"])[:2]
-    assert [one["threshold"] for one in outcome.finals] == [one["threshold"] for one in best]
-    assert {one["images"] for one in outcome.finals} == {15}
-    assert {one["first_seed"] for one in outcome.finals}.isdisjoint({one["first_seed"] for one in outcome.search})
-    assert outcome.winner("eval/fd_demo")["eval/fd_demo"] == min(one["eval/fd_demo"] for one in outcome.finals)
-    fewer, more = (outcome.search[place]["patch/patches_per_image"] for place in (2, 0))
+    best = sorted(outcome.search, key=lambda one: one.value("eval/fd_demo"))[:2]
+    assert [one.point.threshold for one in outcome.finals] == [one.point.threshold for one in best]
+    assert {one.trial.images for one in outcome.finals} == {15}
+    assert {one.trial.first_seed for one in outcome.finals}.isdisjoint({one.trial.first_seed for one in outcome.search})
+    distances = [one.value("eval/fd_demo") for one in outcome.finals]
+    assert outcome.winner("eval/fd_demo").value("eval/fd_demo") == min(distances)
+    fewer, more = (outcome.search[number].patches_per_image for number in (2, 0))
     assert fewer < more  # a higher threshold makes longer patches
 
     trials = tmp_path / "trials"
-    gone, *kept = [one["key"] for one in outcome.search]
+    gone, *kept = [one.key for one in outcome.search]
     (trials / f"{gone}.json").unlink()
     before = {key: (trials / f"{key}.json").stat().st_mtime_ns for key in kept}
     again, _ = run(subject, plan(), tmp_path)
@@ -95,9 +90,7 @@ def test_a_trial_is_the_same_whatever_its_batches_and_goes_on_with_those_that_ar
         one = replace(subject, sample=subject.sample.model_copy(update={"batch_size": batch}))
         results.append(sweep.run_trial(one, trial, tmp_path / name, tmp_path / name))
     assert without_clock(results[:1]) == without_clock(results[1:])
-    assert (tmp_path / "a" / f"{results[0]['key']}.png").read_bytes() == (
-        tmp_path / "b" / f"{results[1]['key']}.png"
-    ).read_bytes()
+    assert (tmp_path / "a" / f"{results[0].key}.png").read_bytes() == (tmp_path / "b" / f"{results[1].key}.png").read_bytes()
 
     drawn, draw = [], sweep.sample.draw_batch
 
@@ -132,8 +125,8 @@ def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_pat
     reference = make_reference(scored.score, scored.data, subject.manifest, network, NullTracker(), cache=tmp_path)
     measured = measure(network, np.concatenate(images))
     scores, _ = compare(measured, reference, settings_of(scored.score), seed=scored.seed)
-    assert result["eval/fd_demo"] == pytest.approx(scores["eval/fd_demo"], rel=1e-9)
-    assert result["patch/patches_per_image"] == pytest.approx(np.mean(counts))
+    assert result.value("eval/fd_demo") == pytest.approx(scores["eval/fd_demo"], rel=1e-9)
+    assert result.patches_per_image == pytest.approx(np.mean(counts))
 
 
 def test_a_failed_trial_is_told_and_sinks_no_other(subject, tmp_path):
@@ -141,9 +134,9 @@ def test_a_failed_trial_is_told_and_sinks_no_other(subject, tmp_path):
     broken.write_bytes(b"not weights")
     files = replace(subject.models[None], model=broken)
     outcome, _ = run(replace(subject, models={**subject.models, 1.0: files}), plan(final_images=0), tmp_path)
-    assert [one["threshold"] for one in outcome.search] == [2.6, 2.6]
-    assert [one["threshold"] for one in outcome.failed] == [1.0, 1.0]
-    assert "is not a safetensors file" in outcome.failed[0]["error"]
+    assert [one.point.threshold for one in outcome.search] == [2.6, 2.6]
+    assert [one.point.threshold for one in outcome.failed] == [1.0, 1.0]
+    assert "is not a safetensors file" in outcome.failed[0].error
 
 
 def test_optuna_goes_on_from_the_trials_it_finds(subject, tmp_path):
@@ -153,8 +146,8 @@ def test_optuna_goes_on_from_the_trials_it_finds(subject, tmp_path):
     assert len(again.search) == 3
     assert without_clock(again.search[:2]) == without_clock(first.search)
     for one in again.search:
-        assert 1.0 <= one["threshold"] <= 2.6
-        assert 1.0 <= one["cfg_scale"] <= 2.0
+        assert 1.0 <= one.point.threshold <= 2.6
+        assert 1.0 <= one.point.cfg_scale <= 2.0
 
 
 def test_a_random_search_follows_from_its_plan():
@@ -192,6 +185,10 @@ def test_more_trials_at_once_than_the_machine_holds_are_refused(subject, tmp_pat
     assert not list((tmp_path / "trials").glob("*.json"))
 
 
-def test_a_result_file_is_whole_json(subject, tmp_path):
+def test_a_result_is_read_as_written_and_one_that_was_damaged_is_none(subject, tmp_path, capsys):
     result = sweep.run_trial(subject, Trial(Point(2.0, 1.0), 6, 1, final=True), tmp_path, tmp_path)
-    assert json.loads((tmp_path / f"{result['key']}.json").read_text()) == result
+    assert sweep.read_result(tmp_path, result.key) == result
+    path = tmp_path / f"{result.key}.json"
+    path.write_text(path.read_text().replace('"images_per_s": ', '"images_per_s": 1'))
+    assert sweep.read_result(tmp_path, result.key) is None
+    assert "was edited" in capsys.readouterr().err
