@@ -191,6 +191,7 @@ HOMES = {
     "signatures": "dpar_core/models/test_weights.py",
     "training.codebook": "stages/test_tokenizer_stage.py",
     "training.meters": "dpar_core/training/test_loop.py",
+    "training.object_store": "dpar_core/training/test_checkpoint.py",
     "training.optim": "dpar_core/training/test_loop.py",
     "training.prefetch": "dpar_core/training/test_loop.py",
 }
