@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +32,8 @@ def list_ilsvrc_train(path: Path) -> Listing:
     if odd or not inner:
         found = f"found {odd[0]!r}" if odd else "found nothing"
         raise ValueError(f"data.train {path} is not ILSVRC2012_img_train.tar: expected n########.tar per class, {found}")
+    if double := [one.name for one, other in pairwise(inner) if one.name == other.name]:
+        raise ValueError(f"data.train {path} holds {double[0]} twice, so one class would be two: pack the tar anew")
     listing.classes = [member.name.removesuffix(".tar") for member in inner]
     for label, tar in enumerate(inner):
         found_in = _without_litter(members(path, within=tar), listing)

@@ -68,6 +68,7 @@ def join_listings(listings: Mapping[str, Listing], roots: Mapping[str, Path], *,
     refuse_nested({split: one.base for split, one in listings.items() if one.base is not None})
     _refuse_empty(train, roots["train"], keep_empty)
     place = {name: number for number, name in enumerate(train.classes)}
+    assert len(place) == len(train.classes), "sources give each class a name of its own"
     rows: list[Row] = []
     for split, listing in listings.items():
         where = f"data.{split} {roots[split]}"

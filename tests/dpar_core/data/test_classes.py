@@ -1,7 +1,9 @@
 """Labels never move and classes never merge, whatever the source calls them."""
 
+import io
 import json
 import os
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -234,6 +236,17 @@ def test_an_empty_class_of_an_ilsvrc_tar_is_refused_too(tmp_path):
     assert listing.labels == [0, 2] and list(listing.left_out) == ["._n00000001.tar", "._b.JPEG"]
     with pytest.raises(ValueError, match="no images of 1 of its 3 classes: n00000002"):
         join_listings({"train": listing}, {"train": tmp_path / "t.tar"})
+
+
+def test_an_inner_tar_of_ilsvrc_that_occurs_twice_is_refused(tmp_path):
+    inner = [("n00000001.tar", tar_of({f"{number}.JPEG": png(number)})) for number in range(2)]
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, content in inner:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"t\.tar holds n00000001.tar twice"):
+        list_ilsvrc_train(tmp_path / "t.tar")
 
 
 def test_names_of_macos_and_linux_are_equal_and_twice_in_one_tree_refused(tmp_path):
