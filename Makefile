@@ -4,6 +4,7 @@
 # make coverage  the tests again, with the lines that they reach; slower, so `make test` leaves it out
 # make docs      the documentation site in site/, readable without a network
 # make browser   the report in Chromium, which has to be installed; not part of `make test`
+# make pictures  docs/report.png anew from artifacts/report, in Chromium
 # make clean     remove what the workflow made (not the environment)
 #
 # Outside git and in folders below the project, `make` and `dpar-cli` work as well; `make environment` only installs.
@@ -22,7 +23,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # compile what it imports anew wherever PYTHONDONTWRITEBYTECODE is set, as in many containers. Some packages ship files for
 # other Pythons, which do not compile and are never imported.
 COMPILE     := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
-.PHONY: demo test lint format types coverage docs browser environment clean
+.PHONY: demo test lint format types coverage docs browser pictures environment clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -49,6 +50,9 @@ format: $(VENV)/.tested
 
 browser: $(VENV)/.tested
 	@$(BIN)/python -m pytest tests/browser/check_report.py -o python_functions='check_*'
+
+pictures: $(VENV)/.installed
+	@$(BIN)/python -m tests.browser.screenshots
 
 coverage: $(VENV)/.tested
 	@$(BIN)/coverage erase

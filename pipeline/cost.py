@@ -24,7 +24,7 @@ IMAGENET_IMAGES, IMAGENET_CLASSES, BUILTIN_CLASSES = 1_281_167, 1000, 9
 CHECKPOINT_BYTES = 12  # a parameter: weight and moments
 INCEPTION_FLOPS = 2 * 5.7e9  # an image of 299 pixels through Inception v3: 5.7 billion multiply-adds
 # Share of the GPU's peak that work other than training reaches: as measured on an H200 (docs/gpu.md), scoring assumed.
-SHARES = {"tokenizing": 0.11, "entropies": 0.043, "sampling": 0.09, "scoring": 0.05}
+SHARES = {"tokenizing": 0.11, "entropies": 0.19, "entropies in fp32": 0.043, "sampling": 0.09, "scoring": 0.05}
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,11 @@ def other_work(params: Any, prices: Prices, *, views: float, gate: float, forwar
     trained = 0 if params.tokenizer.weights else params.tokenizer.steps * params.tokenizer.batch_size
     gated = gate if params.sample.gate == "entropy_model" else 0.0
     sampled = guided * (forward["dpar"] + 2 * forward["llamagen"]) + gated + 3 * decode
+    exact = "entropies in fp32" if params.entropies.precision == "fp32" else "entropies"
     work = {
         "training the tokenizer": (trained, 3 * (encode + decode) * trained, prices.utilisation),
         "tokenizing": (views, encode * views, SHARES["tokenizing"]),
-        "entropies": (views, gate * views, SHARES["entropies"]),
+        "entropies": (views, gate * views, SHARES[exact]),
         "sampling": (3 * images, sampled * images, SHARES["sampling"]),
     }
     if params.score.features == "inception":
