@@ -3,11 +3,11 @@
     python benchmarks/gates.py [--root .] [--gates B,S,XS,own,decoder] [--images 450]
 
 Trains an entropy model of each size on ROOT's tokens (`own` is ROOT's, which also cut the patches that its DPAR was
-trained on), measures for each the threshold that gives `patching.target_mean_length` on training images, and draws and
-scores images of ROOT's DPAR with it. The decoder's threshold is the one that gives this length on images it draws.
+trained on), measures for each the threshold that gives `patching.target_mean_length` on training images, and samples and
+scores images of ROOT's DPAR with it. The decoder's threshold is the one that gives this length on images it samples.
 
 Agreement with gate B, at each gate's own threshold: of all tokens, the share that both begin a patch at, or both do not;
-on held-out images for entropy models, on the drawn images for the decoder.
+on held-out images for entropy models, on the sampled images for the decoder.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ def entropies(model: GPT, shards: TokenShards) -> np.ndarray:
 
 
 def decoder_threshold(subject: Subject, target: float, tokens: int) -> float:
-    """Return the threshold in nats at which images drawn with the decoder as gate have the mean patch length."""
+    """Return the threshold in nats at which images sampled with the decoder as gate have the mean patch length."""
     low, high = 0.0, 8.0
     for _ in range(7):
         middle = (low + high) / 2
-        lengths = draw(subject, middle).patch_lengths
+        lengths = sample_with(subject, middle).patch_lengths
         if DRAWN * tokens / sum(map(len, lengths)) < target:
             low = middle
         else:
@@ -99,10 +99,10 @@ def decoder_threshold(subject: Subject, target: float, tokens: int) -> float:
     return (low + high) / 2
 
 
-def draw(subject: Subject, threshold: float) -> Any:
+def sample_with(subject: Subject, threshold: float) -> Any:
     section = subject.sample.model_copy(update={"threshold": threshold})
     sampler = Sampler(subject.models[None], section, device=subject.device)
-    return sampler.draw([i % sampler.config.num_classes for i in range(DRAWN)], list(range(SEED, SEED + DRAWN)))
+    return sampler.generate([i % sampler.config.num_classes for i in range(DRAWN)], list(range(SEED, SEED + DRAWN)))
 
 
 def measure(gate: Gate, subject: Subject, images: int, folder: Path) -> dict[str, Any]:
@@ -149,11 +149,11 @@ def main() -> None:
         if name == "decoder":
             its = replace(subject, sample=subject.sample.model_copy(update={"gate": "decoder"}))
             gate = Gate("decoder", None, 0, float("nan"), decoder_threshold(its, target, train.meta.tokens))
-            drawn = draw(its, gate.threshold)
+            sampled = sample_with(its, gate.threshold)
             b = models["B"]
             with torch.inference_mode():
-                e = entropies_of(load_entropy_model(b.model, held_out, "cpu")[0], drawn.tokens).numpy()
-            own = starts_from_lengths(drawn.patch_lengths, train.meta.tokens)
+                e = entropies_of(load_entropy_model(b.model, held_out, "cpu")[0], sampled.tokens).numpy()
+            own = starts_from_lengths(sampled.patch_lengths, train.meta.tokens)
             gate.agreement = float((own == patch_starts_numpy(e, replace(rule, threshold=b.threshold))).mean())
         else:
             place = Path(ENTROPY_MODEL.path).resolve().parent if name == "own" else folder / name

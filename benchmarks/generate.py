@@ -1,15 +1,15 @@
-"""How fast DPAR draws images against its LlamaGen twin, both with exact caches, gate included, VQ decoding excluded.
+"""How fast DPAR samples images against its LlamaGen baseline, both with exact caches, gate included, VQ decoding excluded.
 
     python benchmarks/generate.py [--parts cached,ratio,parts,schedules] [--sizes B,XL/3] [--gates B,XS,decoder]
         [--batches 32,1] [--repeats 3]
 
-cached: against the whole network on the whole prefix. ratio: DPAR and twin, every size, gate and batch. parts: where the
+cached: against the whole network on the whole prefix. ratio: DPAR and baseline, every size, gate and batch. parts: where the
 time of one image goes. schedules: when the patch transformer steps. On a GPU: `--device cuda --precision bf16 --parts ratio
 --sizes L,XL --batches 1,64,256`.
 
 Random weights (models of one shape cost the same whatever they know), 256 tokens of 16,384 codes, guidance 2. Boundaries
 follow a table of random entropies cut at a mean length of 1.81, so that all gates see the same mix of lengths; the gate
-itself is computed and paid for. DPAR and twin take turns, medians are shown. FLOPs are counted as in models/flops.py,
+itself is computed and paid for. DPAR and baseline take turns, medians are shown. FLOPs are counted as in models/flops.py,
 with everything class-independent counted once and the rest twice. On a busy machine: `--threads 1 --clock cpu` counts the
 process's own CPU seconds instead of the wall's.
 """
@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 import dpar_core.generation.lanes as lanes_module
-from dpar_core.generation import guidance, kv_cache, stepping
+from dpar_core.generation import kv_cache, sampling, stepping
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
-from dpar_core.generation.guidance import SampleSettings, draw, guide, uniforms
+from dpar_core.generation.sampling import SampleSettings, guide, sample_tokens, uniforms
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.flops import block_flops, dpar_forward_flops, gpt_forward_flops
 from dpar_core.models.gpt import GPT, GPTConfig, next_token_entropies
@@ -72,8 +72,8 @@ def make(size: str) -> tuple[DPAR, GPT]:
     torch.manual_seed(0)
     shape = SIZES[size]
     dpar = DPARConfig(CODES, ROW, *shape, CLASSES)
-    twin = GPTConfig(CODES, ROW, shape.width, shape.heads, shape.layers, num_classes=CLASSES)
-    return random_model(DPAR(dpar), 1), random_model(GPT(twin), 2)
+    baseline = GPTConfig(CODES, ROW, shape.width, shape.heads, shape.layers, num_classes=CLASSES)
+    return random_model(DPAR(dpar), 1), random_model(GPT(baseline), 2)
 
 
 def make_gate(name: str) -> GPT:
@@ -113,20 +113,20 @@ def timed(work: Callable, *arguments) -> tuple[float, Generated]:
     return clock() - started, result
 
 
-def flop_ratio(dpar: DPAR, twin: GPT, gate: GPT | None, drawn: Generated) -> float:
-    """Twin's FLOPs over DPAR's for one guided image, with perfect caches; what the gate costs is in it."""
-    images = len(drawn.tokens)
-    patches = sum(map(len, drawn.patch_lengths)) / images
+def flop_ratio(dpar: DPAR, baseline: GPT, gate: GPT | None, sampled: Generated) -> float:
+    """Baseline's FLOPs over DPAR's for one guided image, with perfect caches; what the gate costs is in it."""
+    images = len(sampled.tokens)
+    patches = sum(map(len, sampled.patch_lengths)) / images
     c = dpar.config
     everything = dpar_forward_flops(c, patches)
     encoder = everything - dpar_forward_flops(replace(c, encoder_layers=0), patches)
     once = encoder + (gpt_forward_flops(gate.config) if gate else 0)
     if gate is None:  # a token that the decoder's entropy sends to a new patch is decoded once more, conditionally
-        starts = [np.concatenate([[0], np.cumsum(one[:-1], dtype=int)]) for one in drawn.patch_lengths]
-        again = sum((~drawn.entropies[i, torch.from_numpy(s)].isnan()).sum().item() for i, s in enumerate(starts)) / images
+        starts = [np.concatenate([[0], np.cumsum(one[:-1], dtype=int)]) for one in sampled.patch_lengths]
+        again = sum((~sampled.entropies[i, torch.from_numpy(s)].isnan()).sum().item() for i, s in enumerate(starts)) / images
         position = c.decoder_layers * (block_flops(c.width, c.hidden) + 4 * TOKENS * c.width) + 2 * c.codebook_size * c.width
         once += again * position
-    return 2 * gpt_forward_flops(twin.config) / (once + 2 * (everything - encoder))
+    return 2 * gpt_forward_flops(baseline.config) / (once + 2 * (everything - encoder))
 
 
 def settings(script: Script, gate: str) -> SampleSettings:
@@ -134,35 +134,35 @@ def settings(script: Script, gate: str) -> SampleSettings:
 
 
 def ratios(cases: list[Case], repeats: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
-    """Time every case beside the twin, turn by turn."""
+    """Time every case beside the baseline, turn by turn."""
     rows = []
     for size, batch in dict.fromkeys((case.size, case.batch) for case in cases):
-        dpar, twin = (model.to(device) for model in make(size))
+        dpar, baseline = (model.to(device) for model in make(size))
         script = Script(batch)
         script.install()
         labels, seeds = torch.arange(batch), list(range(batch))
         gates = [case.gate for case in cases if (case.size, case.batch) == (size, batch)]
         models = {name: None if name == "decoder" else make_gate(name).to(device) for name in gates}
         runs = {name: DPARGenerator(dpar, models[name], settings(script, name), dtype=dtype) for name in gates}
-        baseline = GPTGenerator(twin, SampleSettings(cfg_scale=2.0), dtype=dtype)
+        baseline = GPTGenerator(baseline, SampleSettings(cfg_scale=2.0), dtype=dtype)
         caches = max(run.cache_bytes(batch) for run in [baseline, *runs.values()])
         say(f"{size}, batch {batch}: caches of up to {caches / 2**30:.2f} GiB; warm-up")
-        seconds, drawn = defaultdict(list), {}
+        seconds, sampled = defaultdict(list), {}
         warm = min(batch, 2)
         for run in [baseline, *runs.values()]:  # warm-up: kernels are made, pages touched
             run.generate(labels[:warm], seeds[:warm])
         for repeat in range(repeats):
-            seconds["twin"].append(timed(baseline.generate, labels, seeds)[0])
-            say(f"{size}, batch {batch}, repeat {repeat + 1} of {repeats}: twin {seconds['twin'][-1]:.1f} s")
+            seconds["baseline"].append(timed(baseline.generate, labels, seeds)[0])
+            say(f"{size}, batch {batch}, repeat {repeat + 1} of {repeats}: baseline {seconds['baseline'][-1]:.1f} s")
             for name, run in runs.items():
-                taken, drawn[name] = timed(run.generate, labels, seeds)
+                taken, sampled[name] = timed(run.generate, labels, seeds)
                 seconds[name].append(taken)
                 say(f"{size}, batch {batch}, repeat {repeat + 1} of {repeats}: gate {name} {taken:.1f} s")
         for name in gates:
-            mine, other = (statistics.median(seconds[key]) for key in (name, "twin"))
-            allowed = flop_ratio(dpar, twin, models[name], drawn[name])
+            mine, other = (statistics.median(seconds[key]) for key in (name, "baseline"))
+            allowed = flop_ratio(dpar, baseline, models[name], sampled[name])
             ratio = other / mine
-            patches = sum(map(len, drawn[name].patch_lengths)) / batch
+            patches = sum(map(len, sampled[name].patch_lengths)) / batch
             rows.append(
                 {
                     "size": size,
@@ -175,13 +175,13 @@ def ratios(cases: list[Case], repeats: int, dtype: torch.dtype, device: torch.de
                     "efficiency": ratio / allowed,
                     "mean_length": TOKENS / patches,
                     "spread": [round(x, 2) for x in seconds[name]],
-                    "twin_spread": [round(x, 2) for x in seconds["twin"]],
+                    "baseline_spread": [round(x, 2) for x in seconds["baseline"]],
                 }
             )
             print(
-                f"{size:5} batch {batch:3} gate {name:8} {batch / mine:8.4f} images/s, twin {batch / other:8.4f}, "
+                f"{size:5} batch {batch:3} gate {name:8} {batch / mine:8.4f} images/s, baseline {batch / other:8.4f}, "
                 f"ratio {ratio:.3f} of {allowed:.3f} ({100 * ratio / allowed:.0f} %), {rows[-1]['spread']} "
-                f"{rows[-1]['twin_spread']}",
+                f"{rows[-1]['baseline_spread']}",
                 flush=True,
             )
     return rows
@@ -190,18 +190,18 @@ def ratios(cases: list[Case], repeats: int, dtype: torch.dtype, device: torch.de
 @torch.inference_mode()
 def uncached(dpar: DPAR, gate: GPT, labels: torch.Tensor, script: Script, tokens: int) -> None:
     """The published way: entropy model and network on the whole prefix for every token."""
-    drawn = torch.zeros(len(labels), 0, dtype=torch.int64)
+    sampled = torch.zeros(len(labels), 0, dtype=torch.int64)
     numbers = uniforms(list(range(len(labels))), TOKENS)
     options = SampleSettings(cfg_scale=2.0)
     both = torch.cat([labels, torch.full_like(labels, CLASSES)])
     for t in range(tokens):
         if t:
-            next_token_entropies(gate(drawn)[:, -1])
+            next_token_entropies(gate(sampled)[:, -1])
         lengths = lengths_from_starts(patch_starts(script.table[: len(labels), : t + 1], script.rule).numpy())
         layout = PatchLayout.from_lengths([*lengths, *lengths], row_width=ROW)
-        cond, uncond = dpar(drawn.repeat(2, 1), both, layout)[:, -1].chunk(2)
-        new = draw(guide(cond, uncond, torch.full((len(labels),), 2.0)), numbers[:, t], options)
-        drawn = torch.cat([drawn, new[:, None]], dim=1)
+        cond, uncond = dpar(sampled.repeat(2, 1), both, layout)[:, -1].chunk(2)
+        new = sample_tokens(guide(cond, uncond, torch.full((len(labels),), 2.0)), numbers[:, t], options)
+        sampled = torch.cat([sampled, new[:, None]], dim=1)
 
 
 def cached_speed(repeats: int, *, batch: int = 4) -> dict:
@@ -227,7 +227,7 @@ class Stopwatch:
         ("decoder", lanes_module.Lanes, "decode"),
         ("encoder", lanes_module.Lanes, "encode"),
         ("patch transformer", lanes_module.Lanes, "patch_launch"),
-        ("sampling", guidance.Drawer, "__call__"),
+        ("sampling", sampling.TokenSampler, "__call__"),
         ("output layer", stepping.Head, "__call__"),
         ("gate", stepping.GPTStepper, "__call__"),
         ("gate", lanes_module.Lanes, "probe_launch"),
@@ -276,20 +276,20 @@ class Stopwatch:
 
 def parts(size: str, gate: str, batch: int, dtype: torch.dtype, device: torch.device) -> list[dict]:
     """Where the seconds of one image go, by part and by kind of work."""
-    dpar, twin = (model.to(device) for model in make(size))
+    dpar, baseline = (model.to(device) for model in make(size))
     script = Script(batch)
     script.install()
     labels, seeds = torch.arange(batch), list(range(batch))
     model = None if gate == "decoder" else make_gate(gate).to(device)
     run = DPARGenerator(dpar, model, settings(script, gate), dtype=dtype)
     rows = []
-    for name, generator in (("dpar", run), ("twin", GPTGenerator(twin, SampleSettings(cfg_scale=2.0), dtype=dtype))):
+    for name, generator in (("dpar", run), ("baseline", GPTGenerator(baseline, SampleSettings(cfg_scale=2.0), dtype=dtype))):
         generator.generate(labels[:1], seeds[:1])
         for by, watched in (("part", Stopwatch.PARTS), ("kind", Stopwatch.KINDS)):
             with Stopwatch(watched, whole="gate" if name == "dpar" else "") as watch:
                 total, _ = timed(generator.generate, labels, seeds)
             shares = {k: v / total for k, v in sorted(watch.seconds.items(), key=lambda item: -item[1])}
-            if name == "twin" and "gate" in shares:
+            if name == "baseline" and "gate" in shares:
                 shares["layers"] = shares.pop("gate")
             shares["rest"] = 1 - sum(shares.values())
             rows.append(
@@ -304,7 +304,7 @@ def parts(size: str, gate: str, batch: int, dtype: torch.dtype, device: torch.de
                 }
             )
             text = ", ".join(f"{key} {100 * share:.1f} %" for key, share in shares.items())
-            print(f"{name} {size} gate {gate} batch {batch}, {total / batch:.3f} s an image, by {by}: {text}", flush=True)
+            print(f"{name} {size} gate {gate} batch {batch}, {total / batch:.3f} s per image, by {by}: {text}", flush=True)
     return rows
 
 

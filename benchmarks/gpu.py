@@ -45,8 +45,7 @@ if not __package__:  # started by its path: again as a module, so that this repo
     )
 
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
-from dpar_core.generation.guidance import SampleSettings, draw, guide, uniforms
-from dpar_core.generation.sampling import filter_logits
+from dpar_core.generation.sampling import SampleSettings, filter_logits, guide, sample_tokens, uniforms
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.flops import dpar_forward_flops, gpt_forward_flops
 from dpar_core.models.gpt import GPT, GPTConfig, entropies_of, next_token_entropies
@@ -145,7 +144,7 @@ def uncached(model: DPAR, gate: GPT | None, labels: Tensor, seeds: list[int], se
         layout = layout_of(patch_starts(entropies[:, : t + 1], rule))
         guided = guide(logits(layout, labels), logits(layout, null), scales[t].expand(len(labels)))
         kept.append(guided)
-        tokens = torch.cat([tokens, draw(guided, numbers[:, t], settings)[:, None]], dim=1)
+        tokens = torch.cat([tokens, sample_tokens(guided, numbers[:, t], settings)[:, None]], dim=1)
     return Generated(tokens, [], entropies, torch.stack(kept, dim=1))
 
 
@@ -192,16 +191,16 @@ def golden_cases(device: torch.device, encodings: tuple[str, ...]) -> dict[str, 
         found[f"DPAR {encoding}: logits"] = float((logits - torch.from_numpy(z[f"logits_{encoding}"])).abs().max())
         settings = SampleSettings(cfg_scale=2.0, rule=rule, greedy=True)
         labels = torch.from_numpy(z[f"gen_labels_{encoding}_cfg2"]).long()
-        drawn = DPARGenerator(model, gate, settings, static=True).generate(labels, [0] * 3)
-        wrong = int((drawn.tokens.cpu().numpy() != z[f"gen_tokens_{encoding}_cfg2"]).sum())
+        generated = DPARGenerator(model, gate, settings, static=True).generate(labels, [0] * 3)
+        wrong = int((generated.tokens.cpu().numpy() != z[f"gen_tokens_{encoding}_cfg2"]).sum())
         found[f"DPAR {encoding}: greedy tokens that differ"] = wrong
     z = dict(np.load(GOLDEN / "llamagen_gpt_c2i.npz"))
-    twin = GPT(GPTConfig(128, 8, 64, 2, 2, num_classes=10))
-    twin.load_state_dict(load_file(GOLDEN / "llamagen_gpt_c2i.safetensors"))
-    twin = twin.eval().requires_grad_(False).to(device)
+    baseline = GPT(GPTConfig(128, 8, 64, 2, 2, num_classes=10))
+    baseline.load_state_dict(load_file(GOLDEN / "llamagen_gpt_c2i.safetensors"))
+    baseline = baseline.eval().requires_grad_(False).to(device)
     labels = torch.from_numpy(z["gen_labels"]).long()
-    drawn = GPTGenerator(twin, SampleSettings(cfg_scale=2.0, greedy=True), static=True).generate(labels, [0] * 3)
-    found["LlamaGen: greedy tokens that differ"] = int((drawn.tokens.cpu().numpy() != z["gen_tokens_cfg2"]).sum())
+    generated = GPTGenerator(baseline, SampleSettings(cfg_scale=2.0, greedy=True), static=True).generate(labels, [0] * 3)
+    found["LlamaGen: greedy tokens that differ"] = int((generated.tokens.cpu().numpy() != z["gen_tokens_cfg2"]).sum())
     return found
 
 
@@ -216,7 +215,7 @@ def correctness(device: torch.device, tiny: bool, budget_s: float, write: Write)
     grid, codes, width, heads = (4, 16, 32, 2) if tiny else (8, 256, 128, 2)
     make = DPARConfig(codes, grid, width, heads, 1, 2, 2, 5, 32)
     gate = lively(GPT(GPTConfig(codes, grid, width, heads, 2, 32)), 1).to(device)
-    twin = lively(GPT(GPTConfig(codes, grid, width, heads, 3, 32, num_classes=5)), 2).to(device)
+    baseline = lively(GPT(GPTConfig(codes, grid, width, heads, 3, 32, num_classes=5)), 2).to(device)
     images = 5 if tiny else 19
     labels, seeds = torch.arange(images) % 5, list(range(images))
     random = torch.randint(codes, (32, grid**2), generator=torch.Generator().manual_seed(0)).to(device)
@@ -257,14 +256,14 @@ def correctness(device: torch.device, tiny: bool, budget_s: float, write: Write)
             "ahead": sampled(static=True, schedule="ahead"),
             "not captured": sampled(static=True, schedule="buckets", capture=False),
         }
-        for way, drawn in ways.items():
-            differ = unexplained(drawn.tokens, expected, few, settings)
+        for way, result in ways.items():
+            differ = unexplained(result.tokens, expected, few, settings)
             cases[f"{name}, {way}: images that differ from uncached"] = (differ, 0)
         say(f"{name}: {sum(map(len, ways['buckets'].patch_lengths)) / len(some):.1f} patches of {grid**2} tokens")
         write({"last": name})
     settings = SampleSettings(cfg_scale=2.0)
-    ragged = GPTGenerator(twin, settings, static=False).generate(labels, seeds, keep_logits=True)
-    static = GPTGenerator(twin, settings, static=True).generate(labels, seeds)
+    ragged = GPTGenerator(baseline, settings, static=False).generate(labels, seeds, keep_logits=True)
+    static = GPTGenerator(baseline, settings, static=True).generate(labels, seeds)
     cases["LlamaGen, static: images that differ from ragged"] = (unexplained(static.tokens, ragged, seeds), 0)
     wrong = {name: value for name, (value, most) in cases.items() if not value <= most}
     for name, (value, most) in cases.items():
@@ -341,8 +340,8 @@ def seconds_of(generator: Any, tokens: Tensor, device: torch.device) -> tuple[fl
     """Time the sampling of a batch."""
     labels, seeds = torch.arange(len(tokens)) % CLASSES, list(range(len(tokens)))
     started_at = synchronized(device)
-    drawn = generator.generate(labels, seeds, given=tokens)
-    return synchronized(device) - started_at, drawn
+    generated = generator.generate(labels, seeds, given=tokens)
+    return synchronized(device) - started_at, generated
 
 
 def sampling(
@@ -362,13 +361,13 @@ def sampling(
         config = dpar_config(scale, size)
         with torch.device(device):
             dpar = started(DPAR(config))
-            twin = started(GPT(gpt_config(scale, size.width, size.heads, size.layers, CLASSES)))
+            baseline = started(GPT(gpt_config(scale, size.width, size.heads, size.layers, CLASSES)))
         for batch in scale.batches:
 
-            def make_twin(twin: GPT = twin, **how: Any) -> GPTGenerator:
-                return GPTGenerator(twin, SampleSettings(cfg_scale=2.0), dtype=scale.dtype, **how)
+            def make_baseline(baseline: GPT = baseline, **how: Any) -> GPTGenerator:
+                return GPTGenerator(baseline, SampleSettings(cfg_scale=2.0), dtype=scale.dtype, **how)
 
-            makers: dict[str, Callable[..., Any]] = {"LlamaGen": make_twin}
+            makers: dict[str, Callable[..., Any]] = {"LlamaGen": make_baseline}
             tokens = {"LlamaGen": images["XS"].tokens[:batch]}
             # The sampler runs the gate in the precision of stage entropies: fp32 or, in the presets for GPUs, fp16.
             for name, dtype in (("XS", torch.float32), ("XS", torch.float16), ("B", torch.float16)):
@@ -390,17 +389,17 @@ def sampling(
                 say(f"sampling {size_name} batch {batch}: not run, out of time")
                 continue
             taken: dict[str, list[float]] = {name: [] for name in makers}
-            drawn: dict[str, Generated] = {}
+            generated: dict[str, Generated] = {}
 
             def repeat(
                 runs: dict[str, Any] = runs,
                 tokens: dict[str, Tensor] = tokens,
-                drawn: dict[str, Generated] = drawn,
+                generated: dict[str, Generated] = generated,
                 taken: dict[str, list[float]] = taken,
             ) -> None:
                 for _ in range(scale.repeats):
                     for name, generator in runs.items():
-                        seconds, drawn[name] = seconds_of(generator, tokens[name], device)
+                        seconds, generated[name] = seconds_of(generator, tokens[name], device)
                         taken[name].append(seconds)
 
             alone = batch == scale.batches[-1]  # the caches of all of them do not fit beside each other
@@ -415,12 +414,12 @@ def sampling(
             if not alone:
                 repeat()
             base = statistics.median(taken["LlamaGen"])
-            allowed = image_costs(twin.config, None, 0, batch)
+            allowed = image_costs(baseline.config, None, 0, batch)
             for name in makers:
                 median = statistics.median(taken[name])
-                patches = sum(map(len, drawn[name].patch_lengths)) / batch
+                patches = sum(map(len, generated[name].patch_lengths)) / batch
                 gate_config = gates[name.split(", ")[1].split()[1]].config if patches else None
-                costs = image_costs(config if patches else twin.config, gate_config, patches, batch)
+                costs = image_costs(config if patches else baseline.config, gate_config, patches, batch)
                 row = {
                     "size": size_name,
                     "batch": batch,
@@ -437,8 +436,8 @@ def sampling(
                 rows.append(row)
                 say(
                     f"{size_name:3} batch {batch:3} {name:19} {row['images_per_s']:8.2f} images/s, ratio {row['ratio']:.2f} "
-                    f"(FLOPs {row['flop_ratio']:.2f}, bytes {row['byte_ratio']:.2f}), {row['ms_per_token']:.3f} ms a token, "
-                    f"mean length {row['mean_length'] or 0:.2f}, ready in {row['ready_s']:.1f} s"
+                    f"(FLOPs {row['flop_ratio']:.2f}, bytes {row['byte_ratio']:.2f}), {row['ms_per_token']:.3f} ms per "
+                    f"token, mean length {row['mean_length'] or 0:.2f}, ready in {row['ready_s']:.1f} s"
                 )
             write({"rows": rows})
             runs.clear()
@@ -458,7 +457,7 @@ def sampling(
                         )
                         say(f"{size_name:3} batch {batch:3} {name}, {how}: {batch / seconds:.2f} images/s")
                 write({"rows": rows})
-        del dpar, twin, make, make_twin, makers
+        del dpar, baseline, make, make_baseline, makers
     return {"rows": rows}
 
 

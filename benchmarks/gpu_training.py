@@ -224,9 +224,9 @@ def _out_of_memory() -> Iterator[list[str]]:
 
 def largest_batch(setup: Setup, config: DPARConfig | GPTConfig, *, patches: float | None) -> tuple[Trainee, Row]:
     """Return a model whose step fits with the largest batch, and what was expected and found of its memory."""
-    told = training_memory(config, patches, bf16=setup.bf16)
+    estimate = training_memory(config, patches, bf16=setup.bf16)
     most = 8 if setup.tiny else MOST_IMAGES
-    images = max(min(told.largest_batch(setup.memory), most) // MULTIPLE * MULTIPLE, MULTIPLE)
+    images = max(min(estimate.largest_batch(setup.memory), most) // MULTIPLE * MULTIPLE, MULTIPLE)
     tried: list[int] = []
     confirmed = 0
     trainee = Trainee(setup, config, images)
@@ -246,8 +246,8 @@ def largest_batch(setup: Setup, config: DPARConfig | GPTConfig, *, patches: floa
             continue
         peak = setup.peak_bytes()
         # Held against the estimate: what one image took, were the rest as expected.
-        measured = (peak - told.total(0) + RUNTIME) / images
-        allowed = (TRAINING_SHARE * setup.memory - told.total(0)) / max(measured, 1.0)
+        measured = (peak - estimate.total(0) + RUNTIME) / images
+        allowed = (TRAINING_SHARE * setup.memory - estimate.total(0)) / max(measured, 1.0)
         larger = int(min(allowed, most)) // MULTIPLE * MULTIPLE
         if setup.device.type == "cuda" and len(tried) == 1 and larger > images:
             confirmed, images = images, larger
@@ -257,9 +257,9 @@ def largest_batch(setup: Setup, config: DPARConfig | GPTConfig, *, patches: floa
             "images": images,
             "tried": tried,
             "memory_gb": peak / 1e9,
-            "expected_gb": told.total(images) / 1e9,
+            "expected_gb": estimate.total(images) / 1e9,
             "activations_mb_per_image": measured / 1e6,
-            "expected_mb_per_image": told.activations / 1e6,
+            "expected_mb_per_image": estimate.activations / 1e6,
         }
         return trainee, found
 

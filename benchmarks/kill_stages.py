@@ -4,8 +4,8 @@
 
 Run it in a project folder after `dpar-cli run` (the smoke preset is quick): what is there was made undisturbed. For each
 stage a copy of the project loses the stage's outputs and half-done work, the stage is started and killed --kills times,
-started once more, and its outputs are compared byte by byte. A start that ends before its moment is no kill: all begins
-anew and another moment is drawn. Kills that left files of half-done work are counted. Seconds (timings.json) are left
+started once more, and its outputs are compared byte by byte. A start that ends before its moment does not count: all begins
+anew and another moment is chosen. Kills that left files of half-done work are counted. Seconds (timings.json) are left
 out, as they differ between any two runs.
 """
 

@@ -2,10 +2,11 @@
 
     python benchmarks/loader.py [--samples 1280000] [--views 2] [--keep FOLDER]
 
-Makes shards of 256 random tokens a view and their patch maps (5 GB on disk at full size, a few minutes), and a set of 10,000
-samples to compare with. Opening and reading are measured in processes of their own. `cat FILES > /dev/null` and the reader
-take turns; both have read everything they are timed on once before, so they find it in memory (warm cache): what is compared
-is the reader, not the disk. The share of cat is of the bytes really read: of a sample the tokens of one view and its map.
+Makes shards of 256 random tokens per view and their patch maps (5 GB on disk at full size, a few minutes), and a set of
+10,000 samples to compare with. Opening and reading are measured in processes of their own. `cat FILES > /dev/null` and the
+reader take turns; both have read everything they are timed on once before, so they find it in memory (warm cache): what is
+compared is the reader, not the disk. The share of cat is of the bytes really read: of a sample the tokens of one view and
+its map.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpar_core.data.shards import Sample, TokenMeta, TokenShards, write_index, write_shard
+from dpar_core.data.shards import TokenMeta, TokenSample, TokenShards, write_index, write_shard
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.flops import PUBLISHED_PEAKS, dpar_forward_flops, training_flops
 from dpar_core.patches.maps import starts_name, write_lengths, write_rule, write_summary
@@ -30,7 +31,7 @@ from dpar_core.patches.rule import PatchRule
 
 CODES, GRID, CLASSES, SHARD = 16384, 16, 1000, 5000
 TOKENS = GRID * GRID
-UTILISATION, MEAN_LENGTH = 0.4, 1.81  # share of the peak that good training code reaches; tokens a patch as published
+UTILISATION, MEAN_LENGTH = 0.4, 1.81  # share of the peak that good training code reaches; tokens per patch as published
 READER = """
 import json, os, sys, time
 import numpy as np, psutil
@@ -73,7 +74,7 @@ def make(folder: Path, samples: int, views: int) -> tuple[Path, Path]:
         count = min(SHARD, samples - first)
         codes = rng.integers(0, CODES, (count, views, TOKENS), dtype=np.uint16)
         made = (
-            Sample(
+            TokenSample(
                 f"train-{first + i:09d}", (first + i) % CLASSES, codes[i], {"source": f"n{i % CLASSES:08d}/{first + i}.JPEG"}
             )
             for i in range(count)
@@ -104,7 +105,7 @@ def read(tokens: Path, maps: Path, count: int) -> dict[str, float]:
 
 
 def cat(files: list[Path]) -> float:
-    """Return the bytes a second of `cat FILES > /dev/null`."""
+    """Return the bytes per second of `cat FILES > /dev/null`."""
     started = time.perf_counter()
     subprocess.run(["cat", *map(str, files)], stdout=subprocess.DEVNULL, check=True)
     return sum(file.stat().st_size for file in files) / (time.perf_counter() - started)
@@ -168,7 +169,7 @@ def main() -> None:
         }
         print(
             f"medians of {options.repeats} repeats of {options.read:,} samples, warm cache; training DPAR-B takes "
-            f"{flops / 1e9:.1f} GFLOP an image of {TOKENS} tokens at {MEAN_LENGTH} a patch, so an H200 trains "
+            f"{flops / 1e9:.1f} GFLOP per image of {TOKENS} tokens at {MEAN_LENGTH} per patch, so an H200 trains "
             f"{UTILISATION} x {peak / 1e12:.0f}e12 / {flops / 1e9:.1f}e9 = {needed:,.0f} images/s"
         )
         for name, value in found.items():

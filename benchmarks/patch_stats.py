@@ -1,10 +1,10 @@
-"""The time of `dpar-cli patches stats` on data of ImageNet's size: 20 views an image, shards of 5,000 images.
+"""The time of `dpar-cli patches stats` on data of ImageNet's size: 20 views per image, shards of 5,000 images.
 
     python -m benchmarks.patch_stats [--views 20] [--repeats 3]
 
 The command reads at most 16 shards, evenly spaced, however many there are, so 16 made shards stand for the 256 of ImageNet
 (2.5 GB on disk). The baseline is reading the same Parquet files with pyarrow alone. "First" includes holding every file
-against its digest, which happens once a machine. Files are in memory from being written; a disk adds its own time.
+against its digest, which happens once per machine. Files are in memory from being written; a disk adds its own time.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.ray_overhead [--size B] [--batch 8] [--steps 60] [--cluster]
 
-Trains the LlamaGen twin of a size (16,384 codes) twice at once: through Ray Train on one worker with all cores (in local
+Trains the LlamaGen baseline of a size (16,384 codes) twice at once: through Ray Train on one worker with all cores (in local
 mode, as the stages do on one machine; with --cluster in an actor of a cluster), and in a plain process with the same
 settings of the allocator. The two take turns of two steps; while the plain one works, every process that Ray runs is
 stopped (SIGSTOP), the worker included. So both see the same machine within seconds, and what a neighbour takes falls on
@@ -41,7 +41,7 @@ from dpar_core.system import cpus
 from dpar_core.training import allocator
 from dpar_core.training.parallel import Ranks
 from stages.params import load_params, settled
-from stages.shared.jobs import Job, train_job
+from stages.shared.jobs import TrainJob, train_job
 from stages.workers import cluster
 from stages.workers import fit as ray_train
 
@@ -119,7 +119,7 @@ class Paced:
             self.hooks.checkpoint(step, address)
 
 
-def with_ray(job: Job, root: str, folder: Path, *, ranks, hooks) -> list[float]:
+def with_ray(job: TrainJob, root: str, folder: Path, *, ranks, hooks) -> list[float]:
     """Train in Ray's worker; return the seconds of its turns."""
     turns = Turns(folder, first=True)
     train_job(job, root, ranks=ranks, hooks=Paced(turns, hooks))
@@ -171,7 +171,7 @@ def interval(ratios: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def make_job(size: str, batch: int, steps: int, data: Path) -> Job:
+def make_job(size: str, batch: int, steps: int, data: Path) -> TrainJob:
     width, heads, layers = SHAPES[size]
     meta = TokenShards(data / "tokens", "train").meta
     config = GPTConfig(CODES, GRID, width, heads, layers, num_classes=len(meta.classes), dropout=0.1)
@@ -187,7 +187,7 @@ def make_job(size: str, batch: int, steps: int, data: Path) -> Job:
             "accumulate": 1,
         }
     )
-    return Job("llamagen", config, training, 0, data / "tokens")
+    return TrainJob("llamagen", config, training, 0, data / "tokens")
 
 
 def main() -> None:
@@ -233,7 +233,7 @@ def main() -> None:
     versions = f"Ray {ray.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     said = [*zip_words(asked), *(["--cluster"] if options.cluster else [])]
     print(f"python -m {MODULE} {' '.join(said)}: {versions}, {count} CPUs, bf16")
-    print(f"{'':34}{'CPU s a step':>14}{'share':>10}")
+    print(f"{'':34}{'CPU s per step':>14}{'share':>10}")
     print(f"{'the worker':34}{of_worker / steps:>14.3f}{1 - share:>10.2%}")
     print(f"{'Ray and the driver':34}{of_ray / steps:>14.3f}{share:>10.2%}")
     slower, (low, high) = float(np.median(ratios)) - 1, interval(ratios)

@@ -1,10 +1,10 @@
-"""Whether a sampling job draws the same images however it is cut, spread or broken off.
+"""Whether a sampling job gives the same images however it is cut, spread or interrupted.
 
     python benchmarks/sample_job.py [--root .] [--images 1000]
 
 Draws images with the trained models under ROOT/artifacts: with batches of 64 in one process; with batches of 37 on two Ray
 workers; and with batches of 64, killed (SIGKILL) in the middle and started again. Compares the bytes of what comes out, for
-DPAR and for the twin. Exit 1 when anything differs.
+DPAR and for the baseline. Exit 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stages.artifacts import METRICS, SAMPLE_GRID, SAMPLE_IMAGES, SAMPLE_PROTOCO
 FILES = (SAMPLE_IMAGES, SAMPLE_TOKENS, SAMPLE_PROTOCOL, SAMPLE_GRID, METRICS)
 
 
-def draw(model: str, root: Path, folder: Path, images: int, batch_size: int, workers: int) -> None:
+def sample_job(model: str, root: Path, folder: Path, images: int, batch_size: int, workers: int) -> None:
     """Run one sampling stage (in a process of its own)."""
     from stages import params as P
     from stages import sample
@@ -47,7 +47,7 @@ def draw(model: str, root: Path, folder: Path, images: int, batch_size: int, wor
 
 def run(root: Path, model: str, folder: Path, images: int, batch_size: int, workers: int, *, kill_after: int = 0) -> None:
     """Start a job; with `kill_after`, kill it once that many batches are whole, then start it again."""
-    arguments = ["--draw", model, str(root), str(folder), str(images), str(batch_size), str(workers)]
+    arguments = ["--sample", model, str(root), str(folder), str(images), str(batch_size), str(workers)]
     command = [sys.executable, __file__, *arguments]
     if kill_after:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -62,9 +62,9 @@ def run(root: Path, model: str, folder: Path, images: int, batch_size: int, work
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--draw"]:
+    if sys.argv[1:2] == ["--sample"]:
         model, root, folder, *numbers = sys.argv[2:]
-        draw(model, Path(root), Path(folder), *map(int, numbers))
+        sample_job(model, Path(root), Path(folder), *map(int, numbers))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("."))

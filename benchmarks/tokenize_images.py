@@ -117,7 +117,7 @@ def main() -> None:
         rows, total = manifest.rows, len(manifest.rows)
         plan = tokenize_images.plan_shards(manifest, shape.shard)
         batches = sum(-(-len(shard.indices) // per_batch) for shard in plan)
-        opener, model = data.ImageOpener(manifest), tokenize_images.load_tokenizer(inputs.tokenizer, options.device)[0]
+        opener, model = data.ManifestOpener(manifest), tokenize_images.load_tokenizer(inputs.tokenizer, options.device)[0]
         some = rows.take(np.arange(min(total, 100)))
         started = time.perf_counter()
         decoded = [views(opener(row), shape.pixels, VIEWS) for row in some]
@@ -136,7 +136,7 @@ def main() -> None:
     end_to_end, encode, filled = statistics.median(pipeline), statistics.median(bare), total / (batches * per_batch)
     print(
         f"{options.shape} on {options.device}, {total} JPEG files of {shape.sides[1]} x {shape.sides[0]}, "
-        f"{shape.batch} views a batch, {threads} threads, medians of {options.repeats}"
+        f"{shape.batch} views per batch, {threads} threads, medians of {options.repeats}"
     )
     print(f"  stage          {end_to_end:9.2f} images/s (both views, decoding, shards, digests, index)")
     print(f"  bare encode    {encode:9.2f} images/s")

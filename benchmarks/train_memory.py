@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpar_core.data.shards import Sample, TokenMeta, TokenShards, write_index, write_shard
+from dpar_core.data.shards import TokenMeta, TokenSample, TokenShards, write_index, write_shard
 from dpar_core.files import atomic_folder
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.memory import RUNTIME, training_memory
@@ -29,14 +29,14 @@ from dpar_core.patches.maps import RULE, pack_starts, write_rule, write_summary
 from dpar_core.patches.rule import PatchRule, patch_starts_numpy
 from dpar_core.training.parallel import Ranks
 from stages.params import load_params, settled
-from stages.shared.jobs import Job, train_job
+from stages.shared.jobs import TrainJob, train_job
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID, CODES = 16, 1024
 
 
 def make_data(folder: Path, images: int) -> None:
-    """Write shards of `images` random images with two views, and patch maps of 1.8 tokens a patch."""
+    """Write shards of `images` random images with two views, and patch maps of 1.8 tokens per patch."""
     random = np.random.default_rng(0)
     meta = TokenMeta(GRID, CODES, "adm_center_flip", 2, 256, ("a", "b"), "t" * 16, "m" * 16)
     (folder / "tokens").mkdir(parents=True)
@@ -48,7 +48,7 @@ def make_data(folder: Path, images: int) -> None:
             name = f"{split}-{number:06d}.tar"
             write_shard(
                 folder / "tokens" / name,
-                (Sample(f"{split}{i:08d}", i % 2, row, {}) for i, row in zip(part, tokens)),
+                (TokenSample(f"{split}{i:08d}", i % 2, row, {}) for i, row in zip(part, tokens)),
             )
             shards.append((name, split))
     write_index(folder / "tokens", meta, shards)
@@ -75,7 +75,7 @@ class Silent:
     def checkpoint(self, step, address): ...
 
 
-def make_job(data: Path, batch: int, checkpointing: bool) -> Job:
+def make_job(data: Path, batch: int, checkpointing: bool) -> TrainJob:
     config = DPARConfig(CODES, GRID, 256, 4, 1, 3, 2, num_classes=2, dropout=0.1, class_dropout=0.1)
     training = settled(load_params(ROOT / "params" / "demo.yaml"), "cpu").train.model_copy(
         update={
@@ -89,7 +89,7 @@ def make_job(data: Path, batch: int, checkpointing: bool) -> Job:
             "accumulate": 1,
         }
     )
-    return Job("dpar", config, training, 0, data / "tokens", data / "maps")
+    return TrainJob("dpar", config, training, 0, data / "tokens", data / "maps")
 
 
 def one_row(data: Path, batch: int, checkpointing: bool) -> None:
@@ -130,13 +130,13 @@ def main() -> None:
             for images, checkpointing in ((small, False), (large, False), (small, True)):
                 command = [sys.executable, __file__, "--row", f"{temporary}/{images}", str(batch), str(checkpointing)]
                 environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
-                told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-                before, most = json.loads(next(line for line in told.splitlines() if line.startswith("ROW"))[4:])
+                output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+                before, most = json.loads(next(line for line in output.splitlines() if line.startswith("ROW"))[4:])
                 row.append(most - before)
             job = make_job(Path(temporary), batch, False)
             patches = GRID**2 / 1.81
-            told = training_memory(job.config, patches, bf16=job.training.precision != "fp32")
-            expected = (told.total(batch) - RUNTIME) / 1e6
+            estimate = training_memory(job.config, patches, bf16=job.training.precision != "fp32")
+            expected = (estimate.total(batch) - RUNTIME) / 1e6
             grown[batch] = row
             print(f"{batch:>6}{row[0]:>18.0f}{row[1]:>18.0f}{row[2]:>16.0f}{expected:>15.0f}", flush=True)
     by_batch = (grown[32][0] - grown[4][0]) / 28

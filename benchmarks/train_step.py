@@ -1,12 +1,12 @@
-"""A training step of DPAR against its LlamaGen twin and against plain PyTorch, by the clock and by FLOPs.
+"""A training step of DPAR against its LlamaGen baseline and against plain PyTorch, by the clock and by FLOPs.
 
     python benchmarks/train_step.py --size B L/4 --batch 8 [--repeats 5] [--precision fp32] [--device cpu] [--compile]
 
 Forward, loss, backward, clipping and AdamW with the project's networks, loss and optimizer, in a bare loop of this file
 (nothing is loaded, logged or guarded), on random tokens (16 x 16 of 16,384 codes) with patch plans of mean length 1.81 and
 at most 4, whose number of patches differs between images as on the demo's photographs. Every round has a batch of its own,
-which the three take in turns; medians are shown. `L/4` has L's width with a quarter of its layers. "plain" is the twin's
-architecture as one writes it first, and the yardstick that the twin is not made slow. The last figure, efficiency, is the
+which the three take in turns; medians are shown. `L/4` has L's width with a quarter of its layers. "plain" is the baseline's
+architecture as one writes it first; it shows that the baseline is not slow. The last figure, efficiency, is the
 ratio of speeds over the ratio that the FLOPs promise.
 """
 
@@ -133,7 +133,7 @@ class Round(NamedTuple):
 def plans(batch: int, rounds: int, seed: int) -> list[list[np.ndarray]]:
     """Return patch lengths of a batch for every round, as the rule cuts random entropies at a mean of 1.81.
 
-    An image's entropies share an offset as wide as their noise: so patches an image spread by 0.39 of their mean, as
+    An image's entropies share an offset as wide as their noise: so patches per image spread by 0.39 of their mean, as
     those of the demo's photographs do (0.389 on 4,500 training views, 0.386 on 450 validation views).
     """
     rng, images = np.random.default_rng(seed), max(16 * rounds * batch, 1024)
@@ -187,23 +187,27 @@ def contenders(
     """Build the three models."""
     width, heads, encoder, patch, decoder = SIZES[size]
     dpar = DPARConfig(CODES, ROW, width, heads, encoder, patch, decoder, CLASSES, dropout=0.1, class_dropout=0.1)
-    twin = GPTConfig(
+    baseline = GPTConfig(
         CODES, ROW, width, heads, encoder + patch + decoder, num_classes=CLASSES, dropout=0.1, class_dropout=0.1
     )
     found = []
-    for name, build in (("dpar", lambda: DPAR(dpar)), ("llamagen", lambda: GPT(twin)), ("plain", lambda: PlainGPT(twin))):
+    for name, build in (
+        ("dpar", lambda: DPAR(dpar)),
+        ("llamagen", lambda: GPT(baseline)),
+        ("plain", lambda: PlainGPT(baseline)),
+    ):
         torch.manual_seed(0)
         model = build().to(device).train()
         if compiled and name != "plain":
             compile_blocks(model)
         found.append(Contender(name, model, adamw(model.named_parameters(), OPTIM), bf16, device))
-    return found, dpar, twin
+    return found, dpar, baseline
 
 
 def measure(size: str, options: argparse.Namespace, device: torch.device) -> dict:
     """Train all contenders of a size in turns, print what was found and return it."""
     bf16 = options.precision == "bf16"
-    models, dpar, twin = contenders(size, device, bf16=bf16, compiled=options.compile)
+    models, dpar, baseline = contenders(size, device, bf16=bf16, compiled=options.compile)
     if options.without_plain:
         models = models[:2]
     rounds = make_rounds(options.batch, options.repeats + 1, device)
@@ -217,12 +221,12 @@ def measure(size: str, options: argparse.Namespace, device: torch.device) -> dic
     counts = np.array([len(lengths) for one in rounds for lengths in one.lengths])
     patches, waste = counts.mean(), padding_waste(dpar, rounds, bf16=bf16)
     needed = flops.dpar_forward_flops(dpar, patches)
-    promised = flops.gpt_forward_flops(twin) / needed
+    promised = flops.gpt_forward_flops(baseline) / needed
     utilisation = flops.training_flops(needed) * speed["dpar"] / peak_flops(device, bf16=bf16)
     ratio = speed["dpar"] / speed["llamagen"]
     print(f"{size}, batch {options.batch}, {options.precision}, {device}, {torch.get_num_threads()} threads")
     print(
-        f"mean patch length {TOKENS / patches:.3f}; patches an image {counts.min()} to {counts.max()}, "
+        f"mean patch length {TOKENS / patches:.3f}; patches per image {counts.min()} to {counts.max()}, "
         f"spread {counts.std() / patches:.2f} of their mean"
     )
     for name, value in speed.items():
@@ -246,8 +250,8 @@ def measure(size: str, options: argparse.Namespace, device: torch.device) -> dic
         "mean_length": TOKENS / patches,
     }
     if "plain" in speed:
-        print(f"twin against plain code {speed['llamagen'] / speed['plain']:.3f}")
-        found |= {"plain_images_per_s": speed["plain"], "twin_against_plain": speed["llamagen"] / speed["plain"]}
+        print(f"baseline against plain code {speed['llamagen'] / speed['plain']:.3f}")
+        found |= {"plain_images_per_s": speed["plain"], "baseline_against_plain": speed["llamagen"] / speed["plain"]}
     return found
 
 

@@ -3,8 +3,8 @@
     import dpar_core
 
     run = dpar_core.load_run("artifacts")
-    drawn = run.generate(labels=[0, 1], seeds=[7, 8], cfg_scale=2.0)
-    images = run.decode(drawn.tokens)
+    sampled = run.generate(labels=[0, 1], seeds=[7, 8], cfg_scale=2.0)
+    images = run.decode(sampled.tokens)
 
 Nothing is loaded before it is used: `import dpar_core` costs milliseconds.
 """

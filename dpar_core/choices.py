@@ -16,8 +16,8 @@ GatePrecision = Literal["fp32", "fp16", "bf16"]  # of the entropy model, in stag
 EncodePrecisionChoice = Literal["auto", "fp32", "tf32", "bf16"]
 LearningRateSchedule = Literal["constant", "cosine"]  # see training.optim
 Strategy = Literal["ddp", "fsdp"]  # how a model is spread over ranks, see training.parallel
-GuidanceSchedule = Literal["constant", "linear", "interval"]  # see generation.guidance
-Gate = Literal["entropy_model", "decoder"]  # whose entropies cut patches while sampling, see generation.guidance
+GuidanceSchedule = Literal["constant", "linear", "interval"]  # see generation.sampling
+Gate = Literal["entropy_model", "decoder"]  # whose entropies cut patches while sampling, see generation.sampling
 
 Coordinate = Literal["row", "first_column", "last_column", "number"]  # of a patch in its image
 # What turns the pairs of a head (DPAR, Sec. 3.3): half of them the first coordinate, the rest the others in equal shares.

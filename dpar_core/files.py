@@ -152,7 +152,7 @@ def parse_record(content: bytes, *, where: str, way_out: str) -> dict[str, Any]:
 
 
 def seal_holds(summary: Mapping[str, Any]) -> bool:
-    """Tell whether all entries of a summary are what its `seal` says; summaries of version 0.1.0 have none.
+    """Return whether all entries of a summary are what its `seal` says; summaries of version 0.1.0 have none.
 
     A summary's `digest` names the content it lists and stays the same when facts about it change; the seal covers both.
     """
@@ -260,7 +260,7 @@ def read_weights_header(path: Path | str) -> dict[str, Any]:
 
 
 def load_weights(path: Path | str, *, kind: str) -> Weights:
-    """Read a weights file made by `save_weights`. Raises ValueError for another kind, Damaged when its digests say so.
+    """Read a weights file made by `save_weights`. Raises ValueError for another kind, Damaged when its digests do not match.
 
     Costs two hashes of the file beside reading it, together about a second for each GB.
     """

@@ -1,7 +1,7 @@
 """What a notebook needs: a run's trained models, images to tokens and back, entropies, patches, pictures, scores.
 
 Everything here is importable from `dpar_core` itself, and nothing of it is loaded before it is used.
-Shapes: n images, S the image side in pixels, G tokens a row, T = G x G tokens per image, V codebook entries.
+Shapes: n images, S the image side in pixels, G tokens per row, T = G x G tokens per image, V codebook entries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dpar_core.evaluation.metrics import (
 )
 from dpar_core.files import RUN_FILES, RUN_FOLDER
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
-from dpar_core.generation.guidance import SampleSettings
+from dpar_core.generation.sampling import SampleSettings
 from dpar_core.models.dpar import DPAR
 from dpar_core.models.gpt import GPT, entropies_of
 from dpar_core.models.load import read_trained
@@ -39,7 +39,7 @@ from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts
 from dpar_core.pictures import patch_overview
 from dpar_core.precision import dtype_of
 
-Images = npt.NDArray[np.uint8]
+ImageArray = npt.NDArray[np.uint8]
 
 
 class Patches(NamedTuple):
@@ -74,7 +74,7 @@ class Run:
     entropy_precision: GatePrecision = "fp32"
 
     @torch.inference_mode()
-    def encode(self, images: Images | Sequence[Images]) -> Tensor:
+    def encode(self, images: ImageArray | Sequence[ImageArray]) -> Tensor:
         """Turn images into tokens after the centre crop to S x S.
 
         images: (n, height, width, 3) uint8, or a sequence of (height, width, 3) of different sizes.
@@ -87,7 +87,7 @@ class Run:
         return self.tokenizer.encode(pixels).flatten(1)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> Images:
+    def decode(self, tokens: Tensor) -> ImageArray:
         """Turn tokens (n, T) int64 into images (n, S, S, 3) uint8. Raises ValueError for another number of tokens."""
         side = self.rule.row_width
         if tokens.ndim != 2 or tokens.shape[1] != side * side:
@@ -103,7 +103,7 @@ class Run:
         """
         return entropies_of(self.entropy_model, tokens.to(self.device), self.entropy_precision).cpu()
 
-    def patches(self, images: Images | Sequence[Images], *, rule: PatchRule | None = None) -> Patches:
+    def patches(self, images: ImageArray | Sequence[ImageArray], *, rule: PatchRule | None = None) -> Patches:
         """Cut images into patches. rule: another one than the run was trained with. Images as in `encode`."""
         tokens = self.encode(images)
         entropies = self.entropies(tokens)
@@ -145,7 +145,7 @@ class Run:
             raise ValueError(f"this run has no trained {model}: run `dvc repro train_{model}`")
         raise ValueError(f"model must be dpar or llamagen; got {model!r}")
 
-    def picture(self, image: Images, *, title: str = "", side: int = 320) -> Image.Image:
+    def picture(self, image: ImageArray, *, title: str = "", side: int = 320) -> Image.Image:
         """Draw an image (height, width, 3) uint8 beside what its tokens hold, its entropy map and its patches."""
         found = self.patches([image])
         return patch_overview(
@@ -216,7 +216,7 @@ class ImageScores(NamedTuple):
 
 
 def score_images(
-    images: Images, reference: Images, network: FeatureNetwork, *, neighbours: int = 3, allow_singular: bool = False
+    images: ImageArray, reference: ImageArray, network: FeatureNetwork, *, neighbours: int = 3, allow_singular: bool = False
 ) -> ImageScores:
     """Compare images with a reference set as the ADM evaluator does.
 
@@ -246,12 +246,12 @@ def score_images(
     )
 
 
-def open_image(path: Path | str) -> Images:
+def open_image(path: Path | str) -> ImageArray:
     """Read an image file of any format and mode as RGB: (height, width, 3) uint8. Raises BadImage, OSError."""
     return read_image(path)
 
 
-def _checked(image: Images) -> Images:
+def _checked(image: ImageArray) -> ImageArray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"an image must be (height, width, 3) uint8; got {image.dtype} {image.shape}")
     return image

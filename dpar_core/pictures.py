@@ -142,7 +142,8 @@ def patch_overview(
         panels.append((f"{tokens} tokens", fit(decoded, side), "decoded by the tokenizer"))
     panels.append(("next-token entropy", entropy_map(entropies, row_width, side=side, low=low, high=high), ""))
     count = f"{len(lengths)} patches"
-    panels.append((count, draw_borders(image, lengths, row_width, side=side), f"{tokens / len(lengths):.2f} tokens a patch"))
+    mean = f"{tokens / len(lengths):.2f} tokens per patch"
+    panels.append((count, draw_borders(image, lengths, row_width, side=side), mean))
     gap, head, foot = 20, 40, 56
     canvas = Image.new("RGB", (len(panels) * (side + gap) + gap, head + side + foot), PAPER)
     draw = ImageDraw.Draw(canvas)

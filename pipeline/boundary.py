@@ -20,17 +20,17 @@ UNEXPECTED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 70, 130, 143, 141
 
 # What readers raise on a file that is damaged or of another format, by name: nothing is imported to find out.
 _DAMAGE = {
-    "BadZipFile": "is no intact zip file (as .npz and .pt are)",
-    "SafetensorError": "is no intact safetensors file",
-    "JSONDecodeError": "is no intact JSON",
-    "ReadError": "is no intact tar file",
+    "BadZipFile": "is not an intact zip file (as .npz and .pt are)",
+    "SafetensorError": "is not an intact safetensors file",
+    "JSONDecodeError": "is not an intact JSON",
+    "ReadError": "is not an intact tar file",
     "EOFError": "ends too early",
     "IncompleteRead": "ended in the middle of a transfer",
-    "UnpicklingError": "is no intact checkpoint",
+    "UnpicklingError": "is not an intact checkpoint",
     "UnicodeDecodeError": "is not text in UTF-8",
-    "UnidentifiedImageError": "is no image",
+    "UnidentifiedImageError": "is not an image",
     "DecompressionBombError": "is an image of too many pixels",
-    "ArrowInvalid": "is no intact Parquet or Arrow file",
+    "ArrowInvalid": "is not an intact Parquet or Arrow file",
     "zlib.error": "holds damaged compressed data",
     "LZMAError": "holds damaged compressed data",
     "struct.error": "is cut short",
@@ -57,7 +57,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Carried(BaseException):
-    """Brings what a command raised past typer, which has ways of its own to end on some errors."""
+    """Carries the error of a command past typer, which ends in its own way on some errors."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(error)

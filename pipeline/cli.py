@@ -162,10 +162,10 @@ def sample(
     The upper half of a picture continued, in a model of 8 rows of tokens:
     `dpar-cli sample --classes astronaut --given photo.png --keep-rows 4`
     """
-    from pipeline.commands.sample import draw_samples
+    from pipeline.commands.sample import sample_grid
 
     print(
-        draw_samples(
+        sample_grid(
             classes,
             seed,
             out,
@@ -192,7 +192,7 @@ def params_show(name: Annotated[str | None, typer.Argument(help="A preset; param
 @params_app.command("use")
 def params_use(
     name: Annotated[str, typer.Argument(help="Name of a preset in params/.")],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that is no preset.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that differs from every preset.")] = False,
 ) -> None:
     """Write a preset to params.yaml.
 
@@ -229,7 +229,7 @@ def _root() -> Path:
 
 
 def main() -> None:
-    """Run dpar-cli; pipeline/boundary.py says how it ends."""
+    """Run dpar-cli; pipeline/boundary.py determines how it ends."""
     guarded(start)
 
 

@@ -1,6 +1,6 @@
 """What a run costs before it is started: parameters, FLOPs, memory, disk, GPU-hours.
 
-N tokens and M patches an image. Training costs three forward passes; numbers are those of the paper's own accounting.
+N tokens and M patches per image. Training costs three forward passes; numbers are those of the paper's own accounting.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Prices:
 
 
 def patches_an_image(params: Any, tokens: int) -> float:
-    """Return M for the patching section of params. Raises ValueError where only data can tell."""
+    """Return M for the patching section of params. Raises ValueError where M depends on the data."""
     patching = params.patching
     if patching.mode == "token":
         return tokens
@@ -148,7 +148,13 @@ def costs(
     (published or measured M; ImageNet's, or the built-in photographs') do not fit.
     """
     from dpar_core.data.images import VIEW_COUNTS
-    from dpar_core.models.flops import dpar_forward_flops, gpt_forward_flops, published_memory, training_flops
+    from dpar_core.models.flops import (
+        GPTShape,
+        dpar_forward_flops,
+        gpt_forward_flops,
+        published_memory,
+        training_flops,
+    )
     from dpar_core.models.memory import training_memory
     from stages.entropy_model import entropy_config
     from stages.train import dpar_config, llamagen_config
@@ -164,18 +170,19 @@ def costs(
     patches = patches or patches_an_image(params, tokens)
     if not 1 <= patches <= tokens:
         raise ValueError(f"--patches {patches:g} must lie between 1 and the {tokens} tokens of an image")
-    models = {
-        "dpar": dpar_config(params.model, **shape, num_classes=classes),
+    dpar = dpar_config(params.model, **shape, num_classes=classes)
+    plain = {
         "llamagen": llamagen_config(params.model, **shape, num_classes=classes),
         "entropy_model": entropy_config(params.entropy_model, **shape),
     }
-    forward = {name: gpt_forward_flops(models[name]) for name in ("llamagen", "entropy_model")}
-    forward["dpar"] = dpar_forward_flops(models["dpar"], patches)
+    models: dict[str, GPTShape] = {"dpar": dpar, **plain}
+    forward = {"dpar": dpar_forward_flops(dpar, patches)}
+    forward |= {name: gpt_forward_flops(config) for name, config in plain.items()}
     gate = forward["entropy_model"]
     trainings = {"dpar": params.train, "llamagen": params.train, "entropy_model": params.entropy_model.train}
     views = VIEW_COUNTS[params.data.views]
     gpu = published_memory(prices.gpu)
-    told = {}
+    priced = {}
     for name, config in models.items():
         training = trainings[name]
         total = training_flops(forward[name]) * training.steps * training.batch_size
@@ -187,7 +194,7 @@ def costs(
             checkpointing=training.activation_checkpointing,
             shards=training.workers if training.strategy == "fsdp" else 1,
         )
-        told[name] = {
+        priced[name] = {
             "parameters": config.num_parameters,
             "forward_gflops": forward[name] / GIGA,
             "training_gflops_per_image": training_flops(forward[name]) / GIGA,
@@ -201,27 +208,27 @@ def costs(
             "checkpoint_gb": config.num_parameters * CHECKPOINT_BYTES / GIGA,
             "weights_gb": config.num_parameters * 4 / GIGA,
         }
-    told["dpar"] |= {
+    priced["dpar"] |= {
         "generation_gflops": forward["dpar"] / GIGA,
         "generation_gflops_with_entropy_model": (forward["dpar"] + gate) / GIGA,
         "generation_cfg_gflops": 2 * forward["dpar"] / GIGA,
         "generation_cfg_gflops_with_entropy_model": (2 * forward["dpar"] + gate) / GIGA,
-        "training_exaflops_with_entropy_model": told["dpar"]["training_exaflops"]
-        + told["entropy_model"]["training_exaflops"]
+        "training_exaflops_with_entropy_model": priced["dpar"]["training_exaflops"]
+        + priced["entropy_model"]["training_exaflops"]
         + gate * images * views / 1e18,
         "saved_percent": 100 * (1 - forward["dpar"] / forward["llamagen"]),
     }
-    twin = forward["llamagen"] / GIGA
-    told["llamagen"] |= {"generation_gflops": twin, "generation_cfg_gflops": 2 * twin}
-    told["entropy_model"]["exaflops_for_all_views"] = gate * images * views / 1e18
+    baseline = forward["llamagen"] / GIGA
+    priced["llamagen"] |= {"generation_gflops": baseline, "generation_cfg_gflops": 2 * baseline}
+    priced["entropy_model"]["exaflops_for_all_views"] = gate * images * views / 1e18
     others = other_work(params, prices, views=images * views, gate=gate, forward=forward)
-    hours = sum(one["gpu_hours"] for one in (*told.values(), *others.values()))
+    hours = sum(one["gpu_hours"] for one in (*priced.values(), *others.values()))
     return {
         "tokens_per_image": tokens,
         "patches_per_image": patches,
         "training_images": images,
         "views": views,
-        "models": told,
+        "models": priced,
         "other_work": others,
         "whole_run": {
             "gpu_hours": hours,
@@ -280,7 +287,7 @@ _ROWS = [
 def cost(
     preset: Annotated[str | None, typer.Argument(help="A preset of params/, or a params file; else params.yaml.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
-    patches: Annotated[float | None, typer.Option(help="Patches per image, where only the data can tell.")] = None,
+    patches: Annotated[float | None, typer.Option(help="Patches per image, where they depend on the data.")] = None,
     images: Annotated[int | None, typer.Option(help="Training images; ImageNet's when left out.")] = None,
     classes: Annotated[int | None, typer.Option(help="Classes; ImageNet's when left out.")] = None,
     gpu: Annotated[str, typer.Option(help="GPU, as H200 or A100.")] = "A100",
@@ -297,8 +304,10 @@ def cost(
     from stages.params import load_params
 
     params = load_params(_params_file(preset))
-    told = costs(params, prices=Prices(gpu, utilisation, price, currency), patches=patches, images=images, classes=classes)
-    print(json.dumps(told, indent=2, sort_keys=True) if as_json else _table(preset or "params.yaml", told))
+    estimate = costs(
+        params, prices=Prices(gpu, utilisation, price, currency), patches=patches, images=images, classes=classes
+    )
+    print(json.dumps(estimate, indent=2, sort_keys=True) if as_json else _table(preset or "params.yaml", estimate))
 
 
 def _params_file(preset: str | None) -> Path:
@@ -311,17 +320,17 @@ def _params_file(preset: str | None) -> Path:
     return preset_file(Path.cwd(), preset)
 
 
-def _table(name: str, told: dict[str, Any]) -> str:
+def _table(name: str, estimate: dict[str, Any]) -> str:
     """Lay the costs out for reading, for the terminal's width."""
     from pipeline.terminal import table, wrapped
 
-    models, prices, disk, whole = told["models"], told["prices"], told["disk_gb"], told["whole_run"]
+    models, prices, disk, whole = estimate["models"], estimate["prices"], estimate["disk_gb"], estimate["whole_run"]
     order = ("dpar", "llamagen", "entropy_model")
     money = f"{prices['price_per_gpu_hour']:g} {prices['currency']}"
     lines = [
         wrapped(
-            f"{name}: {told['tokens_per_image']} tokens and {told['patches_per_image']:.4g} patches per image, "
-            f"{told['training_images']:,} images in {told['views']} views"
+            f"{name}: {estimate['tokens_per_image']} tokens and {estimate['patches_per_image']:.4g} patches per image, "
+            f"{estimate['training_images']:,} images in {estimate['views']} views"
         ),
         wrapped(f"{prices['gpu']} at an assumed MFU of {prices['utilisation']:.0%} (share of its peak), {money} per hour"),
         "",
@@ -336,7 +345,7 @@ def _table(name: str, told: dict[str, Any]) -> str:
         lines += [wrapped(_advice(one, models[one], prices), rest="  ") for one in order if _is_too_large(models[one])]
     rows = [
         [work, f"{one['images']:,}", f"{one['exaflops']:,.4g}", f"{one['gpu_hours']:,.4g}", f"{one['share_of_peak']:.1%}"]
-        for work, one in told["other_work"].items()
+        for work, one in estimate["other_work"].items()
     ]
     lines += ["", table(("beside training", "images", "EFLOPs", "GPU-hours", "of the peak"), rows)]
     days, workers = whole["days_on_its_workers"], whole["workers"]
@@ -363,7 +372,7 @@ def _is_too_large(model: dict[str, Any]) -> bool:
 def _advice(name: str, model: dict[str, Any], prices: dict[str, Any]) -> str:
     """Say how a model whose micro-batch does not fit can be trained.
 
-    It is said and not done: another number of micro-batches draws other dropout, so a run would change unasked.
+    It is advice only: another number of micro-batches changes the dropout masks, so the run would be a different one.
     """
     section = "entropy_model.train" if name == "entropy_model" else "train"
     fits = model["accumulate_that_fits"]

@@ -1,4 +1,4 @@
-"""Where `dpar-cli` begins: nothing is imported yet, so that Ctrl-C is no traceback while the rest is."""
+"""Where `dpar-cli` begins: nothing is imported yet, so that Ctrl-C gives no traceback during the other imports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipeline.boundary import guarded
 
 
 def main() -> None:
-    """Run dpar-cli; pipeline/boundary.py says how it ends."""
+    """Run dpar-cli; pipeline/boundary.py determines how it ends."""
     guarded(_start)
 
 

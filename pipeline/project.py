@@ -34,7 +34,7 @@ def find_project(start: Path) -> Path | None:
 def enter_project() -> Path | None:
     """Make the project's folder the working folder and return where the command was started, None outside a project.
 
-    Outside git DVC works only when its configuration says so, which is done here. One line on standard error names each
+    Outside git DVC works only when so configured, which is done here. One line on standard error names each
     of these changes.
     """
     started = Path.cwd()

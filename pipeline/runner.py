@@ -61,7 +61,7 @@ STAGES: dict[str, StageSpec] = {
     "sample_dpar": _stage("sample_dpar", "stages.sample", "run_dpar", kind="DPAR"),
     "sample_llamagen": _stage("sample_llamagen", "stages.sample", "run_llamagen", kind="LlamaGen"),
     "score_dpar": _stage("score_dpar", "stages.score", "run_dpar"),
-    "score_llamagen": _stage("score_llamagen", "stages.score", "run_llamagen", kind="Twin"),
+    "score_llamagen": _stage("score_llamagen", "stages.score", "run_llamagen", kind="Baseline"),
     "report": _stage("report", "pipeline.report.page"),
 }
 
@@ -93,8 +93,10 @@ def load_stage(name: str) -> LoadedStage:
         raise StageError(f"there is no stage {name!r}: expected one of {', '.join(STAGES)}")
     spec = STAGES[name]
     module = importlib.import_module(spec.module)
-    names = (spec.run, spec.params, spec.inputs_class, spec.outputs_class)
-    return LoadedStage(spec, *(getattr(module, name) for name in names), getattr(module, "identity", plain))
+    run, params, inputs, outputs = (
+        getattr(module, n) for n in (spec.run, spec.params, spec.inputs_class, spec.outputs_class)
+    )
+    return LoadedStage(spec, run, params, inputs, outputs, getattr(module, "identity", plain))
 
 
 def run_stage(name: str, *, root: Path, params_file: Path) -> None:

@@ -15,7 +15,7 @@ _COLOURS = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
 
 
 def colour(text: str, name: str, *, stream: TextIO | None = None) -> str:
-    """Return text in a colour, as it is where the stream is no terminal or NO_COLOR is set."""
+    """Return text in a colour, unchanged where the stream is not a terminal or NO_COLOR is set."""
     stream = stream or sys.stdout
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text

@@ -78,7 +78,7 @@ SNAPSHOTS = Artifact("models/llamagen/snapshots", "train_llamagen")
 EQUAL_TIME = Artifact("models/llamagen/equal_time.safetensors", "time_training")
 TRAINING_SPEED = Artifact("speed/training.json", "time_training")
 SAMPLING_SPEED = Artifact("speed/sampling.json", "time_sampling")
-# What is compared, by the name of its samples and scores: DPAR, its twin, and the twin at about DPAR's training time.
+# What is compared, by the name of its samples and scores: DPAR, the baseline, and the baseline at DPAR's training time.
 MODELS = {"dpar": TRAINED_DPAR["model"], "llamagen": TRAINED_LLAMAGEN["model"], "llamagen_equal_time": EQUAL_TIME}
 SAMPLES = {name: Artifact(f"samples/{name}", "sample_dpar" if name == "dpar" else "sample_llamagen") for name in MODELS}
 SCORES = {name: _scores(name, "score_dpar" if name == "dpar" else "score_llamagen") for name in MODELS}
@@ -175,7 +175,7 @@ INPUTS: dict[str, dict[str, Artifact]] = {
 
 
 def maker_of(path: Path, root: Path) -> str | None:
-    """Return the stage that makes a path of the project at `root`, None for a path that is no artifact."""
+    """Return the stage that makes a path of the project at `root`, None for any other path."""
     try:
         name = path.absolute().relative_to(root.absolute()).as_posix()
     except ValueError:

@@ -26,12 +26,12 @@ def crash_sentence(error: BaseException, *, doing: str) -> str:
     kind, first = type(error).__name__, " ".join(str(error).split())[:300]
     while_reading = "" if (file := file_at_work(error)) is None or str(file) in first else f", while at work on {file}"
     what = f"{kind}: {first}" if first else kind
-    said = redacted(f"{doing} stopped with an error that it did not expect, {what}{while_reading}")
+    sentence = redacted(f"{doing} stopped with an error that it did not expect, {what}{while_reading}")
     try:
-        path = _write(error, said)
+        path = _write(error, sentence)
     except OSError as failed:
-        return f"{said}; its details could not be written ({failed}): DPAR_DEBUG=1 shows them"
-    return f"{said}; the details are in {path}"
+        return f"{sentence}; its details could not be written ({failed}): DPAR_DEBUG=1 shows them"
+    return f"{sentence}; the details are in {path}"
 
 
 def plain_warnings() -> None:
@@ -44,7 +44,7 @@ def plain_warnings() -> None:
 
 
 def ours(error: BaseException) -> bool:
-    """Tell whether this project's own code raised an error, in a sentence of its own."""
+    """Return whether this project's own code raised an error, in a sentence of its own."""
     frame = _innermost(error)
     return frame is None or frame.f_code.co_filename.startswith(_ROOMS)
 
@@ -66,7 +66,7 @@ def _innermost(error: BaseException) -> FrameType | None:
     return frames[-1] if frames else None
 
 
-def _write(error: BaseException, said: str) -> Path:
+def _write(error: BaseException, sentence: str) -> Path:
     in_project = Path("dvc.yaml").exists()
     folder = Path("work").resolve() if in_project else Path(tempfile.gettempdir())
     folder.mkdir(exist_ok=True)
@@ -77,5 +77,5 @@ def _write(error: BaseException, said: str) -> Path:
         f"python    {sys.version.split()[0]} at {sys.executable}\ncode      {_OURS}\n"
     )
     with open(path, "x", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.write(f"{said}\n\n{redacted(lines)}\n{redacted(details)}")
+        stream.write(f"{sentence}\n\n{redacted(lines)}\n{redacted(details)}")
     return path

@@ -82,7 +82,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
 
 def with_contents(manifest: Manifest, cache: Path, tracker: Tracker) -> Manifest:
     """Return the manifest with the digest of every image file. cache: digests of files that have not changed since."""
-    opener = ImageOpener(manifest)
+    opener = ManifestOpener(manifest)
     if all(source.partition(":")[0] in opener.loaders for source in manifest.rows.table["source"].unique().to_pylist()):
         digests = {f"builtin:{name}": content_digest(photograph_file(name).read_bytes()) for name in manifest.classes}
         return manifest.with_contents([digests[source] for source in manifest.rows.table["source"].to_pylist()])
@@ -219,8 +219,8 @@ def _check_imagenet(manifest: Manifest, data: P.Data) -> str:
         )
     first = ", ".join(manifest.classes[:3])
     return (
-        f"number of classes only, as their names ({first}, ...) are no synsets: put classes.txt (a synset a line, in the "
-        "order of the labels) beside the data to have the order checked"
+        f"number of classes only, as their names ({first}, ...) are not synsets: put classes.txt (one synset per line, in "
+        "the order of the labels) beside the data to have the order checked"
     )
 
 
@@ -241,14 +241,14 @@ def validation_synsets(tar: Path) -> dict[str, str]:
             return _pair(tar, synsets, folder / name)
     for place in (folder, folder / "ILSVRC2012_devkit_t12" / "data", folder / "data"):
         if (place / GROUND_TRUTH).exists() and (place / "meta.mat").exists():
-            synsets = _development_kit(place / "meta.mat")
+            by_number = _development_kit(place / "meta.mat")
             numbers = _text(place / GROUND_TRUTH).split()
-            unknown = [number for number in numbers if number not in synsets]
+            unknown = [number for number in numbers if number not in by_number]
             if unknown:
                 raise ValueError(f"{place / GROUND_TRUTH} holds {unknown[0]!r}, which meta.mat beside it does not know")
-            return _pair(tar, [synsets[number] for number in numbers], place / GROUND_TRUTH)
+            return _pair(tar, [by_number[number] for number in numbers], place / GROUND_TRUTH)
     raise FileNotFoundError(
-        f"no classes of the validation images beside {tar}: put {SOLUTION}, or {SYNSET_LISTS[0]} (one synset a line), or "
+        f"no classes of the validation images beside {tar}: put {SOLUTION}, or {SYNSET_LISTS[0]} (one synset per line), or "
         f"the unpacked ILSVRC2012_devkit_t12 there"
     )
 
@@ -309,8 +309,8 @@ def _development_kit(path: Path) -> dict[str, str]:
     except subprocess.TimeoutExpired:
         raise ValueError(f"{path} could not be read in {_KIT_SECONDS} s, so it is damaged: {way_out}") from None
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        reason = said[-1] if said and done.returncode > 0 else f"the reader died of signal {-done.returncode}"
+        errors = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = errors[-1] if errors and done.returncode > 0 else f"the reader died of signal {-done.returncode}"
         raise ValueError(f"{path} is not the meta.mat of the development kit, or damaged ({reason[:200]}): {way_out}")
     try:
         return dict(json.loads(done.stdout))
@@ -322,7 +322,7 @@ def builtin_manifest(settings: P.BuiltinData, *, seed: int) -> Manifest:
     """Draw square crops of the built-in photographs; the photograph is the class.
 
     Validation crops come from a strip on the right of each photograph, training crops from the rest, so that no pixel
-    is in both; the sides of both are drawn from the same range. Raises ValueError when the strip is too narrow.
+    is in both; the sides of both come from the same range. Raises ValueError when the strip is too narrow.
     """
     rng = np.random.default_rng([seed, 1])
     classes = tuple(PHOTOGRAPHS)
@@ -350,11 +350,11 @@ def builtin_manifest(settings: P.BuiltinData, *, seed: int) -> Manifest:
 def photograph(name: str) -> np.ndarray:
     """Return a built-in photograph: (height, width, 3) uint8. Raises ValueError for another name."""
     if name not in PHOTOGRAPHS:
-        raise ValueError(f"there is no built-in photograph {name!r}: expected one of {', '.join(PHOTOGRAPHS)}")
+        raise ValueError(f"{name!r} is not a built-in photograph: expected one of {', '.join(PHOTOGRAPHS)}")
     return decode_image(photograph_file(name).read_bytes())
 
 
-class ImageOpener(sources.ImageOpener):
+class ManifestOpener(sources.ImageOpener):
     """Opens the image of a manifest row, wherever it is: decoded, and cut to its box (see `sources.ImageOpener`).
 
     base: the folder that relative roots start from (default: where the process runs).

@@ -9,7 +9,7 @@ from typing import Any
 from dpar_core.data.shards import TokenShards
 from dpar_core.models.gpt import GPTConfig
 from stages import params as P
-from stages.shared.jobs import Job, publish, recipe, run_job
+from stages.shared.jobs import TrainJob, publish, recipe, run_job
 from stages.tracker import Tracker
 
 
@@ -50,7 +50,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     shards = TokenShards(inputs.tokens, "train")
     tracker.log_input("tokens", inputs.tokens, shards.digest)
     config = entropy_config(section, codebook_size=shards.meta.codebook_size, row_width=shards.meta.row_width)
-    job = Job("entropy_model", config, section.train, params.seed, inputs.tokens.resolve())
+    job = TrainJob("entropy_model", config, section.train, params.seed, inputs.tokens.resolve())
     made_from = {"tokens": shards.digest, "tokenizer": shards.meta.tokenizer}
     result = run_job(job, made_from, tracker, section="entropy_model.train", device=device, work=work)
     publish(result, outputs, made_from, tracker)

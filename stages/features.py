@@ -1,6 +1,6 @@
 """Train the demo's feature network: a classifier of the training crops, used where no Inception file is at hand.
 
-Where scores come from a file (`score.features: inception`), nothing is trained: the outputs say that there is no classifier.
+Where scores come from a file (`score.features: inception`), nothing is trained and the outputs record no classifier.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpar_core.evaluation.features import DemoClassifier
 from dpar_core.files import save_weights, write_json
 from dpar_core.training.order import DataOrder
 from stages import params as P
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 from stages.shared.crops import CenterCrops
 from stages.tracker import Tracker
 
@@ -52,7 +52,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     manifest = read_manifest(inputs.manifest)
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
     settings, size = params.demo_classifier, params.data.image_size
-    opener = ImageOpener(manifest)
+    opener = ManifestOpener(manifest)
     torch.manual_seed(params.seed)
     model = DemoClassifier(len(manifest.classes)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
@@ -83,7 +83,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
 
 
 @torch.inference_mode()
-def _accuracy(model: DemoClassifier, rows: Any, opener: ImageOpener, size: int, *, device: str) -> float:
+def _accuracy(model: DemoClassifier, rows: Any, opener: ManifestOpener, size: int, *, device: str) -> float:
     model.eval()
     images, right = CenterCrops(rows, opener, size), 0
     for first in range(0, len(rows), 64):

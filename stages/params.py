@@ -1,4 +1,4 @@
-"""params.yaml as frozen, typed sections. All that is wrong is said at once, a sentence each, before anything runs."""
+"""params.yaml as frozen, typed sections. All faults are reported at once, a sentence each, before anything runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
@@ -117,7 +117,7 @@ class TokenizeImages(Section):
 
 
 class Training(Section):
-    """How one model is trained (entropy model, DPAR, twin)."""
+    """How one model is trained (entropy model, DPAR, baseline)."""
 
     steps: Count
     batch_size: Count
@@ -200,7 +200,7 @@ class Model(Section):
 
     @property
     def layers(self) -> int:
-        """Layers of the LlamaGen twin."""
+        """Layers of the LlamaGen baseline."""
         return self.encoder_layers + self.patch_layers + self.decoder_layers
 
 
@@ -264,7 +264,10 @@ class Params(Section):
     report: Report
 
 
-StageParams = TypeVar("StageParams")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+StageParams = TypeVar("StageParams", bound="DataclassInstance")
 
 
 def select(params: Params, stage_params: type[StageParams]) -> StageParams:
@@ -358,11 +361,13 @@ def parse_params(raw: object, *, where: str = "params.yaml") -> Params:
         Params.model_validate(raw)
     except ValidationError as error:
         faults += [_sentence(fault, where) for fault in error.errors()]
-    whole = {}
+    whole: dict[str, Any] = {}
     for name, field in Params.model_fields.items():
         try:
-            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-            whole[name] = field.annotation.model_validate(raw[name]) if is_section else raw[name]
+            if isinstance(kind := field.annotation, type) and issubclass(kind, Section):
+                whole[name] = kind.model_validate(raw[name])
+            else:
+                whole[name] = raw[name]
         except (ValidationError, KeyError):
             continue
     faults += [f"{where}: {fault}" for fault in _contradictions(whole)]
@@ -443,7 +448,7 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
     if sample and sample.cfg_interval[0] > sample.cfg_interval[1]:
         yield f"`sample.cfg_interval` {sample.cfg_interval} ends before it begins"
     if sample and score and score.images > sample.images:
-        yield f"`score.images` {score.images} asks for more images than `sample.images` {sample.images} draws"
+        yield f"`score.images` {score.images} asks for more images than `sample.images` {sample.images} provides"
     if score:
         if score.features != "demo" and score.features_file is None:
             yield f"`score.features` {score.features} needs `score.features_file`, the TorchScript file of the network"
@@ -501,14 +506,12 @@ def _training_contradictions(name: str, training: Training) -> Iterator[str]:
 
 
 def _patching_contradictions(patching: Patching) -> Iterator[str]:
-    measured = patching.target_mean_length is not None
+    target = patching.target_mean_length
+    measured = target is not None
     if patching.mode in ("entropy_rows", "entropy"):
         if measured == (patching.threshold is not None):
             found = "both are set" if measured else "both are null"
             yield f"`patching.threshold` and `patching.target_mean_length`: {found}, expected exactly one of them"
         limit = patching.max_patch_length
-        if measured and limit is not None and patching.target_mean_length > limit:
-            yield (
-                f"`patching.target_mean_length` {patching.target_mean_length} is above max_patch_length {limit}: "
-                "no threshold can reach it"
-            )
+        if target is not None and limit is not None and target > limit:
+            yield (f"`patching.target_mean_length` {target} is above max_patch_length {limit}: no threshold can reach it")

@@ -178,7 +178,7 @@ def make_map(maps: EntropyMaps, name: str, part: slice, rule: PatchRule, work: P
 
 
 def histograms_of(starts: np.ndarray) -> Histograms:
-    """Count patch lengths and patches an image: starts (B, T) bool."""
+    """Count patch lengths and patches per image: starts (B, T) bool."""
     tokens = starts.shape[1]
     lengths, counts = flat_lengths(starts)
     return Histograms(np.bincount(lengths, minlength=tokens + 1), np.bincount(counts, minlength=tokens + 1))

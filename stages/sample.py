@@ -1,7 +1,7 @@
-"""Stages sample_dpar and sample_llamagen: draw images by class plan, as the ADM evaluator reads them.
+"""Stages sample_dpar and sample_llamagen: sample images by class plan, as the ADM evaluator reads them.
 
 Image i has seed `sample.seed + i` and a class that follows from i (balanced) or from its seed (random). Batches are
-units of work that appear whole or not at all, drawn here or by Ray workers; no image depends on how they are cut.
+units of work that appear whole or not at all, sampled here or by Ray workers; no image depends on how they are cut.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: 
         path = getattr(inputs, name)
         tracker.log_input(name, path, artifact_digest(path))
     files = Files(inputs.model, inputs.tokenizer, inputs.entropy_model, inputs.patch_rule)
-    draw_samples(params.sample, files, outputs.samples, tracker, device=device, work=work / "dpar", prefix="")
+    sample_images(params.sample, files, outputs.samples, tracker, device=device, work=work / "dpar", prefix="")
 
 
 def run_llamagen(
     params: Params, inputs: LlamaGenInputs, outputs: LlamaGenOutputs, tracker: Tracker, *, device: str, work: Path
 ) -> None:
-    """Draw images from the twin as it was when it had trained for as many steps, and for as long, as DPAR."""
+    """Sample images from the baseline as it was when it had trained for as many steps, and for as long, as DPAR."""
     for name in ("model", "equal_time", "tokenizer"):
         path = getattr(inputs, name)
         tracker.log_input(name, path, artifact_digest(path))
@@ -86,7 +86,7 @@ def run_llamagen(
         (inputs.equal_time, outputs.equal_time, "equal_time/"),
     ):
         files = Files(model, inputs.tokenizer)
-        draw_samples(params.sample, files, target, tracker, device=device, work=work / target.name, prefix=prefix)
+        sample_images(params.sample, files, target, tracker, device=device, work=work / target.name, prefix=prefix)
 
 
 def label_of(index: int, *, plan: str, seed: int, num_classes: int) -> int:
@@ -97,8 +97,8 @@ def label_of(index: int, *, plan: str, seed: int, num_classes: int) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker needs to draw any batch. content: digest of the files. work: where batches are put, on storage that
+class SampleJob:
+    """What a worker needs to sample any batch. content: digest of the files. work: where batches are put, on storage that
     all workers see."""
 
     files: Files
@@ -122,7 +122,7 @@ class Job:
 _KEPT: KeptLast[Sampler] = KeptLast()
 
 
-def sampler_of(job: Job) -> Sampler:
+def sampler_of(job: SampleJob) -> Sampler:
     """Return the job's sampler; the files are read once per process, another job on them takes the networks over."""
     section = job.section
     key = (job.files, job.content, job.device, section.gate)
@@ -132,18 +132,17 @@ def sampler_of(job: Job) -> Sampler:
     return sampler
 
 
-def draw_batch(job: Job, batch: int, progress: Callable[[int], None] | None = None) -> int:
-    """Draw one batch and put it into the work folder, whole or not at all; return its number of images."""
+def sample_batch(job: SampleJob, batch: int, progress: Callable[[int], None] | None = None) -> int:
+    """Sample one batch and put it into the work folder, whole or not at all; return its number of images."""
     sample, sampler = job.section, sampler_of(job)
     indices = range(batch * sample.batch_size, min((batch + 1) * sample.batch_size, sample.images))
-    num_classes = sampler.config.num_classes
-    labels = [label_of(i, plan=sample.plan, seed=sample.seed, num_classes=num_classes) for i in indices]
+    labels = [label_of(i, plan=sample.plan, seed=sample.seed, num_classes=sampler.num_classes) for i in indices]
     started = time.perf_counter()
-    drawn = sampler.draw(labels, [sample.seed + i for i in indices], progress=progress)
+    sampled = sampler.generate(labels, [sample.seed + i for i in indices], progress=progress)
     between = time.perf_counter()
-    images = sampler.pixels(drawn.tokens, resize=sample.resize)
-    tokens = drawn.tokens.cpu().numpy().astype(np.uint16 if sampler.config.codebook_size <= 65536 else np.uint32)
-    lengths = drawn.patch_lengths or [np.ones(tokens.shape[1], np.int64)] * len(tokens)
+    images = sampler.pixels(sampled.tokens, resize=sample.resize)
+    tokens = sampled.tokens.cpu().numpy().astype(np.uint16 if sampler.config.codebook_size <= 65536 else np.uint32)
+    lengths = sampled.patch_lengths or [np.ones(tokens.shape[1], np.int64)] * len(tokens)
     starts = np.packbits(starts_from_lengths(lengths, tokens.shape[1]), axis=1)
     seconds = np.array([between - started, time.perf_counter() - between])
     with atomic_path(job.path(batch)) as temporary, open(temporary, "wb") as stream:
@@ -156,9 +155,9 @@ SMALLER_BATCH = "set sample.batch_size to {} or less, the images stay the same"
 
 
 def check_memory(sampler: Sampler, images: int, *, workers: int = 1, way_out: str = SMALLER_BATCH) -> None:
-    """Refuse caches that cannot fit, before anything is drawn.
+    """Refuse caches that cannot fit, before anything is sampled.
 
-    images: drawn at a time by each of the workers that share this machine's memory. way_out: what to do about it; {} is
+    images: sampled at a time by each of the workers that share this machine's memory. way_out: what to do about it; {} is
     replaced by the number that fits. Raises ValueError in a sentence.
     """
     wanted = sampler.generator.cache_bytes(images) * workers
@@ -169,12 +168,12 @@ def check_memory(sampler: Sampler, images: int, *, workers: int = 1, way_out: st
         fitting = fitting_images(wanted, images, free)
         who = f", by each of {workers} workers on one machine," if workers > 1 else ""
         raise ValueError(
-            f"drawing {images} images at a time{who} needs {wanted / 2**30:.1f} GiB of caches, of {free / 2**30:.1f} GiB "
+            f"sampling {images} images at a time{who} needs {wanted / 2**30:.1f} GiB of caches, of {free / 2**30:.1f} GiB "
             f"free: {way_out.format(fitting)}"
         )
 
 
-def draw_samples(
+def sample_images(
     sample: P.Sample, files: Files, target: Path, tracker: Tracker, *, device: str, work: Path, prefix: str
 ) -> None:
     """Draw images from files into the folder `target`, going on with the batches that are in `work`.
@@ -184,7 +183,7 @@ def draw_samples(
     work.mkdir(parents=True, exist_ok=True)
     files = Files(*(path and path.resolve() for path in vars(files).values()))
     content = digest_of([path and artifact_digest(path) for path in vars(files).values()])
-    job = Job(files, content, sample.model_dump_json(), device, str(work.resolve()))
+    job = SampleJob(files, content, sample.model_dump_json(), device, str(work.resolve()))
     sampler = sampler_of(job)
     check_memory(sampler, min(sample.batch_size, sample.images))
     left = [batch for batch in job.batches() if finished_unit(work, job.path(batch).name) is None]
@@ -197,7 +196,11 @@ def draw_samples(
                 largest = max(_size(sample, batch) for batch in left)
                 check_memory(sampler, largest, workers=-(-sample.workers // len(nodes)))
 
-        build = functools.partial(_drawer, job) if sample.workers else lambda threads: _drawer(job, threads, advance)
+        build = (
+            functools.partial(_batch_sampler, job)
+            if sample.workers
+            else lambda threads: _batch_sampler(job, threads, advance)
+        )
         for _, count in run_units(left, build, workers=sample.workers, device=device, section="sample", check=check):
             if sample.workers:
                 progress.advance(count)
@@ -220,19 +223,19 @@ def _whole_images(progress: Progress, tokens: int) -> Callable[[int], None]:
     return advance
 
 
-def _drawer(job: Job, threads: int, advance: Callable[[int], None] | None = None) -> Callable[[int], int]:
-    """Return the function that draws a batch of the job. advance: called with counts of tokens."""
-    return lambda batch: draw_batch(job, batch, advance)
+def _batch_sampler(job: SampleJob, threads: int, advance: Callable[[int], None] | None = None) -> Callable[[int], int]:
+    """Return the function that samples a batch of the job. advance: called with counts of tokens."""
+    return lambda batch: sample_batch(job, batch, advance)
 
 
-def batch_arrays(job: Job, name: str) -> Iterator[np.ndarray]:
-    """Yield one array of every batch drawn, in order: images, labels, tokens, starts (packed bits) or seconds."""
+def batch_arrays(job: SampleJob, name: str) -> Iterator[np.ndarray]:
+    """Yield one array of every batch sampled, in order: images, labels, tokens, starts (packed bits) or seconds."""
     for batch in job.batches():
         with np.load(job.path(batch), allow_pickle=False) as archive:
             yield archive[name]
 
 
-def _publish(job: Job, sampler: Sampler, target: Path, tracker: Tracker, *, prefix: str) -> None:
+def _publish(job: SampleJob, sampler: Sampler, target: Path, tracker: Tracker, *, prefix: str) -> None:
     sample, config = job.section, sampler.config
     labels = np.concatenate(list(batch_arrays(job, "labels")))
     starts = np.unpackbits(np.concatenate(list(batch_arrays(job, "starts"))), axis=1, count=config.tokens).astype(bool)
@@ -244,7 +247,7 @@ def _publish(job: Job, sampler: Sampler, target: Path, tracker: Tracker, *, pref
         "decode_seconds": float(seconds[1]),
         "images_per_s": len(labels) / float(seconds[0]),
         "workers": sample.workers,
-        "cpus": os.cpu_count(),
+        "cpus": os.cpu_count() or 1,
     }
     with atomic_folder(target) as folder:
         write_samples(folder / SAMPLE_IMAGES, batch_arrays(job, "images"), labels)
@@ -266,7 +269,7 @@ def protocol(sampler: Sampler, sample: P.Sample) -> dict[str, Any]:
         "images": sample.images,
         "plan": sample.plan,
         "first_seed": sample.seed,
-        "num_classes": sampler.config.num_classes,
+        "num_classes": sampler.num_classes,
         "classes": sampler.class_names,
         "image_size": sample.resize or sampler.image_size,
         "resized_from": sampler.image_size if sample.resize else None,
@@ -284,13 +287,14 @@ def patch_metrics(sampler: Sampler, starts: np.ndarray) -> dict[str, float]:
         "patch/patches_5_percent": float(np.percentile(counts, 5)),
         "patch/patches_95_percent": float(np.percentile(counts, 95)),
     }
-    if sampler.is_dpar and sampler.settings.rule.reads_entropies:
-        metrics["patch/threshold_nats"] = float(sampler.settings.rule.threshold)
+    rule = sampler.settings.rule
+    if rule is not None and rule.reads_entropies and rule.threshold is not None:
+        metrics["patch/threshold_nats"] = float(rule.threshold)
     return metrics
 
 
-def grid_picture(job: Job, sampler: Sampler, labels: np.ndarray) -> Image.Image:
-    """Lay out the first samples of up to ten classes, a class a row."""
+def grid_picture(job: SampleJob, sampler: Sampler, labels: np.ndarray) -> Image.Image:
+    """Lay out the first samples of up to ten classes, one class per row."""
     wanted = {int(c): [int(i) for i in np.flatnonzero(labels == c)[:GRID_COLUMNS]] for c in np.unique(labels)}
     wanted = dict(list(wanted.items())[:GRID_CLASSES])
     chosen: dict[int, np.ndarray] = {}
@@ -304,7 +308,7 @@ def grid_picture(job: Job, sampler: Sampler, labels: np.ndarray) -> Image.Image:
             break
     rows = [np.stack([chosen[i] for i in of_class]) for of_class in wanted.values()]
     size = rows[0].shape[1]
-    title = f"{'DPAR' if sampler.is_dpar else 'LlamaGen twin'}, cfg {sampler.settings.cfg_scale:g}"
+    title = f"{'DPAR' if sampler.is_dpar else 'LlamaGen baseline'}, cfg {sampler.settings.cfg_scale:g}"
     return labelled_grid(rows, [sampler.class_names[c] for c in wanted], title=title, factor=max(128 // size, 1))
 
 

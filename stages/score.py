@@ -40,7 +40,7 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class TwinInputs:
+class BaselineInputs:
     manifest: Path
     features: Path
     samples: Path
@@ -49,7 +49,7 @@ class TwinInputs:
 
 
 @dataclass(frozen=True)
-class TwinOutputs:
+class BaselineOutputs:
     scores: Path
     metrics: Path
     equal_time: Path
@@ -62,9 +62,9 @@ def run_dpar(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker,
 
 
 def run_llamagen(
-    params: Params, inputs: TwinInputs, outputs: TwinOutputs, tracker: Tracker, *, device: str, work: Path
+    params: Params, inputs: BaselineInputs, outputs: BaselineOutputs, tracker: Tracker, *, device: str, work: Path
 ) -> None:
-    """Score the samples of the twin, at equal steps and at equal training time."""
+    """Score the samples of the baseline, at equal steps and at equal training time."""
     work_list = [
         (inputs.samples, outputs.scores, outputs.metrics),
         (inputs.equal_time, outputs.equal_time, outputs.equal_time_metrics),
@@ -77,7 +77,7 @@ def _score_all(
 ) -> None:
     """work_list: samples, their score file with all that made it, and the same scores bare, as a table of DVC shows them."""
     section = params.score
-    file = inputs.features if section.features == "demo" else Path(section.features_file)
+    file = inputs.features if section.features_file is None else Path(section.features_file)
     if section.features_file is not None:
         check_file(inputs.seen, "score.features_file", file)
     if Path(section.reference).is_file():

@@ -52,7 +52,7 @@ class Outputs:
 
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker | None, *, device: str, work: Path) -> None:
-    """Write what is found of each source. A source that is missing is written down as that: who reads it says so."""
+    """Record each source; a missing one is recorded as missing, and the stage that reads it reports it."""
     known = KnownDigests(work / "known.json")
     write_record(outputs.images, {"source": params.data.source, **_images(params.data, known)})
     write_record(outputs.weights, {"tokenizer.weights": _file(params.weights, known)})

@@ -17,7 +17,7 @@ from stages.shared.sampler import Files, Sampler
 from stages.time_training import waits_for, whole_seconds
 from stages.tracker import Tracker
 
-LONGEST = 3.0  # seconds of a turn: where a batch takes longer, fewer images are timed, and the file says how many
+LONGEST = 3.0  # seconds of a turn: where a batch takes longer, fewer images are timed, and the file records how many
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     )
     images = min(params.sample.batch_size, params.sample.images)
 
-    def draw(sampler: Sampler) -> None:
-        draw_batch(sampler, images, params.sample.seed)
+    def run_once(sampler: Sampler) -> None:
+        time_batch(sampler, images, params.sample.seed)
 
     while images > 1:
         started = time.perf_counter()
-        draw(models[0])
+        run_once(models[0])
         spent = time.perf_counter() - started
         if spent <= LONGEST:
             break
@@ -63,8 +63,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     wait_for_helpers()
     with tracker.progress(int(SECONDS), "time sampling in turns", unit="s") as bar:
         turns = take_turns(
-            lambda: draw(models[0]),
-            lambda: draw(models[1]),
+            lambda: run_once(models[0]),
+            lambda: run_once(models[1]),
             seconds=SECONDS,
             units=images,
             wait=waits_for(device),
@@ -78,17 +78,17 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     tracker.log_metrics({"speed/sampling_ratio": turns.ratio})
 
 
-def draw_batch(sampler: Sampler, images: int, seed: int) -> Tensor:
+def time_batch(sampler: Sampler, images: int, seed: int) -> Tensor:
     """Sample the images that are timed; return their tokens (images, T)."""
-    labels = [index % sampler.config.num_classes for index in range(images)]
-    return sampler.draw(labels, [seed + index for index in range(images)]).tokens
+    labels = [index % sampler.num_classes for index in range(images)]
+    return sampler.generate(labels, [seed + index for index in range(images)]).tokens
 
 
 def parts_of(sampler: Sampler, images: int, seed: int) -> dict[str, float]:
     """Return the seconds per image of each part of sampling and of decoding to pixels; empty on a GPU (see timed_parts)."""
     with timed_parts(sampler.generator) as spent:
         started = time.perf_counter()
-        tokens = draw_batch(sampler, images, seed)
+        tokens = time_batch(sampler, images, seed)
         whole = time.perf_counter() - started
     if not spent:
         return {}

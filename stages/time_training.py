@@ -21,7 +21,7 @@ from dpar_core.training.optim import adamw, clip_gradients
 from dpar_core.training.parallel import Ranks
 from dpar_core.turns import take_turns
 from stages import params as P
-from stages.shared.jobs import Job, JobData, JobObjective, build, copy_whole
+from stages.shared.jobs import JobData, JobObjective, ModelKind, TrainJob, build, copy_whole
 from stages.shared.pace import SECONDS, Pace, machine_words, wait_for_helpers, write_pace
 from stages.tracker import Tracker
 
@@ -59,10 +59,14 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     tokens = inputs.tokens.resolve()
     digest = TokenShards(tokens, "train").digest
     steps = []
-    for name, file, maps in (("dpar", inputs.dpar, inputs.patch_maps.resolve()), ("llamagen", inputs.llamagen, None)):
+    models: tuple[tuple[ModelKind, Path, Path | None], ...] = (
+        ("dpar", inputs.dpar, inputs.patch_maps.resolve()),
+        ("llamagen", inputs.llamagen, None),
+    )
+    for name, file, maps in models:
         trained = read_trained(file, name, made_with={"tokens": digest})
         tracker.log_input(name, file, trained.digest)
-        job = Job(name, trained.config, params.train, params.seed, tokens, patch_maps=maps)
+        job = TrainJob(name, trained.config, params.train, params.seed, tokens, patch_maps=maps)
         steps.append(training_step(job, torch.device(device)))
         del trained
     wait_for_helpers()
@@ -73,15 +77,15 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     copy_whole(chosen, outputs.equal_time)
     step = step_of(chosen, params.train.steps)
     write_pace(outputs.speed, pace, equal_time={"step": step, "needed": needed, "steps": params.train.steps})
-    for name, rate in pace.images_per_s.items():
-        tracker.log_metrics({f"speed/training_{name}": rate})
+    for model, rate in pace.images_per_s.items():
+        tracker.log_metrics({f"speed/training_{model}": rate})
     tracker.log_metrics({"speed/training_ratio": turns.ratio, "equal_time/step": step})
 
 
 def choose(inputs: Inputs, train: P.Train, ratio: float) -> tuple[Path, float]:
     """Return the baseline's model that had trained about as long as DPAR, and the step that would have been exact.
 
-    ratio: how many times as fast as the baseline's a step of DPAR is. With `equal_time_step: auto` it is the snapshot
+    ratio: how many times as fast as the baseline's per step of DPAR is. With `equal_time_step: auto` it is the snapshot
     (or final model) whose step is nearest on a scale of ratios; with a number the snapshot of that step; with null the
     final model.
     """
@@ -101,7 +105,7 @@ def step_of(path: Path, last: int) -> int:
     return int(found[1]) if found else last
 
 
-def training_step(job: Job, device: torch.device) -> Callable[[], None]:
+def training_step(job: TrainJob, device: torch.device) -> Callable[[], None]:
     """Return a function that takes one optimizer step of a job on one worker's share of the data."""
     training = job.training
     model = build(job.config, job.seed).to(device)

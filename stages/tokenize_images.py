@@ -20,20 +20,20 @@ from torch import Tensor
 from dpar_core.choices import EncodePrecision
 from dpar_core.data.images import VIEW_COUNTS, BadImage, views
 from dpar_core.data.manifest import SPLITS, Manifest, Row, Rows, read_manifest
-from dpar_core.data.shards import Sample, ShardContents, TokenMeta, write_index, write_shard
+from dpar_core.data.shards import ShardContents, TokenMeta, TokenSample, write_index, write_shard
 from dpar_core.data.sources import block_of
 from dpar_core.data.splits import first_few
 from dpar_core.files import atomic_folder, write_json
 from dpar_core.models.load import read_trained
 from dpar_core.models.vq import VQ, encode_at, most_images, to_float
 from stages import params as P
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 from stages.tracker import Tracker
 from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers, run_units
 
 BAD_IMAGES, BOTH_SPLITS = "bad_images.json", "images_in_both_splits.json"
 MOST_MOVED = 0.05  # share of tokens that a lower precision may change
-_MEASURED_SHARDS = 8  # shards, evenly spaced, of which a batch each tells that share
+_MEASURED_SHARDS = 8  # shards, evenly spaced; the share is measured on a batch of each
 _AHEAD = 3  # batches that are decoded before the network asks for them
 _MOST_STREAMS = 4  # batches a CPU encodes at once: each holds its activations, some 1.5 GB for 8 views of 256 pixels
 _MIXING = 7  # seed of the order of images in shards: fixed, as it decides nothing but the layout of files
@@ -108,7 +108,6 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     remove_leftovers(work, outputs.tokens, outputs.metrics)
     manifest = read_manifest(inputs.manifest)
     settings, total = params.tokenize_images, len(manifest.rows)
-    assert settings.precision != "auto", "the runner settles precisions"
     if settings.precision == "tf32" and device != "cuda":
         raise ValueError(f"tokenize_images.precision tf32 needs an NVIDIA GPU, and this run is on {device}: set it to fp32")
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
@@ -193,14 +192,16 @@ def _finished(facts: dict[str, Any]) -> Finished:
 
 
 def is_done(shard: Shard, manifest: Manifest, work: Path, data: P.Data) -> bool:
-    """Tell whether a shard is finished and whole. One whose bad images can be used by now is made again."""
+    """Return whether a shard is finished and whole. One whose bad images can be used by now is made again."""
     found = finished_unit(work, shard.name)
     if found is None:
         return False
-    opener = ImageOpener(manifest)
+    opener = ManifestOpener(manifest)
     for bad in _finished(found).bad:
         try:
-            views(opener(manifest.find(bad.key)), data.image_size, data.views)
+            row = manifest.find(bad.key)
+            assert row is not None, "a shard holds rows of its manifest"
+            views(opener(row), data.image_size, data.views)
         except BadImage:
             continue
         return False
@@ -217,9 +218,11 @@ class ShardTokenizer:
     def __init__(self, inputs: Inputs, params: Params, work: Path, device: str, base: Path, threads: int) -> None:
         """base: the folder that relative paths start from, as an actor may run in another one."""
         manifest = read_manifest(base / inputs.manifest)
-        self.rows, self.opener = manifest.rows, ImageOpener(manifest, base=base)
+        self.rows, self.opener = manifest.rows, ManifestOpener(manifest, base=base)
         self.model, _ = load_tokenizer(base / inputs.tokenizer, device)
         self.settings, self.device, self.work = params.tokenize_images, device, work
+        assert params.tokenize_images.precision != "auto", "the runner settles precisions"
+        self.precision: EncodePrecision = params.tokenize_images.precision
         self.size, self.views = params.data.image_size, params.data.views
         if self.size % self.model.config.downsample:
             raise ValueError(
@@ -258,7 +261,7 @@ class ShardTokenizer:
         stack = torch.zeros(full, *images.shape[1:], dtype=torch.uint8, pin_memory=self.device == "cuda")
         stack[: len(images)] = torch.from_numpy(images)
         pixels = to_float(stack.to(self.device, non_blocking=True))
-        return encode_at(self.model, pixels, precision or self.settings.precision).flatten(1)[: len(images)]
+        return encode_at(self.model, pixels, precision or self.precision).flatten(1)[: len(images)]
 
     def moved_share(self, plan: Sequence[Shard]) -> float:
         """Return the share of tokens that differ from fp32, on a batch from each of some shards, evenly spaced.
@@ -268,7 +271,7 @@ class ShardTokenizer:
         count = min(_MEASURED_SHARDS, len(plan))
         moved = seen = 0
         for shard in (plan[number * len(plan) // count] for number in range(count)):
-            # Twice a batch is looked at, so that bad images leave enough; with none at all their share will tell.
+            # Twice a batch is looked at, so that bad images leave enough; if all are bad, their share stops the stage later.
             for batch in itertools.islice(self._batches(self.rows.take(shard.indices[: 2 * self.per_batch]), []), 1):
                 images = np.concatenate([one.views for one in batch])
                 moved += int((self.encode(images) != self.encode(images, precision="fp32")).sum())
@@ -281,9 +284,9 @@ class ShardTokenizer:
             )
         return share
 
-    def _samples(self, rows: Rows, bad: list[Bad], pixels: list[str]) -> Iterator[Sample]:
+    def _samples(self, rows: Rows, bad: list[Bad], pixels: list[str]) -> Iterator[TokenSample]:
         """Yield the samples of readable rows in order, and note their pixels; put the others into `bad`."""
-        waiting: deque[tuple[list[Ready], Future]] = deque()
+        waiting: deque[tuple[list[Ready], Future[Tensor]]] = deque()
         for batch in self._batches(rows, bad):
             pixels += [one.pixels for one in batch]
             waiting.append((batch, self.encoders.submit(self._encode_batch, batch)))
@@ -296,16 +299,16 @@ class ShardTokenizer:
     def _encode_batch(self, batch: Sequence[Ready]) -> Tensor:
         return self.encode(np.concatenate([one.views for one in batch]))
 
-    def _samples_of(self, batch: Sequence[Ready], coming: Future) -> Iterator[Sample]:
+    def _samples_of(self, batch: Sequence[Ready], coming: Future[Tensor]) -> Iterator[TokenSample]:
         tokens = coming.result()
         codes = tokens.cpu().numpy().astype(np.uint16).reshape(len(batch), -1, tokens.shape[1])
         for (row, _, _), of_image in zip(batch, codes):
             info = {"source": row.source, "box": list(row.box) if row.box else None, "class": row.class_name}
-            yield Sample(row.key, row.label, of_image, info)
+            yield TokenSample(row.key, row.label, of_image, info)
 
     def _batches(self, rows: Rows, bad: list[Bad]) -> Iterator[list[Ready]]:
         """Yield the readable images' views, `per_batch` images at a time; only the last batch may be shorter."""
-        queue: deque[tuple[Row, Future]] = deque()
+        queue: deque[tuple[Row, Future[tuple[np.ndarray, str]]]] = deque()
         batch: list[Ready] = []
         coming = iter(rows)
         while True:
@@ -360,7 +363,8 @@ def images_in_both_splits(plan: Sequence[Shard], work: Path) -> list[dict[str, s
                 found = read_contents(shard, work)
                 yield from zip(found.contents.keys, found.pixels)
 
-    validation, training = dict(images("validation")), {}
+    validation = dict(images("validation"))
+    training: dict[str, str] = {}
     wanted = set(validation.values())
     for key, pixels in images("train"):
         if pixels in wanted:
@@ -399,7 +403,7 @@ def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) ->
 
 
 def _sizes(tokens: Path, summary: dict[str, int]) -> dict[str, float]:
-    """Return bytes an image: on disk with everything, of bare uint16 tokens, and the least that holds the codes."""
+    """Return bytes per image: on disk with everything, of bare uint16 tokens, and the least that holds the codes."""
     total = sum(file.stat().st_size for file in tokens.iterdir())
     return {
         "tokens/bytes_per_image": total / summary["images"],

@@ -26,7 +26,7 @@ from dpar_core.training.codebook import place_codes, restart_dead_codes
 from dpar_core.training.optim import OptimSettings, adamw, learning_rate, set_learning_rate
 from dpar_core.training.order import DataOrder, fixed_subset
 from stages import params as P
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 from stages.shared.crops import CenterCrops
 from stages.sources import check_file
 from stages.tracker import Tracker
@@ -70,10 +70,10 @@ def vq_config(section: P.Tokenizer) -> VQConfig:
 
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
-    """Make the tokenizer and say how well it reconstructs the validation images."""
+    """Make the tokenizer and measure how well it reconstructs the validation images."""
     manifest = read_manifest(inputs.manifest)
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
-    opener, settings = ImageOpener(manifest), params.tokenizer
+    opener, settings = ManifestOpener(manifest), params.tokenizer
     assert settings.precision != "auto", "the runner settles precisions"
     config = vq_config(settings)
     if settings.weights is None:

@@ -104,10 +104,10 @@ class NullTracker:
         yield self._progress(total, description, done, unit)
 
     def _progress(self, total: int, description: str, done: int, unit: str) -> Progress:
-        return _Silence()
+        return _NoProgress()
 
 
-class _Silence:
+class _NoProgress:
     def advance(self, amount: int = 1, **values: float) -> None:
         pass
 

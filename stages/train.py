@@ -12,7 +12,7 @@ from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import GPTConfig
 from dpar_core.patches.maps import PatchMaps, stated
 from stages import params as P
-from stages.shared.jobs import Job, publish, publish_model, recipe, run_job
+from stages.shared.jobs import TrainJob, publish, publish_model, recipe, run_job
 from stages.tracker import Tracker
 
 
@@ -69,7 +69,7 @@ def dpar_config(model: P.Model, *, codebook_size: int, row_width: int, num_class
 
 
 def llamagen_config(model: P.Model, *, codebook_size: int, row_width: int, num_classes: int) -> GPTConfig:
-    """Return the shape of DPAR's twin: the same width and heads, and all its layers in one stack."""
+    """Return the shape of DPAR's baseline: the same width and heads, and all its layers in one stack."""
     same = ("width", "heads", "layers", "ffn_multiple", "dropout", "class_dropout")
     values = {name: getattr(model, name) for name in same}
     return GPTConfig(codebook_size=codebook_size, row_width=row_width, num_classes=num_classes, **values)
@@ -93,7 +93,7 @@ def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: 
     tracker.log_input("patch_maps", inputs.patch_maps, maps.digest)
     config = dpar_config(params.model, **_data_shape(shards))
     tokens, maps_folder = inputs.tokens.resolve(), inputs.patch_maps.resolve()
-    job = Job("dpar", config, params.train, params.seed, tokens, patch_maps=maps_folder)
+    job = TrainJob("dpar", config, params.train, params.seed, tokens, patch_maps=maps_folder)
     read = {"tokens": shards.digest, "patch_maps": maps.digest}
     result = run_job(job, read, tracker, section="train", device=device, work=work)
     made_from = {
@@ -117,7 +117,9 @@ def run_llamagen(
     shards = TokenShards(inputs.tokens, "train")
     tracker.log_input("tokens", inputs.tokens, shards.digest)
     config, training = llamagen_config(params.model, **_data_shape(shards)), params.train
-    job = Job("llamagen", config, training, params.seed, inputs.tokens.resolve(), snapshot_steps=training.snapshot_steps())
+    job = TrainJob(
+        "llamagen", config, training, params.seed, inputs.tokens.resolve(), snapshot_steps=training.snapshot_steps()
+    )
     read = {"tokens": shards.digest}
     result = run_job(job, read, tracker, section="train", device=device, work=work)
     made_from = {**read, "tokenizer": shards.meta.tokenizer, "classes": list(shards.meta.classes)}

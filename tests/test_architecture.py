@@ -175,7 +175,6 @@ HOMES = {
     "evaluation.reference": "dpar_core/evaluation/test_scores.py",
     "evaluation.sample_files": "stages/test_sample.py",
     "generation.lanes": "dpar_core/generation/test_generate.py",
-    "generation.sampling": "dpar_core/generation/test_guidance.py",
     "generation.static_ops": "dpar_core/generation/test_static.py",
     "generation.stepping": "dpar_core/generation/test_kv_cache.py",
     "generation.triton_ops": "dpar_core/generation/test_static.py",

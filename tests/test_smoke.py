@@ -1,7 +1,7 @@
 """The whole workflow on the smoke preset, as a user runs it: once, again, and after a change.
 
 It runs where things are hard: outside git, in a path with a space, an umlaut and characters that addresses escape, without a
-home folder, in a plain locale, on a CPU without bfloat16 (as torch and oneDNN are told), and without the calls that macOS
+home folder, in a plain locale, on a CPU without bfloat16 (torch and oneDNN are set so), and without the calls that macOS
 lacks.
 """
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dpar_core.data.splits import first_few
 
 CLASSES = "classes.txt"
-MOST_CLASSES = 1 << 20  # a larger number is no class
+MOST_CLASSES = 1 << 20  # a larger number is not a class
 _LONGEST_NAME = 1000  # characters
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 # Text that is a number of another kind, as 1.0 or nan. Padded ones (007) are names, which sort as their numbers do.
@@ -53,7 +53,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
 def checked_label(value: object, where: str) -> int | str:
     """Return the label that a source holds for an image: a class number, or text that is none.
 
-    Raises ValueError, beginning with `where`, for nothing, for a number that is no class, for text that is a number of
+    Raises ValueError, beginning with `where`, for nothing, for a number that is not a class, for text that is a number of
     another kind (1.0, nan), that holds control characters, that is empty or too long for a name.
     """
     if isinstance(value, str):
@@ -143,7 +143,7 @@ def _places(found: Sequence[str], order: Sequence[str]) -> list[int]:
 
 
 def read_class_names(path: Path) -> list[str]:
-    """Read classes.txt: a name per line, in label order. Raises ValueError when lines are empty or it is no text."""
+    """Read classes.txt: a name per line, in label order. Raises ValueError when lines are empty or it is not text."""
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

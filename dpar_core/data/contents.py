@@ -68,7 +68,7 @@ def _read_cache(path: Path) -> dict[tuple[str, str], str]:
     try:
         table = pq.read_table(path, schema=_SCHEMA)
     except (pa.ArrowException, OSError, ValueError):
-        return {}  # a cache: what it cannot tell is read again
+        return {}  # a cache: what it lacks is read again
     return dict(zip(_pairs(table), table["content"].to_pylist()))
 
 

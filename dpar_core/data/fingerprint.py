@@ -1,6 +1,6 @@
 """Whether files from outside have changed: sizes and times of a tree, without reading it, and digests kept by them.
 
-A fingerprint holds times, so it differs between machines and is no identity: it says that something must be looked at
+A fingerprint holds times, so it differs between machines and is not an identity: it shows that something must be looked at
 again. What then decides is the content, whose digests are kept by each file's size and times, so that only files that
 changed are read again.
 """
@@ -92,7 +92,7 @@ class KnownDigests:
             try:
                 self._known = _read_record(file, way_out="it is made again")["known"]
             except (ValueError, KeyError):
-                self._known = {}  # a cache: what it cannot tell is read again
+                self._known = {}  # a cache: what it lacks is read again
 
     def of(self, path: Path) -> str:
         """Return the digest of a file: 64 hex digits. Raises OSError."""

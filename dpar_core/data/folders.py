@@ -18,7 +18,7 @@ from dpar_core.files import digest_of
 def image_files(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the image files below a folder, of any format, sorted by path, and the names of what was left out.
 
-    What counts as an image is told as for `list_folder`. Raises FileNotFoundError when there is no such folder.
+    Images are recognised as in `list_folder`. Raises FileNotFoundError when the folder does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
@@ -37,8 +37,8 @@ def list_folder(root: Path, split: str) -> Listing:
     this split is taken.
 
     Left out, and listed: other files, hidden ones, folders that cannot be read, links back to a folder above, and names
-    that are not UTF-8 (escaped). Raises FileNotFoundError or ValueError when there is no such tree, or when class names
-    cannot be told apart.
+    that are not UTF-8 (escaped). Raises FileNotFoundError or ValueError when the tree does not exist, or when two classes
+    have one name.
     """
     require(root, split, folder=True, expected=f"a tree {root}/class/image.jpg")
     walk, listing = _Walk(root), Listing()
@@ -67,11 +67,11 @@ def list_folder(root: Path, split: str) -> Listing:
 def _classes_of(walk: _Walk, split: str, listing: Listing) -> tuple[str, list[str], list[os.DirEntry[str]]]:
     """Return where the class folders lie below the root ("" or "train/"), their names, and the files beside them."""
     folders, files = walk.entries("", top=True)
-    said = {folder: splits_said(folder) for folder in folders}
-    if folders and all(said.values()) and all(walk.has_folders_only(folder) for folder in folders):
-        fitting = [folder for folder in folders if said[folder] == {split}]
+    named = {folder: splits_said(folder) for folder in folders}
+    if folders and all(named.values()) and all(walk.has_folders_only(folder) for folder in folders):
+        fitting = [folder for folder in folders if named[folder] == {split}]
         if not fitting and split == "validation":
-            fitting = [folder for folder in folders if said[folder] == {TEST}]
+            fitting = [folder for folder in folders if named[folder] == {TEST}]
         if len(fitting) != 1:
             raise ValueError(
                 f"data.{split} {walk.root} holds the folders {first_few(folders)} and no classes: expected class folders, "
@@ -93,7 +93,7 @@ def _classes_of(walk: _Walk, split: str, listing: Listing) -> tuple[str, list[st
 
 
 def _class_names(folders: list[str], root: Path, split: str) -> dict[str, str]:
-    """Return the class name of each folder. Raises ValueError where two have one name, or one is no name."""
+    """Return the class name of each folder. Raises ValueError where two have one name, or a name is not valid."""
     names = {folder: normal_name(folder) for folder in folders}
     for folder in folders:
         shown = os.fsencode(folder).decode("utf-8", "backslashreplace")
@@ -174,7 +174,7 @@ class _Walk:
         return found
 
     def has_folders_only(self, folder: str) -> bool:
-        """Tell whether root/folder holds folders and no image files directly in it."""
+        """Return whether root/folder holds folders and no image files directly in it."""
         try:
             folders, files = _Walk(self.root).entries(folder)
         except OSError:

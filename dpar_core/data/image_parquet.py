@@ -115,7 +115,7 @@ def open_parquet(path: Path, *, where: str) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is no Parquet file, or damaged ({_first_line(error)})") from None
+        raise ValueError(f"{where} is not a Parquet file, or damaged ({_first_line(error)})") from None
     if any(count < 0 for count in rows) or sum(rows) > _MOST_ROWS or sum(rows) != file.metadata.num_rows:
         raise ValueError(f"{where} is damaged: it states {file.metadata.num_rows:,} rows, its groups {sum(rows):,}")
     return file

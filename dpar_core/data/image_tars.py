@@ -81,7 +81,7 @@ def list_webdataset(root: Path, split: str, *, label_key: str | None = None, ima
 
     label_key: the key in KEY.json that holds the class, or the ending of the file that does. image_key: the ending of the
     image, where a key has several. Raises FileNotFoundError, BadTar, or ValueError for a key without its pair, a key that
-    occurs twice, or labels that are no classes.
+    occurs twice, or labels that are not classes.
     """
     require(root, split, folder=None, expected="a folder of webdataset shards (*.tar)")
     listing, seen, values = Listing(), set(), []
@@ -110,10 +110,11 @@ def _pairs(
 ) -> Iterator[tuple[str, Member, int | str]]:
     """Yield (key, image, label) of a shard; the files of a key stand next to each other."""
     parts: dict[str, Member] = {}
-    current, seen = None, set()
+    current: str | None = None
+    seen: set[str] = set()
     with open(shard, "rb") as stream:
 
-        def finish() -> tuple[str, Member, int | str]:
+        def finish(current: str) -> tuple[str, Member, int | str]:
             where = f"shard {shard}: {current!r}"
             return current, _image(parts, image_key, where), _label(stream, parts, label_key, where)
 
@@ -125,7 +126,7 @@ def _pairs(
                 raise ValueError(f"shard {shard}: {member.name!r} is not named KEY.ending")
             if key != current:
                 if current is not None:
-                    yield finish()
+                    yield finish(current)
                 if key in seen:
                     raise ValueError(f"shard {shard}: key {key!r} occurs twice: keys must be unique")
                 seen.add(key)
@@ -134,7 +135,7 @@ def _pairs(
                 raise ValueError(f"shard {shard}: {member.name!r} occurs twice: keys must be unique")
             parts[ending] = member
         if current is not None:
-            yield finish()
+            yield finish(current)
 
 
 def _image(parts: Mapping[str, Member], image_key: str | None, where: str) -> Member:

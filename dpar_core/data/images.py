@@ -27,7 +27,7 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF"
 ENDINGS = frozenset(
     (".avif", ".bmp", ".dib", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-LARGEST_FILE = 1 << 29  # bytes; a longer file is no photograph
+LARGEST_FILE = 1 << 29  # bytes; a longer file is not a photograph
 
 
 class BadImage(ValueError):
@@ -35,7 +35,7 @@ class BadImage(ValueError):
 
 
 def read_image(path: Path | str) -> np.ndarray:
-    """Read an image file as `decode_image` does: (height, width, 3) uint8. Raises BadImage, also where there is no file."""
+    """Read an image file as `decode_image` does: (height, width, 3) uint8. Raises BadImage, also for a missing file."""
     return decode_image(read_file(path))
 
 
@@ -96,7 +96,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Tell whether a file that begins with `head` (16 bytes or more) is of a format that `decode_image` reads."""
+    """Return whether a file that begins with `head` (16 bytes or more) is of a format that `decode_image` reads."""
     starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
     if head.startswith(starts) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
         return True

@@ -29,7 +29,7 @@ class Listing:
     left_out: what was found and not taken, by name, with the reason.
     notes: choices made while listing that a person should see, a sentence each.
     given: what the source itself calls its classes, whatever classes.txt says.
-    numbered: classes are known by their numbers alone. doubles: a name occurred twice, so names alone do not tell classes.
+    numbered: classes are known by number alone. doubles: a name occurs twice, so that names do not identify classes.
     empty: why a class has no images, by its name, where that is known.
     base: the folder in which the class folders lie, where there are some.
     files: the files that images are read from, below the root, where several images share one.
@@ -85,8 +85,8 @@ def join_listings(listings: Mapping[str, Listing], roots: Mapping[str, Path], *,
             if roots[split] / name not in taken:  # what the other split takes is not left out
                 found.setdefault(roots[split] / name, (f"{split}:{name}", why))
     left_out = dict(found.values())
-    said = [f"{split}: {note}" for split, listing in listings.items() for note in listing.notes]
-    notes: dict[str, object] = {"files_left_out": len(left_out), "left_out": left_out, "choices": said}
+    choices = [f"{split}: {note}" for split, listing in listings.items() for note in listing.notes]
+    notes: dict[str, object] = {"files_left_out": len(left_out), "left_out": left_out, "choices": choices}
     return Manifest.of(rows, train.classes, {split: str(root) for split, root in roots.items()}, notes=notes)
 
 
@@ -197,7 +197,7 @@ def _files_below(root: Path, split: str, ending: str, listing: Listing) -> list[
 
 
 def is_litter(name: str) -> bool:
-    """Tell whether a file or folder is hidden, or one that a system leaves in folders (macOS, Windows, NAS devices)."""
+    """Return whether a file or folder is hidden, or one that a system leaves in folders (macOS, Windows, NAS devices)."""
     return name.startswith(".") or name.casefold() in _LITTER
 
 

@@ -1,4 +1,4 @@
-"""The manifest: one row an image, whatever source it comes from; Parquet.
+"""The manifest: one row per image, whatever source it comes from; Parquet.
 
 Columns: key (string, unique), split ("train" or "validation"), source (string, where the image is: see
 `dpar_core/data/sources.py`), box (x0, y0, x1, y1 in pixels, cut out before the views; null: the whole image), label (int32),
@@ -87,7 +87,7 @@ class Rows(Sequence[Row]):
 class Manifest:
     """All images of a data set, its class names in label order, and where sources are found (root name -> path).
 
-    notes: facts about the list that are no part of its identity, as how many files were left out. Raises ValueError for
+    notes: facts about the list that are not part of its identity, as how many files were left out. Raises ValueError for
     keys that occur twice.
     """
 
@@ -95,7 +95,7 @@ class Manifest:
     classes: tuple[str, ...]
     roots: dict[str, str]
     digest: str
-    notes: dict[str, object]
+    notes: dict[str, Any]
 
     @classmethod
     def of(
@@ -104,7 +104,7 @@ class Manifest:
         classes: Sequence[str],
         roots: dict[str, str] | None = None,
         *,
-        notes: dict[str, object] | None = None,
+        notes: dict[str, Any] | None = None,
     ) -> Manifest:
         """Make a manifest. Its digest names rows and classes; the roots are left out, so that a data set may move."""
         columns: list[Sequence[Any]] = list(
@@ -204,7 +204,7 @@ def read_manifest(path: Path) -> Manifest:
     if table.schema.names == SCHEMA.names[:-1]:  # of version 0.1.0, which knew no contents
         table = table.append_column(SCHEMA.field("content"), pa.nulls(len(table), pa.string()))
     if table.schema.names != SCHEMA.names or not header.keys() >= {"classes", "roots", "digest", "notes"}:
-        raise ValueError(f"{path} is no manifest: expected columns {SCHEMA.names}, found {table.schema.names}")
+        raise ValueError(f"{path} is not a manifest: expected columns {SCHEMA.names}, found {table.schema.names}")
     damaged = Damaged(f"{path} is damaged or was edited (its rows are not those its digest names): run `dvc repro -f data`")
     seal = header.pop("seal", None)
     try:

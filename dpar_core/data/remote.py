@@ -1,6 +1,6 @@
 """Folders of files that are here, or somewhere fsspec reaches (s3://bucket/tokens) with copies kept here.
 
-Every file is read whole and held against its digest once a machine, when somebody first asks for it. Copies are named by
+Every file is read whole and held against its digest once per machine, when somebody first asks for it. Copies are named by
 the digest of their content, so they are never out of date and any number of readers share them; of a local file a note is
 kept that it was found sound, which holds as long as the file is the same one (device, inode), of the same size, with the
 same time of modification and, since that can be set back, of its last change in the file system (ctime).
@@ -21,7 +21,7 @@ _CHUNK = 8 << 20
 
 
 def is_remote(address: Path | str) -> bool:
-    """Tell whether an address is a URL that fsspec opens, as s3://bucket/tokens."""
+    """Return whether an address is a URL that fsspec opens, as s3://bucket/tokens."""
     return "://" in str(address)
 
 
@@ -70,7 +70,7 @@ class Folder:
         return copy
 
     def _check(self, name: str, sha256: str) -> None:
-        """Hold a local file against its digest, unless a note says that this was done."""
+        """Hold a local file against its digest, unless a note records that this was done."""
         path = Path(self.address) / name
         mend = "run `dpar-cli data check --repair`"
         try:

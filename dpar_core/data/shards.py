@@ -4,7 +4,7 @@ Layout of a shard {split}-{number:06d}.tar: KEY.tokens.npy (uint16, (views, T)),
 KEY.json. Beside the shards: index.arrow (Arrow IPC, memory-mapped: shard, offset of the tokens, key, split, label)
 and summary.json (what the tokens are, the digest of each shard, of the index and of the whole).
 
-Shapes: n samples asked for, T tokens a view of a G x G grid.
+Shapes: n samples asked for, T tokens per view of a G x G grid.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,13 @@ class TokenMeta:
 
 
 @dataclass(frozen=True)
-class Sample:
+class TokenSample:
     """One image in a shard. tokens: (views, T) uint16."""
 
     key: str
     label: int
     tokens: np.ndarray
-    info: dict
+    info: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class ShardContents:
     sha256: str
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> ShardContents:
+def write_shard(path: Path, samples: Iterable[TokenSample]) -> ShardContents:
     """Write a shard, whole or not at all; the same samples give the same bytes (times, owners and order are fixed).
 
     Needs webdataset, which nothing that only reads shards imports.
@@ -167,7 +168,7 @@ def write_index(
 
     contents: what `write_shard` returned for each; without it the tars are read. The digest names the content of every
     shard and what the tokens are; readers of patch maps and models compare it. Raises ValueError for a key that occurs
-    twice, or shards of a split that are no neighbours.
+    twice, or shards of a split that are not neighbours.
     """
     if contents is None:
         contents = [scan_shard(folder / name, meta) for name, _ in shards]
@@ -256,7 +257,7 @@ class TokenShards:
 
     folder: a path, or an address that fsspec opens, of which shards are copied to `cache` when first read (see
     `remote.Folder`). Many threads and forked or pickled copies may read. Raises FileNotFoundError or ValueError in one
-    sentence when the folder is no shard folder, or is incomplete.
+    sentence when the folder is not a shard folder, or is incomplete.
     """
 
     def __init__(self, folder: Path | str, split: str, *, cache: Path | None = None) -> None:
@@ -326,7 +327,7 @@ class TokenShards:
         content = memoryview(out).cast("B") if len(out) else memoryview(b"")
         offsets = (self._offset[indices] + views * size).tolist()
         for row, (number, offset) in enumerate(zip(self._shard[indices].tolist(), offsets)):
-            file = self._open.get(number, lambda number=number: self._path(number))
+            file = self._open.get(number, partial(self._path, number))
             if os.preadv(file.descriptor, [content[row * size : (row + 1) * size]], offset) != size:
                 raise self._other_length(number, "shorter")
         return out
@@ -355,7 +356,7 @@ class TokenShards:
         return {"folder": self.folder, "split": self.split, "cache": self._place.cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"], state["split"], cache=state["cache"])
+        TokenShards.__init__(self, state["folder"], state["split"], cache=state["cache"])
 
 
 def _map_index(path: Path) -> pa.Table:
@@ -364,5 +365,5 @@ def _map_index(path: Path) -> pa.Table:
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): run `dpar-cli data check --repair`") from None
     if table.schema.names != INDEX_SCHEMA.names:
-        raise ValueError(f"{path} is no index of shards: expected columns {INDEX_SCHEMA.names}, found {table.schema.names}")
+        raise ValueError(f"{path} is not a shard index: expected columns {INDEX_SCHEMA.names}, found {table.schema.names}")
     return table

@@ -1,6 +1,6 @@
 """Where the image of a manifest row is, and opening it: a file, a range of bytes in a tar, a row of a Parquet file.
 
-A row's source says where its bytes are: ROOT:PATH is a file below a root of the manifest; ROOT@OFFSET+SIZE:PATH is a
+A row's source is the address of its bytes: ROOT:PATH is a file below a root of the manifest; ROOT@OFFSET+SIZE:PATH is a
 range of bytes in it (a member of a tar, read in place); ROOT@GROUP.ROW:PATH is a row of a row group of a Parquet file, from
 its column `image`, or ROOT@GROUP.ROW[COLUMN]:PATH from another. ROOT names an entry of `Manifest.roots`; a scheme of its
 own, as builtin:NAME, is opened by a loader the caller gives.
@@ -41,7 +41,7 @@ class SourceChanged(ValueError):
 class ImageOpener:
     """Opens the image of a manifest row: decoded, and cut to its box. Safe to call from many threads.
 
-    loaders: opens sources of schemes that are no root, by what stands behind the colon -> (height, width, 3) uint8.
+    loaders: opens sources of schemes other than roots, by what follows the colon -> (height, width, 3) uint8.
     """
 
     def __init__(self, roots: Mapping[str, str], loaders: Mapping[str, Callable[[str], np.ndarray]]) -> None:

@@ -1,4 +1,4 @@
-"""Which split a file belongs to, told by its name; and that two splits never share one.
+"""Which split a file belongs to, by its name; and that two splits never share one.
 
 A name says a split by one of its words, with anything before and after: imagenet1k-train-0003.tar, ilsvrc_val_0001.tar,
 validation-00000-of-00014.parquet, data/test/0.parquet, Dev01.tar.
@@ -71,8 +71,8 @@ def choose_files(names: Sequence[str], split: str, *, where: str) -> Choice:
     that all say one other split are taken too: a folder of its own is the stronger word. Raises ValueError when they say
     several other splits.
     """
-    said = {name: split_of(name) for name in names}
-    there, notes = set(said.values()), []
+    of_name = {name: split_of(name) for name in names}
+    there, notes = set(of_name.values()), []
     wanted = split
     if there and not there & {split, None}:
         others = [TEST] if split == "validation" and TEST in there else sorted(str(other) for other in there)
@@ -83,9 +83,9 @@ def choose_files(names: Sequence[str], split: str, *, where: str) -> Choice:
             )
         wanted = others[0]
         notes.append(f"files whose names say {wanted} are taken, as none says {split}")
-    chosen = [name for name in names if said[name] in (wanted, None)]
+    chosen = [name for name in names if of_name[name] in (wanted, None)]
     taken = set(chosen)
-    return Choice(chosen, {name: f"of split {said[name]} by its name" for name in names if name not in taken}, notes)
+    return Choice(chosen, {name: f"of split {of_name[name]} by its name" for name in names if name not in taken}, notes)
 
 
 def refuse_shared(files: Mapping[str, Sequence[Path]], roots: Mapping[str, Path]) -> None:

@@ -56,7 +56,7 @@ def _scan(descriptor: int, position: int, end: int, where: str) -> Iterator[Memb
         if not header.strip(b"\0"):
             return
         if _number(header[148:156], where) != sum(header) - sum(header[148:156]) + 8 * 32:
-            what = "is no tar" if position == first else f"is damaged at byte {position}"
+            what = "is not a tar" if position == first else f"is damaged at byte {position}"
             raise BadTar(f"{where} {what}: a header has a wrong checksum")
         kind, size, position = header[156:157], _number(header[124:136], where), position + BLOCK
         if kind in (b"L", b"K", b"x", b"g"):
@@ -99,9 +99,9 @@ def _refuse_others(head: bytes, where: str) -> None:
     }
     for start, words in found.items():
         if head.startswith(start):
-            raise BadTar(f"{where} is no tar, but {words}")
+            raise BadTar(f"{where} is not a tar but {words}")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise BadTar(f"{where} is no tar, but a web page: download it again")
+        raise BadTar(f"{where} is not a tar but a web page: download it again")
 
 
 def _number(field: bytes, where: str) -> int:
@@ -109,7 +109,7 @@ def _number(field: bytes, where: str) -> int:
         return int.from_bytes(field[1:], "big")
     text = field.strip(b" \0")
     if not re.fullmatch(rb"[0-7]*", text):  # int() would also take a sign, and a negative size leads back
-        raise BadTar(f"{where} is no tar, or damaged: {field!r} is no octal number")
+        raise BadTar(f"{where} is not a tar, or damaged: {field!r} is not an octal number")
     return int(text, 8) if text else 0
 
 

@@ -113,7 +113,7 @@ def open_npz(path: Path) -> Iterator[Npz]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected an npz")
     if (kind := kind_of(path)) != "zip":
-        told = described(path, kind) or f"{path} is not an npz"
+        problem = described(path, kind) or f"{path} is not an npz"
         advice = {
             "npy": ": store it as an npz with numpy.savez(FILE, arr_0=ARRAY)",
             "text": ", expected an npz",
@@ -121,8 +121,8 @@ def open_npz(path: Path) -> Iterator[Npz]:
             "pickle": ", which is never read: expected an npz",
             "safetensors": ", expected an npz",
             "image": ", expected an npz, or the folder of all pictures",
-        }.get(kind, "" if ":" in told.removeprefix(str(path)) else ": expected an npz")
-        raise ScoreError(told + advice)
+        }.get(kind, "" if ":" in problem.removeprefix(str(path)) else ": expected an npz")
+        raise ScoreError(problem + advice)
     with _as_sentences(path):
         archive = zipfile.ZipFile(path)
     with archive:

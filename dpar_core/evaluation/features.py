@@ -100,7 +100,7 @@ def flatten_spatial(maps: Tensor) -> Tensor:
 
 
 class DemoClassifier(nn.Module):
-    """A small residual-free CNN that tells the demo's photographs apart; its pooled features are what fd_demo compares.
+    """A small residual-free CNN that classifies the demo's photographs; its pooled features are what fd_demo compares.
 
     Input (n, 3, S, S) float 0..255. `features` returns (n, 64) pooled and (n, 8 * 8 * 7) spatial features.
     """
@@ -147,8 +147,8 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
     if not path.exists():
         raise FileNotFoundError(f"no feature network at {path}: put the file there, for inception from {INCEPTION_URL}")
     if (kind := kind_of(path)) != "zip":
-        told = described(path, kind) or f"{path} is not a TorchScript file"
-        raise ValueError(f"{told}; expected a TorchScript file, as torch.jit.save writes it")
+        problem = described(path, kind) or f"{path} is not a TorchScript file"
+        raise ValueError(f"{problem}; expected a TorchScript file, as torch.jit.save writes it")
     names = check_zip(path)
     if not any(name.endswith("/constants.pkl") for name in names):
         raise ValueError(f"{path} is a zip archive without a TorchScript program: export the network with torch.jit.save")
@@ -214,9 +214,9 @@ class _InceptionWalk:
                 return walk
         return None
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         x = (resize_as_tensorflow(images, 299) - self.shift) / self.scale
-        spatial = None
+        spatial: Tensor | None = None
         for name, layer in self.model.layers.named_children():
             if name == "mixed_6":
                 spatial = flatten_spatial(layer.conv(x)[:, :SFID_CHANNELS])

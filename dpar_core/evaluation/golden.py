@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,23 +18,28 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from dpar_core.choices import PositionEncoding
+from dpar_core.choices import PatchMode, PositionEncoding
 from dpar_core.evaluation import metrics
 from dpar_core.evaluation.features import flatten_spatial
 from dpar_core.generation.generate import generate_dpar, generate_gpt
-from dpar_core.generation.guidance import SampleSettings
-from dpar_core.generation.sampling import filter_logits
+from dpar_core.generation.sampling import SampleSettings, filter_logits
 from dpar_core.models import published
 from dpar_core.models.dpar import DPAR
 from dpar_core.models.gpt import GPT, next_token_entropies, next_token_loss
+from dpar_core.models.rope import Rotary
 from dpar_core.models.vq import VQ, config_of
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts, patch_starts_numpy
 from dpar_core.training.optim import OptimSettings, adamw, clip_gradients
 
 LOGITS = 1e-4  # two code paths of the published code itself differ by 6e-6; CPUs differ more
-ENCODINGS = ("4d", "3d", "1d")
-MODES = {"entropy": "entropy", "entropy_row_boundary": "entropy_rows", "static2": "static", "token": "token"}
+ENCODINGS: tuple[PositionEncoding, ...] = ("4d", "3d", "1d")
+MODES: dict[str, PatchMode] = {
+    "entropy": "entropy",
+    "entropy_row_boundary": "entropy_rows",
+    "static2": "static",
+    "token": "token",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,9 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).long()
 
 
-def _largest(found: Tensor | np.ndarray, expected: np.ndarray) -> float:
+def _largest(found: Tensor | np.ndarray | None, expected: np.ndarray) -> float:
+    if found is None:
+        return float("nan")
     found = found.detach().numpy() if isinstance(found, Tensor) else np.asarray(found)
     if found.shape != expected.shape:
         return float("nan")
@@ -137,11 +144,11 @@ def _gpt_c2i(folder: Path) -> Iterator[Case]:
     yield Case("GPT with class: rotary table", _largest(table, z["rope_table"]), 1e-6)
     for scale in (1, 2):
         chosen = _tensor(z["gen_labels"])
-        drawn = generate_gpt(model, chosen, [0] * len(chosen), _greedy(scale, None), keep_logits=True)
-        wrong = int((drawn.tokens.numpy() != z[f"gen_tokens_cfg{scale}"]).sum())
+        sampled = generate_gpt(model, chosen, [0] * len(chosen), _greedy(scale, None), keep_logits=True)
+        wrong = int((sampled.tokens.numpy() != z[f"gen_tokens_cfg{scale}"]).sum())
         yield Case(f"GPT with class: greedy tokens that differ, cfg {scale}", wrong, 0)
         if scale == 2:
-            yield Case("GPT with class: guided logits", _largest(drawn.logits, z["gen_logits_cfg2"]), LOGITS)
+            yield Case("GPT with class: guided logits", _largest(sampled.logits, z["gen_logits_cfg2"]), LOGITS)
 
 
 def _gpt_ucond(folder: Path) -> Iterator[Case]:
@@ -199,7 +206,7 @@ def _dpar(folder: Path) -> Iterator[Case]:
         yield from _generation(folder, gate, run, rule, z)
 
 
-def _rotary_difference(rotary, layout: PatchLayout, expected: np.ndarray) -> float:
+def _rotary_difference(rotary: Rotary, layout: PatchLayout, expected: np.ndarray) -> float:
     found = torch.stack([rotary.cos, rotary.sin], dim=-1).numpy()
     worst = 0.0
     for image, (first, end) in enumerate(zip(layout.offsets[:-1].tolist(), layout.offsets[1:].tolist())):
@@ -219,8 +226,8 @@ def _dpar_plans(model: DPAR, tokens: Tensor, labels: Tensor, z: dict[str, Any]) 
 
 
 def _gradients(folder: Path, model: DPAR, z: dict[str, Any]) -> Iterator[Case]:
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    worst = max(_largest(gradients[n.removeprefix("grad_4d/")], z[n]) for n in z if n.startswith("grad_4d/"))
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    worst = max(_largest(gradients.get(n.removeprefix("grad_4d/")), z[n]) for n in z if n.startswith("grad_4d/"))
     yield Case("DPAR 4d: gradients", worst, 1e-5)
     file = folder / "dpar_reference_gradnorms.json"
     if file.exists():
@@ -247,23 +254,24 @@ def _training_trace(folder: Path, tokens: Tensor, labels: Tensor, layout: PatchL
 
 
 def _generation(folder: Path, gate: GPT, run: str, rule: PatchRule, z: dict[str, Any]) -> Iterator[Case]:
-    encoding, _, scale = run.partition("_cfg")
+    name, _, scale = run.partition("_cfg")
+    encoding = cast(PositionEncoding, name)
     labels = _tensor(z[f"gen_labels_{run}"])
     settings = _greedy(float(scale), rule)
-    drawn = generate_dpar(_dpar_model(folder, encoding), gate, labels, [0] * len(labels), settings, keep_logits=True)
-    wrong = int((drawn.tokens.numpy() != z[f"gen_tokens_{run}"]).sum())
+    sampled = generate_dpar(_dpar_model(folder, encoding), gate, labels, [0] * len(labels), settings, keep_logits=True)
+    wrong = int((sampled.tokens.numpy() != z[f"gen_tokens_{run}"]).sum())
     yield Case(f"DPAR {run}: greedy tokens that differ", wrong, 0)
-    plans = zip(drawn.patch_lengths, z[f"gen_patch_lengths_{run}"])
+    plans = zip(sampled.patch_lengths, z[f"gen_patch_lengths_{run}"])
     yield Case(f"DPAR {run}: patch plans that differ", sum(not np.array_equal(a, b[b > 0]) for a, b in plans), 0)
-    yield Case(f"DPAR {run}: entropies, nats", _largest(drawn.entropies[:, 1:], z[f"gen_entropies_{run}"]), 1e-4)
+    yield Case(f"DPAR {run}: entropies, nats", _largest(sampled.entropies[:, 1:], z[f"gen_entropies_{run}"]), 1e-4)
     if f"gen_logits_{run}" in z:
-        yield Case(f"DPAR {run}: guided logits", _largest(drawn.logits, z[f"gen_logits_{run}"]), LOGITS)
+        yield Case(f"DPAR {run}: guided logits", _largest(sampled.logits, z[f"gen_logits_{run}"]), LOGITS)
 
 
 def _intermediates(folder: Path) -> Iterator[Case]:
     z, batch = _load(folder / "dpar_intermediates.npz"), _load(folder / "dpar_reference.npz")
     tokens, labels = _tensor(batch["tokens"]), _tensor(batch["labels"])
-    layout = PatchLayout.from_lengths(batch["patch_lengths"], row_width=8)
+    layout = PatchLayout.from_lengths(list(batch["patch_lengths"]), row_width=8)
     counts = layout.offsets.diff().tolist()
     for encoding in ENCODINGS:
         model = _dpar_model(folder, encoding)
@@ -326,9 +334,9 @@ def _evaluator(folder: Path) -> Iterator[Case]:
         yield Case(f"evaluator: IS ({key}), relative", _relative(found, z[key]), 1e-6)
     paths = (("", 1, 512, 1 / 512), ("_300", 1, 300, 2 / 300), ("_fp32path", z["fp32path_scale"], 512, 1e-9))
     for ending, factor, count, tolerance in paths:
-        found = metrics.precision_recall(z["ref_pool"] * factor, z["sample_pool"][:count] * factor)
-        yield Case(f"evaluator: precision{ending}", abs(found.precision - float(z[f"precision{ending}"])), tolerance)
-        yield Case(f"evaluator: recall{ending}", abs(found.recall - float(z[f"recall{ending}"])), tolerance)
+        pair = metrics.precision_recall(z["ref_pool"] * factor, z["sample_pool"][:count] * factor)
+        yield Case(f"evaluator: precision{ending}", abs(pair.precision - float(z[f"precision{ending}"])), tolerance)
+        yield Case(f"evaluator: recall{ending}", abs(pair.recall - float(z[f"recall{ending}"])), tolerance)
 
 
 def _spatial_order(z: dict[str, np.ndarray]) -> float:

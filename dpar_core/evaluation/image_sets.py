@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, and what has to be said of them.
+    """Images, and notes on how they were read.
 
     images: (n, height, width, 3) uint8. formats: how pixels were stored, sorted: "lossless" for an npz, PNG, BMP and PPM,
     else the format's name; what decoding did to pixels stands behind a comma (alpha over white, 16 bits cut to 8). Scores
@@ -51,17 +51,17 @@ class ImageSet:
     @property
     def notes(self) -> list[str]:
         """Return sentences for people: formats other than lossless ones, and files that were left out."""
-        said = []
+        notes = []
         if self.formats != (LOSSLESS,):
-            said.append(f"images are stored as {' and '.join(self.formats)}, which is part of the protocol")
+            notes.append(f"images are stored as {' and '.join(self.formats)}, which is part of the protocol")
         if self.left_out:
             shown = first_few(self.left_out)
             verb = "was" if len(self.left_out) == 1 else "were"
             files = counted(len(self.left_out), "file")
-            said.append(
+            notes.append(
                 f"{files} that cannot be used as {'an image' if verb == 'was' else 'images'} {verb} left out ({shown})"
             )
-        return said
+        return notes
 
 
 def read_image_set(path: Path) -> ImageSet:
@@ -170,26 +170,26 @@ def _decoded(file: Path) -> tuple[np.ndarray, bytes]:
         return decode_image(content), content
     except BadImage as error:
         kind = kind_of(file)
-        told = described(file, kind) if kind in ("html", "lfs", "xml", "empty") else None
-        raise ScoreError(told or f"{file} cannot be used ({error}): make it again or remove it") from None
+        problem = described(file, kind) if kind in ("html", "lfs", "xml", "empty") else None
+        raise ScoreError(problem or f"{file} cannot be used ({error}): make it again or remove it") from None
 
 
 def _format_of(content: bytes) -> str:
     """Return how an image that can be decoded is stored, and what decoding changes."""
     with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-        told = LOSSLESS if image.format in _LOSSLESS_FORMATS else str(image.format)
+        stored = LOSSLESS if image.format in _LOSSLESS_FORMATS else str(image.format)
         if image.format == "TIFF":  # a container: of pixels as they are, or of a JPEG
-            told += f" {image.info.get('compression', 'raw')}"
+            stored += f" {image.info.get('compression', 'raw')}"
         if getattr(image, "n_frames", 1) > 1:
-            told += ", first frame"
+            stored += ", first frame"
         if image.mode == "CMYK":
-            told += ", CMYK converted"
+            stored += ", CMYK converted"
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            told += ", alpha over white"
+            stored += ", alpha over white"
         if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile):
-            told += ", 16 bits cut to 8"
+            stored += ", 16 bits cut to 8"
         elif image.mode == "F":
-            told += ", float rounded to 8 bits"
+            stored += ", float rounded to 8 bits"
         if image.getexif().get(0x0112) in range(2, 9):
-            told += ", rotated as EXIF says"
-    return told
+            stored += ", rotated as EXIF says"
+    return stored

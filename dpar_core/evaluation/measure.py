@@ -39,7 +39,7 @@ def measure(network: FeatureNetwork, images: np.ndarray, *, done: Callable[[int]
 
 
 def pieces(images: int) -> Iterator[slice]:
-    """Yield slices of PIECE images; a single last image, of which there is no covariance, joins the piece before.
+    """Yield slices of PIECE images; a single last image, which has no covariance, joins the piece before.
 
     Raises ScoreError for fewer than two images.
     """

@@ -17,7 +17,7 @@ CHUNK_BYTES = 256 << 20  # distance matrices are made in pieces of at most this 
 
 
 class ScoreError(ValueError):
-    """Features that no score can be computed from; the message says what is wrong."""
+    """Features that no score can be computed from; the message names the fault."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
     tr (S1 S2)^1/2 is the sum of the singular values of S1^1/2 S2^1/2; covariances may be singular.
     mu: (d,), sigma: (d, d) symmetric. Raises ScoreError for shapes that do not fit, values that are not finite, or a
-    matrix that is no covariance.
+    matrix that is not a covariance.
     """
     mu1, mu2 = np.asarray(mu1, np.float64), np.asarray(mu2, np.float64)
     sigma1, sigma2 = np.asarray(sigma1, np.float64), np.asarray(sigma2, np.float64)
@@ -178,10 +178,10 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     centre = statistic(np.arange(count))
-    draws = [statistic(rng.integers(0, count, count)) for _ in range(resamples)]
+    resampled = [statistic(rng.integers(0, count, count)) for _ in range(resamples)]
     intervals = {}
     for name, value in centre.items():
-        values = np.array([draw[name] for draw in draws])
+        values = np.array([values[name] for values in resampled])
         spread = np.percentile(values - values.mean(), [2.5, 97.5])
         intervals[name] = Interval(float(value + spread[0]), float(value + spread[1]))
     return intervals

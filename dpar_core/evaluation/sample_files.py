@@ -1,4 +1,4 @@
-"""Images that a model drew, as the ADM evaluator reads them: samples.npz with arr_0 (uint8, NHWC) and arr_1 (labels).
+"""Images that a model generated, as the ADM evaluator reads them: samples.npz with arr_0 (uint8, NHWC) and arr_1 (labels).
 
 Shapes: N images, S their side in pixels.
 """

@@ -1,13 +1,13 @@
-"""Generation with exact caches, for DPAR and its LlamaGen twin.
+"""Generation with exact caches, for DPAR and its LlamaGen baseline.
 
 Everything in DPAR is causal and boundaries are known before the token that they begin, so what was computed stays: the
-entropy model, the patch encoder and the patch decoder step once a token, the patch transformer once a patch. Encoder,
+entropy model, the patch encoder and the patch decoder step once per token, the patch transformer once per patch. Encoder,
 patch vectors and entropy model do not see the class: under guidance they run once, not twice.
 
 An image depends on model, settings, label, seed and given tokens alone: every row is computed by kernels whose result
-does not depend on the other rows (see kv_cache.py, stepping.py), and draws from a generator of its own seed.
+does not depend on the other rows (see kv_cache.py, stepping.py), and samples from a generator of its own seed.
 
-Shapes: B images, T tokens an image, M_b patches of image b, A lanes that take part in a launch, D width, V codebook
+Shapes: B images, T tokens per image, M_b patches of image b, A lanes that take part in a launch, D width, V codebook
 entries. A lane is the place of one image in the caches; with guidance lane b has a second row B + b, unconditional.
 """
 
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpar_core.generation.guidance import Drawer, SampleSettings
 from dpar_core.generation.lanes import Lanes, longest_patch
+from dpar_core.generation.sampling import SampleSettings, TokenSampler
 from dpar_core.generation.static import Schedule, StaticDPAR, StaticGPT, static_dpar_bytes, static_gpt_bytes
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
 from dpar_core.models.dpar import DPAR, DPARConfig
@@ -29,12 +29,12 @@ from dpar_core.models.gpt import GPT
 from dpar_core.models.memory import dpar_cache_bytes, gpt_cache_bytes
 from dpar_core.patches.rule import lengths_from_starts
 
-Progress = Callable[[int], None]  # called with the number of tokens just settled, over all images
+OnTokens = Callable[[int], None]  # called with the number of tokens just settled, over all images
 
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens: (B, T) int64. patch_lengths: for each image (M_b,) uint16 that sum to T (the twin: none). entropies:
+    """tokens: (B, T) int64. patch_lengths: for each image (M_b,) uint16 that sum to T (the baseline: none). entropies:
     (B, T) float32 nats by which the gate decided, nan where it was not asked, on the host. logits: (B, T, V) float32,
     guided, where they were asked for."""
 
@@ -51,10 +51,10 @@ def generate_gpt(
     settings: SampleSettings,
     *,
     given: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: OnTokens | None = None,
     keep_logits: bool = False,
 ) -> Generated:
-    """Draw images from the twin. See `GPTGenerator.generate`."""
+    """Generate images with the baseline. See `GPTGenerator.generate`."""
     generator = GPTGenerator(model, settings)
     return generator.generate(labels, seeds, given=given, progress=progress, keep_logits=keep_logits)
 
@@ -67,10 +67,10 @@ def generate_dpar(
     settings: SampleSettings,
     *,
     given: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: OnTokens | None = None,
     keep_logits: bool = False,
 ) -> Generated:
-    """Draw images from a DPAR. See `DPARGenerator.generate`."""
+    """Generate images with a DPAR. See `DPARGenerator.generate`."""
     generator = DPARGenerator(model, entropy_model, settings)
     return generator.generate(labels, seeds, given=given, progress=progress, keep_logits=keep_logits)
 
@@ -80,7 +80,7 @@ def _checked(
 ) -> Tensor | None:
     """Check what a caller asks for, in sentences. Returns the given tokens."""
     if labels.ndim != 1 or len(labels) != len(seeds):
-        raise ValueError(f"expected one label and one seed an image; got {tuple(labels.shape)} labels, {len(seeds)} seeds")
+        raise ValueError(f"expected one label and one seed per image; got {tuple(labels.shape)} labels, {len(seeds)} seeds")
     wrong = labels[(labels < 0) | (labels > num_classes)]
     if len(wrong):
         raise ValueError(f"class {int(wrong[0])} does not exist: the model knows classes 0 to {num_classes - 1}")
@@ -94,7 +94,7 @@ def _checked(
 
 
 class GPTGenerator:
-    """Draws images from the LlamaGen twin; weights are laid out once for many batches."""
+    """Generates images with the LlamaGen baseline; weights are laid out once for many batches."""
 
     def __init__(
         self,
@@ -107,9 +107,11 @@ class GPTGenerator:
     ) -> None:
         """Lay out the weights. static, capture: as in `DPARGenerator`."""
         if model.config.num_classes is None:
-            raise ValueError("this GPT has no class token, it cannot draw images of a class: give the twin's weights")
+            raise ValueError("this GPT has no class token, so it cannot generate images of a class: use the baseline")
         self.config, self.settings, self.dtype = model.config, settings, dtype
         self.stepper = GPTStepper(model, dtype)
+        assert self.stepper.classes is not None
+        self.num_classes, self.classes = model.config.num_classes, self.stepper.classes
         self.guided = settings.guided(model.config.tokens)
         self.static, self.capture = runs_static(self.stepper.tokens.device, static), capture
         self.engine: StaticGPT | None = None
@@ -127,10 +129,10 @@ class GPTGenerator:
         seeds: Sequence[int],
         *,
         given: Tensor | None = None,
-        progress: Progress | None = None,
+        progress: OnTokens | None = None,
         keep_logits: bool = False,
     ) -> Generated:
-        """Draw an image of each label.
+        """Generate an image of each label.
 
         labels: (B,) int64 in [0, classes] (the last is "no class"). seeds: B integers. given: (B, n) int64, the first
         n tokens of each image. Raises ValueError in a sentence.
@@ -141,19 +143,20 @@ class GPTGenerator:
             labels,
             seeds,
             given,
-            num_classes=config.num_classes,
+            num_classes=self.num_classes,
             tokens=config.tokens,
             codebook_size=config.codebook_size,
         )
         if self.static:
-            if not fits(self.engine, images, keep_logits):
-                self.engine = None  # its memory is free before the next one takes some
-                self.engine = StaticGPT(
+            engine = self.engine
+            if engine is None or not fits(engine, images, keep_logits):
+                engine = self.engine = None  # its memory is free before the next one takes some
+                engine = self.engine = StaticGPT(
                     stepper, self.settings, images=images, dtype=self.dtype, keep_logits=keep_logits, capture=self.capture
                 )
-            self.engine.run(labels, seeds, given, progress)
-            return generated_by(self.engine, images)
-        drawer = Drawer(
+            engine.run(labels, seeds, given, progress)
+            return generated_by(engine, images)
+        sampler = TokenSampler(
             self.settings,
             seeds,
             given,
@@ -164,22 +167,22 @@ class GPTGenerator:
         )
         lanes = torch.arange(images)
         cache = stepper.new_cache((2 if self.guided else 1) * images, self.dtype)
-        null = torch.full_like(labels, config.num_classes)
-        x = stepper.classes[torch.cat([labels, null[: len(drawer.half(lanes, lanes * 0))]]).to(device)]
+        null = torch.full_like(labels, self.num_classes)
+        x = self.classes[torch.cat([labels, null[: len(sampler.half(lanes, lanes * 0))]]).to(device)]
         for position in range(config.tokens):
             positions = torch.full_like(lanes, position)
-            half = drawer.half(lanes, positions)
+            half = sampler.half(lanes, positions)
             rows = torch.cat([lanes, half + images])
             logits = stepper(x[: len(rows)], cache, rows, torch.full_like(rows, position))
-            tokens = drawer(lanes, positions, logits)
+            tokens = sampler(lanes, positions, logits)
             x = stepper.tokens[torch.cat([tokens, tokens[half.to(device)]])]
             if progress:
                 progress(images)
-        return Generated(drawer.tokens, [], torch.full(drawer.tokens.shape, float("nan")), drawer.logits)
+        return Generated(sampler.tokens, [], torch.full(sampler.tokens.shape, float("nan")), sampler.logits)
 
 
 class DPARGenerator:
-    """Draws images from a DPAR; weights are laid out once for many batches."""
+    """Generates images with a DPAR; weights are laid out once for many batches."""
 
     def __init__(
         self,
@@ -199,15 +202,15 @@ class DPARGenerator:
         dtype: of the model's matrices and caches. gate_dtype: the entropy model's; rounding moves boundaries, so it is that
         of the entropies the patches were trained on (`patches.maps.rule_precision`). patience: launches of the token
         networks after which the patch transformer steps for the lanes that wait for it (1: after each); a schedule, it never
-        changes an image. static: use the static decoder (None: on CUDA); then `schedule` says what becomes of rows that
-        begin no patch (None: what was measured to be fastest), and capture False replays no graph. Raises ValueError for a
+        changes an image. static: use the static decoder (None: on CUDA); then `schedule` sets what becomes of rows that
+        begin no patch (None: the fastest one as measured), and capture False replays no graph. Raises ValueError for a
         rule that is missing or does not fit, or an entropy model that does not.
         """
         config, rule = model.config, settings.rule
         if rule is None or rule.row_width != config.row_width:
             raise ValueError(f"expected a patch rule for rows of {config.row_width} tokens; got {rule and rule.row_width}")
         largest = float(np.log(config.codebook_size))
-        if rule.reads_entropies and not 0 <= rule.threshold <= largest:
+        if rule.threshold is not None and rule.reads_entropies and not 0 <= rule.threshold <= largest:
             raise ValueError(
                 f"threshold {rule.threshold} nats makes no sense for {config.codebook_size} codes: expected 0 to "
                 f"ln {config.codebook_size} = {largest:.3f}, the largest entropy there is"
@@ -224,6 +227,7 @@ class DPARGenerator:
                     f"{gate.num_classes or 'no'} classes; expected {config.codebook_size}, {config.row_width}, no"
                 )
         self.config, self.settings, self.rule = config, settings, rule
+        self.num_classes = config.num_classes
         self.dtype, self.gate_dtype, self.patience = dtype, gate_dtype, patience
         self.stepper = DPARStepper(model, dtype)
         self.gate = GPTStepper(entropy_model, gate_dtype) if self.asks_model and entropy_model else None
@@ -261,12 +265,14 @@ class DPARGenerator:
         seeds: Sequence[int],
         *,
         given: Tensor | None = None,
-        progress: Progress | None = None,
+        progress: OnTokens | None = None,
         keep_logits: bool = False,
         lanes: int | None = None,
     ) -> Generated:
-        """Draw an image of each label. Arguments as `GPTGenerator.generate`; lanes: images drawn at a time (None: all),
-        a lane that is done takes the next image."""
+        """Generate an image of each label. Arguments as `GPTGenerator.generate`.
+
+        lanes: images generated at a time (None: all); a lane that is done takes the next image.
+        """
         config = self.config
         given = _checked(
             labels,
@@ -278,7 +284,7 @@ class DPARGenerator:
         )
         if self.static:
             return self._sound(self._generate_static(labels, seeds, given, progress, keep_logits))
-        drawer = Drawer(
+        sampler = TokenSampler(
             self.settings,
             seeds,
             given,
@@ -287,7 +293,7 @@ class DPARGenerator:
             device=self.stepper.tokens.device,
             keep_logits=keep_logits,
         )
-        state = Lanes(self, labels, drawer, lanes=min(lanes or len(labels), len(labels)))
+        state = Lanes(self, labels, sampler, lanes=min(lanes or len(labels), len(labels)))
         since_patch = self.patience
         while True:
             state.refill()
@@ -298,30 +304,31 @@ class DPARGenerator:
                 state.patch_launch(waiting)
                 since_patch = 0
             elif len(ready):
-                drawn = state.token_launch(ready)
+                sampled = state.token_launch(ready)
                 since_patch += 1
                 if progress:
-                    progress(drawn)
+                    progress(sampled)
             else:
                 break
         lengths = lengths_from_starts(state.starts.numpy())
-        return self._sound(Generated(drawer.tokens, lengths, state.entropies, drawer.logits))
+        return self._sound(Generated(sampler.tokens, lengths, state.entropies, sampler.logits))
 
-    def _sound(self, drawn: Generated) -> Generated:
+    def _sound(self, sampled: Generated) -> Generated:
         """Return what was sampled. Raises ValueError where the entropy model gave no numbers: no patch began there."""
-        if self.asks_model and not drawn.entropies[:, 1:].isfinite().all():
+        if self.asks_model and not sampled.entropies[:, 1:].isfinite().all():
             raise ValueError(
                 f"the entropy model's entropies in {self.gate_dtype} are not finite numbers: set entropies.precision to "
                 "fp32 and run `dvc repro`, or train the entropy model again"
             )
-        return drawn
+        return sampled
 
     def _generate_static(
-        self, labels: Tensor, seeds: Sequence[int], given: Tensor | None, progress: Progress | None, keep_logits: bool
+        self, labels: Tensor, seeds: Sequence[int], given: Tensor | None, progress: OnTokens | None, keep_logits: bool
     ) -> Generated:
-        if not fits(self.engine, len(labels), keep_logits):
-            self.engine = None  # its memory is free before the next one takes some
-            self.engine = StaticDPAR(
+        engine = self.engine
+        if engine is None or not fits(engine, len(labels), keep_logits):
+            engine = self.engine = None  # its memory is free before the next one takes some
+            engine = self.engine = StaticDPAR(
                 self.stepper,
                 self.gate,
                 self.settings,
@@ -333,8 +340,8 @@ class DPARGenerator:
                 capture=self.capture,
                 schedule=self.schedule or fastest_schedule(self.config, len(labels)),
             )
-        self.engine.run(labels, seeds, given, progress)
-        return generated_by(self.engine, len(labels))
+        engine.run(labels, seeds, given, progress)
+        return generated_by(engine, len(labels))
 
 
 def runs_static(device: torch.device, wanted: bool | None) -> bool:
@@ -351,9 +358,9 @@ def fastest_schedule(config: DPARConfig, images: int) -> Schedule:
     return "ahead" if 16 <= images <= 128 and config.patch_layers <= 12 else "buckets"
 
 
-def fits(engine: StaticDPAR | StaticGPT | None, images: int, keep_logits: bool) -> bool:
+def fits(engine: StaticDPAR | StaticGPT, images: int, keep_logits: bool) -> bool:
     """Whether a batch can be sampled by an engine that is there: a smaller batch is filled up, which keeps its kernels."""
-    return engine is not None and images <= engine.images and keep_logits == (engine.logits is not None)
+    return images <= engine.images and keep_logits == (engine.logits is not None)
 
 
 def generated_by(engine: StaticDPAR | StaticGPT, images: int) -> Generated:

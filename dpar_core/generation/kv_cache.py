@@ -27,7 +27,7 @@ def capacity(positions: int, limit: int) -> int:
     return min(grown, BLOCK * -(-limit // BLOCK))
 
 
-class Step(NamedTuple):
+class CachePlan(NamedTuple):
     """Which rows take part, where they write, and how to read: shared by all layers of one step.
 
     rows, positions: (A,) int64; each row writes at its position and sees all up to it. mask: (A, 1, C) float32 of
@@ -74,7 +74,7 @@ class KVCache:
         """Bytes held now."""
         return sum(tensor.numel() * tensor.element_size() for tensor in [*self.keys, *self.values])
 
-    def plan(self, rows: Tensor, positions: Tensor) -> Step:
+    def plan(self, rows: Tensor, positions: Tensor) -> CachePlan:
         """Prepare one step: rows (A,) int64 without repeats, positions (A,) int64 to write at, both on the host.
 
         Raises ValueError past the limit.
@@ -91,9 +91,9 @@ class KVCache:
             hidden = self._arange[: self.capacity] > positions[:, None]
             mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf")).unsqueeze(1)
         if not self.in_place:
-            return Step(rows, positions, mask, longest)
+            return CachePlan(rows, positions, mask, longest)
         count = len(rows) * self.heads
-        return Step(
+        return CachePlan(
             rows,
             positions,
             mask,
@@ -104,24 +104,26 @@ class KVCache:
             value_offsets=torch.arange(0, count * longest, longest, dtype=torch.int32),
         )
 
-    def write(self, layer: int, step: Step, k: Tensor, v: Tensor) -> None:
+    def write(self, layer: int, plan: CachePlan, k: Tensor, v: Tensor) -> None:
         """Store k, v (A, H, hd) at the step's positions."""
         if self.in_place:
-            self.keys[layer][step.rows, :, :, step.positions] = k.to(self.dtype)
+            self.keys[layer][plan.rows, :, :, plan.positions] = k.to(self.dtype)
         else:
-            self.keys[layer][step.rows, :, step.positions] = k.to(self.dtype)
-        self.values[layer][step.rows, :, step.positions] = v.to(self.dtype)
+            self.keys[layer][plan.rows, :, plan.positions] = k.to(self.dtype)
+        self.values[layer][plan.rows, :, plan.positions] = v.to(self.dtype)
 
-    def attend(self, layer: int, step: Step, q: Tensor) -> Tensor:
+    def attend(self, layer: int, plan: CachePlan, q: Tensor) -> Tensor:
         """Read what the rows see: q (A, H, hd), already scaled by hd^-1/2 -> (A, H, hd) float32."""
         if not self.in_place:
-            return self._attend_selected(layer, step, q)
+            return self._attend_selected(layer, plan, q)
         rows, heads, head_dim = q.shape
+        assert plan.key_index is not None and plan.key_offsets is not None, "plans of this form have an index"
+        assert plan.value_index is not None and plan.value_offsets is not None
         scores = (
             torch.embedding_bag(
                 self.keys[layer].view(-1, self.capacity),
-                step.key_index,
-                step.key_offsets,
+                plan.key_index,
+                plan.key_offsets,
                 False,
                 0,
                 False,
@@ -130,14 +132,14 @@ class KVCache:
             .float()
             .view(rows, heads, self.capacity)
         )
-        if step.mask is not None:
-            scores += step.mask
-        weights = scores.softmax(-1).to(self.dtype)[..., : step.longest].reshape(-1)
+        if plan.mask is not None:
+            scores += plan.mask
+        weights = scores.softmax(-1).to(self.dtype)[..., : plan.longest].reshape(-1)
         return (
             torch.embedding_bag(
                 self.values[layer].view(-1, head_dim),
-                step.value_index,
-                step.value_offsets,
+                plan.value_index,
+                plan.value_offsets,
                 False,
                 0,
                 False,
@@ -147,9 +149,9 @@ class KVCache:
             .view(rows, heads, head_dim)
         )
 
-    def _attend_selected(self, layer: int, step: Step, q: Tensor) -> Tensor:
-        k, v = self.keys[layer][step.rows], self.values[layer][step.rows, :, : self.capacity]
-        mask = None if step.mask is None else step.mask.unsqueeze(1).to(self.dtype)
+    def _attend_selected(self, layer: int, plan: CachePlan, q: Tensor) -> Tensor:
+        k, v = self.keys[layer][plan.rows], self.values[layer][plan.rows, :, : self.capacity]
+        mask = None if plan.mask is None else plan.mask.unsqueeze(1).to(self.dtype)
         out = F.scaled_dot_product_attention(q.to(self.dtype).unsqueeze(2), k, v, attn_mask=mask, scale=1.0)
         return out.squeeze(2).float()
 

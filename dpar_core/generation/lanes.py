@@ -1,14 +1,14 @@
-"""The images of a batch while DPAR draws them, each at a position of its own.
+"""The images of a batch while DPAR generates them, each at a position of its own.
 
 A lane is the place of one image in the caches. Its life is a sequence of launches, each for any set of lanes: a token
-launch draws a token and takes it up, a patch launch closes a patch and steps the patch transformer; where the decoder's
+launch samples a token and takes it up, a patch launch closes a patch and steps the patch transformer; where the decoder's
 entropy cuts patches, a probe launch asks it.
 
-Who is where is kept on the host, vectors and caches on the device: a device is waited for once a token, when the gate's
+Who is where is kept on the host, vectors and caches on the device: a device is waited for once per token, when the gate's
 entropies come back.
 
 Shapes: B lanes, A lanes that take part in a launch, U of them that need their unconditional half (row B + lane), T
-tokens an image, D width, V codebook entries, hd head dimension.
+tokens per image, D width, V codebook entries, hd head dimension.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dpar_core.generation.guidance import Drawer
+from dpar_core.generation.sampling import TokenSampler
 from dpar_core.generation.stepping import DPARStepper, GPTStepper, complex_table, normalized
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import next_token_entropies
@@ -48,16 +48,16 @@ def longest_patch(rule: PatchRule, tokens: int) -> int:
 
 
 class Lanes:
-    """The state of the images that are being drawn, each at a position of its own.
+    """The state of the images that are being generated, each at a position of its own.
 
-    image: (B,) which of the drawer's images is in each lane; a lane whose image is finished takes the next one.
-    position: (B,) next token to be drawn. first, index: (B,) first token and number of the patch that holds it.
+    image: (B,) which of the sampler's images is in each lane; a lane whose image is finished takes the next one.
+    position: (B,) next token to be sampled. first, index: (B,) first token and number of the patch that holds it.
     waits: (B,) whether that patch still needs its state from the patch transformer. decided: (B,) whether it is known
     to which patch that token belongs. All of these, and lanes and positions in arguments below, are on the host.
     """
 
-    def __init__(self, networks: Networks, labels: Tensor, drawer: Drawer, *, lanes: int) -> None:
-        self.networks, self.drawer, self.stepper = networks, drawer, networks.stepper
+    def __init__(self, networks: Networks, labels: Tensor, sampler: TokenSampler, *, lanes: int) -> None:
+        self.networks, self.sampler, self.stepper = networks, sampler, networks.stepper
         config, dtype, stepper = networks.config, networks.dtype, networks.stepper
         self.device = device = stepper.tokens.device
         self.lanes = lanes
@@ -104,7 +104,7 @@ class Lanes:
         self.state[free], self.peak[free] = self.stepper.start, float("-inf")
 
     def ready(self) -> Tensor:
-        """Lanes whose next token can be drawn: (A,) int64."""
+        """Lanes whose next token can be sampled: (A,) int64."""
         return torch.nonzero(~self.waits & (self.position < self.networks.config.tokens)).flatten()
 
     def waiting(self) -> Tensor:
@@ -115,7 +115,7 @@ class Lanes:
         """Ask the decoder's entropy where it is not known yet to which patch the next token belongs.
 
         The logits are those of the conditional half, unguided, as if the token stayed in the open patch: its own patch
-        cannot be stepped before the boundary is known. Where it stays they are kept for the draw; where it begins a patch
+        cannot be stepped before the boundary is known. Where it stays they are kept for sampling; where it begins a patch
         they are void. The unconditional half follows in the token launch, with the rows that begin one; of few lanes it
         comes along, so that they need no second launch when none begins.
         """
@@ -124,7 +124,7 @@ class Lanes:
             return
         position = self.position[lanes]
         both = len(lanes) <= HALVES_TOGETHER
-        rows = torch.cat([lanes, self.drawer.half(lanes, position) + self.lanes]) if both else lanes
+        rows = torch.cat([lanes, self.sampler.half(lanes, position) + self.lanes]) if both else lanes
         logits = self.decode(rows)
         if self.kept is None:
             self.kept = torch.empty(len(self.has), logits.shape[1], device=self.device)
@@ -134,25 +134,26 @@ class Lanes:
         self.has[torch.cat([begin, begin + self.lanes]) if self.networks.guided else begin] = False
 
     def token_launch(self, lanes: Tensor) -> int:
-        """Draw a token in each of these lanes; return how many were drawn."""
+        """Sample a token in each of these lanes; return how many were sampled."""
         position = self.position[lanes]
-        half = self.drawer.half(lanes, position)
-        tokens = self.drawer(self.image[lanes], position, self.logits(torch.cat([lanes, half + self.lanes])))
+        half = self.sampler.half(lanes, position)
+        tokens = self.sampler(self.image[lanes], position, self.logits(torch.cat([lanes, half + self.lanes])))
         self.position[lanes] = position + 1
-        drawn, last = len(lanes), self.networks.config.tokens - 1
+        sampled, last = len(lanes), self.networks.config.tokens - 1
         if bool((position == last).any()):
             going = torch.nonzero(position < last).flatten()
             lanes, position, tokens = lanes[going], position[going], tokens[going.to(self.device)]
         if len(lanes):
             self.encode(lanes, position, tokens)
             self.decide(lanes, position + 1, tokens)
-        return drawn
+        return sampled
 
     def logits(self, rows: Tensor) -> Tensor:
         """Return the logits of the next token of these rows (A,), those that a probe has kept among them: (A, V)."""
         missing = rows[~self.has[rows]]
         if len(missing) == len(rows):
             return self.decode(rows)
+        assert self.kept is not None, "a probe keeps what `has` marks"
         if len(missing):
             self.kept[missing.to(self.device)] = self.decode(missing)
         self.has[rows] = False
@@ -161,32 +162,32 @@ class Lanes:
     def decode(self, rows: Tensor) -> Tensor:
         """Run the decoder for the next token of these rows, given the state of the open patch: (A,) -> (A, V)."""
         stepper = self.stepper
-        step = self.decoder_cache.plan(rows, self.position[rows % self.lanes])
-        table = stepper.table[step.positions]
-        x, copied = self.state[step.rows % self.lanes], self.copied[step.rows]
+        plan = self.decoder_cache.plan(rows, self.position[rows % self.lanes])
+        table = stepper.table[plan.positions]
+        x, copied = self.state[plan.rows % self.lanes], self.copied[plan.rows]
         for layer, block in enumerate(stepper.decoder):
-            x = block(x + copied[:, layer], table, self.decoder_cache, layer, step)
+            x = block(x + copied[:, layer], table, self.decoder_cache, layer, plan)
         return stepper.head(x)
 
     def encode(self, lanes: Tensor, position: Tensor, tokens: Tensor) -> None:
-        """Take up the drawn tokens: x' of each, and its share in the open patch."""
+        """Take up the sampled tokens: x' of each, and its share in the open patch."""
         stepper = self.stepper
-        step = self.encoder_cache.plan(lanes, position)
+        plan = self.encoder_cache.plan(lanes, position)
         member = self.member_cache.plan(lanes, position - self.first[lanes])
-        table = stepper.table[step.positions + 1]
+        table = stepper.table[plan.positions + 1]
         x = stepper.tokens[tokens]
         for layer, (block, reader) in enumerate(zip(stepper.encoder, stepper.readers)):
-            x = block(x, table, self.encoder_cache, layer, step)
+            x = block(x, table, self.encoder_cache, layer, plan)
             if layer == 0:
-                self.peak[step.rows] = torch.maximum(self.peak[step.rows], x)
+                self.peak[plan.rows] = torch.maximum(self.peak[plan.rows], x)
             reader.write(x, self.member_cache, layer, member)
-        self.state[step.rows] = x
+        self.state[plan.rows] = x
 
     def decide(self, lanes: Tensor, position: Tensor, tokens: Tensor) -> None:
-        """Tell whether the token at `position` begins a patch, as far as that is known before the decoder runs."""
+        """Return whether the token at `position` begins a patch, as far as that is known before the decoder runs."""
         gate = self.networks.gate
         entropies = torch.full(position.shape, float("nan"))
-        if gate:
+        if gate and self.gate_cache:
             entropies = next_token_entropies(gate(gate.tokens[tokens], self.gate_cache, lanes, position - 1)).cpu()
         self.settle(lanes, position, entropies, final=not self.networks.asks_decoder)
 
@@ -202,7 +203,7 @@ class Lanes:
         """Close the open patch of these lanes and get the state of the next from the patch transformer."""
         stepper = self.stepper
         position = self.position[lanes]
-        half = self.drawer.half(lanes, position)
+        half = self.sampler.half(lanes, position)
         rows = torch.cat([lanes, half + self.lanes])
         opens = position == 0
         if bool(opens.any()):
@@ -220,14 +221,14 @@ class Lanes:
             labels = self.labels[self.image[rows[opening] % self.lanes]]
             labels = torch.where(rows[opening] < self.lanes, labels, self.networks.config.num_classes)
             x[opening.to(self.device)] = stepper.classes[labels.to(self.device)]
-        place = torch.where(opens, 0, self.index[lanes] + 1)
-        self.index[lanes], self.first[lanes] = place, position
-        step = self.patch_cache.plan(rows, self.doubled(place, lanes, half))
-        self.peak[step.rows[: len(lanes)]] = float("-inf")
+        slot = torch.where(opens, 0, self.index[lanes] + 1)
+        self.index[lanes], self.first[lanes] = slot, position
+        plan = self.patch_cache.plan(rows, self.doubled(slot, lanes, half))
+        self.peak[plan.rows[: len(lanes)]] = float("-inf")
         for layer, block in enumerate(stepper.patch_blocks):
-            x = block(x, table, self.patch_cache, layer, step)
+            x = block(x, table, self.patch_cache, layer, plan)
         copied = stepper.copies(normalized(x))
-        self.copied[step.rows] = copied.unflatten(-1, (-1, self.networks.config.width))
+        self.copied[plan.rows] = copied.unflatten(-1, (-1, self.networks.config.width))
         self.waits[lanes] = False
 
     def doubled(self, x: Tensor, lanes: Tensor, half: Tensor) -> Tensor:
@@ -240,10 +241,10 @@ class Lanes:
         """Return the vectors of the patches that end before `position`, (A, D), and their rotary table."""
         stepper, config = self.stepper, self.networks.config
         first = self.first[lanes]
-        step = self.member_cache.plan(lanes, position - first - 1)
-        patch = self.peak[step.rows]
+        plan = self.member_cache.plan(lanes, position - first - 1)
+        patch = self.peak[plan.rows]
         for layer, reader in enumerate(stepper.readers):
-            patch = reader.read(patch, self.member_cache, layer, step)
+            patch = reader.read(patch, self.member_cache, layer, plan)
         width = config.row_width
         table = patch_rotary(
             first // width,

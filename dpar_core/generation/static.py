@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpar_core.choices import ENCODED, Coordinate
-from dpar_core.generation.guidance import SampleSettings, uniforms
+from dpar_core.generation.sampling import SampleSettings, uniforms
 from dpar_core.generation.static_ops import Opened, StaticCache, TorchOps, static_cache_bytes
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
 from dpar_core.models.rope import frequencies, pairs_of
@@ -147,7 +147,7 @@ class Static:
 
 
 class StaticGPT(Static):
-    """The LlamaGen twin in steps of fixed shape."""
+    """The LlamaGen baseline in steps of fixed shape."""
 
     def __init__(
         self,
@@ -192,9 +192,9 @@ class StaticGPT(Static):
     def step(self, halves: int) -> None:
         """Sample one token of every image."""
         x = self.ops.embed_or_class(self, halves)
-        place = self.ops.lockstep(self.cache, self.position, self.table, shift=0)
+        plan = self.ops.lockstep(self.cache, self.position, self.table, shift=0)
         for layer, block in enumerate(self.stepper.blocks):
-            x = self.ops.block(block, x, self.cache, layer, place)
+            x = self.ops.block(block, x, self.cache, layer, plan)
         self.ops.sample(self, self.ops.project(self.stepper.head.output, x), halves)
         self.position.add_(1)
 
@@ -216,7 +216,7 @@ class StaticDPAR(Static):
 
     begins: (B,) bool, images whose next token begins a patch. lanes: (B,) int64, those first. count: (1,) int32, how many.
     first, index: (B,) int64, first token and number of the open patch. last_gate: (B,) int64, as in BoundaryState.
-    entropies, starts: (B, T + 1), what the gate said and where patches begin. state: (B or 2 B, D), x' of the last token,
+    entropies, starts: (B, T + 1), the gate's entropies and where patches begin. state: (B or 2 B, D), x' of the last token,
     once per half. peak: (B, D), maximum of x' in the open patch. copied: (B or 2 B, layers D), what decoder layers add from
     the patch's state.
     """
@@ -335,17 +335,17 @@ class StaticDPAR(Static):
             q = ops.read(reader, q, self, layer, opened)
         x = ops.spread(self, q, opened, halves)
         for layer, block in enumerate(stepper.patch_blocks):
-            x = ops.block(block, x, self.patch_cache, layer, opened.place)
+            x = ops.block(block, x, self.patch_cache, layer, opened.plan)
         return ops.project(stepper.copies, x)
 
     def decode(self, halves: int) -> Tensor:
         """Return the logits of the token at the position, given the state of the open patch: (halves B, V)."""
         ops, width = self.ops, self.config.width
         x = self.state[: halves * self.images]
-        place = ops.lockstep(self.decoder_cache, self.position, self.table, shift=0)
+        plan = ops.lockstep(self.decoder_cache, self.position, self.table, shift=0)
         for layer, block in enumerate(self.stepper.decoder):
             copied = self.copied[: len(x), layer * width : (layer + 1) * width]
-            x = ops.block(block, x, self.decoder_cache, layer, place, copied)
+            x = ops.block(block, x, self.decoder_cache, layer, plan, copied)
         return ops.project(self.stepper.head.output, x)
 
     def token(self, halves: int) -> None:
@@ -374,9 +374,9 @@ class StaticDPAR(Static):
         ops, gate = self.ops, self.gate
         assert gate is not None
         x = ops.embed(gate.tokens, self.current)
-        place = ops.lockstep(self.gate_cache, self.position, self.gate_table, shift=0)
+        plan = ops.lockstep(self.gate_cache, self.position, self.gate_table, shift=0)
         for layer, block in enumerate(gate.blocks):
-            x = ops.block(block, x, self.gate_cache, layer, place)
+            x = ops.block(block, x, self.gate_cache, layer, plan)
         ops.decide(self, ops.project(gate.head.output, x), 1)
         self.send_count()
 
@@ -412,10 +412,10 @@ class StaticDPAR(Static):
         """Turn the sampled token into x', and keep it for the patch that holds it."""
         ops, stepper = self.ops, self.stepper
         x = ops.embed(stepper.tokens, self.current)
-        place = ops.lockstep(self.encoder_cache, self.position, self.table, shift=1)
+        plan = ops.lockstep(self.encoder_cache, self.position, self.table, shift=1)
         first_x, members = x, []
         for layer, (block, reader) in enumerate(zip(stepper.encoder, stepper.readers)):
-            x = ops.block(block, x, self.encoder_cache, layer, place)
+            x = ops.block(block, x, self.encoder_cache, layer, plan)
             first_x = x if layer == 0 else first_x
             members.append(ops.project(reader.wkv, x))
         ops.take_up(self, x, first_x, members)

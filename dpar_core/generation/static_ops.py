@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpar_core.generation.guidance import draw, guide
 from dpar_core.generation.kv_cache import BLOCK
+from dpar_core.generation.sampling import guide, sample_tokens
 from dpar_core.generation.stepping import BlockStepper, Matrix, PatchReader
 from dpar_core.models.gpt import next_token_entropies
 from dpar_core.models.layers import NORM_EPS
@@ -50,7 +50,7 @@ def static_cache_bytes(*, layers: int, rows: int, width: int, positions: int, dt
     return 2 * layers * rows * BLOCK * -(-positions // BLOCK) * width * torch.empty(0, dtype=dtype).element_size()
 
 
-class Place(NamedTuple):
+class LaunchPlan(NamedTuple):
     """Where the rows of a launch write and what they see; shared by all layers of a stack.
 
     slots: (1,) or (A,) int64, each row writes there and sees all positions up to it. table: (n, hd / 2, 2) float32, cos and
@@ -72,14 +72,14 @@ class Opened(NamedTuple):
     """A launch of the patch transformer for k images.
 
     lanes: (k,) int64 images, None: all. begins: (k,) bool, those that begin a patch; the others are computed and dropped.
-    lengths: (k,) int64, tokens of the patch that ends, at least 1. place: of the k or 2 k rows in the patch transformer.
+    lengths: (k,) int64, tokens of the patch that ends, at least 1. plan: of the k or 2 k rows in the patch transformer.
     may_be_first: whether these can be the first patches of their images, which are made of the class.
     """
 
     lanes: Tensor | None
     begins: Tensor
     lengths: Tensor
-    place: Place
+    plan: LaunchPlan
     may_be_first: bool
 
 
@@ -105,34 +105,34 @@ class TorchOps:
         return F.embedding(tokens, table)
 
     def embed_or_class(self, engine: StaticGPT, halves: int) -> Tensor:
-        """Return the twin's input: the class at position 0, later the last token: (halves B, D)."""
+        """Return the baseline's input: the class at position 0, later the last token: (halves B, D)."""
         x = F.embedding(engine.current, engine.stepper.tokens)
         x = x if halves == 1 else torch.cat([x, x])
         return torch.where(engine.position == 0, engine.classes[: len(x)], x)
 
-    def lockstep(self, cache: StaticCache, position: Tensor, table: Tensor, *, shift: int) -> Place:
-        """Return the place of rows that are all at the same position (1,)."""
+    def lockstep(self, cache: StaticCache, position: Tensor, table: Tensor, *, shift: int) -> LaunchPlan:
+        """Return the plan of rows that are all at the same position (1,)."""
         turn = _turn(table[shift:].index_select(0, position))
-        return Place(position, table, shift, seen=cache.hidden.index_select(0, position), turn=turn)
+        return LaunchPlan(position, table, shift, seen=cache.hidden.index_select(0, position), turn=turn)
 
     def block(
-        self, block: BlockStepper, x: Tensor, cache: StaticCache, layer: int, place: Place, add: Tensor | None = None
+        self, block: BlockStepper, x: Tensor, cache: StaticCache, layer: int, plan: LaunchPlan, add: Tensor | None = None
     ) -> Tensor:
         """Run one position of each row through a transformer block: x (A, D) -> (A, D). add: (A, D), added to x first."""
-        assert place.turn is not None and place.seen is not None
+        assert plan.turn is not None and plan.seen is not None
         x = x if add is None else x + add
         qkv = block.wqkv(self.normalized(x)).unflatten(-1, (3, block.heads, -1, 2))  # (A, 3, H, hd / 2, 2)
-        turned = torch.view_as_real(torch.view_as_complex(qkv) * place.turn).flatten(-2)  # v is turned by 1
+        turned = torch.view_as_real(torch.view_as_complex(qkv) * plan.turn).flatten(-2)  # v is turned by 1
         held = cache.layers[layer]
         new = turned[:, 1:].transpose(0, 1).to(held.dtype)  # (2, A, H, hd)
-        if place.rows is None and len(place.slots) == 1:
-            held[:, : len(x)].index_copy_(3, place.slots, new.unsqueeze(3))
+        if plan.rows is None and len(plan.slots) == 1:
+            held[:, : len(x)].index_copy_(3, plan.slots, new.unsqueeze(3))
             k, v = held[0, : len(x)], held[1, : len(x)]
         else:
-            rows = rows_of(place, len(x))
-            held.transpose(2, 3)[:, rows, place.slots] = new
+            rows = rows_of(plan, len(x))
+            held.transpose(2, 3)[:, rows, plan.slots] = new
             k, v = held[0].index_select(0, rows), held[1].index_select(0, rows)
-        out = attend(turned[:, 0], k, v, place.seen)
+        out = attend(turned[:, 0], k, v, plan.seen)
         x = self.add_linear(x, block.wo, out.flatten(1))
         gate, up = block.w13(self.normalized(x)).chunk(2, dim=-1)
         return self.add_linear(x, block.w2, F.silu(gate).mul_(up))
@@ -157,21 +157,21 @@ class TorchOps:
         begins, first, index = (_of(x, lanes) for x in (engine.begins, engine.first, engine.index))
         position, width = engine.position + int(ahead), engine.config.row_width
         opening = position == 0
-        place = index + 1
+        slot = index + 1
         last = ((position - 1) % width).expand_as(first)
         values = torch.stack([first // width, first % width, last, index.clamp_min(0)], dim=1)
         table = engine.turns[values[:, engine.turn_source], engine.pair]  # (k, hd / 2, 2)
         table = table * ~opening
-        slots = place if ahead else torch.where(begins, place, engine.scratch)
+        slots = slot if ahead else torch.where(begins, slot, engine.scratch)
         if not ahead:
             _put(engine.first, lanes, torch.where(begins, position, first))
-            _put(engine.index, lanes, torch.where(begins, place, index))
+            _put(engine.index, lanes, torch.where(begins, slot, index))
         rows = lanes
         if halves == 2:
             slots, table = slots.repeat(2), table.repeat(2, 1, 1)
             rows = None if lanes is None else torch.cat([lanes, lanes + engine.images])
         seen = engine.patch_cache.hidden.index_select(0, slots)
-        placed = Place(slots, table, None, rows, None, seen, _turn(table))
+        placed = LaunchPlan(slots, table, None, rows, None, seen, _turn(table))
         return Opened(lanes, begins, (position - first).clamp_min(1), placed, lanes is None and not ahead)
 
     def pooled(self, engine: StaticDPAR, opened: Opened) -> Tensor:
@@ -195,7 +195,7 @@ class TorchOps:
     def keep_copies(self, engine: StaticDPAR, copies: Tensor, opened: Opened, halves: int) -> None:
         """Keep what the decoder adds from a patch's state, for rows that begin one: (halves k, layers D)."""
         begins = opened.begins if halves == 1 else opened.begins.repeat(2)
-        rows = rows_of(opened.place, len(copies))
+        rows = rows_of(opened.plan, len(copies))
         engine.copied[rows] = torch.where(begins.unsqueeze(1), copies, engine.copied[rows])
 
     def commit(self, engine: StaticDPAR, copies: Tensor, halves: int) -> None:
@@ -216,7 +216,7 @@ class TorchOps:
             logits = guide(logits[:images], logits[images:], scale)
         if engine.logits is not None:
             engine.logits.index_copy_(1, position, logits.unsqueeze(1))
-        tokens = draw(logits, engine.uniforms.index_select(1, position).squeeze(1), engine.settings)
+        tokens = sample_tokens(logits, engine.uniforms.index_select(1, position).squeeze(1), engine.settings)
         given = engine.given.index_select(1, position).squeeze(1)
         torch.where(given >= 0, given, tokens, out=engine.current)
         engine.tokens.index_copy_(1, position, engine.current.unsqueeze(1))
@@ -250,9 +250,9 @@ class TorchOps:
                 engine.lanes.copy_(torch.argsort(engine.begins.to(torch.uint8), descending=True, stable=True))
 
 
-def rows_of(place: Place, rows: int) -> Tensor:
+def rows_of(plan: LaunchPlan, rows: int) -> Tensor:
     """Return the cache rows of a launch: (A,) int64."""
-    return torch.arange(rows, device=place.slots.device) if place.rows is None else place.rows
+    return torch.arange(rows, device=plan.slots.device) if plan.rows is None else plan.rows
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpar_core.generation.kv_cache import KVCache, Step
+from dpar_core.generation.kv_cache import CachePlan, KVCache
 from dpar_core.models.dpar import DPAR, PatchAttention
 from dpar_core.models.gpt import GPT
 from dpar_core.models.layers import NORM_EPS, Block
@@ -94,12 +94,12 @@ class BlockStepper:
         w13 = torch.cat([ffn.w1.weight, ffn.w3.weight]).float() * block.ffn_norm.weight.float()
         self.w13, self.w2 = Matrix(w13, dtype), Matrix(ffn.w2.weight, dtype)
 
-    def __call__(self, x: Tensor, table: Tensor, cache: KVCache, layer: int, step: Step) -> Tensor:
+    def __call__(self, x: Tensor, table: Tensor, cache: KVCache, layer: int, plan: CachePlan) -> Tensor:
         """x: (A, D); table: (A, hd / 2) complex; writes and reads layer `layer` of the cache. Returns (A, D)."""
         qkv = self.wqkv(normalized(x)).unflatten(-1, (3 * self.heads, -1))  # (A, 3 H, hd)
         qk = rotate_pairs(qkv[:, : 2 * self.heads], table)
-        cache.write(layer, step, qk[:, self.heads :], qkv[:, 2 * self.heads :])
-        x = x + self.wo(cache.attend(layer, step, qk[:, : self.heads]).flatten(1))
+        cache.write(layer, plan, qk[:, self.heads :], qkv[:, 2 * self.heads :])
+        x = x + self.wo(cache.attend(layer, plan, qk[:, : self.heads]).flatten(1))
         gate, up = self.w13(normalized(x)).chunk(2, dim=-1)
         return x + self.w2(F.silu(gate) * up)
 
@@ -115,7 +115,7 @@ class Head:
 
 
 class GPTStepper:
-    """A GPT for single positions: the twin (position 0 is the class) or the entropy model (position 0 is token 0)."""
+    """A GPT for single positions: the baseline (position 0 is the class) or the entropy model (position 0 is token 0)."""
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         self.config = model.config
@@ -139,10 +139,10 @@ class GPTStepper:
 
     def __call__(self, x: Tensor, cache: KVCache, rows: Tensor, positions: Tensor) -> Tensor:
         """Run input vectors x (A, D) of `rows` at `positions` (A,), both on the host, and return logits (A, V)."""
-        step = cache.plan(rows, positions)
-        table = self.table[step.positions]
+        plan = cache.plan(rows, positions)
+        table = self.table[plan.positions]
         for layer, block in enumerate(self.blocks):
-            x = block(x, table, cache, layer, step)
+            x = block(x, table, cache, layer, plan)
         return self.head(x)
 
 
@@ -158,15 +158,15 @@ class PatchReader:
         self.wkv = Matrix(torch.cat([attention.wk.weight, attention.wv.weight]).float() * norm_kv, dtype)
         self.wo = Matrix(attention.wo.weight, dtype)
 
-    def write(self, x: Tensor, cache: KVCache, layer: int, step: Step) -> None:
+    def write(self, x: Tensor, cache: KVCache, layer: int, plan: CachePlan) -> None:
         """Keep keys and values of token states x (A, D)."""
         kv = self.wkv(normalized(x)).unflatten(-1, (2 * self.heads, -1))
-        cache.write(layer, step, kv[:, : self.heads], kv[:, self.heads :])
+        cache.write(layer, plan, kv[:, : self.heads], kv[:, self.heads :])
 
-    def read(self, q: Tensor, cache: KVCache, layer: int, step: Step) -> Tensor:
+    def read(self, q: Tensor, cache: KVCache, layer: int, plan: CachePlan) -> Tensor:
         """Refine patch vectors q (A, D) by their own tokens."""
         heads = self.wq(normalized(q)).unflatten(-1, (self.heads, -1))
-        return q + self.wo(cache.attend(layer, step, heads).flatten(1))
+        return q + self.wo(cache.attend(layer, plan, heads).flatten(1))
 
 
 class DPARStepper:

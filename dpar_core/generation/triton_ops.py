@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpar_core.generation.guidance import guide
-from dpar_core.generation.sampling import filter_logits
-from dpar_core.generation.static_ops import Opened, Place, StaticCache
+from dpar_core.generation.sampling import filter_logits, guide
+from dpar_core.generation.static_ops import LaunchPlan, Opened, StaticCache
 from dpar_core.generation.stepping import BlockStepper, Matrix, PatchReader
 from dpar_core.models.layers import NORM_EPS
 
@@ -39,7 +38,7 @@ class Stream(NamedTuple):
     pending: Tensor | None
 
 
-# Kernels. Pointers first, then sizes, then constants. `x_ptr` and the like are tensors of the sizes told in the wrappers.
+# Kernels. Pointers first, then sizes, then constants. `x_ptr` and the like are tensors; the wrappers give their shapes.
 
 
 @triton.jit
@@ -712,10 +711,10 @@ class TritonOps:
         )
         return out
 
-    def lockstep(self, cache: StaticCache, position: Tensor, table: Tensor, *, shift: int) -> Place:
-        return Place(position, table, shift)
+    def lockstep(self, cache: StaticCache, position: Tensor, table: Tensor, *, shift: int) -> LaunchPlan:
+        return LaunchPlan(position, table, shift)
 
-    def attend(self, qkv: Tensor, cache: StaticCache, layer: int, place: Place, dtype: torch.dtype) -> Tensor:
+    def attend(self, qkv: Tensor, cache: StaticCache, layer: int, plan: LaunchPlan, dtype: torch.dtype) -> Tensor:
         """Attend in the cache: qkv (A, 3 D) as the product gives it -> (A, D) in dtype."""
         held = cache.layers[layer]
         _, _, heads, positions, head_dim = held.shape
@@ -726,22 +725,22 @@ class TritonOps:
             _attend,
             (rows, heads),
             qkv,
-            place.table,
+            plan.table,
             held,
-            place.slots if place.rows is None else place.rows,
-            place.slots,
-            place.slots if place.active is None else place.active,
+            plan.slots if plan.rows is None else plan.rows,
+            plan.slots,
+            plan.slots if plan.active is None else plan.active,
             out,
             held.stride(0),
             heads,
             positions,
-            place.shift or 0,
+            plan.shift or 0,
             HD=head_dim,
             HDP=_pow2(head_dim),
             BLOCK=block,
-            ROWS=place.rows is not None,
-            ACTIVE=place.active is not None,
-            PER_ROW=place.shift is None,
+            ROWS=plan.rows is not None,
+            ACTIVE=plan.active is not None,
+            PER_ROW=plan.shift is None,
             num_warps=warps,
         )
         return out
@@ -752,7 +751,7 @@ class TritonOps:
         x: Stream | Tensor,
         cache: StaticCache,
         layer: int,
-        place: Place,
+        plan: LaunchPlan,
         add: Tensor | None = None,
     ) -> Stream:
         stream = _stream(x)
@@ -760,12 +759,12 @@ class TritonOps:
         if len(stream.x) <= SMALL and stream.pending is None:
             x = stream.x
             qkv = self.gemv(block.wqkv, x, norm=True, add=add)
-            out = self.attend(qkv, cache, layer, place, torch.float32)
+            out = self.attend(qkv, cache, layer, plan, torch.float32)
             x = self.gemv(block.wo, out, res=x, add=add)
             out = self.gemv(block.w13, x, norm=True, swiglu=True)
             return Stream(self.gemv(block.w2, out, res=x), None)
         x, h = self.add_norm(stream, dtype, add)
-        out = self.attend(self.linear(h, block.wqkv), cache, layer, place, dtype)
+        out = self.attend(self.linear(h, block.wqkv), cache, layer, plan, dtype)
         x, h = self.add_norm(Stream(x, self.linear(out, block.wo)), dtype)
         gates = self.linear(h, block.w13)
         hidden = gates.shape[1] // 2
@@ -836,8 +835,8 @@ class TritonOps:
             HALVES=halves,
             AHEAD=int(ahead),
         )
-        place = Place(slots, table, None, rows, None if ahead else active)
-        return Opened(lanes, active[:count], lengths, place, lanes is None and not ahead)
+        plan = LaunchPlan(slots, table, None, rows, None if ahead else active)
+        return Opened(lanes, active[:count], lengths, plan, lanes is None and not ahead)
 
     def pooled(self, engine: StaticDPAR, opened: Opened) -> Tensor:
         if opened.lanes is None:
@@ -901,13 +900,13 @@ class TritonOps:
 
     def keep_copies(self, engine: StaticDPAR, copies: Tensor, opened: Opened, halves: int) -> None:
         rows, width = copies.shape
-        assert opened.place.rows is not None and opened.place.active is not None
+        assert opened.plan.rows is not None and opened.plan.active is not None
         self.go(
             _keep,
             (rows, -(-width // 1024)),
             copies,
-            opened.place.rows,
-            opened.place.active,
+            opened.plan.rows,
+            opened.plan.active,
             engine.copied,
             width,
             BLOCK=1024,

@@ -1,8 +1,8 @@
 """DPAR: the paper's figure in one file (arXiv 2512.21867, Sec. 3).
 
-tokens -> patch encoder -> one vector a patch -> patch transformer, one step a patch -> patch decoder -> next token.
+tokens -> patch encoder -> one vector per patch -> patch transformer, one step per patch -> patch decoder -> next token.
 
-Shapes: B images, T tokens an image (G x G raster), V codebook entries, D width, H heads, hd head dimension;
+Shapes: B images, T tokens per image (G x G raster), V codebook entries, D width, H heads, hd head dimension;
 M_b patches of image b, P = sum of M_b packed rows, K = P - B complete patches (the last patch of an image is never
 needed as input), S longest patch.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpar_core.choices import PositionEncoding
-from dpar_core.models.layers import Block, LabelEmbedder, PackedCausal, RMSNorm, ffn_width, initialize
+from dpar_core.models.layers import Block, LabelEmbedder, PackedCausal, RMSNorm, Stack, ffn_width, initialize
 from dpar_core.models.loss import output_loss
 from dpar_core.models.rope import Rotary, patch_rotary, token_rotary
 from dpar_core.patches.layout import PatchLayout
@@ -54,7 +54,7 @@ class DPARConfig:
 
     @property
     def layers(self) -> int:
-        """Layers of the LlamaGen twin."""
+        """Layers of the LlamaGen baseline."""
         return self.encoder_layers + self.patch_layers + self.decoder_layers
 
     @property
@@ -139,8 +139,8 @@ class LocalEncoder(nn.Module):
     def __init__(self, config: DPARConfig) -> None:
         super().__init__()
         width, heads, count = config.width, config.heads, config.encoder_layers
-        self.layers = nn.ModuleList(Block(width, heads, config.hidden) for _ in range(count))
-        self.cross_attn_layers = nn.ModuleList(PatchAttention(width, heads) for _ in range(count))
+        self.layers = Stack[Block](Block(width, heads, config.hidden) for _ in range(count))
+        self.cross_attn_layers = Stack[PatchAttention](PatchAttention(width, heads) for _ in range(count))
 
 
 class LocalDecoder(nn.Module):
@@ -149,12 +149,12 @@ class LocalDecoder(nn.Module):
     def __init__(self, config: DPARConfig) -> None:
         super().__init__()
         width, heads, count = config.width, config.heads, config.decoder_layers
-        self.layers = nn.ModuleList(Block(width, heads, config.hidden) for _ in range(count))
-        self.cross_attn_layers = nn.ModuleList(CopyPatch(width) for _ in range(count))
+        self.layers = Stack[Block](Block(width, heads, config.hidden) for _ in range(count))
+        self.cross_attn_layers = Stack[CopyPatch](CopyPatch(width) for _ in range(count))
 
 
 class DPAR(nn.Module):
-    """Class-conditional autoregressive model whose large transformer steps once a patch."""
+    """Class-conditional autoregressive model whose large transformer steps once per patch."""
 
     def __init__(self, config: DPARConfig) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class DPAR(nn.Module):
         self.cls_embedding = LabelEmbedder(config.num_classes, config.width, class_dropout=config.class_dropout)
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
         self.local_encoder = LocalEncoder(config)
-        self.layers = nn.ModuleList(
+        self.layers = Stack[Block](
             Block(config.width, config.heads, config.hidden, dropout=config.dropout) for _ in range(config.patch_layers)
         )
         self.decoder_start_embedding = nn.Embedding(1, config.width)
@@ -186,7 +186,7 @@ class DPAR(nn.Module):
     @property
     def packed_blocks(self) -> list[Block]:
         """The blocks that see packed rows, of which every batch has another number."""
-        return [block for block in self.layers if isinstance(block, Block)]
+        return list(self.layers)
 
     def forward(self, tokens: Tensor, labels: Tensor, layout: PatchLayout, *, targets: Tensor | None = None) -> Tensor:
         """Predict every token from the tokens before it.
@@ -210,11 +210,12 @@ class DPAR(nn.Module):
         x = self.tok_embeddings(tokens)
         table = self.rotary.at(slice(1, 1 + x.shape[1]))
         pool = _Gathered(layout, x.shape[1]) if layout.longest <= LONGEST_GATHERED else _Segments(layout, x.shape[1])
-        patches = None
+        patches: Tensor | None = None
         for block, attention in zip(self.local_encoder.layers, self.local_encoder.cross_attn_layers):
             x = block(x, table)
             patches = pool.maximum(x) if patches is None else patches
             patches = pool.refine(attention, patches, x)
+        assert patches is not None, "the encoder has a layer"
         return x, patches
 
     def transform_patches(self, patches_KD: Tensor, labels: Tensor, layout: PatchLayout) -> Tensor:

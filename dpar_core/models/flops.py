@@ -1,7 +1,7 @@
 """What a forward pass costs: matrix multiply-adds counted as two operations, attention over the full square.
 
-Plain numbers in, plain numbers out: no torch, so that the cost of a model can be told without building it.
-N tokens an image, M patches, D width, F feed-forward width, V codebook entries.
+Plain numbers in, plain numbers out: no torch, so that the cost of a model is known without building it.
+N tokens per image, M patches, D width, F feed-forward width, V codebook entries.
 """
 
 from __future__ import annotations
@@ -13,25 +13,35 @@ BACKWARD = 2  # a backward pass costs two forward passes
 
 
 class GPTShape(Protocol):
-    """The fields of GPTConfig that cost depends on."""
+    """The properties of GPTConfig that computation and memory depend on."""
 
-    codebook_size: int
-    row_width: int
-    width: int
-    layers: int
-    hidden: int
+    @property
+    def codebook_size(self) -> int: ...
+    @property
+    def row_width(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def num_classes(self) -> int | None: ...
+    @property
+    def num_parameters(self) -> int: ...
 
 
-class DPARShape(Protocol):
-    """The fields of DPARConfig that cost depends on."""
+class DPARShape(GPTShape, Protocol):
+    """The properties of DPARConfig that computation and memory depend on."""
 
-    codebook_size: int
-    row_width: int
-    width: int
-    encoder_layers: int
-    patch_layers: int
-    decoder_layers: int
-    hidden: int
+    @property
+    def encoder_layers(self) -> int: ...
+    @property
+    def patch_layers(self) -> int: ...
+    @property
+    def decoder_layers(self) -> int: ...
 
 
 def block_flops(width: int, hidden: int) -> int:
@@ -40,7 +50,7 @@ def block_flops(width: int, hidden: int) -> int:
 
 
 def gpt_forward_flops(shape: GPTShape) -> int:
-    """Return FLOPs of one image through the LlamaGen twin (or the entropy model): N L K + 4 N^2 D L + 2 N V D."""
+    """Return FLOPs of one image through the LlamaGen baseline (or the entropy model): N L K + 4 N^2 D L + 2 N V D."""
     tokens, width = shape.row_width**2, shape.width
     per_layer = tokens * block_flops(width, shape.hidden) + 4 * tokens**2 * width
     return shape.layers * per_layer + 2 * tokens * shape.codebook_size * width
@@ -87,7 +97,7 @@ PUBLISHED_PEAKS = {
 }
 
 
-# Bytes of memory as the makers publish them, by the same words; A100s of 40 GB are not told apart.
+# Bytes of memory as the makers publish them, by the same words; A100s of 40 GB are not distinguished.
 PUBLISHED_MEMORY = {
     "B200": 180e9,
     "H200 NVL": 141e9,

@@ -1,6 +1,6 @@
-"""LlamaGen's GPT: DPAR's class-conditional twin, and without class token the entropy model.
+"""LlamaGen's GPT: DPAR's class-conditional baseline, and without class token the entropy model.
 
-Shapes: B images, T tokens an image (G x G raster), n tokens given, V codebook entries, D width, H heads, L layers.
+Shapes: B images, T tokens per image (G x G raster), n tokens given, V codebook entries, D width, H heads, L layers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpar_core.choices import GatePrecision
-from dpar_core.models.layers import Block, LabelEmbedder, RMSNorm, ffn_width, initialize
+from dpar_core.models.layers import Block, LabelEmbedder, RMSNorm, Stack, ffn_width, initialize
 from dpar_core.models.loss import output_loss
 from dpar_core.models.rope import Rotary, token_rotary
 from dpar_core.precision import dtype_of
@@ -59,7 +59,7 @@ class GPT(nn.Module):
         if config.num_classes is not None:
             self.cls_embedding = LabelEmbedder(config.num_classes, config.width, class_dropout=config.class_dropout)
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
-        self.layers = nn.ModuleList(
+        self.layers = Stack[Block](
             Block(config.width, config.heads, config.hidden, dropout=config.dropout) for _ in range(config.layers)
         )
         self.norm = RMSNorm(config.width)

@@ -6,8 +6,8 @@ A block does not know how its positions are laid out: the `attend` object it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +186,16 @@ class Block(nn.Module):
         """x: (..., n, D); table: (..., n, hd / 2), the positions of x; attend: see `Attend`. Returns x's shape."""
         x = x + F.dropout(self.attention(self.attention_norm(x), table, attend), self.dropout, self.training)
         return x + F.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Stack(nn.ModuleList, Generic[M]):
+    """A list of modules of one type."""
+
+    def __iter__(self) -> Iterator[M]:
+        return cast(Iterator[M], super().__iter__())
 
 
 class LabelEmbedder(nn.Module):

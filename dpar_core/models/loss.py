@@ -7,6 +7,7 @@ a block are computed while its logits are at hand, so none are kept or computed 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def output_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     rows = max(LOGITS_AT_ONCE // len(weight), 1)
     if targets.numel() <= rows:
         return F.cross_entropy(F.linear(x, weight).float().flatten(0, -2), targets.flatten())
-    return _BlockwiseLoss.apply(x.flatten(0, -2), weight, targets.flatten(), rows)
+    blockwise: Callable[..., Tensor] = _BlockwiseLoss.apply
+    return blockwise(x.flatten(0, -2), weight, targets.flatten(), rows)
 
 
 class _BlockwiseLoss(torch.autograd.Function):
@@ -59,7 +61,7 @@ class _BlockwiseLoss(torch.autograd.Function):
         return total / len(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
         scaled_x = None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype)
         scaled_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype)

@@ -1,4 +1,4 @@
-"""What training and sampling hold in memory, told from shapes alone; beside `flops`, plain numbers in and out.
+"""What training and sampling hold in memory, computed from shapes alone; beside `flops`, plain numbers in and out.
 
 Used by `dpar-cli cost`, by the presets, and by the checks before anything runs. T tokens and M patches of an image, D width,
 F feed-forward width, V codebook entries. Sizes in bytes; a gigabyte is 10^9 of them.
@@ -7,7 +7,8 @@ F feed-forward width, V codebook entries. Sizes in bytes; a gigabyte is 10^9 of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+
+from dpar_core.models.flops import DPARShape, GPTShape
 
 STATE = 16  # per parameter: float32 weight and gradient, AdamW's two moments
 LOGITS_BLOCK = 2**25  # logits the loss holds at a time, see dpar_core.models.loss
@@ -15,36 +16,6 @@ CACHE_BLOCK = 16  # positions by which caches are rounded up, see dpar_core.gene
 RUNTIME = 1_500_000_000  # CUDA's context, cuBLAS' workspace, fragments between tensors
 TRAINING_SHARE = 0.9  # of a device's memory that a training step may be expected to fill
 CACHE_SHARE = 0.7  # of the free memory that caches may take while sampling
-
-
-class GPTShape(Protocol):
-    """The fields of GPTConfig that memory depends on."""
-
-    @property
-    def codebook_size(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def num_classes(self) -> int | None: ...
-    @property
-    def num_parameters(self) -> int: ...
-
-
-class DPARShape(GPTShape, Protocol):
-    """The fields of DPARConfig that memory depends on."""
-
-    @property
-    def encoder_layers(self) -> int: ...
-    @property
-    def patch_layers(self) -> int: ...
-    @property
-    def decoder_layers(self) -> int: ...
 
 
 @dataclass(frozen=True)

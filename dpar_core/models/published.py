@@ -73,7 +73,7 @@ def _common(state: Mapping[str, Tensor], path: Path | str, *, heads: int, row_wi
 
 
 def read_gpt(path: Path | str, *, heads: int, row_width: int) -> tuple[dict[str, Tensor], GPTConfig]:
-    """Read a LlamaGen GPT; its shape is inferred but for the heads and the grid, which weights do not tell.
+    """Read a LlamaGen GPT; its shape is inferred except for heads and grid, which do not follow from weights.
 
     Without a class table it is an unconditional one (an entropy model). Raises ValueError when names or shapes differ.
     """
@@ -90,7 +90,7 @@ def read_gpt(path: Path | str, *, heads: int, row_width: int) -> tuple[dict[str,
 def read_dpar(
     path: Path | str, *, heads: int, row_width: int, position_encoding: PositionEncoding = "4d"
 ) -> tuple[dict[str, Tensor], DPARConfig]:
-    """Read DPAR weights; position_encoding is not told by weights either. Raises ValueError when names or shapes differ."""
+    """Read DPAR weights; weights do not hold position_encoding either. Raises ValueError when names or shapes differ."""
     state = read_state(path)
     table = state.get("cls_embedding.embedding_table.weight")
     if table is None or "decoder_start_embedding.weight" not in state:
@@ -109,7 +109,7 @@ def read_dpar(
 
 
 def read_vq(path: Path | str, *, expected: VQConfig | None = None, holder: str | None = None) -> dict[str, Tensor]:
-    """Read LlamaGen VQ weights. Raises ValueError when they differ from `expected` or are no such network.
+    """Read LlamaGen VQ weights. Raises ValueError when they differ from `expected` or belong to another network.
 
     holder: the key to read where there are several sets of weights.
     """
@@ -132,7 +132,7 @@ def read_vq(path: Path | str, *, expected: VQConfig | None = None, holder: str |
             "z_channels",
             "residual_blocks",
         )
-        names += ("norm_groups",)  # not told by weights: LlamaGen's are 32, and others would load and decode rubbish
+        names += ("norm_groups",)  # weights do not determine it: LlamaGen's are 32, and others would load and decode wrongly
         wrong = [
             f"tokenizer.{name} is {getattr(expected, name)} but the weights have {getattr(config, name)}"
             for name in names

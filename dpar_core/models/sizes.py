@@ -1,6 +1,6 @@
-"""The sizes that models of this project come in, once: B to XXL of DPAR and its twin, and the entropy models.
+"""The sizes that models of this project come in, once: B to XXL of DPAR and its baseline, and the entropy models.
 
-Plain data: no torch, so that the cost of a model can be told without building it. Shapes: D width, H heads, E encoder,
+Plain data: no torch, so that the cost of a model is known without building it. Shapes: D width, H heads, E encoder,
 G patch transformer and Dec decoder layers.
 """
 

@@ -33,7 +33,7 @@ EXPECTED = "expected weights, as a .safetensors file or a PyTorch checkpoint"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TensorFile:
     """Tensors of a file. state: by name without wrappers' prefixes, float32, on the CPU, none sharing memory.
 
     holder: the key that held them, None where they are bare. others: keys beside it that hold whole sets of weights too, as
@@ -55,7 +55,7 @@ class Checkpoint:
         return f"holds {self.holder} and {others}: {self.holder} is read; to use {others}, {way_out}"
 
 
-def read_checkpoint(path: Path | str, *, holder: str | None = None) -> Checkpoint:
+def read_checkpoint(path: Path | str, *, holder: str | None = None) -> TensorFile:
     """Read tensors by name from a .safetensors file or a PyTorch checkpoint, bare or under one of HOLDERS.
 
     holder: the key to read where there are several, or another one than those. float16, bfloat16 and float64 become
@@ -90,7 +90,7 @@ def read_checkpoint(path: Path | str, *, holder: str | None = None) -> Checkpoin
         found[name] = alone.clone() if alone.numel() and alone.data_ptr() in taken else alone
         taken.add(found[name].data_ptr())
     check_finite(found, path)
-    return Checkpoint(found, key, others, tuple(stored))
+    return TensorFile(found, key, others, tuple(stored))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -134,14 +134,14 @@ def _words(error: Exception) -> str:
 
 
 def _other_kind(path: Path, kind: Kind) -> str:
-    told = described(path, kind) or f"{path} is not a file of weights"
+    problem = described(path, kind) or f"{path} is not a file of weights"
     if kind == "folder":
         names = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin"))
         held = f": give one of its files ({', '.join(names[:3])})" if names else ""
-        return f"{told}, {EXPECTED}{held}"
+        return f"{problem}, {EXPECTED}{held}"
     if kind == "json" and _is_index(path):
         return f"{path} is the index of a checkpoint in several files: join them into one safetensors file first"
-    return told if ": " in told.removeprefix(str(path)) else f"{told}, {EXPECTED}"
+    return problem if ": " in problem.removeprefix(str(path)) else f"{problem}, {EXPECTED}"
 
 
 def _is_index(path: Path) -> bool:
@@ -201,7 +201,7 @@ def _float32(name: str, tensor: Tensor, path: Path) -> Tensor:
 def check_finite(state: Mapping[str, Tensor], where: Path | str) -> None:
     """Refuse weights that hold NaN or infinity. Raises ValueError, naming the first of them.
 
-    One sum in float64 per tensor tells: it is finite exactly when all values are.
+    One sum in float64 per tensor is enough: it is finite exactly when all values are.
     """
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not _finite(tensor)]
     if bad:

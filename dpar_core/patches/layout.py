@@ -1,12 +1,13 @@
 """The patches of a batch as one packed, ragged list.
 
-Shapes: B images, T tokens an image, M_b patches of image b, P = sum of M_b packed patches.
+Shapes: B images, T tokens per image, M_b patches of image b, P = sum of M_b packed patches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,9 +85,9 @@ class PatchLayout:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PatchLayout:
         """Return the layout on a device."""
-        moved = {
-            field.name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-            for field in fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        return PatchLayout(**moved)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> PatchLayout:
+        """Return the layout with every tensor changed."""
+        changed: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return PatchLayout(**changed)

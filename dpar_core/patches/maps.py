@@ -335,7 +335,7 @@ class PatchMaps:
         return {"folder": self.folder, "shards": self.shards, "cache": self._place.cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"], state["shards"], cache=state["cache"])
+        PatchMaps.__init__(self, state["folder"], state["shards"], cache=state["cache"])
 
 
 def pack_starts(starts: np.ndarray, *, views: int) -> np.ndarray:

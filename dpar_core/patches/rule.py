@@ -1,7 +1,7 @@
 """Where patches begin: the batched rule and the incremental one (DPAR, Sec. 3.2).
 
 Shapes: B images, T tokens of a grid with rows of G in raster order, M patches. e_t = H(x_t | x_<t) in nats is known
-before x_t is drawn, so every decision here is causal; adding tokens never moves an earlier boundary.
+before x_t is sampled, so every decision here is causal; adding tokens never moves an earlier boundary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class PatchRule:
     """How an image is cut into patches.
 
     mode: "entropy_rows" (DPAR: gates at tokens 0 and 1, at row starts and where e_t > threshold), "entropy" (no row
-    gates), "static" (runs of static_length), "token" (one token a patch). threshold: nats, compared in float32,
+    gates), "static" (runs of static_length), "token" (one token per patch). threshold: nats, compared in float32,
     strictly. max_patch_length: runs longer than this are cut from the left; None: no maximum.
     Raises ValueError for values that make no rule.
     """
@@ -61,7 +61,7 @@ class PatchRule:
 
 
 def patch_starts(entropies: Tensor, rule: PatchRule) -> Tensor:
-    """Tell which tokens begin a patch.
+    """Return which tokens begin a patch.
 
     A token is a gate at a fixed place (see `PatchRule.fixed_gates`) or when its entropy is above the threshold; it
     begins a patch when it is a gate or lies a multiple of max_patch_length after the last gate (DPAR, Sec. 3.2).
@@ -114,9 +114,9 @@ class BoundaryState:
         self._fixed = torch.zeros(0, dtype=torch.bool)
 
     def step(self, position: int | Tensor, entropies: Tensor, *, rows: Tensor | None = None) -> Tensor:
-        """Tell which rows begin a patch at `position`, given e_position (A,) float32 nats: (A,) bool.
+        """Return which rows begin a patch at `position`, given e_position (A,) float32 nats: (A,) bool.
 
-        position: one for all rows, or (A,) int64, one a row. rows: (A,) int64, the rows meant (None: all). Positions
+        position: one for all rows, or (A,) int64, one per row. rows: (A,) int64, the rows meant (None: all). Positions
         of a row must come in order from 0; entropies at position 0 are ignored.
         """
         rule, device = self.rule, self.last_gate.device
@@ -199,7 +199,7 @@ def threshold_for_mean_length(entropies: np.ndarray, rule: PatchRule, target: fl
     best = min({max(low - 1, 0), low}, key=lambda index: (abs(mean(index) - target), index))
     if abs(mean(best) - target) > 0.05 * target:
         raise ValueError(
-            f"no threshold gives {target} tokens a patch: mode {rule.mode} with max_patch_length "
+            f"no threshold gives {target} tokens per patch: mode {rule.mode} with max_patch_length "
             f"{rule.max_patch_length} reaches {mean(0):.3f} to {mean(len(candidates) - 1):.3f} on this data"
         )
     return float(candidates[best])

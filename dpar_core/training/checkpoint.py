@@ -115,7 +115,7 @@ class CheckpointStore:
         """Return the newest whole checkpoint, None when there is none.
 
         Partial and damaged ones are passed over with a warning. Raises ValueError when it is whole but belongs to
-        another architecture, OSError when the place cannot be read: what is there may be whole.
+        another architecture, OSError when the storage cannot be read: the checkpoint may be whole.
         """
         for step in reversed(self.steps()):
             try:
@@ -152,7 +152,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         score: float | None = None,
     ) -> str:
-        """Write a checkpoint, then drop those that are no longer kept, and return its address.
+        """Write a checkpoint, then delete those beyond keep_last and keep_best, and return its address.
 
         model, optimizer: full (unsharded) tensors by name. state: JSON data. score: for keep_best, lower is better.
         Raises CheckpointError when it cannot be written (earlier checkpoints are untouched then) or others not dropped.
@@ -342,13 +342,13 @@ class _Remote:
             self.remove(name)  # there is one only if it was found damaged
             try:
                 self.files.create_dir(f"{self.root}/{name}", recursive=True)
-                # state.json last: without it the folder is no checkpoint.
+                # state.json last: without it the folder is not a checkpoint.
                 for file in sorted(folder.iterdir(), key=lambda path: path.name == _STATE):
                     target_path = f"{self.root}/{name}/{file.name}"
                     with open(file, "rb") as source, self.files.open_output_stream(target_path) as target:
                         shutil.copyfileobj(source, target, 1 << 24)
             except BaseException:
-                with suppress(Exception):  # the first error is the one to tell; what stays is no checkpoint
+                with suppress(Exception):  # the first error is the one to report; what stays is not a checkpoint
                     self.remove(name)
                 raise
 

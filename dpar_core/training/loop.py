@@ -1,7 +1,7 @@
 """The training loop of all three models. It knows neither Ray nor MLflow: it takes batches and hooks.
 
-Everything random is a function of (seed, step, micro-batch, rank), everything drawn a function of (seed, step), so a
-run that was broken off ends as an undisturbed one would have. Nothing is read back from the device inside a step:
+Everything random is a function of (seed, step, micro-batch, rank), every choice of images a function of (seed, step), so a
+run that was interrupted ends as an uninterrupted one would have. Nothing is read back from the device inside a step:
 a guard on the device skips the update when a loss turns bad, and the host learns of it at the next log interval.
 """
 
@@ -44,7 +44,7 @@ class Objective(Protocol):
     """What a model learns and what that costs."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch in nats a token: () float32."""
+        """Return the mean loss of a batch in nats per token: () float32."""
 
     def forward_flops(self, patches_per_image: float) -> float:
         """Return FLOPs of a forward pass of one image (the patches are 0 for a model that has none)."""
@@ -71,7 +71,7 @@ class TrainSettings:
     batch_size: int
     optim: OptimSettings
     seed: int
-    largest_loss: float  # nats a token; a loss above it has exploded
+    largest_loss: float  # nats per token; a loss above it has exploded
     accumulate: int = 1
     precision: Precision = "fp32"
     compile: bool = False
@@ -89,8 +89,8 @@ class TrainSettings:
 
 
 @dataclass
-class Progress:
-    """What a run has to show so far; it travels in every checkpoint. Losses in nats a token, seconds of pure training.
+class RunProgress:
+    """What a run has to show so far; it travels in every checkpoint. Losses in nats per token, seconds of pure training.
 
     curve: a row (step, train loss since the row before, validation loss) for each validation. timings: rows (step,
     seconds, images/s since the row before). Sums are over the steps since the last log line or curve row.
@@ -115,7 +115,7 @@ def train(
     *,
     hooks: Hooks,
     ranks: Ranks | None = None,
-) -> Progress:
+) -> RunProgress:
     """Train a model from its newest checkpoint, or from its initial weights, to `settings.steps` steps.
 
     The last step is always validated and saved. Raises TrainingStopped before a bad loss reaches the weights,
@@ -125,7 +125,16 @@ def train(
 
 
 class _Run:
-    def __init__(self, model, objective, data, settings, store, hooks, ranks) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        data: Data,
+        settings: TrainSettings,
+        store: CheckpointStore,
+        hooks: Hooks,
+        ranks: Ranks,
+    ) -> None:
         self.objective, self.data, self.settings = objective, data, settings
         self.store, self.hooks, self.ranks = store, hooks, ranks
         self.bf16 = settings.precision == "bf16"
@@ -143,13 +152,13 @@ class _Run:
         self.loss_log = MeanLoss(ranks.device, self.progress.log_sum, self.progress.log_steps)
         self.loss_curve = MeanLoss(ranks.device, self.progress.curve_sum, self.progress.curve_steps)
 
-    def _resumed(self) -> Progress:
+    def _resumed(self) -> RunProgress:
         found = self._newest()
         if found is None:
-            return Progress()
+            return RunProgress()
         parallel.load_model(self.model, found.model())
         parallel.load_optimizer(self.model, self.optimizer, found.optimizer())
-        return Progress(**found.state["progress"])
+        return RunProgress(**found.state["progress"])
 
     def _newest(self) -> Checkpoint | None:
         """Return the newest checkpoint; the first rank chooses, so that all go on from the same step."""
@@ -165,7 +174,7 @@ class _Run:
         step = self.ranks.agree(None if found is None else found.step)
         return found if step is None or self.ranks.first else self.store.read(step)
 
-    def run(self) -> Progress:
+    def run(self) -> RunProgress:
         settings, progress, last = self.settings, self.progress, self.settings.steps
         self.hooks.begin(progress.step)
         with Prefetcher(
@@ -200,9 +209,9 @@ class _Run:
         loss = ranks.sum(torch.stack(losses).sum()) / ranks.world
         self.norm = clip_gradients(self.parameters, settings.optim.clip_norm)
         self.guard.look(step, loss, self.norm)
-        if ranks.device.type == "cpu":  # where reading costs nothing, a bad loss is told at once
+        if ranks.device.type == "cpu":  # where reading costs nothing, a bad loss is reported at once
             self._stop_if_bad()
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, self.guard.bad
+        vars(self.optimizer).update(grad_scale=None, found_inf=self.guard.bad)  # AdamW reads them, undeclared
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_log.add(loss)
@@ -235,7 +244,7 @@ class _Run:
         if found is None:
             return
         raise TrainingStopped(
-            f"training stopped at step {found.step + 1}, before its update: the loss is {found.loss:.4g} nats a token "
+            f"training stopped at step {found.step + 1}, before its update: the loss is {found.loss:.4g} nats per token "
             f"(limit {self.settings.largest_loss:.4g}), the gradient norm {found.norm:.4g}; "
             f"{self._way_out()}"
         )
@@ -268,7 +277,7 @@ class _Run:
         return metrics
 
     def _curve_row(self) -> float:
-        """Validate, add a row to the curve and to the timings, and return the loss in nats a token."""
+        """Validate, add a row to the curve and to the timings, and return the loss in nats per token."""
         train_loss = self.loss_curve.take()
         self._stop_if_bad()
         progress, seconds = self.progress, self.clock.seconds
@@ -276,7 +285,7 @@ class _Run:
             loss = self._validation_loss()
         if not loss <= self.settings.largest_loss:  # NaN as well; all ranks have the same sum
             raise TrainingStopped(
-                f"training stopped after step {progress.step}: the validation loss is {loss:.4g} nats a token (limit "
+                f"training stopped after step {progress.step}: the validation loss is {loss:.4g} nats per token (limit "
                 f"{self.settings.largest_loss:.4g}); {self._way_out()}"
             )
         before = progress.timings[-1] if progress.timings else [0, 0.0, 0.0]

@@ -49,7 +49,7 @@ class BadLoss(NamedTuple):
 class Guard:
     """Watches losses on the device. Once one is bad, `bad` is 1 for good; the optimizer skips its updates by it.
 
-    A loss is bad when it or the gradient norm is not finite, or it lies above `largest_loss` (nats a token).
+    A loss is bad when it or the gradient norm is not finite, or it lies above `largest_loss` (nats per token).
     """
 
     def __init__(self, largest_loss: float, device: torch.device) -> None:

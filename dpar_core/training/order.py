@@ -24,7 +24,7 @@ class Picks(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _epoch(images: int, views: int, seed: int, epoch: int) -> Picks:
-    """Return the order of one epoch and the view that each place shows (one random view an image)."""
+    """Return the order of one epoch and the view that each place shows (one random view per image)."""
     # Only the raw streams of a bit generator are promised to stay the same between NumPy versions.
     keys = _raw(seed, epoch, _ORDER, images)
     order = np.argsort(keys, kind="stable").astype(np.int64)
@@ -42,7 +42,7 @@ def _raw(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
 class DataOrder:
     """The order of a training set of `images` images with `views` views each, in batches of `batch_size` images.
 
-    Raises ValueError when there is nothing to draw from.
+    Raises ValueError when there is nothing to choose from.
     """
 
     def __init__(self, *, images: int, views: int, batch_size: int, seed: int) -> None:

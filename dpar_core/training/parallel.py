@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dpar_core.choices import Strategy
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FORMS = 32
@@ -99,14 +103,16 @@ def spread(model: nn.Module, strategy: Strategy, ranks: Ranks) -> nn.Module:
         mesh = dist.device_mesh.init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
         for block in transformer_blocks(model):
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
     if ranks.world == 1:
         return model
     devices = [ranks.device] if ranks.device.type == "cuda" else None
     # Buffers are tables that all ranks compute alike; the option's name changed in torch 2.13.
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False})
+    options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, sync: False}
+    return DistributedDataParallel(model, **options)
 
 
 def mesh_shape(ranks: Ranks) -> tuple[int, ...]:
@@ -129,7 +135,7 @@ def shape_of_nodes(nodes: Sequence[str]) -> tuple[int, ...]:
     return (len(runs), runs[0])
 
 
-def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager:
+def gradient_sync(module: nn.Module, *, on: bool) -> AbstractContextManager[None]:
     """Return a context for one micro-batch: gradients travel between ranks only in the last one (`on`)."""
     if _is_sharded(module):
         module.set_requires_gradient_sync(on)
@@ -144,13 +150,13 @@ def let_go(module: nn.Module) -> None:
         module.reshard()
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def _is_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
     # What FSDP2 wraps became an FSDPModule: without that import there is none.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def _is_part(tensor: Tensor) -> bool:
+def _is_part(tensor: Tensor) -> TypeGuard[DTensor]:
     dtensor = sys.modules.get("torch.distributed.tensor")
     return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 
@@ -162,7 +168,7 @@ def full_model(model: nn.Module) -> dict[str, Tensor]:
 
 def full_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return AdamW's state as exp_avg/NAME, exp_avg_sq/NAME and step/NAME, whole, on the CPU; collective."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         tensors |= {f"{key}/{name}": state[key] for key in (*_MOMENTS, "step")}
@@ -173,7 +179,8 @@ def _gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     first = not dist.is_initialized() or dist.get_rank() == 0
     whole = {}
     for name, tensor in tensors.items():
-        full = tensor.detach().full_tensor() if _is_part(tensor) else tensor.detach()
+        mine = tensor.detach()
+        full = mine.full_tensor() if _is_part(mine) else mine
         if first:
             whole[name] = full.to("cpu")
     return whole

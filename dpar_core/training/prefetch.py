@@ -25,15 +25,16 @@ class Batch(NamedTuple):
         """Return the batch on a device (from pinned memory: a copy that does not wait)."""
         if device.type == "cpu":
             return self
-        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """Return the batch in pinned memory."""
-        layout = None
-        if self.layout is not None:
-            values = vars(self.layout)
-            layout = PatchLayout(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()})
-        return Batch(self.tokens.pin_memory(), None if self.labels is None else self.labels.pin_memory(), layout)
+        return self.each(Tensor.pin_memory)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with every tensor changed."""
+        labels = None if self.labels is None else change(self.labels)
+        return Batch(change(self.tokens), labels, None if self.layout is None else self.layout.each(change))
 
 
 class Prefetcher:
@@ -67,7 +68,7 @@ class Prefetcher:
         self._thread.join()
 
     def next(self) -> list[Batch]:
-        """Return the micro-batches of the next step, on the device. Raises what making them raised."""
+        """Return the micro-batches of the next step, on the device. Raises the error that stopped the thread, if any."""
         started = time.perf_counter()
         ready = self._ready.get()
         self.waited = time.perf_counter() - started
@@ -78,9 +79,9 @@ class Prefetcher:
     def _work(self) -> None:
         for step in self._steps:
             try:
-                made: list[Batch] | BaseException = [self._make(step, micro) for micro in range(self._micros)]
-                if self._device.type == "cuda":
-                    made = [batch.pinned() for batch in made]
+                batches = [self._make(step, micro) for micro in range(self._micros)]
+                pin = self._device.type == "cuda"
+                made: list[Batch] | BaseException = [batch.pinned() for batch in batches] if pin else batches
             except BaseException as error:  # handed to the thread that waits for it
                 made = error
             while not self._stop.is_set():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
+
+from dpar_core.choices import PatchMode
 
 data_app = typer.Typer(
     no_args_is_help=True, help="Look at an image through every step, or check tokens and maps against their digests."
@@ -72,7 +74,7 @@ def patches_stats(
         ENTROPIES.below(artifacts),
         thresholds=None if thresholds is None else parse_range(thresholds),
         max_lengths=parse_max_lengths(max_lengths),
-        mode=mode,
+        mode=cast(PatchMode, mode),  # PatchRule refuses others
         split=split,
         limit=maps,
     )
@@ -107,12 +109,12 @@ def data_inspect(
     from dpar_core.files import atomic_path
     from dpar_core.pictures import save_png
     from stages.params import load_params
-    from stages.tools.inspect_data import describe, draw, inspect_image
+    from stages.tools.inspect_data import describe, draw_inspection, inspect_image
 
     found = inspect_image(key, artifacts=_artifacts(), data=load_params(Path("params.yaml")).data)
     print(describe(found))
     with atomic_path(out) as temporary:
-        save_png(draw(found), temporary)
+        save_png(draw_inspection(found), temporary)
     print(out)
 
 
@@ -120,7 +122,7 @@ def data_inspect(
 def data_check(
     repair: Annotated[bool, typer.Option("--repair", help="Make what is missing or damaged again, no more.")] = False,
 ) -> None:
-    """Read every shard, index and map, and say what is missing, damaged, or does not belong together.
+    """Read every shard, index and map, and list what is missing, damaged, or does not belong together.
 
     Reads artifacts/data, tokens, entropies and patch_maps; changes nothing without --repair. Exit 1 when something is
     wrong (with --repair: still wrong). What a repair cannot mend names the stage to run.

@@ -15,7 +15,7 @@ def init(
     into: Annotated[Path, typer.Option(help="Folder for the links to training and validation images.")] = Path("own-images"),
     share: Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of each class for validation.")] = 0.1,
     preset: Annotated[str, typer.Option(help="Sizes and steps to begin with: demo, or smoke for a quick trial.")] = "demo",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that is no preset.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that differs from every preset.")] = False,
 ) -> None:
     """Look at your own images, split them, and write a params.yaml for them.
 
@@ -75,13 +75,13 @@ def suggested(text: str, *, train: int, validation: int, classes: int, into: Pat
     from ruamel.yaml import YAML
 
     preset = YAML(typ="safe").load(text)
-    drawn = max(preset["sample"]["images"] // classes, 1) * classes
+    samples = max(preset["sample"]["images"] // classes, 1) * classes
     values: dict[str, Any] = {
         "data.source": "imagefolder",
         "data.train": str(into / "train"),
         "data.validation": str(into / "validation"),
-        "sample.images": drawn,
-        "score.images": min(drawn, train),
+        "sample.images": samples,
+        "score.images": min(samples, train),
         "report.examples": min(preset["report"]["examples"], validation),
         "tokenizer.batch_size": min(preset["tokenizer"]["batch_size"], train),
     }

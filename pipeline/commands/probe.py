@@ -34,7 +34,7 @@ def probe(
     out = out or Path(PROBE.path)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "probe.json", found)
-    draw(found, out / "probe.png")
+    plot_accuracies(found, out / "probe.png")
     print(table(found))
     print(f"\n{out / 'probe.png'} shows every block")
 
@@ -42,7 +42,7 @@ def probe(
 def probe_models(names: list[str], images: int, held_out: int, *, device: str, artifacts: Path) -> dict[str, Any]:
     """Return for each model its blocks' shares of held-out images classified right, and what was used.
 
-    artifacts: the folder that holds them. Raises ValueError for a name that is no model.
+    artifacts: the folder that holds them. Raises ValueError for an unknown model.
     """
     from dpar_core.data.shards import TokenShards
     from stages.artifacts import MODELS, PATCH_MAPS, TOKENS
@@ -53,7 +53,7 @@ def probe_models(names: list[str], images: int, held_out: int, *, device: str, a
     if unknown:
         raise ValueError(f"--models names {unknown[0]!r}, expected some of {', '.join(MODELS)}")
     train, validation = (TokenShards(TOKENS.below(artifacts), split) for split in ("train", "validation"))
-    tracker, told = PrintTracker(), {}
+    tracker, results = PrintTracker(), {}
     for name in names:
         model, weights = load_model(MODELS[name].below(artifacts), train)
         splits = [
@@ -62,9 +62,9 @@ def probe_models(names: list[str], images: int, held_out: int, *, device: str, a
         ]
         blocks = [vars(one) for one in probe(model, *splits)]
         best = max(blocks, key=lambda block: block["top1"])
-        told[name] = {"model": weights.digest, "step": weights.meta["step"], "best": best, "blocks": blocks}
+        results[name] = {"model": weights.digest, "step": weights.meta["step"], "best": best, "blocks": blocks}
     used = {"train": len(splits[0].labels), "held_out": len(splits[1].labels), "classes": len(train.meta.classes)}
-    return {"models": told, "images": used, "tokens": train.digest}
+    return {"models": results, "images": used, "tokens": train.digest}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -82,7 +82,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"published on ImageNet 256 (another data set than any of ours): {published}"])
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def plot_accuracies(found: dict[str, Any], path: Path) -> None:
     """Draw top-1 accuracy over the depth of each model."""
     import matplotlib
 

@@ -47,7 +47,7 @@ def _root() -> Path:
 
 
 def _pipeline_runs() -> list[Any]:
-    """Return the runs that are no stage of another, newest first."""
+    """Return the top-level runs, newest first."""
     from pipeline.tracking.outbox import opened
     from pipeline.tracking.tracker import PASS_TAG
 

@@ -37,7 +37,7 @@ CELL = 192  # pixels, least side of a picture in the grid
 MOST = 256  # pictures in one grid
 
 
-def draw_samples(
+def sample_grid(
     classes: str,
     seed: int,
     out: Path,
@@ -51,7 +51,7 @@ def draw_samples(
     root: Path,
     params_file: Path,
 ) -> str:
-    """Draw `count` images of each class into one PNG and return a line that says what was done.
+    """Sample `count` images of each class into one PNG and return a line that describes it.
 
     classes: ids or names, separated by commas. borders: draw the patches (DPAR). given, keep_rows: an image file of the
     model's size whose first token rows stay. Raises ValueError or FileNotFoundError in a sentence.
@@ -90,23 +90,23 @@ def draw_samples(
         check_memory(sampler, len(labels), way_out="ask for {} or fewer with --classes and --count")
         rows = _given_tokens(sampler, given, keep_rows) if given is not None or keep_rows else None
         started = time.perf_counter()
-        drawn = sampler.draw(
+        sampled = sampler.generate(
             labels, [seed + i for i in range(len(labels))], given=None if rows is None else rows.repeat(len(labels), 1)
         )
         seconds = time.perf_counter() - started
-        images = sampler.pixels(drawn.tokens)
+        images = sampler.pixels(sampled.tokens)
         side = images.shape[1] * max(-(-CELL // images.shape[1]), 1)
         if borders:
             width = sampler.config.row_width
-            pictures = [np.asarray(draw_borders(i, n, width, side=side)) for i, n in zip(images, drawn.patch_lengths)]
+            pictures = [np.asarray(draw_borders(i, n, width, side=side)) for i, n in zip(images, sampled.patch_lengths)]
         else:
             pictures = [enlarge(image, side // images.shape[1]) for image in images]
         grid = [np.stack(pictures[i : i + count]) for i in range(0, len(pictures), count)]
         title = f"{model}, seed {seed}, cfg {section.cfg_scale:g}" + (f", first {keep_rows} rows given" if given else "")
         save_png(labelled_grid(grid, [sampler.class_names[c] for c in chosen], title=title), temporary)
     patches = ""
-    if drawn.patch_lengths:
-        patches = f", {np.mean([len(one) for one in drawn.patch_lengths]):.0f} patches per image"
+    if sampled.patch_lengths:
+        patches = f", {np.mean([len(one) for one in sampled.patch_lengths]):.0f} patches per image"
     tokens = sampler.config.tokens
     return f"{out}: {len(labels)} images of {tokens} tokens{patches}, {len(labels) / seconds:.2f} images/s"
 
@@ -126,7 +126,7 @@ def _given_tokens(sampler: Sampler, given: Path | None, keep_rows: int) -> torch
     """Encode an image and return the tokens of its first rows: (1, keep_rows * G) int64."""
     width, size = sampler.config.row_width, sampler.image_size
     if given is None:
-        raise ValueError("--keep-rows says how much of an image stays: name the image with --given")
+        raise ValueError("--keep-rows is the part of an image to keep: name the image with --given")
     if not 1 <= keep_rows < width:
         raise ValueError(f"--keep-rows is {keep_rows}, expected 1 to {width - 1}: the image has {width} rows of tokens")
     if not given.exists():

@@ -134,7 +134,7 @@ def fetch(
     from pipeline.download import download
 
     if what != "inception":
-        raise ValueError(f"there is no address for {what!r}: expected inception (DINOv2: export it to TorchScript yourself)")
+        raise ValueError(f"no address known for {what!r}: expected inception (DINOv2: export it to TorchScript yourself)")
     address = url or INCEPTION_URL
     print(f"from {address}\nto   {to.resolve()}")
     digest = download(address, to, sha256=sha256 or INCEPTION_SHA256)
@@ -154,7 +154,7 @@ def calibrate(
     sha256: Sha256 = None,
     grid: Annotated[int, typer.Option(min=1, help="Tokens of a side: 16 (256 pixels) or 24 (384).")] = 16,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, where the size does not say.")] = None,
-    images: Annotated[int, typer.Option(min=2, help="Images to draw; published figures are of 50,000.")] = 50_000,
+    images: Annotated[int, typer.Option(min=2, help="Images to sample; published figures are of 50,000.")] = 50_000,
     expect: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE to expect instead, as fid=5.46; may be repeated.")
     ] = None,
@@ -171,7 +171,7 @@ def calibrate(
     from dpar_core.files import digest_of, write_record
     from pipeline.runner import device_of
     from stages.params import load_params, settled
-    from stages.sample import draw_samples
+    from stages.sample import sample_images
     from stages.tools import calibrate as calibration
     from stages.tools.score_files import images_in, score_images, settings_for, shape_in
     from stages.tracker import PrintTracker
@@ -197,9 +197,11 @@ def calibrate(
         }
     )
     made_by = [files.model.parent.name, heads or calibration.HEADS[size], grid, section.model_dump(exclude={"workers"})]
-    drawn = out / f"samples-{digest_of(made_by)[:8]}"  # another checkpoint or scale never meets these pictures
-    if images_in(drawn) == drawn:
-        draw_samples(section, files, drawn, tracker, device=device_of(params.compute), work=work / drawn.name, prefix="")
+    samples = out / f"samples-{digest_of(made_by)[:8]}"  # another checkpoint or scale never meets these pictures
+    if images_in(samples) == samples:
+        sample_images(
+            section, files, samples, tracker, device=device_of(params.compute), work=work / samples.name, prefix=""
+        )
     settings = settings_for(
         features,
         images=images,
@@ -207,8 +209,8 @@ def calibrate(
         bootstrap=0,
         allow_singular=allow_singular,
     )
-    against = _reference(reference, params, network, tracker, image_size=shape_in(drawn).height)
-    found = score_images(drawn, against, network, settings, tracker, seed=params.seed)
+    against = _reference(reference, params, network, tracker, image_size=shape_in(samples).height)
+    found = score_images(samples, against, network, settings, tracker, seed=params.seed)
     write_record(out / "scores.json", found.to_json())
     checks = calibration.checks(found.values, expected, tolerance=tolerance)
     print(_verdicts(checks))

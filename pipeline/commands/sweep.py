@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 if TYPE_CHECKING:
-    from stages.tools.sweep import Plan, Subject, TrialResult
+    from stages.params import Params
+    from stages.tools.sweep import Point, Search, Subject, SweepPlan, TrialResult
 
 sweep_app = typer.Typer(
     no_args_is_help=True,
@@ -20,7 +21,7 @@ Cfg = Annotated[str, typer.Option(help="Guidance scales: FIRST:LAST:STEP, or num
 MaxLength = Annotated[
     int | None, typer.Option(min=1, help="Longest patch in tokens while sampling; else as in params.yaml.")
 ]
-Images = Annotated[int, typer.Option(min=2, help="Images per trial of the search.")]
+TrialImages = Annotated[int, typer.Option(min=2, help="Images per trial of the search.")]
 FinalImages = Annotated[int | None, typer.Option(min=0, help="Images of a final; else sample.images. 0: no finals.")]
 Finalists = Annotated[int, typer.Option(min=1, help="Best trials of the search that are sampled again, with fresh seeds.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Trials at once. They share CPUs evenly; a GPU serves one.")]
@@ -38,7 +39,7 @@ def sweep_threshold(
     ] = None,
     cfg: Cfg = "1.0:3.0:0.5",
     max_length: MaxLength = None,
-    images: Images = 200,
+    images: TrialImages = 200,
     final_images: FinalImages = None,
     finalists: Finalists = 3,
     concurrency: Concurrency = 1,
@@ -50,7 +51,7 @@ def sweep_threshold(
     name: Name = None,
     apply: Apply = False,
 ) -> None:
-    """Sweep DPAR's sampling threshold and guidance scale, and say which pair is best.
+    """Sweep DPAR's sampling threshold and guidance scale, and print the best pair.
 
     Reads the models under artifacts/ (made by `dpar-cli run`) and params.yaml; without --retrain nothing is trained.
     Writes sweeps/NAME/: index.html, results.parquet, pictures; and an MLflow run with one run per trial (`dpar-cli ui`).
@@ -59,11 +60,11 @@ def sweep_threshold(
     """
     from stages.tools.sweep import Point
 
-    _check_search(search, retrain=retrain)
+    way = _checked_search(search, retrain=retrain)
     subject, params = subject_of("dpar", max_length)
     chosen = _training_thresholds(subject) if thresholds is None else _range(thresholds, "--thresholds")
     points = tuple(Point(threshold, scale) for threshold in chosen for scale in _range(cfg, "--cfg"))
-    plan = _plan(points, params, images, final_images, finalists, concurrency, search, trials)
+    plan = _plan(points, params, images, final_images, finalists, concurrency, way, trials)
     _run(name or "threshold", "dpar", subject, params, plan, retrain=retrain, apply=apply)
 
 
@@ -71,7 +72,7 @@ def sweep_threshold(
 def sweep_cfg(
     cfg: Cfg = "1.0:3.0:0.25",
     model: Annotated[str, typer.Option(help="dpar or llamagen.")] = "dpar",
-    images: Images = 200,
+    images: TrialImages = 200,
     final_images: FinalImages = None,
     finalists: Finalists = 3,
     concurrency: Concurrency = 1,
@@ -86,10 +87,10 @@ def sweep_cfg(
     """
     from stages.tools.sweep import Point
 
-    _check_search(search, retrain=False)
+    way = _checked_search(search, retrain=False)
     subject, params = subject_of(model, None)
     points = tuple(Point(None, scale) for scale in _range(cfg, "--cfg"))
-    plan = _plan(points, params, images, final_images, finalists, concurrency, search, trials)
+    plan = _plan(points, params, images, final_images, finalists, concurrency, way, trials)
     _run(name or f"cfg-{model}", model, subject, params, plan, retrain=False, apply=apply)
 
 
@@ -102,11 +103,12 @@ def _range(text: str, option: str) -> list[float]:
         raise ValueError(f"{option}: {error}") from None
 
 
-def _check_search(search: str, *, retrain: bool) -> None:
+def _checked_search(search: str, *, retrain: bool) -> Search:
     if search not in ("grid", "random", "optuna"):
         raise ValueError(f"--search is {search!r}, expected grid, random or optuna")
     if retrain and search != "grid":
         raise ValueError(f"--retrain trains a model for each threshold of a grid: it does not go with --search {search}")
+    return cast("Search", search)
 
 
 def subject_of(model: str, max_length: int | None) -> tuple[Subject, Any]:
@@ -138,8 +140,10 @@ def _training_thresholds(subject: Subject) -> list[float]:
     from stages.artifacts import ENTROPIES, FOLDER, TOKENS
     from stages.tools.patch_stats import SAMPLED_MAPS, thresholds_around
 
-    rule = read_rule(subject.models[None].rule)
-    if not rule.reads_entropies:
+    file = subject.models[None].rule
+    assert file is not None, "DPAR has a rule"
+    rule = read_rule(file)
+    if not rule.reads_entropies or rule.threshold is None:
         raise ValueError(f"patches of mode {rule.mode} follow no threshold: sweep the guidance with `dpar-cli sweep cfg`")
     tokens, entropies = (one.require(Path(FOLDER).absolute()) for one in (TOKENS, ENTROPIES))
     return thresholds_around(
@@ -147,14 +151,23 @@ def _training_thresholds(subject: Subject) -> list[float]:
     )
 
 
-def _plan(points, params, images, final_images, finalists, concurrency, search, trials) -> Plan:
-    from stages.tools.sweep import Plan
+def _plan(
+    points: tuple[Point, ...],
+    params: Params,
+    images: int,
+    final_images: int | None,
+    finalists: int,
+    concurrency: int,
+    search: Search,
+    trials: int,
+) -> SweepPlan:
+    from stages.tools.sweep import SweepPlan
 
     full = params.sample.images if final_images is None else final_images
-    return Plan(points, images, full, finalists, concurrency, search, trials)
+    return SweepPlan(points, images, full, finalists, concurrency, search, trials)
 
 
-def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, retrain: bool, apply: bool) -> None:
+def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, *, retrain: bool, apply: bool) -> None:
     from dataclasses import replace
     from functools import partial
 
@@ -184,7 +197,7 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
         if retrain:
             models = train_models(
                 params,
-                thresholds,
+                [threshold for threshold in thresholds if threshold is not None],
                 subject.models[None],
                 tokens=root / artifacts.TOKENS.path,
                 entropies=root / artifacts.ENTROPIES.path,
@@ -211,13 +224,13 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: Plan, *, re
         for path in written.tracked:
             runs.tracker.log_artifact(path)
         runs.tracker.log_metrics(written.metrics)
-        if winner := outcome.winner(subject.distance):
+        winner = outcome.winner(subject.distance)
+        if winner is not None:
             runs.log_winner(sweep_output.label(winner.point), command)
     print(sweep_output.table(facts))
-    if not outcome.search:
+    if winner is None:
         raise RuntimeError(f"all {len(outcome.failed)} trials failed, the last with: {outcome.failed[-1].error}")
     if apply:
-        winner = outcome.winner(subject.distance)
         print(apply_winner(root / "params.yaml", winner, with_threshold=model == "dpar"))
         if retrain:
             print(f"the winner was trained at its threshold: set patching.threshold to {winner.point.threshold:g} as well")
@@ -235,8 +248,8 @@ def _listed(values: Any) -> str:
     return ",".join("training" if value is None else f"{value:g}" for value in values)
 
 
-def reproduce(name: str, subject: Subject, winner: TrialResult | None, plan: Plan, *, model: str, retrain: bool) -> str:
-    """Return the command that draws and scores the winner again."""
+def reproduce(name: str, subject: Subject, winner: TrialResult | None, plan: SweepPlan, *, model: str, retrain: bool) -> str:
+    """Return the command that samples and scores the winner again."""
     if winner is None:
         return ""
     point = winner.point
@@ -265,5 +278,5 @@ def apply_winner(path: Path, winner: TrialResult, *, with_threshold: bool) -> st
 
     parse_params(YAML(typ="safe").load(text), where=path.name)
     atomic_write(path, text)
-    told = ", ".join(f"{key} {'null' if value is None else value}" for key, value in values.items())
-    return f"{path.name} now has {told}: `dvc repro` samples and scores with it"
+    changed = ", ".join(f"{key} {'null' if value is None else value}" for key, value in values.items())
+    return f"{path.name} now has {changed}: `dvc repro` samples and scores with it"

@@ -85,7 +85,7 @@ def run(
         raise ValueError("nothing was started: mend what is marked FAIL above, then run the same command again")
     if not problems:
         print(wrapped(f"checks passed ({len(checks)}; `dpar-cli doctor` lists them)"))
-    plan = Plan(root, [state for state in states if state.name != LOOK], force=force)
+    plan = RunPlan(root, [state for state in states if state.name != LOOK], force=force)
     print(plan.words(), flush=True)
     command = [sys.executable, "-P", "-m", "dvc", "repro", *(["--force"] if force else []), *(targets or [])]
     code = _follow(command, Narrator(plan, Screen(sys.stdout)), verbose=verbose)
@@ -95,7 +95,7 @@ def run(
 
 
 @dataclass
-class Plan:
+class RunPlan:
     """What a run is expected to do: the stages in order, and how long each takes by its last run here or by EXPECTED."""
 
     root: Path
@@ -181,7 +181,7 @@ class Screen:
 class Narrator:
     """Turns the lines that come out of `dvc repro` into a line when a stage begins and one when it ends."""
 
-    def __init__(self, plan: Plan, screen: Screen, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, plan: RunPlan, screen: Screen, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.plan, self.screen, self.clock = plan, screen, clock
         self.waiting = list(plan.due)
         self.total, self.begun, self.ended = len(self.waiting), 0, 0
@@ -221,7 +221,7 @@ class Narrator:
         self.screen.line(text if len(text) <= columns() else wrapped(text, rest="    "))
 
     def _left(self, of_this: float) -> str | None:
-        """Return how long everything takes from now on, by how fast the stages before were; None when nothing tells."""
+        """Return how long everything takes from now on, by how fast the stages before were; None when it is unknown."""
         from pipeline.terminal import about
 
         later = self.plan.left(self.waiting)
@@ -229,7 +229,7 @@ class Narrator:
         return None if later is None else about(of_this + pace * later)
 
     def begin(self, stage: str) -> None:
-        """Say that a stage begins, and how long everything takes from here, where that is known."""
+        """Print that a stage begins, and how long everything takes from here, where that is known."""
         from pipeline.terminal import colour
 
         self.waiting = [name for name in self.waiting if name != stage]

@@ -24,7 +24,7 @@ WORKERS, GPU_MEMORY = 8, 80e9  # GPUs, and bytes of each
 FAMILIES = {"dpar": "DPAR", "llamagen": "LlamaGen"}
 
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "token": ("one token a patch", {"patching.mode": "token"}),
+    "token": ("one token per patch", {"patching.mode": "token"}),
     "static2": ("static merging of 2; published FID 3.58", {"patching.mode": "static"}),
     "entropy": (
         "entropy gate alone; published FID 3.91",
@@ -57,15 +57,15 @@ def paper_presets(demo: str) -> dict[str, str]:
         for family in ("dpar", "llamagen"):
             for size in MODEL_SIZES:
                 row = published(FAMILIES[family], size, pixels)
-                told = "no FID published" if row is None else f"published FID {row.fid:.2f}"
+                fid = "no FID published" if row is None else f"published FID {row.fid:.2f}"
                 name = f"imagenet{pixels}-{family}-{size.lower()}"
-                model = "DPAR" if family == "dpar" else "LlamaGen twin of DPAR"
-                title = f"{model}-{size} at {pixels} pixels, {told}"
+                model = "DPAR" if family == "dpar" else "LlamaGen baseline of DPAR"
+                title = f"{model}-{size} at {pixels} pixels, {fid}"
                 goal = f"dvc repro score_{family}"
                 texts[name] = _text(demo, f"ImageNet, {title}. Run: {goal}.", _imagenet(pixels, size, epochs=EPOCHS))
-    for name, (told, changes) in ABLATIONS.items():
+    for name, (words, changes) in ABLATIONS.items():
         values = {**_imagenet(256, "L", epochs=50, precision="auto"), **changes}
-        head = f"Ablation (DPAR-L, 256 pixels, 50 epochs): {told}. Run: dvc repro score_dpar."
+        head = f"Ablation (DPAR-L, 256 pixels, 50 epochs): {words}. Run: dvc repro score_dpar."
         if name in PATCH_RULE_ROWS:
             head += ENCODING_NOTE
         texts[f"ablation-{name}"] = _text(demo, head, values)
@@ -163,12 +163,12 @@ def _fitting(pixels: int, size: str) -> Fitting:
     common: dict[str, Any] = {"codebook_size": 16384, "row_width": pixels // 16}
     shape = MODEL_SIZES[size]
     dpar = DPARConfig(**common, **shape._asdict(), num_classes=1000)
-    twin = GPTConfig(**common, width=shape.width, heads=shape.heads, layers=shape.layers, num_classes=1000)
+    baseline = GPTConfig(**common, width=shape.width, heads=shape.heads, layers=shape.layers, num_classes=1000)
     gate = GPTConfig(**common, **GATE_SIZES["B"]._asdict())
     patches = PATCHES[dpar.tokens, THRESHOLDS[pixels]]
     pieces = [
         memory.training_memory(model, count, bf16=True).micro_batches(BATCH // WORKERS, GPU_MEMORY)
-        for model, count in ((dpar, patches), (twin, None))
+        for model, count in ((dpar, patches), (baseline, None))
     ]
     assert None not in pieces, f"{size} at {pixels} pixels does not fit {GPU_MEMORY / 1e9:g} GB even image by image"
     accumulate = max(count for count in pieces if count)
@@ -176,7 +176,7 @@ def _fitting(pixels: int, size: str) -> Fitting:
     def caches(images: int) -> float:
         options: dict[str, Any] = {"guided": True, "value_bytes": 2}
         of_dpar = memory.dpar_cache_bytes(dpar, images, longest_patch=4, gate=gate, **options)
-        return max(of_dpar, memory.gpt_cache_bytes(twin, images, **options))
+        return max(of_dpar, memory.gpt_cache_bytes(baseline, images, **options))
 
     weights = memory.sampling_weights(dpar, gate, value_bytes=2)
     free = GPU_MEMORY - memory.RUNTIME - weights

@@ -54,7 +54,7 @@ def use_preset(root: Path, name: str, *, force: bool = False) -> str:
     """Write a preset to params.yaml and return a sentence. A changed params.yaml is refused, or kept as .bak with force."""
     file, target = preset_file(root, name), root / "params.yaml"
     load_params(file)
-    said = ""
+    kept = ""
     if target.exists():
         text = target.read_text()
         known = any(text == (root / "params" / f"{other}.yaml").read_text() for other in preset_names(root))
@@ -62,9 +62,9 @@ def use_preset(root: Path, name: str, *, force: bool = False) -> str:
             raise ValueError(f"{target.name} has changes of yours: --force replaces it and keeps it as {target.name}.bak")
         if not known:
             shutil.copyfile(target, root / "params.yaml.bak")
-            said = "; the old one is params.yaml.bak"
+            kept = "; the old one is params.yaml.bak"
     atomic_write(target, file.read_text())
-    return f"params.yaml is now preset {name}{said}: go on with `dpar-cli run`"
+    return f"params.yaml is now preset {name}{kept}: go on with `dpar-cli run`"
 
 
 def with_values(text: str, values: dict[str, Any]) -> str:

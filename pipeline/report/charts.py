@@ -43,11 +43,11 @@ def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
 def line_chart(series: Sequence[Series], *, x: str, y: str, marks: Mapping[str, float] | None = None) -> str:
     """Draw curves over x from 0. marks: words -> x of an upright line with these words beside it.
 
-    Raises ValueError when there is no point to draw.
+    Raises ValueError when there are no points.
     """
     points = [point for one in series for point in one.points]
     if not points:
-        raise ValueError(f"nothing to draw: no curve of {y} has a point")
+        raise ValueError(f"no chart: no curve of {y} has a point")
     high_x = max(p[0] for p in points) or 1.0
     low_y, high_y = min(p[1] for p in points), max(p[1] for p in points)
     pad = 0.08 * (high_y - low_y) or 0.5
@@ -75,8 +75,8 @@ def line_chart(series: Sequence[Series], *, x: str, y: str, marks: Mapping[str, 
         path = "L".join(f"{across(a):.1f} {down(b):.1f}" for a, b in one.points)
         parts.append(f'<g class="{one.style}"><path class="curve" d="M{path}"/>')
         for a, b in one.points:
-            told = escape(f"{one.name}: {b:.4f} at {a:.4g} {x}")
-            parts.append(f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="3.2"><title>{told}</title></circle>')
+            tooltip = escape(f"{one.name}: {b:.4f} at {a:.4g} {x}")
+            parts.append(f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="3.2"><title>{tooltip}</title></circle>')
         parts.append("</g>")
     return "".join([*parts, "</svg>"])
 
@@ -114,9 +114,9 @@ def scatter_chart(one: Scatter) -> str:
     parts.append(f'<g class="dpar"><path class="curve" d="M{path}"/></g>')
     for place, point in enumerate(one.points):
         x, y = at(point)
-        told = escape(f"{one.labels[place]}: {one.y} {point[1]:.3g}, {point[0]:.3g} {one.x}")
+        tooltip = escape(f"{one.labels[place]}: {one.y} {point[1]:.3g}, {point[0]:.3g} {one.x}")
         style = "dpar" if place in one.front else "other"
-        parts.append(f'<g class="{style}"><circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{told}</title></circle></g>')
+        parts.append(f'<g class="{style}"><circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{tooltip}</title></circle></g>')
     return "".join([*parts, "</svg>"])
 
 

@@ -27,7 +27,7 @@ from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.training.order import fixed_subset
 from pipeline.report.speeds import Speed, Speeds, read_speeds
-from pipeline.report.verdicts import Contest, Row, judge_losses, judge_scores, too_little_training
+from pipeline.report.verdicts import Comparison, Contest, judge_losses, judge_scores, too_little_training
 from stages import artifacts
 from stages.artifacts import CURVE, METRICS, MODELS_FOLDER, SAMPLE_PROTOCOL, TIMINGS, WEIGHTS, maker_of
 
@@ -38,7 +38,7 @@ UNEQUAL = 0.10  # share by which training times may differ and still count as eq
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingFacts:
     """How one model was trained.
 
     seconds: of pure training, by the clock of that run alone.
@@ -68,7 +68,7 @@ def _stage(folder: Path) -> str:
     return "entropy_model" if folder.name == "entropy_model" else f"train_{folder.name}"
 
 
-def read_training(folder: Path) -> Training:
+def read_training(folder: Path) -> TrainingFacts:
     """Read a folder that a training stage wrote. Raises ValueError when curve and timings have different steps."""
     header = read_weights_header(folder / WEIGHTS)
     config = (DPARConfig if header["kind"] == "dpar" else GPTConfig)(**header["config"])
@@ -85,11 +85,11 @@ def read_training(folder: Path) -> Training:
         raise ValueError(f"{folder}: curve.csv and timings.json are of different runs: {way_out}")
     curve = tuple((s, p["seconds"], a, b) for (s, a, b), p in zip(losses, timings["curve"]))
     rates = tuple(point["images_per_s"] for point in timings["curve"])
-    return Training(config, losses[-1][0], timings["seconds"], curve, rates)
+    return TrainingFacts(config, losses[-1][0], timings["seconds"], curve, rates)
 
 
 @dataclass(frozen=True)
-class Patches:
+class PatchFacts:
     """Patches per image of the training set, and of each class. percentiles: 5 % and 95 % of the images."""
 
     tokens: int
@@ -99,7 +99,7 @@ class Patches:
     shares: tuple[tuple[int, float], ...]  # patch length -> share of patches
 
 
-def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> Patches:
+def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> PatchFacts:
     """Count the patches of every training view."""
     maps, meta = PatchMaps(patch_maps, shards), shards.meta
     counts = np.empty((len(shards), meta.num_views), np.int32)
@@ -120,7 +120,7 @@ def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> Pat
     total = sum(count for _, count in rows)
     low, high = np.percentile(counts, [5, 95])
     shares = tuple((length, count / total) for length, count in rows)
-    return Patches(meta.tokens, float(counts.mean()), (float(low), float(high)), by_class, shares)
+    return PatchFacts(meta.tokens, float(counts.mean()), (float(low), float(high)), by_class, shares)
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,12 @@ class Costs:
         return 1 / (1 - self.saved(kind))
 
 
-def count_costs(trainings: dict[str, Training], gate: GPTConfig, patches: Patches, samples: Path) -> Costs:
+def count_costs(trainings: dict[str, TrainingFacts], gate: flops.GPTShape, patches: PatchFacts, samples: Path) -> Costs:
     """Count FLOPs by the formulas of the method."""
     sampled = read_json(samples / "dpar" / METRICS)["patch/patches_per_image"]
     how = read_json(samples / "dpar" / SAMPLE_PROTOCOL)
     dpar, baseline = trainings["dpar"].config, trainings["llamagen"].config
+    assert isinstance(dpar, DPARConfig)
     forwards = 2 if how["cfg_scale"] > 1 else 1
     gate_flops = float(flops.gpt_forward_flops(gate)) if how["gate"] == "entropy_model" else 0.0
     return Costs(
@@ -173,7 +174,8 @@ def sampling_parts(config: DPARConfig, patches: float, forwards: int, gate: floa
         ("patch transformer", "patch_layers"),
         ("patch decoder", "decoder_layers"),
     ):
-        without = flops.dpar_forward_flops(replace(config, **{name: 0}), patches)
+        none: dict[str, Any] = {name: 0}
+        without = flops.dpar_forward_flops(replace(config, **none), patches)
         parts[words] = forwards * (whole - without)
     parts["output layer"] = forwards * whole - sum(parts.values()) + gate
     return {words: value for words, value in parts.items() if value > 0}
@@ -234,11 +236,11 @@ class EqualTime:
 
     @property
     def obstacle(self) -> str:
-        """Why this is no comparison at equal time; an empty text when it is one."""
+        """Why this is not a comparison at equal time; an empty text when it is one."""
         if self.spread > UNEQUAL:
             return (
-                f"the ratio of speeds is known to within {100 * self.spread:.0f} % only, too little to tell equal times "
-                f"(at most {100 * UNEQUAL:.0f} %): run `dvc repro -f time_training` on a machine that is not busy"
+                f"the ratio of speeds is known only to within {100 * self.spread:.0f} %, too little to compare at equal "
+                f"times (at most {100 * UNEQUAL:.0f} %): run `dvc repro -f time_training` on a machine that is not busy"
             )
         if self.is_equal:
             return ""
@@ -254,7 +256,7 @@ class EqualTime:
         )
 
 
-def equal_time(trainings: dict[str, Training], models: Path, training: Speed) -> EqualTime:
+def equal_time(trainings: dict[str, TrainingFacts], models: Path, training: Speed) -> EqualTime:
     """Find the baseline's model that had trained about as long as DPAR, and how equal the times are."""
     dpar, baseline = trainings["dpar"], trainings["llamagen"]
     kept = {name: read_weights_header(models / file)["meta"]["step"] for name, file in MODELS.items() if name != "dpar"}
@@ -277,7 +279,7 @@ def contests(
     found = {name: scores_of(scores, name) for name in MODELS}
     short = too_little_training(steps=times.steps, seen=seen, images=images)
 
-    def rows(baseline: str) -> tuple[Row, ...]:
+    def rows(baseline: str) -> tuple[Comparison, ...]:
         loss = judge_losses("validation loss", losses["dpar"], losses[baseline])
         return (loss, *judge_scores(found["dpar"], found[baseline]))
 

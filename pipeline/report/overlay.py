@@ -59,7 +59,7 @@ class Patcher:
 
 
 def draw_patches(image: Path, out: Path, *, artifacts: Path) -> str:
-    """Draw the patches of an image file into a PNG and return a line that says how many there are.
+    """Draw the patches of an image file into a PNG and return a line with their number.
 
     artifacts: folder with the trained models. Raises FileNotFoundError or ValueError in a sentence.
     """
@@ -84,7 +84,7 @@ def draw_patches(image: Path, out: Path, *, artifacts: Path) -> str:
         save_png(picture, temporary)
     tokens, patches = len(plan.entropies), len(plan.lengths)
     cut = f"threshold {plan.rule.threshold:.2f} nats" if plan.rule.reads_entropies else f"mode {plan.rule.mode}"
-    return f"{out}: {patches} patches for {tokens} tokens, {tokens / patches:.2f} tokens a patch ({cut})"
+    return f"{out}: {patches} patches for {tokens} tokens, {tokens / patches:.2f} tokens per patch ({cut})"
 
 
 def middle_square(image: np.ndarray) -> Image.Image:

@@ -35,8 +35,8 @@ from pipeline.report.facts import (
     MODELS,
     Costs,
     EqualTime,
-    Patches,
-    Training,
+    PatchFacts,
+    TrainingFacts,
     contests,
     count_costs,
     count_patches,
@@ -269,7 +269,7 @@ def slider(entropies: np.ndarray, threshold: float | None) -> dict[str, float | 
     return {"threshold": repr(float(threshold)), "first": max(first - 0.05, 0.0), "last": last + 0.05}
 
 
-def busy_sentences(trainings: Mapping[str, Training], speeds: Speeds) -> list[str]:
+def busy_sentences(trainings: Mapping[str, TrainingFacts], speeds: Speeds) -> list[str]:
     """Return a sentence for each training whose own pace moved too much for its clock to be of use."""
     found = []
     for name, words in (("dpar", "DPAR"), ("llamagen", "the baseline")):
@@ -297,7 +297,7 @@ def setting(params: Params, manifest: Manifest, shards: TokenShards) -> dict[str
 
 
 def written(*estimates: Estimate) -> list[tuple[str, str]]:
-    """Write values and their intervals with as many decimals as tell all ends apart; no interval is an empty text."""
+    """Write values and their intervals with as many decimals as all ends need to differ; no interval gives an empty text."""
     widths = [one.interval[1] - one.interval[0] for one in estimates if one.interval]
     if len(widths) < len(estimates):
         return [(number(one.value), "") for one in estimates]
@@ -320,7 +320,7 @@ def shown_contest(contest: Contest) -> dict[str, Any]:
 
 
 def draw_charts(
-    trainings: Mapping[str, Training], patches: Patches, times: EqualTime, speeds: Speeds, labels: Mapping[str, str]
+    trainings: Mapping[str, TrainingFacts], patches: PatchFacts, times: EqualTime, speeds: Speeds, labels: Mapping[str, str]
 ) -> dict[str, Any]:
     """Draw the curves, the histogram and the DAG as SVG. by_time is None when the speed of training is not known."""
     by_step = [Series(labels[n], n, [(row[0], row[3]) for row in t.curve]) for n, t in trainings.items()]
@@ -348,8 +348,8 @@ def draw_differences(rounds: tuple[Contest, Contest]) -> str:
     for contest in rounds:
         difference = contest.rows[0].difference
         assert difference is not None, "losses are compared pair by pair"
-        style = contest.rows[0].winner if contest.judged else None
-        style = {"dpar": "dpar", "baseline": "llamagen", None: "other"}[style]
+        winner = contest.rows[0].winner if contest.judged else None
+        style = {"dpar": "dpar", "baseline": "llamagen", None: "other"}[winner]
         rows.append((contest.when, Dot(style, difference.value, difference.interval)))
     return difference_plot(rows, title="validation loss, DPAR minus baseline, nats per token")
 
@@ -371,14 +371,14 @@ def draw_trade(inputs: Inputs, costs: Costs, speeds: Speeds, labels: Mapping[str
 
     runs = read_json(inputs.samples / "dpar" / METRICS)["patch/patches_per_image"]
     tokens = read_training(inputs.models / "llamagen").config.tokens
-    drawn = [
+    charts = [
         chart("GFLOPs per sampled image", costs.sampling["dpar"] / 1e9, costs.sampling["llamagen"] / 1e9),
         chart("runs of the large transformer per image", runs, tokens),
     ]
     if not speeds.sampling.doubt:
         rates = speeds.sampling.pace.images_per_s
-        drawn.append(chart("images/s, measured in turns", rates["dpar"], rates["llamagen"]))
-    return drawn
+        charts.append(chart("images/s, measured in turns", rates["dpar"], rates["llamagen"]))
+    return charts
 
 
 def _ranked(by_class: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -404,7 +404,7 @@ def dag() -> str:
 
 
 def _touches(made: str, read: str) -> bool:
-    """Tell whether one path is the other or lies below it."""
+    """Return whether one path is the other or lies below it."""
     return made == read or made.startswith(f"{read}/") or read.startswith(f"{made}/")
 
 
@@ -426,7 +426,7 @@ def compared_samples(samples: Path, manifest: Manifest, held_out: TokenShards, l
 
 
 def score_tables(
-    scores: Path, samples: Path, trainings: Mapping[str, Training], labels: Mapping[str, str]
+    scores: Path, samples: Path, trainings: Mapping[str, TrainingFacts], labels: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Return our rows for the table of the paper: a table of its own for every protocol."""
     tables: dict[str, dict[str, Any]] = {}
@@ -503,7 +503,7 @@ def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
 
 def summary_metrics(
     rounds: tuple[Contest, Contest],
-    patches: Patches,
+    patches: PatchFacts,
     costs: Costs,
     times: EqualTime,
     speeds: Speeds,
@@ -532,7 +532,7 @@ def summary_metrics(
 def headline(
     badge: Mapping[str, str],
     rounds: tuple[Contest, Contest],
-    patches: Patches,
+    patches: PatchFacts,
     costs: Costs,
     times: EqualTime,
     speeds: Speeds,

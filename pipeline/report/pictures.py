@@ -27,7 +27,7 @@ from dpar_core.patches.rule import lengths_from_starts
 from dpar_core.pictures import fit, patch_borders, patch_overview, scale_colours
 from pipeline.report.overlay import middle_square
 from stages.artifacts import SAMPLE_IMAGES, SAMPLE_TOKENS
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 
 LARGEST_PNG, LARGEST = 96, 320  # pixels of a side: larger pictures travel as JPEG, the largest are reduced
 CLASS_ROWS, COLUMNS = 12, 4  # samples side by side: a row per class, unless there are more classes than that
@@ -67,7 +67,7 @@ class Example:
     row_width: int
 
     def shown(self, low: float, high: float) -> dict[str, Any]:
-        """Return what the page draws; entropies are coloured from low to high nats."""
+        """Return what the page shows; entropies are coloured from low to high nats."""
         colours = scale_colours(np.nan_to_num(self.entropies), low, high).reshape(-1, self.row_width, 3)
         colours[0, 0] = 150
         return {
@@ -105,7 +105,7 @@ def examples(
     For every class the image whose number of patches is the middle one of (up to 64 of) its images is taken, so that
     examples are neither the best nor the worst.
     """
-    opener, meta = ImageOpener(manifest), shards.meta
+    opener, meta = ManifestOpener(manifest), shards.meta
     trained = read_trained(tokenizer, "tokenizer")
     if trained.digest != meta.tokenizer:
         raise ValueError(
@@ -182,7 +182,7 @@ def sample_cells(folder: Path, class_names: list[str], *, row_width: int, border
 
 def real_cells(manifest: Manifest, shards: TokenShards, labels: list[int]) -> dict[int, list[Cell]]:
     """Return the first validation images of some classes, cropped and scaled to the size that the models see."""
-    opener, meta, found = ImageOpener(manifest), shards.meta, {}
+    opener, meta, found = ManifestOpener(manifest), shards.meta, {}
     for label in labels:
         rows = [manifest.find(shards.key(int(i))) for i in np.flatnonzero(shards.labels == label)[:COLUMNS]]
         crops = [middle_square(opener(row)) for row in rows if row is not None]

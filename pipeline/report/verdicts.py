@@ -1,7 +1,7 @@
 """Which model is better: two models compared quantity by quantity, and the sentence that the numbers carry.
 
-There is a verdict only where a difference can be told from chance: an interval that excludes zero, enough images for the
-features, enough training, and, at equal training time, times that were measured and agree. Otherwise the reason is given.
+There is a verdict only where a difference is distinguishable from chance: an interval that excludes zero, enough images
+for the features, enough training, and, at equal training time, measured times that agree. Otherwise the reason is given.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One quantity of both models.
 
     words: what it is. better: which direction is good. winner: None when there is none.
     why: what the verdict rests on, or why there is none.
-    judged: whether a difference could have been told from chance.
+    judged: whether a difference could have been distinguished from chance.
     difference: DPAR minus baseline, for quantities that are compared pair by pair.
     """
 
@@ -56,7 +56,7 @@ class Contest:
     """
 
     when: str
-    rows: tuple[Row, ...]
+    rows: tuple[Comparison, ...]
     obstacles: tuple[str, ...] = ()
 
     @property
@@ -131,7 +131,9 @@ def too_little_training(*, steps: int, seen: int, images: int) -> tuple[str, ...
     return ()
 
 
-def judge(words: str, better: Literal["lower", "higher"], dpar: Estimate, baseline: Estimate, *, doubt: str = "") -> Row:
+def judge(
+    words: str, better: Literal["lower", "higher"], dpar: Estimate, baseline: Estimate, *, doubt: str = ""
+) -> Comparison:
     """Compare two independent estimates; one is better when the intervals do not overlap.
 
     doubt: why this quantity cannot be judged; empty when it can.
@@ -139,15 +141,17 @@ def judge(words: str, better: Literal["lower", "higher"], dpar: Estimate, baseli
     if not doubt and (dpar.interval is None or baseline.interval is None):
         doubt = "no interval"
     if doubt:
-        return Row(words, better, dpar, baseline, None, doubt, judged=False)
+        return Comparison(words, better, dpar, baseline, None, doubt, judged=False)
     assert dpar.interval is not None and baseline.interval is not None
     below, above = dpar.interval[1] < baseline.interval[0], dpar.interval[0] > baseline.interval[1]
     if not below and not above:
-        return Row(words, better, dpar, baseline, None, "intervals overlap")
-    return Row(words, better, dpar, baseline, "dpar" if below == (better == "lower") else "baseline", "intervals apart")
+        return Comparison(words, better, dpar, baseline, None, "intervals overlap")
+    return Comparison(
+        words, better, dpar, baseline, "dpar" if below == (better == "lower") else "baseline", "intervals apart"
+    )
 
 
-def judge_losses(words: str, dpar: np.ndarray, baseline: np.ndarray, *, seed: int = 0) -> Row:
+def judge_losses(words: str, dpar: np.ndarray, baseline: np.ndarray, *, seed: int = 0) -> Comparison:
     """Compare losses (n,) in nats per token of the same n images by a paired bootstrap of the mean difference.
 
     One side is better when the interval of the difference excludes zero.
@@ -163,7 +167,7 @@ def judge_losses(words: str, dpar: np.ndarray, baseline: np.ndarray, *, seed: in
     low, high = difference.interval
     winner: Side | None = "dpar" if high < 0 else "baseline" if low > 0 else None
     why = f"difference {difference.value:+.3f} ({low:+.3f} to {high:+.3f}) nats, paired by image"
-    return Row(words, "lower", estimate(dpar), estimate(baseline), winner, why, difference=difference)
+    return Comparison(words, "lower", estimate(dpar), estimate(baseline), winner, why, difference=difference)
 
 
 def score_name(key: str) -> str:
@@ -182,7 +186,7 @@ def score_columns(scores: Scores) -> list[str]:
 
 
 def higher_is_better(key: str) -> bool:
-    """Tell whether a score is good when it is large."""
+    """Return whether a score is good when it is large."""
     return key.startswith(("eval/is", "eval/precision", "eval/recall"))
 
 
@@ -200,7 +204,7 @@ def too_few_images(scores: Scores) -> str:
     return f"{min(counts):,} images are too few for {features:,} features (singular covariance)"
 
 
-def judge_scores(dpar: Scores, baseline: Scores) -> list[Row]:
+def judge_scores(dpar: Scores, baseline: Scores) -> list[Comparison]:
     """Compare distance, IS, precision and recall of two score files.
 
     Raises ValueError when they were made under different protocols.

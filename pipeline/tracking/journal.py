@@ -1,8 +1,8 @@
 """The journal of a process: what it has to say to MLflow, on local disk first, so that nothing waits and nothing is lost.
 
-A journal is a folder work/tracking/TIME-PROCESS-NAME/ with `events.jsonl`, one event a line in the order they happened,
+A journal is a folder work/tracking/TIME-PROCESS-NAME/ with `events.jsonl`, one event per line in the order they happened,
 and `files/`, copies of artifacts. Its writer holds a lock on events.jsonl as long as it lives. Who delivers (outbox.py)
-holds one on `sent.json`, which says how far it is, and removes the folder at the end.
+holds one on `sent.json`, which records how far it is, and removes the folder at the end.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class LoggedModel:
 def models_of(stage: str, root: Path) -> list[LoggedModel]:
     """Return the models that a stage wrote, sampled from or scored. root: the project's folder.
 
-    A model that samples were drawn from is named only where its file is still the one of that time.
+    A model that samples came from is named only where its file is still the one of that time.
     """
     outputs = list(OUTPUTS[stage].values())
     found = [_read(one, root, made=True) for one in outputs if one.name.endswith(".safetensors")]

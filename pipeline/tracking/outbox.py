@@ -33,7 +33,7 @@ SENT = "sent.json"
 KEY_TAG, DIGEST_TAG = "dpar.key", "dpar.digest"
 LARGEST_BATCH, LONGEST_VALUE = 900, 500  # MLflow takes 1000 metrics and 100 params a request
 POLL_SECONDS, LONGEST_PAUSE = 2.0, 30.0  # between looks at the journal; between tries while the store is away
-PATIENCE = 20.0  # seconds without an answer of a server until that is said
+PATIENCE = 20.0  # seconds without an answer of a server until that is reported
 # A database on this machine is made while MLflow is imported for the first time and models train beside it: 20 to 30 s on
 # two cores. One that is locked, read-only, damaged or full answers at once.
 LOCAL_PATIENCE = 60.0
@@ -402,7 +402,7 @@ class _Courier:
     def __init__(self, root: Path, folder: Path) -> None:
         self.folder = folder
         self.outbox = Outbox(root, _say)
-        self.away = False  # that the store is away has been said
+        self.away = False  # whether it was reported that the store is away
         self.behind = True  # journals of earlier processes may wait
         self.writer_gone = threading.Event()
 

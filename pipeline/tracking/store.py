@@ -18,7 +18,7 @@ _SQLITE_PATIENCE = 10.0  # seconds to wait for another process's transaction bef
 
 
 class TrackingError(RuntimeError):
-    """MLflow could not be written; the message says where it was looked for, why, and what to do."""
+    """MLflow could not be written; the message names the address, the reason and the way out."""
 
 
 def quiet_environment() -> None:
@@ -27,7 +27,7 @@ def quiet_environment() -> None:
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false"),
         ("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false"),
-        ("MLFLOW_LOGGING_LEVEL", "CRITICAL"),  # it logs what it raises, with pages of SQL; we say it in a sentence
+        ("MLFLOW_LOGGING_LEVEL", "CRITICAL"),  # it logs its errors with pages of SQL; ours is one sentence
         ("GIT_PYTHON_REFRESH", "quiet"),
         ("RAY_USAGE_STATS_ENABLED", "0"),
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "6"),  # MLflow's own 120 s and 7 retries are minutes of silence
@@ -136,7 +136,7 @@ _REASONS = (
         r"unable to open database file|Not a directory|File exists",
         "the database file cannot be opened: check that its folder exists and is writable",
     ),
-    (r"file is not a database|malformed|disk image", "the file is no intact SQLite database: restore it, or move it away"),
+    (r"file is not a database|malformed|disk image", "the file is damaged or not an SQLite database: restore or move it"),
     (r"out-of-date database schema", "it was made by another version of MLflow: `mlflow db upgrade` with its address"),
     (r"Connection refused", "nothing listens there: start the server, or set MLFLOW_TRACKING_URI"),
     (r"timed out|Timeout", "it accepts connections but does not answer: look at the server"),
@@ -150,7 +150,7 @@ _REASONS = (
         "it asks for a login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     ),
     (r"error code (5\d\d)|\b(50[0234])\b", "it answers with a server error (HTTP 5xx): look at its log"),
-    (r"error code 404|ENDPOINT_NOT_FOUND", "what answers there is no MLflow server (HTTP 404): check MLFLOW_TRACKING_URI"),
+    (r"error code 404|ENDPOINT_NOT_FOUND", "the server at this address is not MLflow (HTTP 404): check MLFLOW_TRACKING_URI"),
     (r"Connection aborted|reset by peer|Remote end closed|Max retries", "the connection broke: look at the server"),
 )
 

@@ -1,6 +1,6 @@
 """MLflow: every stage a run, all runs of one pipeline run under one parent. Written from the driver process only.
 
-What is said goes to a journal on local disk at once; a process beside this one (outbox.py) brings it to MLflow. So an
+Every event goes to a journal on local disk at once; a process beside this one (outbox.py) brings it to MLflow. So an
 MLflow that is slow, away or broken costs the work no time, and no value is lost.
 """
 
@@ -55,7 +55,7 @@ def pass_identity(root: Path) -> tuple[str, str, Any]:
 
 
 def _is_dvc(words: list[str]) -> bool:
-    """Tell whether a command line is dvc's: `dvc ...`, `python .../dvc ...` or `python -m dvc ...`."""
+    """Return whether a command line is dvc's: `dvc ...`, `python .../dvc ...` or `python -m dvc ...`."""
     names = [Path(word).name.removesuffix(".exe") for word in words]
     if not names:
         return False
@@ -96,7 +96,7 @@ class Recording:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            start_new_session=True,  # Ctrl-C is for us: we say how the runs end
+            start_new_session=True,  # Ctrl-C is for us: we close the runs
         )
         log.close()
         self._listener = threading.Thread(target=self._listen, name="outbox", daemon=True)
@@ -174,7 +174,7 @@ def recording(root: Path, name: str) -> Iterator[Recording]:
 
 @contextmanager
 def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterator[MlflowTracker]:
-    """Open the run of a stage under the parent of its pass; it ends FINISHED, FAILED, or KILLED when stopped."""
+    """Open the run of a stage under its parent run; it ends FINISHED, FAILED, or KILLED when stopped."""
     from stages.params import dotted, flattened, plain
 
     identity, name, process = pass_identity(root)
@@ -273,7 +273,7 @@ class MlflowTracker:
         try:
             yield
         except BaseException as error:
-            with suppress(OSError):  # the disk is full, and that is what is being raised
+            with suppress(OSError):  # the disk is full: that is the error being raised
                 self._end(status_of(error))
             raise
         self._end("FINISHED")

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpar_core.data.images import BadImage, center_crop
 from dpar_core.data.manifest import Row
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 
 CACHED_IMAGES = 20_000
 
@@ -17,7 +17,7 @@ CACHED_IMAGES = 20_000
 class CenterCrops:
     """Centre crops of manifest rows, decoded when first asked for; the newest 20,000 stay in memory."""
 
-    def __init__(self, rows: Sequence[Row], opener: ImageOpener, size: int) -> None:
+    def __init__(self, rows: Sequence[Row], opener: ManifestOpener, size: int) -> None:
         self.rows, self.opener, self.size = rows, opener, size
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
 

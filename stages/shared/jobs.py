@@ -1,4 +1,4 @@
-"""What the entropy model, DPAR and its LlamaGen twin have in common as stages: data, objective, run, outputs."""
+"""What the entropy model, DPAR and its LlamaGen baseline have in common as stages: data, objective, run, outputs."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from dpar_core.models.memory import training_memory
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.training.checkpoint import Architecture, Checkpoint, CheckpointStore
-from dpar_core.training.loop import Hooks, Progress, TrainSettings, train
+from dpar_core.training.loop import Hooks, RunProgress, TrainSettings, train
 from dpar_core.training.optim import OptimSettings
 from dpar_core.training.order import DataOrder, fixed_subset
 from dpar_core.training.parallel import Ranks
 from dpar_core.training.prefetch import Batch
 from stages.params import Training
-from stages.tracker import Tracker
+from stages.tracker import Progress, Tracker
 from stages.workers import fit as ray_train
 
-Kind = Literal["entropy_model", "dpar", "llamagen"]
+ModelKind = Literal["entropy_model", "dpar", "llamagen"]
 
 # Where a run takes place and what it keeps on the way: when these change, a run goes on. What it keeps, log_every and
-# activation_checkpointing leave the result as it is, bit by bit on CPUs; workers and accumulate change the draws of
-# dropout and rounding; strategy, compile and the device change rounding. equal_time_step is the twin's alone.
+# activation_checkpointing leave the result as it is, bit by bit on CPUs; workers and accumulate change the masks of
+# dropout and rounding; strategy, compile and the device change rounding. equal_time_step is the baseline's alone.
 _PLACEMENT = {
     "workers",
     "cpus_per_worker",
@@ -66,10 +66,10 @@ _EXPLODED = 3.0  # times ln V, the loss of a model that knows nothing
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """One training run: plain data, so that it travels to the workers."""
 
-    kind: Kind
+    kind: ModelKind
     config: GPTConfig | DPARConfig
     training: Training
     seed: int
@@ -85,7 +85,9 @@ class Job:
         """Return the training loop's settings."""
         training = self.training
         names = ("lr", "lr_schedule", "warmup_steps", "weight_decay", "clip_norm")
-        optim = OptimSettings(betas=tuple(training.betas), **{name: getattr(training, name) for name in names})
+        optim = OptimSettings(
+            betas=(training.betas[0], training.betas[1]), **{name: getattr(training, name) for name in names}
+        )
         same = (
             "steps",
             "batch_size",
@@ -122,10 +124,10 @@ def recipe(training: Training) -> dict[str, Any]:
 class JobData:
     """Batches of a job for one rank, read from token shards and joined with their patch lengths."""
 
-    def __init__(self, job: Job, ranks: Ranks) -> None:
+    def __init__(self, job: TrainJob, ranks: Ranks) -> None:
         self.job, self.ranks = job, ranks
-        self.train = _Split(job, "train")
-        self.held_out = _Split(job, "validation")
+        self.train = _SplitBatches(job, "train")
+        self.held_out = _SplitBatches(job, "validation")
         shards, training = self.train.shards, job.training
         self.order = DataOrder(
             images=len(shards), views=shards.meta.num_views, batch_size=training.batch_size, seed=job.seed
@@ -149,10 +151,10 @@ class JobData:
             yield self.held_out.batch(shown, np.full(len(shown), view)), float(len(mine))
 
 
-class _Split:
+class _SplitBatches:
     """One split of a data set, as batches."""
 
-    def __init__(self, job: Job, split: str) -> None:
+    def __init__(self, job: TrainJob, split: str) -> None:
         self.labelled = job.kind != "entropy_model"
         self.shards = TokenShards(job.tokens, split)
         self.maps = None if job.patch_maps is None else PatchMaps(job.patch_maps, self.shards)
@@ -168,7 +170,7 @@ class _Split:
 
 @dataclass(frozen=True)
 class JobObjective:
-    """Cross-entropy in nats a token: over T tokens, or T - 1 for the entropy model."""
+    """Cross-entropy in nats per token: over T tokens, or T - 1 for the entropy model."""
 
     config: GPTConfig | DPARConfig
 
@@ -189,7 +191,7 @@ def build(config: GPTConfig | DPARConfig, seed: int) -> nn.Module:
     return DPAR(config) if isinstance(config, DPARConfig) else GPT(config)
 
 
-def train_job(job: Job, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[str, Any]:
+def train_job(job: TrainJob, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[str, Any]:
     """Train on one rank, inside a Ray worker."""
     data = JobData(job, ranks)
     if ranks.first and ranks.device.type == "cuda":
@@ -208,31 +210,31 @@ def train_job(job: Job, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[str, A
     return {"step": progress.step}
 
 
-def memory_line(job: Job, data: JobData, device_bytes: float) -> str | None:
+def memory_line(job: TrainJob, data: JobData, device_bytes: float) -> str | None:
     """Return what to expect when a micro-batch is estimated not to fit a worker's GPU, None when it is.
 
-    An estimate does not stop a run; and `accumulate` is not raised by itself, as that changes the draws of dropout.
+    An estimate does not stop a run; and `accumulate` is not raised by itself, as that changes the dropout masks.
     """
     training, batch = job.training, data.micro_batch(0, 0)
     images = len(batch.tokens)
-    told = training_memory(
+    estimate = training_memory(
         job.config,
         None if batch.layout is None else batch.layout.patches / images,
         bf16=training.precision == "bf16",
         checkpointing=training.activation_checkpointing,
         shards=training.workers if training.strategy == "fsdp" else 1,
     )
-    if images <= told.largest_batch(device_bytes):
+    if images <= estimate.largest_batch(device_bytes):
         return None
-    fits = told.micro_batches(images * training.accumulate, device_bytes, at_least=training.accumulate)
+    fits = estimate.micro_batches(images * training.accumulate, device_bytes, at_least=training.accumulate)
     way_out = f"raise `accumulate` to {fits}" if fits else "set `strategy: fsdp`, or use more workers"
     return (
-        f"training {images} images at a time is estimated to take {told.total(images) / 1e9:.0f} GB of this GPU's "
+        f"training {images} images at a time is estimated to take {estimate.total(images) / 1e9:.0f} GB of this GPU's "
         f"{device_bytes / 1e9:.0f} GB: if memory runs out, {way_out}"
     )
 
 
-def _store(job: Job, root: str) -> CheckpointStore:
+def _store(job: TrainJob, root: str) -> CheckpointStore:
     return CheckpointStore(
         root, job.architecture, keep_last=job.training.keep_last, keep_best=job.training.keep_best, warn=print
     )
@@ -242,15 +244,15 @@ def _store(job: Job, root: str) -> CheckpointStore:
 class Result:
     """A finished run. checkpoint: its last step; store: where snapshots are; images: in the training set."""
 
-    job: Job
+    job: TrainJob
     checkpoint: Checkpoint
     store: CheckpointStore
-    progress: Progress
+    progress: RunProgress
     images: int
 
 
-def run_job(job: Job, inputs: dict[str, str], tracker: Tracker, *, section: str, device: str, work: Path) -> Result:
-    """Train a job to its end through Ray Train, going on from where an earlier call was broken off.
+def run_job(job: TrainJob, inputs: dict[str, str], tracker: Tracker, *, section: str, device: str, work: Path) -> Result:
+    """Train a job to its end through Ray Train, going on from where an earlier call was interrupted.
 
     inputs: digests of what is read. section: of params.yaml, for sentences. work: the stage's resumable folder, the same
     as long as `recipe` and inputs are.
@@ -277,13 +279,13 @@ def run_job(job: Job, inputs: dict[str, str], tracker: Tracker, *, section: str,
         checkpoint = store.newest()
     if checkpoint is None or checkpoint.step != steps:
         raise RuntimeError(f"the run in {root} did not reach step {steps}: run the same command again, it goes on")
-    return Result(job, checkpoint, store, Progress(**checkpoint.state["progress"]), images)
+    return Result(job, checkpoint, store, RunProgress(**checkpoint.state["progress"]), images)
 
 
 class _Reporter:
     """Passes a run's events on to the tracker."""
 
-    def __init__(self, tracker: Tracker, bar, done: int) -> None:
+    def __init__(self, tracker: Tracker, bar: Progress, done: int) -> None:
         self.tracker, self.bar, self.step = tracker, bar, done
 
     def __call__(self, event: ray_train.Event) -> None:
@@ -324,7 +326,7 @@ def publish(result: Result, outputs: Any, meta: dict[str, Any], tracker: Tracker
     publish_model(result.checkpoint.model_file, outputs.model, job, {**meta, "step": progress.step})
 
 
-def publish_model(source: Path, target: Path, job: Job, meta: dict[str, Any]) -> None:
+def publish_model(source: Path, target: Path, job: TrainJob, meta: dict[str, Any]) -> None:
     """Write weights of the run's store as the artifact that other stages read."""
     architecture = job.architecture
     weights = load_weights(source, kind=architecture.kind)
@@ -333,7 +335,7 @@ def publish_model(source: Path, target: Path, job: Job, meta: dict[str, Any]) ->
 
 
 def write_curve(path: Path, rows: list[list[float]]) -> None:
-    """Write loss curves as CSV: step, train/loss (mean since the row before), validation/loss; nats a token."""
+    """Write loss curves as CSV: step, train/loss (mean since the row before), validation/loss; nats per token."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["step", "train/loss", "validation/loss"])

@@ -52,7 +52,7 @@ def wait_for_helpers(*, longest: float = 30.0, busy: float = 0.2, look: float = 
     """Wait until the processes that this one started rest, so that they do not slow what is timed.
 
     The one that delivers to MLflow imports it for some seconds at the start of a stage. Goes on after `longest` seconds
-    in any case: the drift of the turns tells then. busy: share of a core below which a process rests.
+    in any case: the drift of the turns then shows it. busy: share of a core below which a process rests.
     """
     helpers = psutil.Process().children(recursive=True)
     until = time.monotonic() + longest

@@ -1,4 +1,4 @@
-"""Trained models ready to draw: reading and checking artifacts, tokens to pixels."""
+"""Trained models ready to sample: reading and checking artifacts, tokens to pixels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator, Progress
-from dpar_core.generation.guidance import SampleSettings
+from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator, OnTokens
+from dpar_core.generation.sampling import SampleSettings
 from dpar_core.models.dpar import DPAR
 from dpar_core.models.gpt import GPT
 from dpar_core.models.load import Trained, read_trained
@@ -47,7 +47,7 @@ def settings_of(sample: P.Sample, rule: PatchRule | None) -> SampleSettings:
     return SampleSettings(
         cfg_scale=sample.cfg_scale,
         cfg_schedule=sample.cfg_schedule,
-        cfg_interval=tuple(sample.cfg_interval),
+        cfg_interval=(sample.cfg_interval[0], sample.cfg_interval[1]),
         temperature=sample.temperature,
         top_k=sample.top_k,
         top_p=sample.top_p,
@@ -57,7 +57,7 @@ def settings_of(sample: P.Sample, rule: PatchRule | None) -> SampleSettings:
 
 
 class Sampler:
-    """A DPAR or its twin with its tokenizer, from artifacts to pixels.
+    """A DPAR or its baseline with its tokenizer, from artifacts to pixels.
 
     Raises ValueError or FileNotFoundError in a sentence when files are missing or do not belong together.
     """
@@ -71,12 +71,13 @@ class Sampler:
         self.weights = trained.weights
         self.vq = tokenizer.build(self.device)
         self.made_by = {"model": trained.digest, "tokenizer": tokenizer.digest}
-        self.rule = read_rule(files.rule) if self.is_dpar else None
-        self.gate_precision = rule_precision(files.rule) if self.is_dpar else "fp32"
+        self.rule = None if files.rule is None else read_rule(files.rule)
+        self.gate_precision = "fp32" if files.rule is None else rule_precision(files.rule)
         self.settings = settings_of(sample, self.rule)
-        self.networks = self._dpar_and_gate(trained) if self.is_dpar else (trained.build(self.device),)
+        self.gate = None if self.rule is None else self._gate(trained, self.rule)
+        self.model: DPAR | GPT = trained.build(self.device)
         self.generator = self._generator()
-        self.config = self.generator.config
+        self.config, self.num_classes = self.generator.config, self.generator.num_classes
         config = tokenizer.config
         if self.config.codebook_size != config.codebook_size:
             raise ValueError(
@@ -85,12 +86,14 @@ class Sampler:
             )
         self.image_size = self.config.row_width * config.downsample
         names = self.weights.meta.get("classes") or []
-        self.class_names = [*names, *(f"class {i}" for i in range(len(names), self.config.num_classes))]
+        self.class_names = [*names, *(f"class {i}" for i in range(len(names), self.num_classes))]
 
     def _generator(self) -> DPARGenerator | GPTGenerator:
-        kind = DPARGenerator if self.is_dpar else GPTGenerator
-        how = {"gate_dtype": dtype_of(self.gate_precision)} if self.is_dpar else {}
-        return kind(*self.networks, self.settings, dtype=dtype_of(self.sample.precision), **how)
+        dtype = dtype_of(self.sample.precision)
+        if isinstance(self.model, DPAR):
+            gate_dtype = dtype_of(self.gate_precision)
+            return DPARGenerator(self.model, self.gate, self.settings, dtype=dtype, gate_dtype=gate_dtype)
+        return GPTGenerator(self.model, self.settings, dtype=dtype)
 
     def with_settings(self, sample: P.Sample) -> Sampler:
         """Return a sampler of the same networks, which stay where they are in memory, with other settings.
@@ -104,47 +107,49 @@ class Sampler:
         other.generator = other._generator()
         return other
 
-    def _dpar_and_gate(self, trained: Trained) -> tuple[DPAR, GPT | None]:
-        """Return DPAR and the entropy model that gates it, None where nothing reads entropies.
+    def _gate(self, trained: Trained, rule: PatchRule) -> GPT | None:
+        """Return the entropy model that gates DPAR, None where nothing reads entropies.
 
         The rule must be the one DPAR was trained with, and be made with this very entropy model.
         """
-        files, gate = self.files, None
-        found, now = trained.meta.get("rule"), asdict(self.rule)
+        files = self.files
+        found, now = trained.meta.get("rule"), asdict(rule)
         if found is not None and found != now:
             raise ValueError(
                 f"{files.model} was trained with the patch rule {found}, but {files.rule} holds {now}: run "
                 "`dvc repro train_dpar`, or set sample.threshold to sample with another one"
             )
-        if self.asks_model:
-            trained_on = precision_in(trained.meta)
-            if found is not None and trained_on != self.gate_precision:
-                raise ValueError(
-                    f"{files.model} was trained on patches cut by entropies in {trained_on}, but {files.rule} holds those "
-                    f"in {self.gate_precision}: run `dvc repro train_dpar`, or set entropies.precision to {trained_on}"
-                )
-            entropy_model = read_trained(files.entropy_model, "entropy_model", made_with=self.trained_with)
-            read_rule(files.rule, entropy_model=entropy_model.digest)
-            gate = entropy_model.build(self.device)
-            self.made_by["entropy_model"] = entropy_model.digest
-        return trained.build(self.device), gate
+        if not self.asks_model:
+            return None
+        assert files.entropy_model is not None and files.rule is not None
+        trained_on = precision_in(trained.meta)
+        if found is not None and trained_on != self.gate_precision:
+            raise ValueError(
+                f"{files.model} was trained on patches cut by entropies in {trained_on}, but {files.rule} holds those "
+                f"in {self.gate_precision}: run `dvc repro train_dpar`, or set entropies.precision to {trained_on}"
+            )
+        entropy_model = read_trained(files.entropy_model, "entropy_model", made_with=self.trained_with)
+        read_rule(files.rule, entropy_model=entropy_model.digest)
+        self.made_by["entropy_model"] = entropy_model.digest
+        gate: GPT = entropy_model.build(self.device)
+        return gate
 
     @property
     def asks_model(self) -> bool:
         """Whether the entropy model cuts patches while sampling."""
-        return self.is_dpar and self.settings.gate == "entropy_model" and self.settings.rule.reads_entropies
+        rule = self.settings.rule
+        return rule is not None and self.settings.gate == "entropy_model" and rule.reads_entropies
 
-    def draw(
+    def generate(
         self,
         labels: Sequence[int],
         seeds: Sequence[int],
         *,
         given: Tensor | None = None,
-        progress: Progress | None = None,
+        progress: OnTokens | None = None,
     ) -> Generated:
-        """Draw tokens, see dpar_core.generation.generate."""
-        labels = torch.as_tensor(labels, dtype=torch.int64)
-        return self.generator.generate(labels, seeds, given=given, progress=progress)
+        """Sample tokens, see dpar_core.generation.generate."""
+        return self.generator.generate(torch.as_tensor(labels, dtype=torch.int64), seeds, given=given, progress=progress)
 
     def pixels(self, tokens: Tensor, *, resize: int | None = None) -> np.ndarray:
         """Decode tokens (B, T) to images (B, S, S, 3) uint8; `resize`: bicubic without antialias, before clamping.

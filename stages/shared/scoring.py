@@ -25,7 +25,7 @@ from dpar_core.evaluation.reference import Measure, Reference, reference_of_file
 from dpar_core.evaluation.scores import ScoreSettings
 from dpar_core.files import digest_of
 from stages import params as P
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 from stages.tracker import Tracker
 from stages.workers.tasks import run_units
 
@@ -101,7 +101,7 @@ def reference_of(
         )
     measured = measure_with_progress(network, tracker, "reference features", workers=workers)
     if path.suffix != ".parquet":
-        return _told(reference_of_file(path, network, measured, cache=cache))
+        return _noted(reference_of_file(path, network, measured, cache=cache))
     if image_size is None:
         raise ScoreError(f"{path} is a manifest, whose images need a size: give the samples first")
     return _reference_of_split(read_manifest(path), "train", image_size, network, measured, cache=cache)
@@ -111,12 +111,12 @@ def _reference_of_split(
     rows: Manifest, split: str, size: int, network: FeatureNetwork, measured: Measure, *, cache: Path
 ) -> Reference:
     digest = digest_of([rows.digest, split, size])
-    return _told(
+    return _noted(
         reference_of_images(split, digest, lambda: _split_images(rows, split, size), network, measured, cache=cache)
     )
 
 
-def _told(reference: Reference) -> Reference:
+def _noted(reference: Reference) -> Reference:
     """Print what people should know of a reference's images."""
     for note in reference.notes:
         print(f"reference {reference.name}: {note}", file=sys.stderr, flush=True)
@@ -125,7 +125,7 @@ def _told(reference: Reference) -> Reference:
 
 def _split_images(manifest: Manifest, split: str, size: int) -> ImageSet:
     """Return the centre crops of a split's readable images; the sources of others are left out."""
-    opener, images, bad = ImageOpener(manifest), [], []
+    opener, images, bad = ManifestOpener(manifest), [], []
     for row in manifest.split(split):
         try:
             images.append(center_crop(opener(row), size))

@@ -1,4 +1,4 @@
-"""Calibration: a published LlamaGen checkpoint drawn and scored here, its scores set beside the published ones."""
+"""Calibration: a published LlamaGen checkpoint sampled and scored here, its scores set beside the published ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dpar_core.models.published import read_gpt, read_vq
 from dpar_core.models.vq import config_of
 from stages.shared.sampler import Files
 
-# Attention heads by size, which weights do not tell.
+# Attention heads by size; they do not follow from weights.
 HEADS = {"B": 12, "L": 16, "XL": 20, "XXL": 24}
 RELATIVE, ABSOLUTE = ("eval/fid", "eval/is"), ("eval/precision", "eval/recall")
 
 
 @dataclass(frozen=True)
-class Check:
+class ScoreCheck:
     """A score against its published value. tolerance: in the score's own unit."""
 
     name: str
@@ -53,7 +53,7 @@ def import_checkpoint(gpt: Path, vq: Path, *, heads: int, grid: int, folder: Pat
     return files
 
 
-def checks(scores: Mapping[str, Any], expected: Mapping[str, float], *, tolerance: float) -> list[Check]:
+def checks(scores: Mapping[str, Any], expected: Mapping[str, float], *, tolerance: float) -> list[ScoreCheck]:
     """Set scores beside published ones.
 
     tolerance: share of the published value for distances and IS; precision and recall may differ by 0.01 times as many
@@ -63,7 +63,7 @@ def checks(scores: Mapping[str, Any], expected: Mapping[str, float], *, toleranc
     for name, value in expected.items():
         if name in scores:
             allowed = 0.2 * tolerance if name in ABSOLUTE else tolerance * value
-            found.append(Check(name, value, scores[name], allowed))
+            found.append(ScoreCheck(name, value, scores[name], allowed))
     if not found:
         raise ValueError(f"none of {', '.join(expected)} was measured: calibrate with the features those were published for")
     return found

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dpar_core.patches.maps import read_summary as read_maps_summary
 from stages import artifacts as catalog
 from stages import entropies, patch_maps, tokenize_images
 from stages import params as P
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 from stages.tokenize_images import BAD_IMAGES, BOTH_SPLITS
 from stages.tracker import NullTracker, Tracker
 
@@ -52,7 +53,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Report:
+class DataReport:
     """What a check found. files, bytes: how much was read."""
 
     problems: tuple[Problem, ...]
@@ -73,17 +74,16 @@ class Artifacts:
         return path.relative_to(self.root).as_posix()
 
 
-def check_data(artifacts: Path, tracker: Tracker | None = None) -> Report:
+def check_data(artifacts: Path, tracker: Tracker | None = None) -> DataReport:
     """Read everything there is and compare it with its digests, and what belongs together with each other."""
-    places, problems = Artifacts(artifacts), []
+    places = Artifacts(artifacts)
+    problems: list[Problem] = []
     wanted: list[tuple[str, Path, str]] = []  # folder, file, digest
     manifest = _open(problems, places, places.manifest, lambda: _whole_manifest(places.manifest))
     summary = _open(problems, places, places.tokens / SUMMARY, lambda: read_summary(Folder(places.tokens)))
     made = {}
     for folder, stage in ((places.entropies, "entropies"), (places.patch_maps, "patch_maps")):
-        made[stage] = _open(
-            problems, places, folder / SUMMARY, lambda folder=folder, stage=stage: read_maps_summary(folder, stage=stage)
-        )
+        made[stage] = _open(problems, places, folder / SUMMARY, partial(read_maps_summary, folder, stage=stage))
     if summary:
         wanted += [("tokens", places.tokens / one["name"], one["sha256"]) for one in summary["shards"]]
         wanted.append(("tokens", places.tokens / INDEX, summary["index_sha256"]))
@@ -97,11 +97,11 @@ def check_data(artifacts: Path, tracker: Tracker | None = None) -> Report:
             problems += _strangers(places, folder, {*content["files"], SUMMARY})
     read = _compare(wanted, places, problems, tracker or NullTracker())
     weights = {
-        path: _open(problems, places, path, lambda path=path: _weights_digest(path))
+        path: _open(problems, places, path, partial(_weights_digest, path))
         for path in (places.tokenizer, places.entropy_model)
     }
     problems += _relations(places, manifest, summary, made, weights)
-    return Report(tuple(problems), len(wanted), read)
+    return DataReport(tuple(problems), len(wanted), read)
 
 
 def _open(problems: list[Problem], places: Artifacts, path: Path, read: Callable[[], Any]) -> Any:
@@ -137,8 +137,10 @@ def _bad_images(places: Artifacts, manifest: Manifest | None, summary: dict[str,
         if not isinstance(listed, list):
             raise TypeError
         keys = {tokenize_images.Bad(**one).key for one in listed}
-        lacking = len(manifest.rows) - summary["samples"] if manifest else len(keys)
-        if len(keys) == lacking or manifest.digest != summary["meta"]["manifest"]:
+        if manifest is None or manifest.digest != summary["meta"]["manifest"]:
+            return
+        lacking = len(manifest.rows) - summary["samples"]
+        if len(keys) == lacking:
             return
         what = f"is damaged: it lists {len(keys)} images, the shards lack {lacking}"
     except FileNotFoundError:
@@ -169,7 +171,7 @@ def _compare(wanted: list[tuple[str, Path, str]], places: Artifacts, problems: l
             for (folder, path, expected), size, (one, wrong) in zip(wanted, sizes, found):
                 progress.advance(size)
                 if one != expected:
-                    what = wrong or f"is damaged (digest {one[:16]}, expected {expected[:16]})"
+                    what = wrong or f"is damaged (digest {str(one)[:16]}, expected {expected[:16]})"
                     problems.append(Problem(places.name(path), what, folder, repairable=True, expected=expected))
     return sum(sizes)
 
@@ -196,12 +198,12 @@ def _relations(
 
     if summary:
         meta, tokens = summary["meta"], places.tokens / SUMMARY
-        yield from compare(tokens, "manifest", meta["manifest"], manifest and manifest.digest, "tokenize_images")
+        yield from compare(tokens, "manifest", meta["manifest"], manifest.digest if manifest else None, "tokenize_images")
         yield from compare(tokens, "tokenizer", meta["tokenizer"], weights[places.tokenizer], "tokenize_images")
     for stage, content in made.items():
         if content:
             path, made_by = places.root / stage / SUMMARY, content["made_by"]
-            yield from compare(path, "token shards", made_by["tokens"], summary and summary["digest"], stage)
+            yield from compare(path, "token shards", made_by["tokens"], summary["digest"] if summary else None, stage)
             model = weights[places.entropy_model]
             yield from compare(path, "entropy model", made_by["entropy_model"], model, stage)
             if stage == "patch_maps" and made.get("entropies"):
@@ -212,7 +214,9 @@ def _weights_digest(path: Path) -> str | None:
     return sha256_file(path)[:16] if path.exists() else None
 
 
-def repair_data(artifacts: Path, params: P.Params, *, device: str, work: Path, tracker: Tracker) -> tuple[list[str], Report]:
+def repair_data(
+    artifacts: Path, params: P.Params, *, device: str, work: Path, tracker: Tracker
+) -> tuple[list[str], DataReport]:
     """Make what is missing or damaged again, and nothing else.
 
     Returns the files that were mended, and a new check of everything. A file is put in place only when it has the very
@@ -228,11 +232,12 @@ def repair_data(artifacts: Path, params: P.Params, *, device: str, work: Path, t
         folder.mkdir(parents=True, exist_ok=True)
         with tracker.progress(len(broken), f"repair {stage}", unit="files") as progress:
             for name in make(places, params, broken, folder, device):
-                if broken[name].expected not in (None, sha256_file(folder / name)):
+                expected, digest = broken[name].expected, sha256_file(folder / name)
+                if expected is not None and expected != digest:
                     remedy = "tokenize_images" if stage == "tokens" else stage
                     raise ValueError(
-                        f"{broken[name].file}: made again, it has digest {sha256_file(folder / name)[:16]}, expected "
-                        f"{broken[name].expected[:16]}: its images, params, device or library versions are others now; "
+                        f"{broken[name].file}: made again, it has digest {digest[:16]}, expected "
+                        f"{expected[:16]}: its images, params, device or library versions are others now; "
                         f"run `dvc repro -f {remedy}`"
                     )
                 _put(folder / name, artifacts / stage / name)
@@ -294,7 +299,7 @@ def _try_again(
     manifest: Manifest, plan: Iterable[tokenize_images.Shard], there: set[str], data: P.Data
 ) -> Iterator[tokenize_images.Bad]:
     """Yield every image that is not in the shards (`there`: their keys), in order, and why it could not be used."""
-    opener = ImageOpener(manifest)
+    opener = ManifestOpener(manifest)
     for shard in plan:
         for row in manifest.rows.take(shard.indices):
             if row.key in there:

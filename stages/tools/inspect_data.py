@@ -5,7 +5,9 @@ Shapes: S pixels of a view's side, T = G x G tokens of a view.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import FAINT, INK, PAPER, draw_borders, entropy_map, font
 from stages import params as P
 from stages.artifacts import ENTROPIES, MANIFEST, PATCH_MAPS, TOKENIZER, TOKENS
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 from stages.tokenize_images import load_tokenizer
 
 _SIDE = 208  # pixels of a panel
@@ -52,13 +54,13 @@ def inspect_image(key: str, *, artifacts: Path, data: P.Data) -> Inspection:
     """Collect everything that the artifacts hold of one image.
 
     key: a key of the manifest, or the end of an image's path. Raises ValueError when it is none or stands for several,
-    FileNotFoundError when there is no manifest.
+    FileNotFoundError when the manifest is missing.
     """
     manifest = read_manifest(MANIFEST.below(artifacts))
     found = Inspection(find_row(manifest, key))
     row = found.row
     try:
-        found.image = ImageOpener(manifest)(row)
+        found.image = ManifestOpener(manifest)(row)
         found.views = views(found.image, data.image_size, data.views)
     except ValueError as error:
         found.missing.append(f"the image cannot be used: {error}")
@@ -97,10 +99,10 @@ def find_row(manifest: Manifest, key: str) -> Row:
 
 def _add_patches(found: Inspection, shards: TokenShards, index: int, artifacts: Path) -> None:
     entropies = EntropyMaps(ENTROPIES.below(artifacts), shards)
-    part = next(part for name, part in shards.shards() if name == found.shard)
+    shard, part = next((name, part) for name, part in shards.shards() if name == found.shard)
     count = shards.meta.num_views
     first = (index - part.start) * count
-    found.entropies = entropies.shard(found.shard)[first : first + count]
+    found.entropies = entropies.shard(shard)[first : first + count]
     maps = PatchMaps(PATCH_MAPS.below(artifacts), shards, entropy_model=entropies.entropy_model)
     found.lengths = maps.lengths(np.full(count, index), np.arange(count))
     found.threshold = maps.rule.threshold
@@ -118,7 +120,7 @@ def describe(found: Inspection) -> str:
         lines.append(f"pixels    {found.image.shape[1]} x {found.image.shape[0]}, {count}")
     if found.tokens is not None:
         lines.append(f"shard     {found.shard}")
-        lines.append(f"tokens    {found.tokens.shape[1]} a view, {len(np.unique(found.tokens))} different codes")
+        lines.append(f"tokens    {found.tokens.shape[1]} per view, {len(np.unique(found.tokens))} different codes")
     if found.entropies is not None:
         known = found.entropies[:, 1:]
         lines.append(f"entropies {known.mean():.3f} nats on average, {known.min():.3f} to {known.max():.3f}")
@@ -129,7 +131,7 @@ def describe(found: Inspection) -> str:
     return "\n".join([*lines, *found.missing])
 
 
-def draw(found: Inspection) -> Image.Image:
+def draw_inspection(found: Inspection) -> Image.Image:
     """Draw the image beside what is known of it, and a row for each view.
 
     A row shows pixels, decoded tokens, tokens, entropies and patches, as far as they are there. Raises
@@ -138,22 +140,12 @@ def draw(found: Inspection) -> Image.Image:
     shown = next((pixels for pixels in (found.views, found.decoded) if pixels is not None), ())
     if found.image is None and not len(shown):
         raise ValueError(f"nothing to show of {found.row.key}: {'; '.join(found.missing)}")
-    names = [
-        name
-        for name, there in (
-            ("view", found.views),
-            ("decoded tokens", found.decoded),
-            ("tokens", found.tokens),
-            ("entropies", found.entropies),
-            ("patches", found.lengths),
-        )
-        if there is not None
-    ]
     side = _SIDE if found.row_width is None else found.row_width * max(_SIDE // found.row_width, 1)
+    panels = _panels(found, side)
     gap, lines = 10, [line for line in describe(found).split("\n") if line]
     height = 0 if found.image is None else max(round(_SIDE * min(found.image.shape[0] / found.image.shape[1], 2)), 1)
     head = max(height, 20 * len(lines)) + gap
-    width = max(len(names), 4) * (side + gap) + gap
+    width = max(len(panels), 4) * (side + gap) + gap
     canvas = Image.new("RGB", (width, 60 + head + len(shown) * (side + gap)), PAPER)
     pen = ImageDraw.Draw(canvas)
     pen.text((gap, gap), f"{found.row.key}: {found.row.class_name}, {found.row.source}", INK, font(14))
@@ -163,30 +155,40 @@ def draw(found: Inspection) -> Image.Image:
         word, _, rest = line.partition(" ") if line not in found.missing else ("", "", line)
         pen.text((_SIDE + 3 * gap, 36 + 20 * number), word, FAINT, font(13))
         pen.text((_SIDE + 3 * gap + (80 if word else 0), 36 + 20 * number), rest.strip(), INK, font(13))
-    for column, name in enumerate(names):
-        words = name
-        if name == "entropies":
-            low, high = np.nanmin(found.entropies[:, 1:]), np.nanmax(found.entropies[:, 1:])
-            words = f"entropies, {low:.2f} (dark) to {high:.2f} nats"
+    for column, (words, panel) in enumerate(panels.items()):
         pen.text((gap + column * (side + gap), 40 + head), words, FAINT, font(13))
-    for number in range(len(shown)):
-        for column, name in enumerate(names):
-            canvas.paste(_panel(found, name, number, side), (gap + column * (side + gap), 60 + head + number * (side + gap)))
+        for number in range(len(shown)):
+            canvas.paste(panel(number), (gap + column * (side + gap), 60 + head + number * (side + gap)))
     return canvas
 
 
-def _panel(found: Inspection, name: str, view: int, side: int) -> Image.Image:
-    if name in ("view", "decoded tokens"):
-        pixels = (found.views if name == "view" else found.decoded)[view]
-        return Image.fromarray(np.ascontiguousarray(pixels)).resize((side, side), Image.Resampling.NEAREST)
-    if name == "tokens":
-        # A colour a code: equal codes stand out, order means nothing.
-        colours = np.random.default_rng(0).integers(40, 230, (65536, 3), dtype=np.uint8)[found.tokens[view]]
-        grid = colours.reshape(found.row_width, found.row_width, 3)
-        return Image.fromarray(grid).resize((side, side), Image.Resampling.NEAREST)
-    if name == "entropies":
-        known = found.entropies[:, 1:]
-        low, high = float(known.min()), float(known.max())
-        return entropy_map(found.entropies[view], found.row_width, side=side, low=low, high=high)
-    pixels = (found.decoded if found.views is None else found.views)[view]
-    return draw_borders(np.ascontiguousarray(pixels), found.lengths[view].tolist(), found.row_width, side=side)
+def _panels(found: Inspection, side: int) -> dict[str, Callable[[int], Image.Image]]:
+    """Return what draws the tile of a view, by its caption, for what there is."""
+    panels: dict[str, Callable[[int], Image.Image]] = {}
+    pixels, tokens, entropies, lengths = found.views, found.tokens, found.entropies, found.lengths
+
+    def enlarged(picture: np.ndarray) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(picture)).resize((side, side), Image.Resampling.NEAREST)
+
+    if found.views is not None:
+        panels["view"] = partial(lambda images, view: enlarged(images[view]), found.views)
+    if found.decoded is not None:
+        panels["decoded tokens"] = partial(lambda images, view: enlarged(images[view]), found.decoded)
+        pixels = found.decoded if pixels is None else pixels
+    if found.row_width is None:
+        return panels
+    width = found.row_width
+    if tokens is not None:
+        # One colour per code: equal codes stand out, order means nothing.
+        colours = np.random.default_rng(0).integers(40, 230, (65536, 3), dtype=np.uint8)
+        panels["tokens"] = lambda view: enlarged(colours[tokens[view]].reshape(width, width, 3))
+    if entropies is not None:
+        low, high = float(np.nanmin(entropies[:, 1:])), float(np.nanmax(entropies[:, 1:]))
+        panels[f"entropies, {low:.2f} (dark) to {high:.2f} nats"] = lambda view: entropy_map(
+            entropies[view], width, side=side, low=low, high=high
+        )
+    if lengths is not None and pixels is not None:
+        panels["patches"] = lambda view: draw_borders(
+            np.ascontiguousarray(pixels[view]), lengths[view].tolist(), width, side=side
+        )
+    return panels

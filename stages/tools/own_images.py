@@ -15,7 +15,7 @@ from dpar_core.data.images import BadImage, decode_image, read_file
 from dpar_core.data.splits import first_few
 from dpar_core.files import atomic_folder, digest_of, write_json
 
-SPLIT = "split.json"  # beside the links: says that this folder was made here
+SPLIT = "split.json"  # beside the links: marks a folder that was made here
 _LONGEST_LIST = 5
 
 
@@ -118,5 +118,5 @@ def describe(found: OwnImages, images: Path) -> list[str]:
     if len(found.bad) > _LONGEST_LIST:
         lines.append(f"and {len(found.bad) - _LONGEST_LIST} more that cannot be read, listed in {SPLIT}")
     if found.left_out:
-        lines.append(f"left out: {len(found.left_out)} files that are no images ({first_few(found.left_out)})")
+        lines.append(f"left out: {len(found.left_out)} files that are not images ({first_few(found.left_out)})")
     return lines

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpar_core.choices import PatchMode
 from dpar_core.data.shards import TokenShards
 from dpar_core.patches.maps import EntropyMaps
 from dpar_core.patches.rule import PatchRule, patch_starts_numpy
@@ -59,7 +60,7 @@ def patch_stats(
     *,
     thresholds: Sequence[float] | None,
     max_lengths: Sequence[int | None],
-    mode: str = "entropy_rows",
+    mode: PatchMode = "entropy_rows",
     split: str = "train",
     limit: int = SAMPLED_MAPS,
 ) -> PatchStats:
@@ -119,8 +120,8 @@ def parse_range(text: str) -> list[float]:
             raise ValueError
     except (ValueError, OverflowError, ZeroDivisionError):
         raise ValueError(
-            f"{text!r} is no range: expected FIRST:LAST:STEP, ending at LAST, of at most {MOST_STEPS:,} numbers, or numbers "
-            "with commas"
+            f"{text!r} is not a range: expected FIRST:LAST:STEP, ending at LAST, of at most {MOST_STEPS:,} numbers, or "
+            "numbers with commas"
         ) from None
     return [round(first + place * step, 10) for place in range(count + 1)]
 

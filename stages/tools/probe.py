@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.shards import TokenShards
 from dpar_core.evaluation.block_features import block_features, block_names
 from dpar_core.files import Weights
-from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.dpar import DPAR, DPARConfig
+from dpar_core.models.gpt import GPT
 from dpar_core.models.load import read_trained, role_of
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
@@ -35,14 +35,14 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitFeatures:
     """Features of some images: (L, n, D) float32, and their labels (n,)."""
 
     features: np.ndarray
     labels: np.ndarray
 
 
-def load_model(path: Path, shards: TokenShards) -> tuple[nn.Module, Weights]:
+def load_model(path: Path, shards: TokenShards) -> tuple[GPT | DPAR, Weights]:
     """Read a trained model. Raises ValueError when it was trained on other tokens, or has no classes."""
     trained = read_trained(path, role_of(path), made_with={"tokens": shards.digest})
     if trained.role == "entropy_model":
@@ -51,8 +51,8 @@ def load_model(path: Path, shards: TokenShards) -> tuple[nn.Module, Weights]:
 
 
 def features_of(
-    model: nn.Module, shards: TokenShards, patch_maps: Path, images: int, tracker: Tracker, *, device: str, batch: int = 32
-) -> Split:
+    model: GPT | DPAR, shards: TokenShards, patch_maps: Path, images: int, tracker: Tracker, *, device: str, batch: int = 32
+) -> SplitFeatures:
     """Return features of evenly spaced images (their centre crops) of a split, for every block."""
     chosen = fixed_subset(len(shards), images)
     maps = PatchMaps(patch_maps, shards) if isinstance(model.config, DPARConfig) else None
@@ -69,10 +69,10 @@ def features_of(
             read = Batch(tokens, None, layout).to(torch.device(device))
             found.append(block_features(model, read).cpu().numpy())
             progress.advance(len(indices))
-    return Split(np.concatenate(found, axis=1), np.asarray(shards.labels)[chosen])
+    return SplitFeatures(np.concatenate(found, axis=1), np.asarray(shards.labels)[chosen])
 
 
-def probe(model: nn.Module, train: Split, held_out: Split) -> list[Probe]:
+def probe(model: GPT | DPAR, train: SplitFeatures, held_out: SplitFeatures) -> list[Probe]:
     """Fit a logistic regression on the features of each block and test it on held-out images.
 
     Raises ValueError when the training images show fewer than two classes.

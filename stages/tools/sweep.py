@@ -1,4 +1,4 @@
-"""Sweeps: sampling settings of trained models, drawn and scored as Ray Tune trials.
+"""Sweeps: sampling settings of trained models, sampled and scored as Ray Tune trials.
 
 A trial is a function of its settings, its seeds and the files it reads. Its result is a file named after all of these,
 written whole or not at all: whoever runs the sweep again, after a kill or with more settings, finds it there.
@@ -12,8 +12,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,20 +34,20 @@ from stages import sample, score
 from stages.artifacts import artifact_digest
 from stages.shared.sampler import Files
 from stages.shared.scoring import make_reference, measure, settings_of
-from stages.tracker import Tracker
+from stages.tracker import NullTracker, Progress, Tracker
 from stages.workers import cluster
 from stages.workers.tasks import KeptLast
 
 # Seeds of trials lie far above those of params.yaml: what `dvc repro` scores at the end was not used to choose.
 SEARCH_SEEDS, FINAL_SEEDS = 10_000_000, 20_000_000
-RESULT_FORMAT = 4  # of a trial's file; results of another are drawn anew
+RESULT_FORMAT = 4  # of a trial's file; results of another are sampled anew
 DIGITS = 4  # decimals of settings that a search makes up
 Search = Literal["grid", "random", "optuna"]
 
 
 @dataclass(frozen=True)
 class Point:
-    """Settings that a sweep varies. threshold: nats; None: the training rule's (and for the twin, which has none)."""
+    """Settings that a sweep varies. threshold: nats; None: the training rule's (and for the baseline, which has none)."""
 
     threshold: float | None
     cfg_scale: float
@@ -55,7 +55,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """One point drawn and scored. final: on the full number of images, with fresh seeds."""
+    """One point sampled and scored. final: on the full number of images, with fresh seeds."""
 
     point: Point
     images: int
@@ -128,10 +128,10 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What to try. points: of a grid, or the corners of the box that a search stays inside. trials: of a search.
 
-    images, final_images: images a trial, in the search and for the best `finalists`. concurrency: trials at once.
+    images, final_images: images per trial, in the search and for the best `finalists`. concurrency: trials at once.
     """
 
     points: tuple[Point, ...]
@@ -151,7 +151,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is drawn from and scored. models: threshold -> files of a model trained at it; None: of all others."""
+    """What is sampled and scored. models: threshold -> files of a model trained at it; None: of all others."""
 
     models: dict[float | None, Files]
     sample: P.Sample
@@ -161,7 +161,7 @@ class Subject:
     device: str
 
     def files(self, point: Point) -> Files:
-        """Return the files a point is drawn from."""
+        """Return the files a point is sampled from."""
         return self.models.get(point.threshold, self.models[None])
 
     def section(self, trial: Trial) -> P.Sample:
@@ -199,7 +199,7 @@ class Outcome:
 
 
 def check_points(points: Sequence[Point], files: Files) -> None:
-    """Refuse settings that cannot be drawn with, all in one sentence. Raises ValueError, FileNotFoundError."""
+    """Refuse settings that cannot be sampled with, all in one sentence. Raises ValueError, FileNotFoundError."""
     if not files.tokenizer.exists():
         raise FileNotFoundError(f"no tokenizer at {files.tokenizer}: make the artifacts with `dpar-cli run` first")
     codes = read_weights_header(files.tokenizer)["config"]["codebook_size"]
@@ -214,33 +214,33 @@ def check_points(points: Sequence[Point], files: Files) -> None:
         raise ValueError("this model's patches do not follow a threshold: sweep the guidance with `dpar-cli sweep cfg`")
     wrong = sorted({p.cfg_scale for p in points if not 1 <= p.cfg_scale < math.inf})
     if wrong:
-        raise ValueError(f"cfg scales {', '.join(f'{c:g}' for c in wrong)}: expected numbers from 1, which is no guidance")
+        raise ValueError(f"cfg scales {', '.join(f'{c:g}' for c in wrong)}: expected numbers from 1 (guidance off) on")
 
 
 def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> TrialResult:
-    """Draw and score one trial; its result goes to `folder` as KEY.json and KEY.png, and is returned.
+    """Sample and score one trial; its result goes to `folder` as KEY.json and KEY.png, and is returned.
 
-    Batches that an interrupted run drew are taken from `work`.
+    Batches that an interrupted run sampled are taken from `work`.
     """
     key, started = subject.key(trial), time.perf_counter()
     files, section = subject.files(trial.point), subject.section(trial)
     content = digest_of([path and artifact_digest(path) for path in vars(files).values()])
     place = work / key
     place.mkdir(parents=True, exist_ok=True)
-    job = sample.Job(files, content, section.model_dump_json(), subject.device, str(place.resolve()))
+    job = sample.SampleJob(files, content, section.model_dump_json(), subject.device, str(place.resolve()))
     sampler = sample.sampler_of(job)
     sample.check_memory(sampler, section.batch_size)
     for batch in job.batches():
         if not job.path(batch).exists():
-            sample.draw_batch(job, batch)
+            sample.sample_batch(job, batch)
     images, labels, starts = (
         np.concatenate(list(sample.batch_arrays(job, name))) for name in ("images", "labels", "starts")
     )
     draw_seconds = float(np.sum(list(sample.batch_arrays(job, "seconds")), axis=0)[0])
     starts = np.unpackbits(starts, axis=1, count=sampler.config.tokens).astype(bool)
-    network = _network(subject)
+    network, rule = _network(subject), sampler.settings.rule
     scored, settings = subject.score, settings_of(subject.score.score)
-    reference = make_reference(scored.score, scored.data, subject.manifest, network, _Silent, cache=work)
+    reference = make_reference(scored.score, scored.data, subject.manifest, network, NullTracker(), cache=work)
     measured = measure(network, images)
     values, intervals = compare(measured, reference, settings, seed=scored.seed)
     protocol = protocol_of(network, reference, settings, ImageSet(images))
@@ -250,7 +250,7 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> Trial
         trial=trial,
         scores=Scores(values, intervals, protocol, sampled, measured.features.pool.shape[1]),
         patches=sample.patch_metrics(sampler, starts),
-        max_patch_length=sampler.rule and sampler.settings.rule.max_patch_length,
+        max_patch_length=None if rule is None else rule.max_patch_length,
         tokens=sampler.config.tokens,
         images_per_s=len(images) / draw_seconds,
         seconds=time.perf_counter() - started,
@@ -277,33 +277,20 @@ def read_result(folder: Path, key: str) -> TrialResult | None:
     return TrialResult(scores=scores, trial=Trial(**{**trial, "point": Point(**trial["point"])}), **found)
 
 
-class _Silent:
-    """A tracker for workers: the driver shows progress."""
-
-    @staticmethod
-    @contextmanager
-    def progress(total: int, description: str, **_: Any) -> Iterator[Any]:
-        yield _Silent
-
-    @staticmethod
-    def advance(amount: int = 1, **values: float) -> None:
-        pass
-
-
 _KEPT: KeptLast[FeatureNetwork] = KeptLast()
 
 
 def _network(subject: Subject) -> FeatureNetwork:
     """Return the feature network, read once per process."""
     settings = subject.score.score
-    file = subject.features if settings.features == "demo" else Path(settings.features_file)
+    file = subject.features if settings.features_file is None else Path(settings.features_file)
     key = (settings.features, file, subject.device)
     return _KEPT.get(key, lambda: feature_network(*key))
 
 
 def sweep(
     subject: Subject,
-    plan: Plan,
+    plan: SweepPlan,
     folder: Path,
     work: Path,
     tracker: Tracker,
@@ -336,34 +323,44 @@ def sweep(
     return outcome
 
 
-def _points(plan: Plan) -> list[Point]:
+def _points(plan: SweepPlan) -> list[Point]:
     """Return the points of a grid, or those of a random search, which follow from the plan alone."""
     if plan.search == "grid":
         return list(plan.points)
     thresholds, scales = plan.box()
     rng = np.random.default_rng(0)
-    draws = rng.random((plan.trials, 2))
+    chosen = rng.random((plan.trials, 2))
     return [
         Point(
             None if thresholds is None else round(thresholds[0] + float(a) * (thresholds[1] - thresholds[0]), DIGITS),
             round(scales[0] + float(b) * (scales[1] - scales[0]), DIGITS),
         )
-        for a, b in draws
+        for a, b in chosen
     ]
 
 
 class _Runner:
     """Trials on Ray Tune: the cluster is reached when the first trial asks for it, and left at the end."""
 
-    def __init__(self, subject, plan, folder, work, tracker, finished) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        plan: SweepPlan,
+        folder: Path,
+        work: Path,
+        tracker: Tracker,
+        finished: Callable[[TrialResult], None],
+    ) -> None:
         self.subject, self.plan, self.folder, self.work = subject, plan, folder, work
-        self.tracker, self.finished, self.failed = tracker, finished, []
-        self.connection = self.nodes = None
+        self.tracker, self.finished = tracker, finished
+        self.failed: list[Failure] = []
+        self.connection: AbstractContextManager[list[cluster.Node]] | None = None
+        self.nodes: list[cluster.Node] | None = None
 
     def __enter__(self) -> _Runner:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.connection is not None:
             self.connection.__exit__(*error)
 
@@ -384,11 +381,11 @@ class _Runner:
         if left:
             with self.tracker.progress(len(keys), f"sweep {name}", done=len(done), unit="trials") as progress:
                 self._tune({"point": [asdict(point) for point in left]}, trial, progress)
-        found = [read_result(self.folder, key) for key in keys]
-        return [result for result in found if result is not None]
+        results = [read_result(self.folder, key) for key in keys]
+        return [result for result in results if result is not None]
 
     def _optimize(self, name: str, trial: Callable[[Point], Trial]) -> list[TrialResult]:
-        """Let Optuna choose; what an earlier run has tried is told to it first."""
+        """Let Optuna choose; it starts from what an earlier run has tried."""
         import optuna
         from ray import tune
         from ray.tune.search.optuna import OptunaSearch
@@ -401,13 +398,13 @@ class _Runner:
         known = self._known(trial)
         for result in known:
             self.finished(result)
-        told = [{name: getattr(result.point, name) for name in space} for result in known]
+        tried = [{name: getattr(result.point, name) for name in space} for result in known]
         searcher = OptunaSearch(
             metric="distance",
             mode="min",
             sampler=optuna.samplers.TPESampler(seed=len(known)),
             space=space,
-            points_to_evaluate=told or None,
+            points_to_evaluate=tried or None,
             evaluated_rewards=[result.value(self.subject.distance) for result in known] or None,
         )
         missing = self.plan.trials - len(known)
@@ -432,7 +429,15 @@ class _Runner:
         cluster.require(self.nodes, workers=wanted, cpus=cpus, gpus=1 if gpu else 0, section="sweep", option="--concurrency")
         return {"CPU": cpus, "GPU": 1 if gpu else 0}
 
-    def _tune(self, space: dict[str, list], trial, progress, *, searcher=None, samples: int = 1) -> None:
+    def _tune(
+        self,
+        space: dict[str, list[Any]],
+        trial: Callable[[Point], Trial],
+        progress: Progress,
+        *,
+        searcher: Any = None,
+        samples: int = 1,
+    ) -> None:
         room = self._room()
         os.environ |= {
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -441,7 +446,7 @@ class _Runner:
         }
         from ray import tune
 
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told by us, in a sentence
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are reported by us, in a sentence
         storage = self.work / "tune"
         shutil.rmtree(storage, ignore_errors=True)
         trainable = tune.with_resources(
@@ -477,17 +482,18 @@ class _Runner:
         tuner.fit()
         shutil.rmtree(storage, ignore_errors=True)
 
-    def settled(self, progress: Any, config: dict[str, Any], last: dict[str, Any] | None, error: str | None) -> None:
+    def settled(self, progress: Progress, config: dict[str, Any], last: dict[str, Any] | None, error: str | None) -> None:
         """Take a trial's end from Tune."""
         point = point_of(config)
         error = error or (last or {}).get("error")
-        if error:
-            self.failed.append(Failure(point, error))
+        result = None if error or last is None else read_result(self.folder, last["key"])
+        if result is None:
+            self.failed.append(Failure(point, error or "its result cannot be read"))
             progress.advance()
             return
-        result = read_result(self.folder, last["key"])
         self.finished(result)
-        progress.advance(**{self.subject.distance.removeprefix("eval/"): result.value(self.subject.distance)})
+        shown: dict[str, Any] = {self.subject.distance.removeprefix("eval/"): result.value(self.subject.distance)}
+        progress.advance(**shown)
 
 
 def point_of(config: dict[str, Any]) -> Point:
@@ -497,19 +503,21 @@ def point_of(config: dict[str, Any]) -> Point:
     return Point(None if threshold is None else round(threshold, DIGITS), round(values["cfg_scale"], DIGITS))
 
 
-def _callback(settled: Callable[[dict[str, Any], dict[str, Any] | None, str | None], None]):
+def _callback(settled: Callable[[dict[str, Any], dict[str, Any] | None, str | None], None]) -> Any:
     """Return a Tune callback that hands on (config, last result, error) of every trial that has ended."""
     from ray import tune
 
-    class Settled(tune.Callback):
-        def on_trial_complete(self, iteration, trials, trial, **info) -> None:
+    class Settled(tune.Callback):  # type: ignore[misc]  # Ray's classes are Any here
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self.settled(trial.config, trial.last_result, None)
 
-        def on_trial_error(self, iteration, trials, trial, **info) -> None:
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             words = str(trial.get_error() or "its process died").strip().splitlines()[-1]
             self.settled(trial.config, None, words)
 
-        def __reduce__(self):  # Tune stores its callbacks; this one belongs to the process it lives in
+        def __reduce__(
+            self,
+        ) -> tuple[type, tuple[()]]:  # Tune stores its callbacks; this one belongs to the process it lives in
             return tune.Callback, ()
 
     callback = Settled()
@@ -520,10 +528,19 @@ def _callback(settled: Callable[[dict[str, Any], dict[str, Any] | None, str | No
 def _trainable() -> type:
     from ray import tune
 
-    class SweepTrial(tune.Trainable):
+    class SweepTrial(tune.Trainable):  # type: ignore[misc]  # Ray's classes are Any here
         """Runs one trial a config; its process and the networks in it serve the next one too."""
 
-        def setup(self, config: dict[str, Any], *, subject: Subject, trial, folder: Path, work: Path, threads: int) -> None:
+        def setup(
+            self,
+            config: dict[str, Any],
+            *,
+            subject: Subject,
+            trial: Callable[[Point], Trial],
+            folder: Path,
+            work: Path,
+            threads: int,
+        ) -> None:
             torch.set_num_threads(threads)
             self.subject, self.trial, self.folder, self.place = subject, trial, folder, work
 
@@ -539,7 +556,7 @@ def _trainable() -> type:
         def step(self) -> dict[str, Any]:
             try:
                 result = run_trial(self.subject, self.trial(point_of(self.config)), self.folder, self.place)
-            except Exception as error:  # whatever it is, it is told, and sinks no other trial
+            except Exception as error:  # whatever it is, it is reported and stops no other trial
                 words = " ".join(str(error).split()) or type(error).__name__
                 return {"done": True, "distance": math.nan, "error": words}
             return {"done": True, "distance": result.value(self.subject.distance), "key": result.key}

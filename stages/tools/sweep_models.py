@@ -43,13 +43,13 @@ def retrain(
         place = folder / f"{threshold:g}-{digest_of(content)[:8]}"
         maps, model = place / "patch_maps", place / WEIGHTS
         if not (maps / RULE).exists():
-            outputs = patch_maps.Outputs(maps, place / "patch_maps_metrics.json", place / "patch_lengths.csv")
+            cut = patch_maps.Outputs(maps, place / "patch_maps_metrics.json", place / "patch_lengths.csv")
             place.mkdir(parents=True, exist_ok=True)
             with track(f"patch_maps {threshold:g}", params) as tracker:
                 patch_maps.run(
                     patch_maps.Params(patching),
                     patch_maps.Inputs(tokens, entropies),
-                    outputs,
+                    cut,
                     tracker,
                     device=device,
                     work=_made(work / place.name / "patch_maps"),

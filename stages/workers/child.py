@@ -34,6 +34,7 @@ def pin(folder: Path) -> None:
                 raise ImportError(f"{name} is imported from {found}, expected {init}: take the former from PYTHONPATH")
         elif init.exists():
             spec = util.spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
+            assert spec is not None and spec.loader is not None
             sys.modules[name] = util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
 

@@ -213,7 +213,7 @@ def _last_line(text: str) -> str:
 
 
 def main() -> None:
-    """Join the cluster that is named, leave it, and print {} or what Ray said as JSON."""
+    """Join the cluster that is named, leave it, and print {} or the error of Ray as JSON."""
     address = sys.argv[1]
     _quiet()
     import ray
@@ -229,7 +229,7 @@ def main() -> None:
 
 
 def _refusal(address: str | None, kind: str, text: str, *, reached: bool = False) -> OSError | RuntimeError:
-    """Return the error for what Ray said, in one sentence with the way out. reached: something listens at the address."""
+    """Turn an error of Ray into one sentence with the way out. reached: something listens at the address."""
     first = redacted(" ".join(text.split()))[:250].rstrip(" .:")
     if address is None:
         return RuntimeError(

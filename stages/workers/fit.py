@@ -37,10 +37,10 @@ EVENTS, RETURNED = "events.jsonl", "returned.json"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _REPORT_SECONDS = 1.0  # log lines go to the driver together, at most this often
 _LOST_WORKERS = 10  # times a run may lose a worker or a node and go on from its last checkpoint
-_PATIENCE = 60.0  # seconds until a run that has not begun says so
+_PATIENCE = 60.0  # seconds until a run that has not begun reports it
 _START_TRIES = 24 * 60  # times Ray waits a minute for room: until a lost machine is replaced, or other work ends
 _NO_MEMORY = re.compile(r"low on memory|OutOfMemory|CUDA out of memory")
-_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")  # the line of a traceback that tells
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")  # the line of a traceback that names the error
 
 Returned = dict[str, Any]  # what a worker's function returned, or {"error", perhaps "traceback"}
 
@@ -70,7 +70,7 @@ class Scale:
         """Read it from params. On device cuda a worker gets a GPU even if params ask for none."""
         gpus = training.gpus_per_worker or (1 if device == "cuda" else 0)
         group = training.workers > 1 or training.strategy == "fsdp" or gpus > 0
-        limit = torch.get_num_threads()  # as the driver was told; all of its cores mean all cores of any node
+        limit = torch.get_num_threads()  # as the driver was set; all of its cores mean all cores of any node
         threads = 0 if limit >= cluster.local_cpus() else limit
         return Scale(training.workers, training.cpus_per_worker, gpus, group, threads)
 
@@ -104,18 +104,18 @@ def fit(
     """
     work.mkdir(parents=True, exist_ok=True)
     events = work / EVENTS
-    asked = {"workers": scale.workers, "cpus": scale.cpus, "gpus": scale.gpus, "section": section}
+    require = partial(cluster.require, workers=scale.workers, cpus=scale.cpus, gpus=scale.gpus, section=section)
     if (own := cluster.expected()) is not None:
-        cluster.require(own, **asked)
+        require(own)
     with locked(work / "lock", busy=_trained_already):
         events.write_text("")
         if own is not None and scale.workers == 1 and not scale.group:
             returned = _fit_here(function, root, events, scale, on_event)
         else:
             with cluster.connected() as nodes:
-                cluster.require(nodes, **asked)
+                require(nodes)
                 thread = _Fit(_trainer(function, root, events, scale))
-                _follow(thread, events, _Silence(scale), on_event)
+                _follow(thread, events, _StartWatch(scale), on_event)
             returned = thread.outcome()
     if "error" in returned:
         failure = TrainingFailed(returned["error"])
@@ -138,7 +138,7 @@ def _fit_here(
     return thread.outcome()
 
 
-def _follow(thread: threading.Thread, events: Path, silence: _Silence | None, on_event: Callable[[Event], None]) -> None:
+def _follow(thread: threading.Thread, events: Path, silence: _StartWatch | None, on_event: Callable[[Event], None]) -> None:
     """Pass events on until the thread ends."""
     with open(events, "rb") as stream:
         tail = _Tail(stream)
@@ -150,7 +150,7 @@ def _follow(thread: threading.Thread, events: Path, silence: _Silence | None, on
         tail.deliver(on_event)
 
 
-def _trainer(function: Callable[..., Returned], root: str, events: Path, scale: Scale):
+def _trainer(function: Callable[..., Returned], root: str, events: Path, scale: Scale) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     files, path = file_system(root)
@@ -195,12 +195,12 @@ def _prepare(root: str) -> None:
         files.delete_file(f"{path}/{_RAY_SNAPSHOT}")
 
 
-def _relay(events: Path):
+def _relay(events: Path) -> Any:
     """Return the callback that writes reports to a file; it runs in Ray's controller, on the driver's machine."""
     from ray.train import UserCallback
 
-    class Relay(UserCallback):
-        def after_report(self, run_context, metrics, checkpoint) -> None:
+    class Relay(UserCallback):  # type: ignore[misc]  # Ray's classes are Any here
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             _append(events, metrics[0]["events"])
 
     return Relay()
@@ -252,9 +252,9 @@ def _first(sentence: str | None, ranks: Ranks) -> str | None:
     """Return the first rank's sentence that is one, on all ranks; collective."""
     if ranks.world == 1:
         return sentence
-    said: list[str | None] = [None] * ranks.world
-    torch.distributed.all_gather_object(said, sentence)
-    return next((one for one in said if one), None)
+    sentences: list[str | None] = [None] * ranks.world
+    torch.distributed.all_gather_object(sentences, sentence)
+    return next((one for one in sentences if one), None)
 
 
 class _Marker:
@@ -283,7 +283,7 @@ class _Marker:
 class RayHooks:
     """Hooks of dpar_core.training.loop that report to Ray, every rank equally often."""
 
-    def __init__(self, ranks, root: str, events: Path | None = None) -> None:
+    def __init__(self, ranks: Ranks, root: str, events: Path | None = None) -> None:
         self.ranks, self.root, self.file = ranks, root, events
         self.waiting: list[Event] = []
         self.reported = time.monotonic()
@@ -321,9 +321,11 @@ class RayHooks:
 class _Fit(threading.Thread):
     """`trainer.fit()` beside the main thread, so that Ctrl-C stops the driver at once (Ray's handler only asks)."""
 
-    def __init__(self, trainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         super().__init__(name="ray-train", daemon=True)
-        self._trainer, self._returned, self._error = trainer, None, None
+        self._trainer = trainer
+        self._returned: Returned = {}
+        self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
@@ -354,7 +356,7 @@ def _cause(error: BaseException) -> str:
 def _ran_out(where: str) -> str:
     return (
         f"{where} ran out of memory, and with it a worker ended: raise `accumulate`, lower `workers` or free memory "
-        "there, and run the same command again, it goes on from its last checkpoint (`dpar-cli cost --gpu NAME` says how "
+        "there, and run the same command again, it goes on from its last checkpoint (`dpar-cli cost --gpu NAME` names how "
         "many images fit in a GPU; a smaller `batch_size` helps as well, but starts the run afresh)"
     )
 
@@ -377,8 +379,8 @@ class _Tail:
         return count
 
 
-class _Silence:
-    """Says once, on standard error, that Ray has not started the workers yet: room may come, and nobody need guess."""
+class _StartWatch:
+    """Prints once, on standard error, that Ray has not started the workers yet."""
 
     def __init__(self, scale: Scale) -> None:
         self.scale, self.until = scale, time.monotonic() + _PATIENCE

@@ -1,6 +1,6 @@
 """Ray Train's local mode in a process of its own: one worker on this machine, and no cluster beside it.
 
-A cluster's processes wake up some thousand times a second even when they have nothing to do; where training has all cores
+A cluster's processes wake up some thousand times per second even when they have nothing to do; where training has all cores
 of a small machine that costs 6 % of a step (docs/log.md), and starting them takes seconds. One worker needs none of them.
 """
 
@@ -55,7 +55,7 @@ class LocalFit(threading.Thread):
         try:
             pickle.dump(self._call, self._process.stdin)
             self._process.stdin.flush()
-        except BrokenPipeError:  # it died at once; its exit status tells
+        except BrokenPipeError:  # it died at once; its exit status shows it
             pass
         self._process.wait()
 
@@ -77,8 +77,7 @@ class LocalFit(threading.Thread):
             )
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         raise RuntimeError(
-            f"the training process ended with {how}, what it said is above; the same command goes on from the last "
-            "checkpoint"
+            f"the training process ended with {how}, its output is above; the same command goes on from the last checkpoint"
         )
 
 

@@ -28,7 +28,7 @@ def project(tmp_path_factory):
     rule = json.loads(made.rule.read_text())["rule"]
     gate = load_weights(made.entropy_model, kind="gpt").digest
     write_rule(made.rule, dpar_core.PatchRule(**rule), made_by={"entropy_model": gate})
-    for source, name in zip((made.tokenizer, made.entropy_model, made.dpar, made.twin, made.rule), library.RUN_FILES):
+    for source, name in zip((made.tokenizer, made.entropy_model, made.dpar, made.baseline, made.rule), library.RUN_FILES):
         target = folder / "artifacts" / library.RUN_FILES[name]
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
@@ -143,5 +143,5 @@ def test_the_notebook_runs(project, monkeypatch):
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     names = {"display": lambda *shown: None}
     exec(compile("\n".join(cells), "tour.ipynb", "exec"), names)
-    assert names["drawn"].tokens.shape[1] == GRID * GRID
+    assert names["sampled"].tokens.shape[1] == GRID * GRID
     assert not any(cell.get("outputs") for cell in notebook["cells"])

@@ -1,4 +1,4 @@
-"""Tiny random models whose outputs vary enough to show every part, the golden ones, and the uncached twins."""
+"""Tiny random models whose outputs vary enough to show every part, the golden ones, and the uncached baselines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dpar_core.generation.guidance import SampleSettings, draw, guide, uniforms
+from dpar_core.generation.sampling import SampleSettings, guide, sample_tokens, uniforms
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig, next_token_entropies
 from dpar_core.patches.layout import PatchLayout
@@ -33,7 +33,7 @@ def tiny_gate() -> GPT:
     return lively(GPT(GPTConfig(CODES, GRID, 32, 2, 2, ffn_multiple=32)), 1)
 
 
-def tiny_twin() -> GPT:
+def tiny_baseline() -> GPT:
     return lively(GPT(GPTConfig(CODES, GRID, 32, 2, 3, ffn_multiple=32, num_classes=CLASSES)), 2)
 
 
@@ -65,7 +65,7 @@ def conditional_and_not(model: nn.Module, forward, labels: Tensor, scale: Tensor
 def uncached_gpt(
     model: GPT, labels: Tensor, seeds: list[int], settings: SampleSettings, given: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run the whole twin on the whole prefix for every token. Returns tokens (B, T) and guided logits (B, T, V)."""
+    """Run the whole baseline on the whole prefix for every token. Returns tokens (B, T) and guided logits (B, T, V)."""
     count = model.config.tokens
     tokens, logits = torch.zeros(len(labels), 0, dtype=torch.int64), []
     numbers, scales = uniforms(seeds, count), settings.scales(count)
@@ -73,7 +73,7 @@ def uncached_gpt(
         prefix = tokens
         guided = conditional_and_not(model, lambda to, prefix=prefix: model(prefix, to), labels, scales[t])
         logits.append(guided)
-        new = draw(guided, numbers[:, t], settings)
+        new = sample_tokens(guided, numbers[:, t], settings)
         if given is not None and t < given.shape[1]:
             new = given[:, t]
         tokens = torch.cat([tokens, new[:, None]], dim=1)
@@ -106,7 +106,7 @@ def uncached_dpar(
             model, _forward(model, tokens, layout_of(entropies[:, : t + 1], rule)), labels, scales[t]
         )
         logits.append(guided)
-        new = draw(guided, numbers[:, t], settings)
+        new = sample_tokens(guided, numbers[:, t], settings)
         if given is not None and t < given.shape[1]:
             new = given[:, t]
         tokens = torch.cat([tokens, new[:, None]], dim=1)

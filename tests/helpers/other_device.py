@@ -21,10 +21,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from dpar_core.generation import static
 from dpar_core.generation.generate import DPARGenerator, GPTGenerator
-from dpar_core.generation.guidance import SampleSettings
+from dpar_core.generation.sampling import SampleSettings
 from dpar_core.generation.static import Static, StaticDPAR
 from dpar_core.patches.rule import PatchRule
-from tests.helpers.generation_fixtures import CODES, GRID, tiny_dpar, tiny_gate, tiny_twin
+from tests.helpers.generation_fixtures import CODES, GRID, tiny_baseline, tiny_dpar, tiny_gate
 
 NAME = "elsewhere"
 VIEWS = (
@@ -193,13 +193,13 @@ def main() -> None:
 
         return make
 
-    def twin(settings, **how):
-        return lambda device: GPTGenerator(tiny_twin().to(device), settings, **({} if device == "cpu" else how))
+    def baseline(settings, **how):
+        return lambda device: GPTGenerator(tiny_baseline().to(device), settings, **({} if device == "cpu" else how))
 
     kernels = {
         "entropy model": triton_kernels(dpar(guided, static=True, schedule="ahead")),
         "decoder": triton_kernels(dpar(decoder, static=True, schedule="ahead")),
-        "twin": triton_kernels(twin(interval, static=True)),
+        "baseline": triton_kernels(baseline(interval, static=True)),
     }
     print(
         json.dumps(
@@ -210,12 +210,12 @@ def main() -> None:
                 "decoder": compared(dpar(decoder)),
                 "bfloat16": compared(dpar(guided, torch.bfloat16), given=given),  # all tokens, so that rounding turns none
                 "static patches": compared(dpar(fixed)),
-                "twin": compared(twin(interval), given=some),
+                "baseline": compared(baseline(interval), given=some),
                 "static decoder, ahead": compared(dpar(guided, static=True, schedule="ahead"), given=some),
                 "static decoder, buckets": compared(dpar(guided, static=True, schedule="buckets"), given=some),
                 "static decoder, top-k and top-p": compared(dpar(fixed, static=True)),
                 "static decoder, decoder's entropy": compared(dpar(decoder, static=True, schedule="ahead")),
-                "static decoder, twin": compared(twin(interval, static=True), given=some),
+                "static decoder, baseline": compared(baseline(interval, static=True), given=some),
             }
         )
     )

@@ -110,7 +110,7 @@ def write_scores(file: Path, *, splits: int = 10, intervals: dict | None = None,
 def write_artifacts(root: Path, params: Params, *, ratio: float = 1.04, snapshot_step: int = 480) -> Inputs:
     """Write everything that the report reads below root/artifacts.
 
-    Both models train for 500 steps. ratio: how many times as fast as the baseline's a step of DPAR is (FLOPs allow 1.06).
+    Both models train for 500 steps. ratio: how many times as fast as the baseline's per step of DPAR is (FLOPs allow 1.06).
     """
     torch.set_num_threads(1)
     made = root / "artifacts"
@@ -138,10 +138,10 @@ def write_artifacts(root: Path, params: Params, *, ratio: float = 1.04, snapshot
     assert PatchMaps(made / "patch_maps", shards).entropy_model_digest
     classes = len(shards.meta.classes)
     dpar = DPARConfig(CODES, GRID, 32, 2, 1, 1, 1, classes, 32)
-    twin = GPTConfig(CODES, GRID, 32, 2, 3, ffn_multiple=32, num_classes=classes)
+    baseline = GPTConfig(CODES, GRID, 32, 2, 3, ffn_multiple=32, num_classes=classes)
     save("models/dpar/model.safetensors", DPAR(dpar), "dpar", 3, step=500)
-    save("models/llamagen/model.safetensors", GPT(twin), "gpt", 4, step=500)
-    save("models/llamagen/equal_time.safetensors", GPT(twin), "gpt", 5, step=snapshot_step)
+    save("models/llamagen/model.safetensors", GPT(baseline), "gpt", 4, step=500)
+    save("models/llamagen/equal_time.safetensors", GPT(baseline), "gpt", 5, step=snapshot_step)
     write_curves(made / "models/dpar", [(100, 2.7), (300, 2.5), (500, 2.4)], seconds=10.0)
     write_curves(made / "models/llamagen", [(100, 2.65), (300, 2.5), (500, 2.42)], seconds=10.0 * ratio)
     run_stage("sample_dpar", root, params)

@@ -1,4 +1,4 @@
-"""Artifacts of a tiny trained pipeline, made in a folder: tokenizer, entropy model, DPAR, twin, patch rule."""
+"""Artifacts of a tiny trained pipeline, made in a folder: tokenizer, entropy model, DPAR, baseline, patch rule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Artifacts:
     tokenizer: Path
     entropy_model: Path
     dpar: Path
-    twin: Path
+    baseline: Path
     equal_time: Path
     rule: Path
 
@@ -55,7 +55,7 @@ def write_artifacts(folder: Path, *, gate_trained_on: str | None = None, dpar_me
         return folder / name
 
     gate = GPT(GPTConfig(CODES, GRID, 16, 1, 1, ffn_multiple=16))
-    twin = GPTConfig(CODES, GRID, 32, 2, 3, ffn_multiple=32, num_classes=CLASSES)
+    baseline = GPTConfig(CODES, GRID, 32, 2, 3, ffn_multiple=32, num_classes=CLASSES)
     dpar = DPAR(DPARConfig(CODES, GRID, 32, 2, 1, 1, 1, CLASSES, 32))
     gate_file = save("gate.safetensors", gate, "gpt", 2, {"tokenizer": gate_trained_on or tokenizer})
     made_by = {"entropy_model": load_weights(gate_file, kind="gpt").digest}
@@ -64,8 +64,8 @@ def write_artifacts(folder: Path, *, gate_trained_on: str | None = None, dpar_me
         folder / "tokenizer.safetensors",
         gate_file,
         save("dpar.safetensors", dpar, "dpar", 3, {**meta, **(dpar_meta or {})}),
-        save("twin.safetensors", GPT(twin), "gpt", 4, meta),
-        save("equal_time.safetensors", GPT(twin), "gpt", 5, meta),
+        save("baseline.safetensors", GPT(baseline), "gpt", 4, meta),
+        save("equal_time.safetensors", GPT(baseline), "gpt", 5, meta),
         folder / "rule.json",
     )
 

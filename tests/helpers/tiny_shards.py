@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from ruamel.yaml import YAML
 
-from dpar_core.data.shards import Sample, TokenMeta, TokenShards, write_index, write_shard
+from dpar_core.data.shards import TokenMeta, TokenSample, TokenShards, write_index, write_shard
 from dpar_core.files import atomic_folder
 from dpar_core.patches.maps import RULE, pack_starts, write_rule, write_summary
 from dpar_core.patches.rule import PatchRule, patch_starts_numpy
@@ -30,7 +30,7 @@ def write_tokens(folder: Path, *, train: int = 36, validation: int = 8) -> Path:
             line = np.arange(GRID * GRID) if number % 2 == 0 else np.arange(GRID * GRID)[::-1]
             tokens = np.where(random.random(GRID * GRID) < 0.2, random.integers(0, CODES, GRID * GRID), line)
             views = np.stack([tokens, tokens.reshape(GRID, GRID)[:, ::-1].reshape(-1)]).astype(np.uint16)
-            samples.append(Sample(f"{split}-{number:04d}", number % 2, views, {}))
+            samples.append(TokenSample(f"{split}-{number:04d}", number % 2, views, {}))
         half = count // 2
         for shard, part in enumerate((samples[:half], samples[half:])):
             name = f"{split}-{shard:06d}.tar"

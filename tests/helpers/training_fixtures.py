@@ -57,7 +57,7 @@ class TinyData:
         yield self._batch(mine), float(len(mine))
 
 
-class TwinObjective:
+class BaselineObjective:
     def loss(self, model, batch):
         return next_token_loss(model, batch.tokens, batch.labels)
 
@@ -122,7 +122,7 @@ def tiny_run(root: Path, kind: str = "gpt", *, hooks=None, ranks=None, **changes
     settings = tiny_settings(**changes)
     hooks = hooks or Recorder()
     data = TinyData(settings, ranks, patches=kind == "dpar")
-    objective = TwinObjective() if kind == "gpt" else DPARObjective()
+    objective = BaselineObjective() if kind == "gpt" else DPARObjective()
     store = tiny_store(root, kind)
     progress = train(tiny_model(kind), objective, data, settings, store, hooks=hooks, ranks=ranks)
     return progress, store.newest(), hooks

@@ -9,7 +9,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dpar_core.data.images import VIEW_COUNTS
-from dpar_core.data.shards import Sample, TokenMeta, write_shard
+from dpar_core.data.shards import TokenMeta, TokenSample, write_shard
 from dpar_core.models import memory
 from dpar_core.models.vq import VQ, VQConfig, most_images
 from pipeline.cost import Prices, cost, costs, tokenizer_flops
@@ -20,14 +20,14 @@ from stages.train import dpar_config, llamagen_config
 from tests.helpers.paths import ROOT
 
 A100 = Prices("A100", 0.4, 2.0)
-# size: width, heads, layers of encoder, patch transformer, decoder; parameters of DPAR and of the twin
+# size: width, heads, layers of encoder, patch transformer, decoder; parameters of DPAR and of the baseline
 SIZES = {
     "b": (768, 12, (1, 8, 3), 115_021_824, 110_888_448),
     "l": (1024, 16, (1, 19, 4), 351_306_752, 342_910_976),
     "xl": (1280, 20, (1, 30, 5), 789_455_360, 774_699_520),
     "xxl": (1536, 24, (1, 41, 6), 1_434_579_456, 1_410_972_672),
 }
-# GFLOPs of the twin and of DPAR, percent saved
+# GFLOPs of the baseline and of DPAR, percent saved
 TABLE = {
     ("b", 256): (52.34, 39.98, 23.6),
     ("l", 256): (172.87, 117.19, 32.2),
@@ -75,25 +75,25 @@ def paper(size: str, pixels: int, **patching):
 
 @pytest.mark.parametrize(("size", "pixels"), TABLE)
 def test_figures_are_those_of_the_published_tables(size, pixels):
-    told = costs(paper(size, pixels), prices=A100)["models"]
-    twin, dpar, saved = TABLE[size, pixels]
-    assert (told["dpar"]["parameters"], told["llamagen"]["parameters"]) == SIZES[size][3:]
-    assert round(told["llamagen"]["forward_gflops"], 2) == twin
-    assert round(told["dpar"]["forward_gflops"], 2) == dpar
-    assert round(told["dpar"]["saved_percent"], 1) == saved
-    assert told["entropy_model"]["parameters"] == 110_119_680
-    assert round(told["entropy_model"]["forward_gflops"], 2) == TABLE["b", pixels][0]
+    costed = costs(paper(size, pixels), prices=A100)["models"]
+    baseline, dpar, saved = TABLE[size, pixels]
+    assert (costed["dpar"]["parameters"], costed["llamagen"]["parameters"]) == SIZES[size][3:]
+    assert round(costed["llamagen"]["forward_gflops"], 2) == baseline
+    assert round(costed["dpar"]["forward_gflops"], 2) == dpar
+    assert round(costed["dpar"]["saved_percent"], 1) == saved
+    assert costed["entropy_model"]["parameters"] == 110_119_680
+    assert round(costed["entropy_model"]["forward_gflops"], 2) == TABLE["b", pixels][0]
 
 
 @pytest.mark.parametrize("kind", ["dpar", "llamagen"])
 @pytest.mark.parametrize(("size", "pixels"), TABLE)
 def test_the_sixteen_presets_have_the_figures_of_the_published_tables(size, pixels, kind):
-    told = costs(load_params(ROOT / "params" / f"imagenet{pixels}-{kind}-{size}.yaml"), prices=A100)["models"]
-    twin, dpar, saved = TABLE[size, pixels]
-    assert (told["dpar"]["parameters"], told["llamagen"]["parameters"]) == SIZES[size][3:]
-    assert round(told["llamagen"]["forward_gflops"], 2) == twin
-    assert (round(told["dpar"]["forward_gflops"], 2), round(told["dpar"]["saved_percent"], 1)) == (dpar, saved)
-    assert told[kind]["epochs"] == pytest.approx(300, abs=0.01)
+    costed = costs(load_params(ROOT / "params" / f"imagenet{pixels}-{kind}-{size}.yaml"), prices=A100)["models"]
+    baseline, dpar, saved = TABLE[size, pixels]
+    assert (costed["dpar"]["parameters"], costed["llamagen"]["parameters"]) == SIZES[size][3:]
+    assert round(costed["llamagen"]["forward_gflops"], 2) == baseline
+    assert (round(costed["dpar"]["forward_gflops"], 2), round(costed["dpar"]["saved_percent"], 1)) == (dpar, saved)
+    assert costed[kind]["epochs"] == pytest.approx(300, abs=0.01)
 
 
 ABLATIONS = {
@@ -127,35 +127,35 @@ def test_an_ablation_changes_one_thing_and_trains_for_fifty_epochs(name):
     of_base, changed = flat(base), flat(ablation)
     length = {"train.steps", "train.equal_time_step", "entropy_model.train"}
     assert {k: v for k, v in changed.items() if v != of_base[k] and k not in length} == ABLATIONS[name]
-    told = costs(ablation, prices=A100, patches=142)["models"]
-    assert told["dpar"]["epochs"] == pytest.approx(50, abs=0.01)
+    costed = costs(ablation, prices=A100, patches=142)["models"]
+    assert costed["dpar"]["epochs"] == pytest.approx(50, abs=0.01)
 
 
 @pytest.mark.parametrize(
-    ("size", "pixels", "dpar", "twin"), [("b", 256, 132, 105), ("xl", 256, 568, 795), ("xl", 384, 1205, 1856)]
+    ("size", "pixels", "dpar", "baseline"), [("b", 256, 132, 105), ("xl", 256, 568, 795), ("xl", 384, 1205, 1856)]
 )
-def test_generation_counts_the_entropy_model_once_and_the_rest_twice(size, pixels, dpar, twin):
-    told = costs(paper(size, pixels), prices=A100)["models"]
-    assert round(told["dpar"]["generation_cfg_gflops_with_entropy_model"]) == dpar
-    assert round(told["llamagen"]["generation_cfg_gflops"]) == twin
+def test_generation_counts_the_entropy_model_once_and_the_rest_twice(size, pixels, dpar, baseline):
+    costed = costs(paper(size, pixels), prices=A100)["models"]
+    assert round(costed["dpar"]["generation_cfg_gflops_with_entropy_model"]) == dpar
+    assert round(costed["llamagen"]["generation_cfg_gflops"]) == baseline
 
 
 def test_hours_and_price_follow_from_flops():
-    told = costs(paper("b", 256), prices=Prices("A100", 0.5, 3.0))["models"]["dpar"]
-    operations = 3 * told["forward_gflops"] * 1e9 * 1_501_368 * 256
-    assert told["training_exaflops"] == pytest.approx(operations / 1e18)
-    assert told["gpu_hours"] == pytest.approx(operations / (312e12 * 0.5) / 3600)
-    assert told["price"] == pytest.approx(3 * told["gpu_hours"])
-    assert told["epochs"] == pytest.approx(300, abs=0.01)
-    assert told["checkpoint_gb"] == pytest.approx(115_021_824 * 12e-9)
+    costed = costs(paper("b", 256), prices=Prices("A100", 0.5, 3.0))["models"]["dpar"]
+    operations = 3 * costed["forward_gflops"] * 1e9 * 1_501_368 * 256
+    assert costed["training_exaflops"] == pytest.approx(operations / 1e18)
+    assert costed["gpu_hours"] == pytest.approx(operations / (312e12 * 0.5) / 3600)
+    assert costed["price"] == pytest.approx(3 * costed["gpu_hours"])
+    assert costed["epochs"] == pytest.approx(300, abs=0.01)
+    assert costed["checkpoint_gb"] == pytest.approx(115_021_824 * 12e-9)
 
 
 def test_the_rest_of_a_run_is_counted_beside_training():
-    told = costs(load_params(ROOT / "params/imagenet256-dpar-b.yaml"), prices=A100)
-    work, models = told["other_work"], told["models"]
+    costed = costs(load_params(ROOT / "params/imagenet256-dpar-b.yaml"), prices=A100)
+    work, models = costed["other_work"], costed["models"]
     assert list(work) == ["tokenizing", "entropies", "sampling", "scoring"]  # published weights: no tokenizer is trained
     hours = sum(one["gpu_hours"] for one in (*models.values(), *work.values()))
-    whole = told["whole_run"]
+    whole = costed["whole_run"]
     assert whole["gpu_hours"] == pytest.approx(hours) and whole["price"] == pytest.approx(2 * hours)
     assert whole["days_on_its_workers"] == pytest.approx(hours / 8 / 24)
     assert models["dpar"]["hours_on_its_workers"] == pytest.approx(models["dpar"]["gpu_hours"] / 8)
@@ -177,14 +177,14 @@ def test_the_tokenizer_is_counted_layer_by_layer():
         codes = model.encode(torch.zeros(1, 3, 32, 32))
         encode, (found[0]) = found[0], 0
         model.decode(codes)
-    told = tokenizer_flops(model.config, 32)
+    costed = tokenizer_flops(model.config, 32)
     width = params.tokenizer.base_width * params.tokenizer.channel_multipliers[-1]
     attention = 4 * 64**2 * width
     search = 2 * 64 * params.tokenizer.codebook_size * params.tokenizer.codebook_dim
     blocks = [
         sum(type(one).__name__ == "AttentionBlock" for one in half.modules()) for half in (model.encoder, model.decoder)
     ]
-    assert told == (encode + blocks[0] * attention + search, found[0] + blocks[1] * attention)
+    assert costed == (encode + blocks[0] * attention + search, found[0] + blocks[1] * attention)
 
 
 def test_token_shards_have_the_size_that_was_told(tmp_path):
@@ -192,14 +192,14 @@ def test_token_shards_have_the_size_that_was_told(tmp_path):
     import numpy as np
 
     meta = TokenMeta(16, 512, "adm_center_flip", 2, 64, ("a",), "t", "m")
-    samples = [Sample(f"image-{i:06d}", 0, np.zeros((2, meta.tokens), np.uint16), {"view": 1}) for i in range(40)]
+    samples = [TokenSample(f"image-{i:06d}", 0, np.zeros((2, meta.tokens), np.uint16), {"view": 1}) for i in range(40)]
     write_shard(tmp_path / "a.tar", samples)
     raw = YAML(typ="safe").load((ROOT / "params" / "demo.yaml").read_text())
     raw["data"] |= {"image_size": 128}
     raw["tokenizer"] |= {"channel_multipliers": [1, 2, 2, 4]}
-    told = costs(parse_params(raw), prices=A100, images=40)
-    assert told["tokens_per_image"] == 256
-    assert 0 <= (tmp_path / "a.tar").stat().st_size - told["disk_gb"]["token_shards"] * 1e9 <= 10_240
+    costed = costs(parse_params(raw), prices=A100, images=40)
+    assert costed["tokens_per_image"] == 256
+    assert 0 <= (tmp_path / "a.tar").stat().st_size - costed["disk_gb"]["token_shards"] * 1e9 <= 10_240
 
 
 @pytest.mark.parametrize(("mode", "patches"), [("token", 256), ("static", 128)])
@@ -229,9 +229,9 @@ def test_the_command_prints_a_table_or_json(monkeypatch):
     table = CliRunner().invoke(app, ["demo"])
     assert table.exit_code == 0 and "DPAR saves" in table.output and "GPU-hours" in table.output
     assert "assumed MFU of 40%" in table.output and max(map(len, table.output.splitlines())) <= 80
-    told = json.loads(CliRunner().invoke(app, ["params/demo.yaml", "--json"]).output)
-    assert f"{told['models']['dpar']['parameters']:,}" in table.output
-    whole = told["models"]["dpar"]["forward_gflops"] + told["models"]["entropy_model"]["forward_gflops"]
+    costed = json.loads(CliRunner().invoke(app, ["params/demo.yaml", "--json"]).output)
+    assert f"{costed['models']['dpar']['parameters']:,}" in table.output
+    whole = costed["models"]["dpar"]["forward_gflops"] + costed["models"]["entropy_model"]["forward_gflops"]
     row = next(line for line in table.output.splitlines() if line.strip().startswith("and the entropy model, to generate"))
     assert float(row.split()[-1].replace(",", "")) == pytest.approx(whole, abs=0.005)
 
@@ -243,18 +243,18 @@ PAPER = [f"imagenet{pixels}-{kind}-{size}" for pixels in (256, 384) for kind in 
 def test_a_paper_preset_trains_and_samples_within_80_gb_as_it_is(name):
     """By the estimates that `dpar-cli cost` and the check before sampling use."""
     params = load_params(ROOT / "params" / f"{name}.yaml")
-    told = costs(params, prices=A100)["models"]
-    for model in told.values():
+    costed = costs(params, prices=A100)["models"]
+    for model in costed.values():
         assert model["memory_gb_per_worker"] <= 80 * memory.TRAINING_SHARE
         assert model["accumulate"] == model["accumulate_that_fits"] and model["micro_batch"] <= model["largest_micro_batch"]
     shape = {"codebook_size": 16384, "row_width": params.data.image_size // 16}
     dpar = dpar_config(params.model, **shape, num_classes=1000)
-    twin = llamagen_config(params.model, **shape, num_classes=1000)
+    baseline = llamagen_config(params.model, **shape, num_classes=1000)
     gate = entropy_config(params.entropy_model, **shape)
     images, options = params.sample.batch_size, {"guided": True, "value_bytes": 2}
     caches = {
         "dpar": memory.dpar_cache_bytes(dpar, images, longest_patch=4, gate=gate, **options),
-        "llamagen": memory.gpt_cache_bytes(twin, images, **options),
+        "llamagen": memory.gpt_cache_bytes(baseline, images, **options),
     }
     free = 80e9 - memory.RUNTIME - memory.sampling_weights(dpar, gate, value_bytes=2)
     for wanted in caches.values():
@@ -277,11 +277,11 @@ def test_a_micro_batch_that_does_not_fit_gets_the_accumulate_that_does(monkeypat
     app = Typer()
     app.command()(cost)
     output = CliRunner().invoke(app, ["imagenet384-dpar-xl", "--gpu", "L40S"]).output
-    told = json.loads(CliRunner().invoke(app, ["imagenet384-dpar-xl", "--gpu", "L40S", "--json"]).output)["models"]["dpar"]
-    fits = told["accumulate_that_fits"]
+    costed = json.loads(CliRunner().invoke(app, ["imagenet384-dpar-xl", "--gpu", "L40S", "--json"]).output)["models"]["dpar"]
+    fits = costed["accumulate_that_fits"]
     assert (
         f"set train.accumulate to {fits}." in " ".join(output.split())
         and fits > 1
         and max(map(len, output.splitlines())) <= 80
     )
-    assert 32 // fits <= told["largest_micro_batch"] < 32
+    assert 32 // fits <= costed["largest_micro_batch"] < 32

@@ -1,4 +1,4 @@
-"""What is up to date, told from dvc.yaml, dvc.lock and params.yaml alone."""
+"""What is up to date, computed from dvc.yaml, dvc.lock and params.yaml alone."""
 
 import json
 

@@ -91,7 +91,7 @@ def test_a_folder_tree_is_listed_and_opened(tmp_path):
             put_image(tmp_path / split / name / "1.png", ord(name))
     outputs = run(tmp_path, source="imagefolder", train=str(tmp_path / "train"), validation=str(tmp_path / "validation"))
     manifest = read_manifest(outputs.manifest)
-    opener = data.ImageOpener(manifest)
+    opener = data.ManifestOpener(manifest)
     assert [(row.split, row.label, int(opener(row)[0, 0, 0])) for row in manifest.rows] == [
         ("train", 0, 97),
         ("train", 1, 98),
@@ -152,7 +152,7 @@ def test_ilsvrc_tars_are_read_in_place_with_any_list_of_validation_classes(tmp_p
     manifest = read_manifest(run(tmp_path / "out", **tars).manifest)
     assert [row.class_name for row in manifest.split("validation")] == ["n00000002", "n00000001", "n00000002"]
     assert [row.key for row in manifest.split("train")] == ["train-n00000001_1", "train-n00000002_1"]
-    assert all(data.ImageOpener(manifest)(row).shape == (8, 8, 3) for row in manifest.rows)
+    assert all(data.ManifestOpener(manifest)(row).shape == (8, 8, 3) for row in manifest.rows)
 
 
 def test_a_validation_tar_without_classes_beside_it_says_what_to_put_there(tmp_path):

@@ -76,26 +76,26 @@ def test_threads_change_no_byte_of_the_output(artifacts, tmp_path):
 
 def test_a_job_that_was_killed_goes_on_with_the_batches_that_are_whole(artifacts, tmp_path, monkeypatch):
     whole = run_dpar(artifacts, tmp_path / "whole")
-    drawn = []
-    original = stage.draw_batch
+    sampled = []
+    original = stage.sample_batch
 
     def dies_in_the_third(job, batch, progress=None):
-        if len(drawn) == 2:
+        if len(sampled) == 2:
             raise KeyboardInterrupt
-        drawn.append(batch)
+        sampled.append(batch)
         return original(job, batch, progress)
 
-    monkeypatch.setattr(stage, "draw_batch", dies_in_the_third)
+    monkeypatch.setattr(stage, "sample_batch", dies_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         run_dpar(artifacts, tmp_path / "killed")
     assert not (tmp_path / "killed" / "samples").exists()
-    monkeypatch.setattr(stage, "draw_batch", lambda *a: drawn.append(a[1]) or original(*a))
+    monkeypatch.setattr(stage, "sample_batch", lambda *a: sampled.append(a[1]) or original(*a))
     assert same(whole, run_dpar(artifacts, tmp_path / "killed"))
-    assert drawn == [0, 1, 2]
+    assert sampled == [0, 1, 2]
 
 
-def test_the_twin_is_sampled_at_both_steps(artifacts, tmp_path):
-    inputs = stage.LlamaGenInputs(artifacts.twin, artifacts.equal_time, artifacts.tokenizer)
+def test_the_baseline_is_sampled_at_both_steps(artifacts, tmp_path):
+    inputs = stage.LlamaGenInputs(artifacts.baseline, artifacts.equal_time, artifacts.tokenizer)
     outputs = stage.LlamaGenOutputs(tmp_path / "llamagen", tmp_path / "llamagen_equal_time")
     tracker = NullTracker()
     params = stage.Params(sample_section(resize=12))
@@ -141,7 +141,7 @@ def test_a_gate_trained_on_another_tokenizer_is_refused(tmp_path):
 
 def test_a_model_of_another_kind_or_a_missing_one_is_refused(artifacts):
     with pytest.raises(ValueError, match="holds weights of kind 'gpt', expected 'dpar'"):
-        Sampler(replace(artifacts.dpar_files, model=artifacts.twin), sample_section(), device="cpu")
+        Sampler(replace(artifacts.dpar_files, model=artifacts.baseline), sample_section(), device="cpu")
     with pytest.raises(FileNotFoundError, match="no trained model at"):
         Sampler(Files(Path("nowhere"), artifacts.tokenizer), sample_section(), device="cpu")
 
@@ -213,9 +213,9 @@ def test_the_gate_has_the_precision_of_the_entropies_that_dpar_was_trained_on(tm
 def test_a_batch_that_was_damaged_is_sampled_again(tmp_path, capsys):
     made = write_artifacts(tmp_path / "made")
     section, work = sample_section(images=4, batch_size=2), tmp_path / "work"
-    stage.draw_samples(section, made.dpar_files, tmp_path / "a", NullTracker(), device="cpu", work=work, prefix="")
+    stage.sample_images(section, made.dpar_files, tmp_path / "a", NullTracker(), device="cpu", work=work, prefix="")
     damaged = work / "batch-000001.npz"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    stage.draw_samples(section, made.dpar_files, tmp_path / "b", NullTracker(), device="cpu", work=work, prefix="")
+    stage.sample_images(section, made.dpar_files, tmp_path / "b", NullTracker(), device="cpu", work=work, prefix="")
     assert f"{damaged} is damaged" in capsys.readouterr().err
     assert (tmp_path / "a" / "samples.npz").read_bytes() == (tmp_path / "b" / "samples.npz").read_bytes()

@@ -11,7 +11,7 @@ from dpar_core.data.manifest import read_manifest
 from dpar_core.data.sources import SourceChanged
 from dpar_core.files import read_record
 from stages import sources
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 from tests.helpers.tiny_data import make_project, photo, put_images, tiny_params
 
 
@@ -48,7 +48,7 @@ def test_images_replaced_under_the_same_names_are_seen_and_refused_where_the_old
     with pytest.raises(
         SourceChanged, match=r"image train:a/000\.png has changed since the manifest was made .* run `dvc repro`"
     ):
-        ImageOpener(manifest)(row)
+        ManifestOpener(manifest)(row)
     with pytest.raises(SourceChanged):
         project.tokenize()
     assert read_manifest(project.data().root / "manifest.parquet").digest != manifest.digest
@@ -155,6 +155,6 @@ def test_an_edited_manifest_is_refused(tmp_path, place):
     try:
         found = read_manifest(path)
     except ValueError as error:
-        assert "dvc repro -f data" in str(error) or "is no manifest" in str(error)
+        assert "dvc repro -f data" in str(error) or "is not a manifest" in str(error)
     else:
         assert (found.digest, list(found.rows), found.notes) == (sound.digest, list(sound.rows), sound.notes)

@@ -43,10 +43,10 @@ def inputs(tmp_path):
         return tmp_path / name
 
     dpar = save("dpar.safetensors", "dpar", dpar_config(params.model, **shape), 12)
-    twin = llamagen_config(params.model, **shape)
+    baseline = llamagen_config(params.model, **shape)
     for step in (6, 7, 8, 9, 10, 11):
-        save(f"snapshots/{snapshot_name(step)}", "gpt", twin, step)
-    llamagen = save("llamagen.safetensors", "gpt", twin, 12)
+        save(f"snapshots/{snapshot_name(step)}", "gpt", baseline, step)
+    llamagen = save("llamagen.safetensors", "gpt", baseline, 12)
     return time_training.Inputs(tmp_path / "tokens", tmp_path / "maps", dpar, llamagen, tmp_path / "snapshots")
 
 
@@ -89,7 +89,7 @@ def test_a_model_of_other_tokens_is_not_timed(inputs, tmp_path):
 
 def test_sampling_is_timed_in_turns_too(tmp_path):
     made = sample_artifacts.write_artifacts(tmp_path)
-    inputs = time_sampling.Inputs(made.dpar, made.twin, made.entropy_model, made.tokenizer, made.rule)
+    inputs = time_sampling.Inputs(made.dpar, made.baseline, made.entropy_model, made.tokenizer, made.rule)
     params = time_sampling.Params(sample_artifacts.sample_section(batch_size=4))
     tracker = NullTracker()
     time_sampling.run(

@@ -258,14 +258,14 @@ def test_entropies_in_another_order_than_the_index_are_refused(project, tmp_path
     name, part = shards.shards()[1]
     path = shutil.copytree(project.root / "entropies", tmp_path / "maps") / name.replace(".tar", ".parquet")
     table, keys = pq.read_table(path), shards.keys().to_pylist()[part]
-    for order, told in (
+    for order, words in (
         ([0, 1, 4, 3, 2, 5, 6, 7, 8, 9], f"map 2 is of view 0 of {keys[2]}, the index of {name} has view 0 of {keys[1]}"),
         ([0, 1, 2, 3, 4, 5, 7, 6, 8, 9], f"map 6 is of view 1 of {keys[3]}, the index of {name} has view 0 of {keys[3]}"),
         ([0, 1, 2, 3, 4, 5, 6, 7, 8], f"holds 9 maps, {name} has 10"),
     ):
         pq.write_table(table.take(order), path)
         sign_again(tmp_path / "maps")
-        with pytest.raises(ValueError, match=re.escape(told) + r".*: run `dpar-cli data check --repair`, or `dvc repro -f"):
+        with pytest.raises(ValueError, match=re.escape(words) + r".*: run `dpar-cli data check --repair`, or `dvc repro -f"):
             EntropyMaps(tmp_path / "maps", shards).shard(name)
 
 

@@ -18,7 +18,7 @@ from dpar_core.data.shards import TokenShards
 from dpar_core.files import load_weights
 from dpar_core.models.vq import VQ, to_float
 from stages import tokenize_images
-from stages.data import ImageOpener
+from stages.data import ManifestOpener
 from tests.helpers.tiny_data import CODES, SIZE, VQ_CONFIG, Project, copy_of, make_project, photo, tiny_params
 
 
@@ -33,7 +33,7 @@ def test_every_image_has_the_tokens_of_all_its_views(project):
     weights = load_weights(project.root / "tokenizer.safetensors", kind="vq")
     model = VQ(VQ_CONFIG).eval()
     model.load_state_dict(weights.state)
-    opener = ImageOpener(manifest)
+    opener = ManifestOpener(manifest)
     seen = set()
     for split in ("train", "validation"):
         shards = TokenShards(project.root / "tokens", split)
@@ -138,7 +138,7 @@ def test_bf16_is_measured_on_evenly_spaced_shards_and_looks_past_bad_images(tmp_
     monkeypatch.setattr(tokenize_images, "MOST_MOVED", -1.0)
     with pytest.raises(ValueError, match=r"of the tokens of 8 views from 2 shards"):
         project.tokenize()
-    opener = ImageOpener(manifest)
+    opener = ManifestOpener(manifest)
     for found, number, first in ((batches[0], 0, 0), (batches[2], 2, 2)):
         rows = list(manifest.rows.take(plan[number].indices))[first : first + 2]
         assert np.array_equal(found, np.concatenate([views(opener(row), SIZE, "adm_center_flip") for row in rows]))

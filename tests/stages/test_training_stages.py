@@ -1,4 +1,4 @@
-"""The training stages: what they read and write, and that a broken-off one ends with the same bytes."""
+"""The training stages: what they read and write, and that an interrupted one ends with the same bytes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from dpar_core.training.parallel import Ranks
 from stages import entropy_model, train
 from stages.params import select
 from stages.shared import jobs as training
-from stages.shared.jobs import Job, JobData, train_job
+from stages.shared.jobs import JobData, TrainJob, train_job
 from stages.tracker import NullTracker
 from stages.workers.fit import Event
 from tests.helpers.tiny_shards import ENTROPY_MODEL, GRID, ROOT, tiny_params, write_maps, write_tokens
@@ -81,12 +81,12 @@ def run_stage(name: str, data: Path, out: Path, work: Path, tracker=None, **chan
     return out
 
 
-def job(data: Path, kind="dpar", **changes) -> Job:
+def job(data: Path, kind="dpar", **changes) -> TrainJob:
     section = tiny_params(**changes).train
     config = DPARConfig(16, GRID, 32, 2, 1, 1, 1, num_classes=2, ffn_multiple=32)
     if kind != "dpar":
         config = GPTConfig(16, GRID, 32, 2, 2, ffn_multiple=32, num_classes=2 if kind == "llamagen" else None)
-    return Job(kind, config, section, 0, data / "tokens", data / "maps" if kind == "dpar" else None)
+    return TrainJob(kind, config, section, 0, data / "tokens", data / "maps" if kind == "dpar" else None)
 
 
 @pytest.mark.parametrize("name", ["entropy_model", "dpar", "llamagen"])
@@ -282,9 +282,9 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_bytes(data, tmp_path, m
     assert steps and steps[-1] < 60 and not (tmp_path / "out").exists()
 
     again = stage_process("llamagen", data, tmp_path / "out", tmp_path / "work")
-    told, _ = again.communicate()
-    assert again.returncode == 0, told
-    assert f"step {steps[-1] - 3} " not in told and "step 60 train/loss=" in told
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    assert f"step {steps[-1] - 3} " not in output and "step 60 train/loss=" in output
 
     monkeypatch.setattr(training.ray_train, "fit", in_process)
     torch.set_num_threads(cpus())

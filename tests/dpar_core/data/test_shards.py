@@ -21,8 +21,8 @@ from dpar_core.data.shards import (
     INDEX,
     SUMMARY,
     OpenFiles,
-    Sample,
     TokenMeta,
+    TokenSample,
     TokenShards,
     scan_shard,
     write_index,
@@ -33,10 +33,10 @@ GRID, VIEWS, CODES = 4, 3, 16
 META = TokenMeta(GRID, CODES, "test", VIEWS, 64, ("cat", "dog"), "tokenizer0000000", "manifest00000000")
 
 
-def samples(split: str, count: int, *, seed: int = 0) -> list[Sample]:
+def samples(split: str, count: int, *, seed: int = 0) -> list[TokenSample]:
     random = np.random.default_rng([seed, len(split)])
     tokens = random.integers(0, 2**16, (count, VIEWS, GRID**2)).astype(np.uint16)
-    return [Sample(f"{split}-{n:04d}", n % 2, tokens[n], {"n": "x" * (700 * (n % 3))}) for n in range(count)]
+    return [TokenSample(f"{split}-{n:04d}", n % 2, tokens[n], {"n": "x" * (700 * (n % 3))}) for n in range(count)]
 
 
 def write_folder(folder: Path, *, sizes: dict[str, list[int]] | None = None, scan: bool = False) -> Path:
@@ -100,7 +100,7 @@ def test_a_shard_has_the_bytes_that_it_had_when_tarfile_wrote_it(tmp_path):
     tokens = np.arange(3 * 2 * 16, dtype=np.uint16).reshape(3, 2, 16) * 521
     keys = ["train-a", "train-" + "b" * 80, "train-ä"]
     infos = [{"source": "ä/x.jpg", "box": None, "class": "c" * (600 * n)} for n in range(3)]
-    found = write_shard(tmp_path / "a.tar", [Sample(keys[n], n * 500, tokens[n], infos[n]) for n in range(3)])
+    found = write_shard(tmp_path / "a.tar", [TokenSample(keys[n], n * 500, tokens[n], infos[n]) for n in range(3)])
     assert found.sha256 == "60bc9c7956c9136acb35b95f92874eb841cfe85362a387a63eb595026bf149e5"
     assert (found.offsets, found.bytes) == ([640, 3712, 7296], 20480)
 

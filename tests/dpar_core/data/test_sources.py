@@ -18,7 +18,7 @@ from dpar_core.data.image_tars import list_ilsvrc_train, list_ilsvrc_validation,
 from dpar_core.data.images import BadImage
 from dpar_core.data.listing import join_listings
 from dpar_core.data.manifest import Manifest, Row, read_manifest, write_manifest
-from dpar_core.data.shards import Sample, write_shard
+from dpar_core.data.shards import TokenSample, write_shard
 from dpar_core.data.sources import ImageOpener, block_of
 from dpar_core.data.synsets import IMAGENET_SYNSETS, check_imagenet_classes
 from dpar_core.data.tars import BadTar
@@ -152,7 +152,7 @@ def test_a_key_for_two_images_is_refused():
 
 def test_a_file_that_is_no_manifest_is_refused(tmp_path):
     pq.write_table(pa.table({"key": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match=r"is no manifest"):
+    with pytest.raises(ValueError, match=r"is not a manifest"):
         read_manifest(tmp_path / "other.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and so on")
     with pytest.raises(ValueError, match=r"damaged"):
@@ -314,7 +314,7 @@ def test_keys_are_short_enough_for_a_shard_and_stay_apart(tmp_path, length):
             for _ in range(2)
         )
         assert len(set(keys)) == 4 and all(key.startswith(f"{split}-") for key in keys) and keys == again
-        some = [Sample(key, 0, np.zeros((1, 4), np.uint16), {}) for key in keys]
+        some = [TokenSample(key, 0, np.zeros((1, 4), np.uint16), {}) for key in keys]
         assert write_shard(tmp_path / "x.tar", some).keys == keys
         assert all(stem in key for key in keys) if length == 65 else max(map(len, keys)) <= 89
 
@@ -437,7 +437,7 @@ def test_parquet_names_its_classes_and_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"row 0 of group 0 has the label -1, expected a class number"):
         list_parquet(tmp_path / "q", "train")
     put(tmp_path / "r", {"a.parquet": b"not parquet"})
-    with pytest.raises(ValueError, match=r"is no Parquet file"):
+    with pytest.raises(ValueError, match=r"is not a Parquet file"):
         list_parquet(tmp_path / "r", "train")
     (tmp_path / "s").mkdir()
     pq.write_table(pa.table({"image": ["x"], "label": [0]}), tmp_path / "s/a.parquet")
@@ -461,7 +461,7 @@ def test_a_tar_that_is_not_ilsvrcs_is_refused(tmp_path):
         ValueError, match=r"is not ILSVRC2012_img_train\.tar: expected n########\.tar per class, found 'cats"
     ):
         list_ilsvrc_train(tmp_path / "other.tar")
-    with pytest.raises(BadTar, match=r"is no tar"):
+    with pytest.raises(BadTar, match=r"is not a tar"):
         list_ilsvrc_train(tmp_path / "html.tar")
     with pytest.raises(BadTar, match=r"inner n00000001.tar ends without its end mark"):
         list_ilsvrc_train(tmp_path / "flat.tar")

@@ -1,4 +1,4 @@
-"""Which split a file belongs to: told by any naming that people use, refused where nothing tells."""
+"""Which split a file belongs to: known from any naming in common use, refused where the name gives none."""
 
 import os
 from pathlib import Path

@@ -86,7 +86,7 @@ def test_folders_are_passed_over(tmp_path):
         (tar_with(named("a.jpg", type=tarfile.GNUTYPE_SPARSE)), "sparse"),
         (tar_with(named("a.jpg", type=b"Z")), "unknown type"),
         (b"", "without its end mark"),
-        (b"<html>not found</html>" * 100, "is no tar"),
+        (b"<html>not found</html>" * 100, "is not a tar"),
         (tar_of({"a.jpg": bytes(5000)})[:2000], "cut off inside"),
         (tar_of({"a.jpg": bytes(1000)})[: 512 + 1024], "without its end mark"),
     ],
@@ -115,7 +115,7 @@ def test_a_size_that_is_no_octal_number_never_leads_back(tmp_path, field, kind):
     """A size of -512 would send the reader to the same header for ever."""
     path = tmp_path / "bad.tar"
     path.write_bytes(with_size(tar_with(named("a.jpg", type=kind), b"x"), field))
-    with pytest.raises(BadTar, match="is no octal number"):
+    with pytest.raises(BadTar, match="is not an octal number"):
         list(members(path))
 
 
@@ -169,5 +169,5 @@ def test_a_damaged_tar_never_loses_members_silently(tmp_path: Path, length, plac
 )
 def test_what_lies_in_place_of_a_tar_is_named(tmp_path, content, words):
     (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(BadTar, match=f"a.tar is no tar, but {words}"):
+    with pytest.raises(BadTar, match=f"a.tar is not a tar but {words}"):
         list(members(tmp_path / "a.tar"))

@@ -144,8 +144,8 @@ def test_damaged_parquet_gets_a_sentence(tmp_path):
     whole = (tmp_path / "a.parquet").read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
     for content, words in (
-        (whole[:-9], "no Parquet file, or damaged"),
-        (b"", "no Parquet file"),
+        (whole[:-9], "not a Parquet file, or damaged"),
+        (b"", "not a Parquet file"),
         (pointer, "Git LFS pointer"),
     ):
         (tmp_path / "a.parquet").write_bytes(content)

@@ -42,7 +42,7 @@ def test_a_folder_without_recordings_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("width", "heads", "split", "ours", "twin"),
+    ("width", "heads", "split", "ours", "baseline"),
     [
         (768, 12, (1, 8, 3), 115_021_824, 110_888_448),
         (1024, 16, (1, 19, 4), 351_306_752, 342_910_976),
@@ -51,13 +51,13 @@ def test_a_folder_without_recordings_is_refused(tmp_path):
     ],
     ids=["B", "L", "XL", "XXL"],
 )
-def test_parameter_counts_are_the_published_ones(width, heads, split, ours, twin):
+def test_parameter_counts_are_the_published_ones(width, heads, split, ours, baseline):
     config = DPARConfig(16384, 16, width, heads, *split, num_classes=1000)
     other = GPTConfig(16384, 16, width, heads, sum(split), num_classes=1000)
-    assert (config.num_parameters, other.num_parameters) == (ours, twin)
+    assert (config.num_parameters, other.num_parameters) == (ours, baseline)
     with torch.device("meta"):
         assert sum(p.numel() for p in DPAR(config).parameters()) == ours
-        assert sum(p.numel() for p in GPT(other).parameters()) == twin
+        assert sum(p.numel() for p in GPT(other).parameters()) == baseline
 
 
 def test_the_full_tokenizer_has_the_published_size():

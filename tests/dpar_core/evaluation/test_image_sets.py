@@ -157,7 +157,7 @@ def test_pictures_go_through_the_projects_one_decoder_and_what_it_did_is_named(t
 
 
 @pytest.mark.parametrize(
-    ("ending", "mode", "options", "told"),
+    ("ending", "mode", "options", "expected"),
     [
         ("png", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}, "lossless, first frame"),
         ("gif", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}, "GIF, first frame"),
@@ -167,11 +167,11 @@ def test_pictures_go_through_the_projects_one_decoder_and_what_it_did_is_named(t
         ("png", "P", {}, "lossless"),
     ],
 )
-def test_what_a_file_holds_beside_the_pixels_that_are_scored_is_named(tmp_path, ending, mode, options, told):
+def test_what_a_file_holds_beside_the_pixels_that_are_scored_is_named(tmp_path, ending, mode, options, expected):
     for number, image in enumerate(U8[:2]):
         Image.fromarray(image).convert(mode).save(tmp_path / f"{number}.{ending}", **options)
     found = read_image_set(tmp_path)
-    assert found.formats == (told,) and len(found.images) == 2
+    assert found.formats == (expected,) and len(found.images) == 2
 
 
 def test_images_from_0_to_1_in_whole_numbers_are_refused(tmp_path):

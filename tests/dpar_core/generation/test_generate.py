@@ -12,7 +12,7 @@ import torch
 
 from dpar_core.choices import ENCODED
 from dpar_core.generation.generate import DPARGenerator, GPTGenerator, generate_dpar, generate_gpt
-from dpar_core.generation.guidance import SampleSettings
+from dpar_core.generation.sampling import SampleSettings
 from dpar_core.generation.stepping import BlockStepper
 from dpar_core.models.gpt import entropies_of
 from dpar_core.patches.rule import PatchRule
@@ -24,9 +24,9 @@ from tests.helpers.generation_fixtures import (
     TOKENS,
     golden_dpar,
     golden_gpt,
+    tiny_baseline,
     tiny_dpar,
     tiny_gate,
-    tiny_twin,
     uncached_dpar,
     uncached_gpt,
 )
@@ -57,7 +57,7 @@ RULES = {
     "threshold ln V": lambda: PatchRule("entropy", GRID, float(np.log(CODES)), None),
     "static 3": lambda: PatchRule("static", GRID, None, None, 3),
     "static 5, maximum 2": lambda: PatchRule("static", GRID, None, 2, 5),
-    "one token a patch": lambda: PatchRule("token", GRID),
+    "one token per patch": lambda: PatchRule("token", GRID),
 }
 
 
@@ -90,11 +90,11 @@ def test_cached_steps_give_the_logits_of_the_full_forward_for_every_position_enc
 @pytest.mark.parametrize("schedule", [dict(cfg_schedule="linear"), dict(cfg_schedule="interval", cfg_interval=(0.2, 0.6))])
 def test_guidance_that_changes_over_the_image_agrees_with_the_full_forward(schedule):
     settings = SampleSettings(cfg_scale=3.0, rule=RULES["rows"](), **schedule)
-    model, gate, twin = tiny_dpar(), tiny_gate(), tiny_twin()
+    model, gate, baseline = tiny_dpar(), tiny_gate(), tiny_baseline()
     for patience in (1, 100):
         agrees(DPARGenerator(model, gate, settings, patience=patience), gate, model, settings)
-    cached = generate_gpt(twin, LABELS, SEEDS, settings, keep_logits=True)
-    tokens, logits = uncached_gpt(twin, LABELS, SEEDS, settings)
+    cached = generate_gpt(baseline, LABELS, SEEDS, settings, keep_logits=True)
+    tokens, logits = uncached_gpt(baseline, LABELS, SEEDS, settings)
     torch.testing.assert_close(cached.logits, logits, **LOGITS)
     assert torch.equal(cached.tokens, tokens)
 
@@ -126,20 +126,20 @@ def test_filters_and_temperature_reach_the_draw():
 def test_given_tokens_stay_and_the_rest_follows_from_them(count):
     given = torch.randint(CODES, (len(LABELS), count), generator=torch.Generator().manual_seed(4))
     settings = SampleSettings(cfg_scale=2.0, rule=RULES["rows"]())
-    model, gate, twin = tiny_dpar(), tiny_gate(), tiny_twin()
+    model, gate, baseline = tiny_dpar(), tiny_gate(), tiny_baseline()
     agrees(DPARGenerator(model, gate, settings), gate, model, settings, given=given)
-    cached = generate_gpt(twin, LABELS, SEEDS, settings, given=given, keep_logits=True)
-    tokens, logits = uncached_gpt(twin, LABELS, SEEDS, settings, given)
+    cached = generate_gpt(baseline, LABELS, SEEDS, settings, given=given, keep_logits=True)
+    tokens, logits = uncached_gpt(baseline, LABELS, SEEDS, settings, given)
     torch.testing.assert_close(cached.logits, logits, **LOGITS)
     assert torch.equal(cached.tokens, tokens)
     assert torch.equal(cached.tokens[:, :count], given)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
-def test_the_twins_cached_steps_give_the_logits_of_its_full_forward(cfg_scale):
-    settings, twin = SampleSettings(cfg_scale=cfg_scale), tiny_twin()
-    cached = generate_gpt(twin, LABELS, SEEDS, settings, keep_logits=True)
-    tokens, logits = uncached_gpt(twin, LABELS, SEEDS, settings)
+def test_the_baselines_cached_steps_give_the_logits_of_its_full_forward(cfg_scale):
+    settings, baseline = SampleSettings(cfg_scale=cfg_scale), tiny_baseline()
+    cached = generate_gpt(baseline, LABELS, SEEDS, settings, keep_logits=True)
+    tokens, logits = uncached_gpt(baseline, LABELS, SEEDS, settings)
     torch.testing.assert_close(cached.logits, logits, **LOGITS)
     assert torch.equal(cached.tokens, tokens)
 
@@ -151,7 +151,7 @@ def generators():
     return {
         "dpar": DPARGenerator(model, gate, by_model),
         "dpar, decoder gate": DPARGenerator(model, None, by_decoder),
-        "twin": GPTGenerator(tiny_twin(), SampleSettings(cfg_scale=2.0)),
+        "baseline": GPTGenerator(tiny_baseline(), SampleSettings(cfg_scale=2.0)),
         "dpar in bfloat16": DPARGenerator(model, gate, by_model, dtype=torch.bfloat16),
     }
 
@@ -239,14 +239,14 @@ def test_on_another_device_everything_is_there_and_the_host_waits_once_a_token()
         assert case["difference"] < (0.5 if name == "bfloat16" else 1e-4), name
     assert cases["entropy model"]["waits"] == TOKENS - 1
     assert cases["two lanes, guidance that ends"]["waits"] == 3 * (TOKENS - 1)  # five images, two at a time
-    assert cases["static patches"]["waits"] == cases["twin"]["waits"] == 0
+    assert cases["static patches"]["waits"] == cases["baseline"]["waits"] == 0
     steps = {name.removeprefix("static decoder, "): case for name, case in cases.items() if name.startswith("static dec")}
     assert {name: case["waits"] for name, case in steps.items()} == {
         "ahead": 0,
         "buckets": TOKENS,
         "top-k and top-p": 0,
         "decoder's entropy": 0,
-        "twin": 0,
+        "baseline": 0,
     }
     assert not any(case["copies"] for case in steps.values())
     for name, kernels in on_cuda.items():
@@ -269,26 +269,26 @@ def test_golden_greedy_generation_comes_out_of_the_caches(case):
     rule = PatchRule("entropy_rows", 8, float(golden["threshold"]), int(golden["max_patch_length"]))
     settings = SampleSettings(cfg_scale=float(case[-1]), rule=rule, greedy=True)
     labels = torch.from_numpy(golden[f"gen_labels_{case}"]).long()
-    drawn = generate_dpar(
+    sampled = generate_dpar(
         golden_dpar(case[:2]), golden_gpt("llamagen_gpt_ucond", None), labels, [0, 0, 0], settings, keep_logits=True
     )
-    assert np.array_equal(drawn.tokens, golden[f"gen_tokens_{case}"])
-    for found, expected in zip(drawn.patch_lengths, golden[f"gen_patch_lengths_{case}"]):
+    assert np.array_equal(sampled.tokens, golden[f"gen_tokens_{case}"])
+    for found, expected in zip(sampled.patch_lengths, golden[f"gen_patch_lengths_{case}"]):
         assert found.tolist() == expected[expected > 0].tolist()
-    np.testing.assert_allclose(drawn.entropies[:, 1:], golden[f"gen_entropies_{case}"], atol=1e-5)
+    np.testing.assert_allclose(sampled.entropies[:, 1:], golden[f"gen_entropies_{case}"], atol=1e-5)
     if case == "4d_cfg2":
-        np.testing.assert_allclose(drawn.logits, golden["gen_logits_4d_cfg2"], atol=1e-4)
+        np.testing.assert_allclose(sampled.logits, golden["gen_logits_4d_cfg2"], atol=1e-4)
 
 
 @pytest.mark.parametrize("cfg_scale", [1, 2])
-def test_golden_greedy_generation_of_the_twin_comes_out_of_the_caches(cfg_scale):
+def test_golden_greedy_generation_of_the_baseline_comes_out_of_the_caches(cfg_scale):
     golden = np.load(GOLDEN / "llamagen_gpt_c2i.npz")
     labels = torch.from_numpy(golden["gen_labels"]).long()
     settings = SampleSettings(cfg_scale=cfg_scale, greedy=True)
-    drawn = generate_gpt(golden_gpt("llamagen_gpt_c2i", 10), labels, [0, 0, 0], settings, keep_logits=True)
-    assert np.array_equal(drawn.tokens, golden[f"gen_tokens_cfg{cfg_scale}"])
+    sampled = generate_gpt(golden_gpt("llamagen_gpt_c2i", 10), labels, [0, 0, 0], settings, keep_logits=True)
+    assert np.array_equal(sampled.tokens, golden[f"gen_tokens_cfg{cfg_scale}"])
     if cfg_scale == 2:
-        np.testing.assert_allclose(drawn.logits, golden["gen_logits_cfg2"], atol=1e-4)
+        np.testing.assert_allclose(sampled.logits, golden["gen_logits_cfg2"], atol=1e-4)
 
 
 def test_caches_stay_within_the_bytes_that_were_computed(monkeypatch):
@@ -305,7 +305,7 @@ def test_caches_stay_within_the_bytes_that_were_computed(monkeypatch):
     for generator in (
         DPARGenerator(tiny_dpar(), tiny_gate(), SampleSettings(cfg_scale=2.0, rule=PatchRule("token", GRID))),
         DPARGenerator(tiny_dpar(), tiny_gate(), SampleSettings(rule=RULES["threshold zero"]())),
-        GPTGenerator(tiny_twin(), SampleSettings(cfg_scale=2.0)),
+        GPTGenerator(tiny_baseline(), SampleSettings(cfg_scale=2.0)),
     ):
         made.clear()
         generator.generate(LABELS, SEEDS)
@@ -317,14 +317,14 @@ def test_caches_stay_within_the_bytes_that_were_computed(monkeypatch):
     [
         (dict(labels=torch.tensor([1, 6])), "class 6 does not exist"),
         (dict(labels=torch.tensor([-1, 1])), "class -1 does not exist"),
-        (dict(seeds=[1]), "one label and one seed an image"),
+        (dict(seeds=[1]), "one label and one seed per image"),
         (dict(given=torch.zeros(3, 2, dtype=torch.int64)), "given tokens must be"),
         (dict(given=torch.zeros(2, 17, dtype=torch.int64)), "given tokens must be"),
         (dict(given=torch.full((2, 2), CODES)), "another tokenizer"),
     ],
 )
 def test_senseless_requests_are_refused_in_a_sentence(change, sentence):
-    for generator in (generators()["dpar"], generators()["twin"]):
+    for generator in (generators()["dpar"], generators()["baseline"]):
         with pytest.raises(ValueError, match=sentence):
             generator.generate(**{"labels": torch.tensor([0, 1]), "seeds": [1, 2], **change})
 
@@ -341,7 +341,7 @@ def test_a_gate_that_is_missing_or_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="needs an entropy model"):
         DPARGenerator(tiny_dpar(), None, settings)
     with pytest.raises(ValueError, match="the entropy model is made for 16 codes, rows of 4 and 5 classes"):
-        DPARGenerator(tiny_dpar(), tiny_twin(), settings)
+        DPARGenerator(tiny_dpar(), tiny_baseline(), settings)
     with pytest.raises(ValueError, match="expected a patch rule"):
         DPARGenerator(tiny_dpar(), tiny_gate(), SampleSettings())
     with pytest.raises(ValueError, match="no class token"):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dpar_core.generation.generate import DPARGenerator, GPTGenerator
-from dpar_core.generation.guidance import SampleSettings
 from dpar_core.generation.parts import timed_parts
+from dpar_core.generation.sampling import SampleSettings
 from dpar_core.patches.rule import PatchRule
-from tests.helpers.generation_fixtures import GRID, tiny_dpar, tiny_gate, tiny_twin
+from tests.helpers.generation_fixtures import GRID, tiny_baseline, tiny_dpar, tiny_gate
 
 RULE = PatchRule("entropy_rows", GRID, threshold=2.4, max_patch_length=3)
 DPAR_PARTS = ["entropy model", "patch encoder", "patch transformer", "patch decoder", "output layer"]
@@ -20,7 +20,7 @@ def test_every_part_is_timed_and_the_images_are_the_same(kind):
     if kind == "dpar":
         generator = DPARGenerator(tiny_dpar(), tiny_gate(), SampleSettings(cfg_scale=2.0, rule=RULE), static=False)
     else:
-        generator = GPTGenerator(tiny_twin(), SampleSettings(cfg_scale=2.0), static=False)
+        generator = GPTGenerator(tiny_baseline(), SampleSettings(cfg_scale=2.0), static=False)
     labels, seeds = torch.tensor([0, 3]), [5, 6]
     plain = generator.generate(labels, seeds).tokens
     parts = dict(vars(generator.stepper))
@@ -35,7 +35,7 @@ def test_every_part_is_timed_and_the_images_are_the_same(kind):
 
 
 def test_what_runs_as_one_graph_is_not_timed_in_parts():
-    generator = GPTGenerator(tiny_twin(), SampleSettings(), static=True, capture=False)
+    generator = GPTGenerator(tiny_baseline(), SampleSettings(), static=True, capture=False)
     with timed_parts(generator) as spent:
         generator.generate(torch.tensor([0]), [5])
     assert spent == {}

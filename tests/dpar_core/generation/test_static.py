@@ -7,11 +7,11 @@ import torch
 
 import dpar_core.generation.static as static
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
-from dpar_core.generation.guidance import SampleSettings
+from dpar_core.generation.sampling import SampleSettings
 from dpar_core.models.gpt import entropies_of
 from dpar_core.patches.rule import PatchRule
 from dpar_core.precision import dtype_of
-from tests.helpers.generation_fixtures import CODES, GRID, TOKENS, tiny_dpar, tiny_gate, tiny_twin
+from tests.helpers.generation_fixtures import CODES, GRID, TOKENS, tiny_baseline, tiny_dpar, tiny_gate
 
 LABELS, SEEDS = torch.tensor([3, 0, 4, 1, 5]), [11, 5, 900, 12, 13]  # 5 is "no class"
 ROWS = PatchRule("entropy_rows", GRID, 0.93, 4)
@@ -87,12 +87,12 @@ def test_the_gate_rounds_as_the_stage_does_whose_entropies_made_the_patches(prec
     settings, dtype = SampleSettings(cfg_scale=2.0, rule=ROWS), dtype_of(precision)
     exact = DPARGenerator(tiny_dpar(), tiny_gate(), settings).generate(LABELS, SEEDS).entropies[:, 1:]
     for how in (dict(static=False), dict(static=True, schedule="ahead"), dict(static=True, schedule="buckets")):
-        drawn = DPARGenerator(tiny_dpar(), tiny_gate(), settings, gate_dtype=dtype, **how).generate(LABELS, SEEDS)
-        expected = entropies_of(tiny_gate(), drawn.tokens, precision)
+        sampled = DPARGenerator(tiny_dpar(), tiny_gate(), settings, gate_dtype=dtype, **how).generate(LABELS, SEEDS)
+        expected = entropies_of(tiny_gate(), sampled.tokens, precision)
         # Both round to 11 or 8 bits, each at other places; bounds are three times what was found.
         bound = {"fp16": 1e-2, "bf16": 1e-1}[precision]
-        torch.testing.assert_close(drawn.entropies[:, 1:], expected[:, 1:], atol=bound, rtol=0)
-        assert not torch.equal(drawn.entropies[:, 1:], exact)
+        torch.testing.assert_close(sampled.entropies[:, 1:], expected[:, 1:], atol=bound, rtol=0)
+        assert not torch.equal(sampled.entropies[:, 1:], exact)
 
 
 def test_entropies_that_are_not_finite_are_refused():
@@ -106,16 +106,16 @@ def test_entropies_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("options", [dict(), dict(INTERVAL, top_k=5, temperature=0.7), dict(greedy=True)])
 def test_the_baseline_samples_the_same_in_steps_of_fixed_shape(options):
-    settings, twin = SampleSettings(cfg_scale=2.0, **options), tiny_twin()
-    expected = GPTGenerator(twin, settings).generate(LABELS, SEEDS, given=GIVEN, keep_logits=True)
-    agree(GPTGenerator(twin, settings, static=True).generate(LABELS, SEEDS, given=GIVEN, keep_logits=True), expected)
+    settings, baseline = SampleSettings(cfg_scale=2.0, **options), tiny_baseline()
+    expected = GPTGenerator(baseline, settings).generate(LABELS, SEEDS, given=GIVEN, keep_logits=True)
+    agree(GPTGenerator(baseline, settings, static=True).generate(LABELS, SEEDS, given=GIVEN, keep_logits=True), expected)
 
 
 def test_a_smaller_batch_is_filled_up_and_the_next_batch_starts_afresh():
     settings = SampleSettings(cfg_scale=2.0, rule=ROWS)
     for make in (
         lambda **how: DPARGenerator(tiny_dpar(), tiny_gate(), settings, **how),
-        lambda **how: GPTGenerator(tiny_twin(), replace(settings, rule=None), **how),
+        lambda **how: GPTGenerator(tiny_baseline(), replace(settings, rule=None), **how),
     ):
         generator = make(static=True)
         generator.generate(LABELS, SEEDS, given=GIVEN, keep_logits=True)
@@ -148,7 +148,7 @@ def test_the_patch_transformer_is_launched_for_no_more_images_than_the_next_buck
 def test_the_memory_that_is_asked_for_beforehand_holds_all_that_the_decoder_keeps():
     for generator in (
         DPARGenerator(tiny_dpar(), tiny_gate(), SampleSettings(cfg_scale=2.0, rule=ROWS), static=True),
-        GPTGenerator(tiny_twin(), SampleSettings(cfg_scale=2.0), static=True),
+        GPTGenerator(tiny_baseline(), SampleSettings(cfg_scale=2.0), static=True),
     ):
         generator.generate(LABELS, SEEDS)
         held = {id(x): x for x in vars(generator.engine).values() if isinstance(x, torch.Tensor)}

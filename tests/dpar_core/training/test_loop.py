@@ -1,4 +1,4 @@
-"""The training loop: what a broken-off run ends with, what stops it, what it reports."""
+"""The training loop: what an interrupted run ends with, what stops it, what it reports."""
 
 import itertools
 import math
@@ -21,9 +21,9 @@ from dpar_core.training.prefetch import Batch, Prefetcher
 from tests.helpers.paths import ROOT
 from tests.helpers.training_fixtures import (
     GPT_CONFIG,
+    BaselineObjective,
     Recorder,
     TinyData,
-    TwinObjective,
     tiny_model,
     tiny_run,
     tiny_settings,
@@ -100,14 +100,14 @@ def test_micro_batches_add_up_to_the_batch(tmp_path):
         settings = tiny_settings(accumulate=accumulate, steps=3)
         model = GPT(replace(GPT_CONFIG, dropout=0.0, class_dropout=0.0))
         store = tiny_store(tmp_path / str(accumulate), "gpt")
-        train(model, TwinObjective(), TinyData(settings), settings, store, hooks=Recorder())
+        train(model, BaselineObjective(), TinyData(settings), settings, store, hooks=Recorder())
     one, two = (tiny_store(tmp_path / name, "gpt").newest().model() for name in "12")
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
 
 
 @pytest.mark.parametrize("bad", ["nan weights", "large loss"])
 def test_a_bad_loss_stops_before_it_spoils_the_weights(tmp_path, bad):
-    class Poisoned(TwinObjective):
+    class Poisoned(BaselineObjective):
         calls = 0
 
         def loss(self, model, batch):
@@ -134,7 +134,7 @@ def test_a_bad_loss_stops_before_it_spoils_the_weights(tmp_path, bad):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 10.0])
 def test_a_bad_validation_loss_stops_before_it_is_kept(tmp_path, bad):
-    class Spoiled(TwinObjective):
+    class Spoiled(BaselineObjective):
         calls = 0
 
         def loss(self, model, batch):
@@ -158,7 +158,7 @@ def test_the_update_is_skipped_on_the_device_once_a_loss_was_bad():
     guard, data = Guard(9.0, torch.device("cpu")), TinyData(tiny_settings())
     weights = []
     for step, factor in enumerate([1.0, float("inf"), 1.0]):
-        loss = TwinObjective().loss(model, data.micro_batch(step, 0)) * factor
+        loss = BaselineObjective().loss(model, data.micro_batch(step, 0)) * factor
         loss.backward()
         guard.look(step, loss.detach(), torch.tensor(1.0))
         optimizer.grad_scale, optimizer.found_inf = None, guard.bad
@@ -181,7 +181,7 @@ def test_a_full_disk_at_checkpoint_time_names_the_last_good_one(tmp_path, monkey
 
     monkeypatch.setattr(store, "_write_model", full)
     with pytest.raises(CheckpointError, match=r"step 10 could not be written.*No space left.*step-00000005"):
-        train(tiny_model("gpt"), TwinObjective(), TinyData(settings), settings, store, hooks=Recorder())
+        train(tiny_model("gpt"), BaselineObjective(), TinyData(settings), settings, store, hooks=Recorder())
     assert store.newest().step == 5
 
 
@@ -222,7 +222,7 @@ def test_validation_time_and_checkpoints_do_not_count_as_training(tmp_path):
 
     settings = tiny_settings(steps=4, validate_every=2)
     progress = train(
-        tiny_model("gpt"), TwinObjective(), Slow(settings), settings, tiny_store(tmp_path, "gpt"), hooks=Recorder()
+        tiny_model("gpt"), BaselineObjective(), Slow(settings), settings, tiny_store(tmp_path, "gpt"), hooks=Recorder()
     )
     assert progress.seconds < 0.5
 
@@ -284,23 +284,23 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("size", "grid", "patches", "twin", "dpar"), TABLE)
-def test_forward_flops_are_those_of_the_published_table(size, grid, patches, twin, dpar):
+@pytest.mark.parametrize(("size", "grid", "patches", "baseline", "dpar"), TABLE)
+def test_forward_flops_are_those_of_the_published_table(size, grid, patches, baseline, dpar):
     width, heads, (encoder, patch, decoder) = size
     gpt = GPTConfig(16384, grid, width, heads, encoder + patch + decoder, num_classes=1000)
     own = DPARConfig(16384, grid, width, heads, encoder, patch, decoder, num_classes=1000)
-    assert round(flops.gpt_forward_flops(gpt) / 1e9, 2) == twin
+    assert round(flops.gpt_forward_flops(gpt) / 1e9, 2) == baseline
     assert round(flops.dpar_forward_flops(own, patches) / 1e9, 2) == dpar
 
 
 def test_the_formula_counts_what_the_tiny_models_multiply():
-    """PyTorch's own counter agrees on the linear layers of the twin."""
+    """PyTorch's own counter agrees on the linear layers of the baseline."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model, data = tiny_model("gpt"), TinyData(tiny_settings())
     batch = data.micro_batch(0, 0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        TwinObjective().loss(model, batch)
+        BaselineObjective().loss(model, batch)
     linear = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     attention = 4 * 16**2 * GPT_CONFIG.width * GPT_CONFIG.layers
     assert linear == 8 * (flops.gpt_forward_flops(GPT_CONFIG) - attention)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.commands.sample import draw_samples
+from pipeline.commands.sample import sample_grid
 from stages import artifacts
 from tests.helpers.sample_artifacts import ROOT, write_artifacts
 
@@ -23,14 +23,14 @@ def root(tmp_path_factory):
         (made.tokenizer, artifacts.TOKENIZER),
         (made.entropy_model, artifacts.ENTROPY_MODEL),
         (made.rule, artifacts.PATCH_RULE),
-        (made.twin, artifacts.MODELS["llamagen"]),
+        (made.baseline, artifacts.MODELS["llamagen"]),
     ):
         (root / target.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, root / target.path)
     return root
 
 
-def draw(root: Path, classes="1,2", seed=7, **changes) -> str:
+def sample_once(root: Path, classes="1,2", seed=7, **changes) -> str:
     options = dict(
         model="dpar",
         count=2,
@@ -43,14 +43,14 @@ def draw(root: Path, classes="1,2", seed=7, **changes) -> str:
     )
     torch.set_num_threads(1)
     options = {"out": root / "grid.png", **options, **changes}
-    return draw_samples(classes, seed, options.pop("out"), **options)
+    return sample_grid(classes, seed, options.pop("out"), **options)
 
 
 def test_classes_by_id_or_name_become_rows_of_a_grid(root):
-    said = draw(root, "0,cow", count=3)
+    said = sample_once(root, "0,cow", count=3)
     assert "6 images of 16 tokens" in said and "patches per image" in said
     by_name = np.asarray(Image.open(root / "grid.png"))
-    draw(root, "ape, 2", count=3)
+    sample_once(root, "ape, 2", count=3)
     assert np.array_equal(by_name, np.asarray(Image.open(root / "grid.png")))
     assert by_name.shape[0] > 2 * 192 and by_name.shape[1] > 3 * 192
 
@@ -59,23 +59,23 @@ def test_classes_by_id_or_name_become_rows_of_a_grid(root):
 def test_a_given_image_keeps_its_first_rows_and_goes_on(root, model, monkeypatch):
     from stages.shared.sampler import Sampler
 
-    drawn = []
+    decoded = []
     original = Sampler.pixels
-    monkeypatch.setattr(Sampler, "pixels", lambda self, tokens, **k: drawn.append(tokens) or original(self, tokens, **k))
+    monkeypatch.setattr(Sampler, "pixels", lambda self, tokens, **k: decoded.append(tokens) or original(self, tokens, **k))
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(pixels).save(root / "own.png")
-    draw(root, model=model, given=root / "own.png", keep_rows=2)
-    draw(root, model=model, given=root / "own.png", keep_rows=3)
-    two, three = drawn
+    sample_once(root, model=model, given=root / "own.png", keep_rows=2)
+    sample_once(root, model=model, given=root / "own.png", keep_rows=3)
+    two, three = decoded
     assert (two[:, :8] == two[0, :8]).all()
     assert torch.equal(two[:, :8], three[:, :8])
     assert not torch.equal(two[:, 8:12], three[:, 8:12])
 
 
 def test_borders_are_drawn_over_the_pictures(root):
-    draw(root)
+    sample_once(root)
     plain = np.asarray(Image.open(root / "grid.png"))
-    draw(root, borders=True)
+    sample_once(root, borders=True)
     assert (plain != np.asarray(Image.open(root / "grid.png"))).any()
 
 
@@ -100,26 +100,26 @@ def test_borders_are_drawn_over_the_pictures(root):
 )
 def test_senseless_requests_are_refused_in_a_sentence(root, changes, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        draw(root, **changes)
+        sample_once(root, **changes)
 
 
 def test_a_given_image_of_another_size_is_refused(root):
     Image.new("RGB", (12, 8)).save(root / "wide.png")
     with pytest.raises(ValueError, match="is 12 x 8 pixels, the models are made for 8 x 8"):
-        draw(root, given=root / "wide.png", keep_rows=1)
+        sample_once(root, given=root / "wide.png", keep_rows=1)
 
 
 def test_nothing_is_read_or_drawn_for_a_file_that_cannot_be_written(root, monkeypatch):
     monkeypatch.setattr("pipeline.commands.sample.Sampler", lambda *a, **k: pytest.fail("the models were read"))
     (root / "folder.png").mkdir()
     with pytest.raises(ValueError, match=r"folder.png cannot be written: .* is a folder"):
-        draw(root, out=root / "folder.png")
+        sample_once(root, out=root / "folder.png")
 
 
 def test_a_refused_request_leaves_no_file_behind(root):
     before = sorted(root.rglob("*"))
     with pytest.raises(ValueError, match="does not exist"):
-        draw(root, classes="7", out=root / "other.png")
+        sample_once(root, classes="7", out=root / "other.png")
     assert sorted(root.rglob("*")) == before
 
 
@@ -129,9 +129,9 @@ def test_pictures_whose_caches_cannot_fit_are_refused(root, monkeypatch):
 
     monkeypatch.setattr("stages.sample.psutil.virtual_memory", Little)
     with pytest.raises(ValueError, match=r"needs .* GiB of caches.*ask for \d+ or fewer with --classes and --count"):
-        draw(root, count=20)
+        sample_once(root, count=20)
 
 
 def test_models_that_are_not_trained_yet_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="is missing: run `dvc repro train_llamagen`"):
-        draw(tmp_path, model="llamagen")
+        sample_once(tmp_path, model="llamagen")

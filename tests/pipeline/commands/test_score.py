@@ -201,14 +201,14 @@ def test_a_published_checkpoint_is_drawn_and_scored_against_what_is_expected(pla
     assert "DIFFERS" in off.output
     found = json.loads(Path("calibration/scores.json").read_text())
     (samples,) = Path("calibration").glob("samples-*/samples.npz")
-    drawn = samples.stat().st_mtime_ns
+    sampled = samples.stat().st_mtime_ns
     agrees = run(*arguments, "--expect", f"fd_demo={found['eval/fd_demo']}")
     assert agrees.exit_code == 0, agrees.exception
     assert "agrees" in agrees.output
-    assert samples.stat().st_mtime_ns == drawn  # not drawn again
+    assert samples.stat().st_mtime_ns == sampled  # not sampled again
     other = run(*[1.0 if word == 1.5 else word for word in arguments], "--expect", "fd_demo=1")
     assert other.exit_code == 1
-    assert json.loads(Path("calibration/scores.json").read_text())["samples"]["cfg_scale"] == 1.0  # drawn anew
+    assert json.loads(Path("calibration/scores.json").read_text())["samples"]["cfg_scale"] == 1.0  # sampled anew
     pair = run(
         *[GOLDEN / "llamagen_gpt_c2i.safetensors" if word == "gpt.pt" else word for word in arguments], "--expect", "x=1"
     )

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from pipeline import doctor as health
 from pipeline.cli import app
 from pipeline.commands import workflow
-from pipeline.commands.workflow import Narrator, Plan, Screen, graph_lines, status_lines
+from pipeline.commands.workflow import Narrator, RunPlan, Screen, graph_lines, status_lines
 from pipeline.presets.use import preset_lines
 from pipeline.runner import STAGES
 from pipeline.state import StageState
@@ -117,22 +117,22 @@ def test_doctor_tells_what_is_wrong_with_the_surroundings(project, monkeypatch):
 
 def test_the_plan_says_how_long_by_runs_on_this_machine_or_by_what_the_preset_takes(project, monkeypatch):
     monkeypatch.setattr(workflow, "EXPECTED", {"demo": {"data": 20.0, "train": 880.0}})
-    first = Plan(project, [state("data"), state("train")])
+    first = RunPlan(project, [state("data"), state("train")])
     assert first.words() == "2 stages, about 15 min on two cores, 4.0 MB of artifacts"
-    again = Plan(project, [state("data", "fresh", 5.0), state("train", "stale", 100.0), state("score", "stale", 20.0)])
+    again = RunPlan(project, [state("data", "fresh", 5.0), state("train", "stale", 100.0), state("score", "stale", 20.0)])
     assert "about 2 min on this machine" in again.words() and again.words().endswith("1 is up to date")
-    other = Plan(project, [state("data", "stale", 5.0), state("train", "stale", 2.0, changes=True)])
+    other = RunPlan(project, [state("data", "stale", 5.0), state("train", "stale", 2.0, changes=True)])
     assert "about 15 min on two cores" in other.words()  # with other params its last run here says little
-    mixed = Plan(project, [state("train", "stale", 100.0), state("score")])
+    mixed = RunPlan(project, [state("train", "stale", 100.0), state("score")])
     assert "2 min and what 1 take that never ran here" in mixed.words()
-    assert "of unknown duration at first" in Plan(project, [state("score")]).words()
-    assert Plan(project, [state("data", "fresh")]).words() == "1 stages, all up to date"
+    assert "of unknown duration at first" in RunPlan(project, [state("score")]).words()
+    assert RunPlan(project, [state("data", "fresh")]).words() == "1 stages, all up to date"
 
 
 def test_where_files_outside_may_have_changed_that_is_said(project):
     own_images(project)
     said = "all up to date, unless files changed that data.train, data.validation"
-    assert said in Plan(project, [state("data", "fresh")]).words().replace("\n", " ")
+    assert said in RunPlan(project, [state("data", "fresh")]).words().replace("\n", " ")
     lines = status_lines([state("data", "fresh", 5.0)], project, now=1300.0, code=HERE)
     assert said in lines[-1].replace("\n", " ") and max(map(len, "\n".join(lines).splitlines())) <= 80
 
@@ -147,7 +147,7 @@ def test_every_stage_of_the_demo_has_an_expected_duration():
 def test_a_run_shows_a_line_when_a_stage_begins_its_progress_and_one_when_it_ends(project):
     now, stream = [0.0], io.StringIO()
     states = [state("tokenizer", "stale", 60.0), state("entropies", "stale", 30.0), state("report", "stale", 9.0)]
-    narrator = Narrator(Plan(project, states), Screen(stream), clock=lambda: now[0])
+    narrator = Narrator(RunPlan(project, states), Screen(stream), clock=lambda: now[0])
     metrics = {"tokenizer/psnr_db": 25.11, "tokenizer/codes_used": 419, "tokenizer/codebook_use": 419 / 512}
     (project / TOKENIZER_METRICS.path).parent.mkdir(parents=True)
     (project / TOKENIZER_METRICS.path).write_text(json.dumps(metrics))
@@ -199,7 +199,7 @@ def test_dvc_is_followed_to_its_end_and_its_failure_is_told(project, capsys):
     script = "import sys; print(\"Running stage 'data':\"); print('3 images'); print('no such file', file=sys.stderr); "
     script += "sys.exit(int(sys.argv[1]))"
     for code, expected in ((0, 0), (255, 1)):
-        narrator = Narrator(Plan(project, [state("data", "stale", 1.0)]), Screen(sys.stdout))
+        narrator = Narrator(RunPlan(project, [state("data", "stale", 1.0)]), Screen(sys.stdout))
         assert workflow._follow([sys.executable, "-c", script, str(code)], narrator, verbose=False) == expected
     printed = capsys.readouterr()
     assert "[1/1] data  (about 1 s left in all)\n3 images\n    done (0 s)" in printed.out

@@ -50,7 +50,7 @@ def test_words_in_a_chart_are_escaped():
 
 
 def test_a_chart_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="no chart: no curve"):
         line_chart([Series("DPAR", "dpar", [])], x="steps", y="loss")
 
 

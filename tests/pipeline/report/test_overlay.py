@@ -50,7 +50,7 @@ def test_a_picture_of_any_size_is_cut_into_patches(artifacts, photo, tmp_path):
     assert Image.open(tmp_path / "out" / "overlay.png").width > 1000
     plan = Patcher(artifacts).plan(np.asarray(Image.open(photo)))
     assert plan.lengths.sum() == 16 == len(plan.entropies) and np.isnan(plan.entropies[0])
-    assert f"{len(plan.lengths)} patches for 16 tokens, {16 / len(plan.lengths):.2f} tokens a patch" in said
+    assert f"{len(plan.lengths)} patches for 16 tokens, {16 / len(plan.lengths):.2f} tokens per patch" in said
     assert "threshold 1.80 nats" in said
 
 

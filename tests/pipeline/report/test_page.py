@@ -89,7 +89,7 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        assert tag in ("path", "circle", "rect"), f"<{tag}/> is no element that closes itself"
+        assert tag in ("path", "circle", "rect"), f"<{tag}/> does not close itself"
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, f"</{tag}> closes something else"
@@ -375,7 +375,7 @@ def test_equal_time_takes_the_model_of_the_baseline_that_trained_about_as_long(m
     assert slow.at == {"dpar": pytest.approx(400), "llamagen": pytest.approx(500)}
     unsure = Pace("step", 32, Turns((1.0,) * 6, (0.9, 1.04, 1.04, 1.04, 1.04, 1.3)))
     vague = equal_time(trainings, made / "artifacts/models", Speed("training", unsure, 2.0))
-    assert vague.is_equal and "known to within 25 % only" in vague.obstacle
+    assert vague.is_equal and "known only to within 25 %" in vague.obstacle
     assert "20 % less than DPAR" in slow.obstacle and "would have needed 625 steps" in slow.obstacle
 
 

@@ -4,24 +4,24 @@ import numpy as np
 import pytest
 
 from dpar_core.data.images import CENTER_VIEWS, VIEW_COUNTS
-from dpar_core.data.shards import Sample, TokenMeta, write_index, write_shard
+from dpar_core.data.shards import TokenMeta, TokenSample, write_index, write_shard
 from dpar_core.models.gpt import GPTConfig
 from dpar_core.models.memory import TRAINING_SHARE, training_memory
 from dpar_core.training.parallel import Ranks
-from stages.shared.jobs import Job, JobData, memory_line
+from stages.shared.jobs import JobData, TrainJob, memory_line
 from tests.helpers.tiny_shards import CODES, GRID, tiny_params, write_tokens
 
 
 def test_a_micro_batch_that_is_estimated_not_to_fit_is_announced_with_the_way_out(tmp_path):
     tokens = write_tokens(tmp_path / "tokens")
     training = tiny_params().train.model_copy(update={"batch_size": 8, "accumulate": 1, "precision": "fp32"})
-    job = Job("llamagen", GPTConfig(CODES, GRID, 32, 2, 1, num_classes=2), training, 0, tokens)
-    told = training_memory(job.config, None, bf16=False)
+    job = TrainJob("llamagen", GPTConfig(CODES, GRID, 32, 2, 1, num_classes=2), training, 0, tokens)
+    estimate = training_memory(job.config, None, bf16=False)
     data = JobData(job, Ranks())
-    assert memory_line(job, data, 1.01 * told.total(8) / TRAINING_SHARE) is None
-    line = memory_line(job, data, told.total(5) / TRAINING_SHARE)
+    assert memory_line(job, data, 1.01 * estimate.total(8) / TRAINING_SHARE) is None
+    line = memory_line(job, data, estimate.total(5) / TRAINING_SHARE)
     assert "training 8 images at a time" in line and "raise `accumulate` to 2" in line
-    assert "strategy: fsdp" in memory_line(job, data, told.total(0))
+    assert "strategy: fsdp" in memory_line(job, data, estimate.total(0))
 
 
 @pytest.mark.parametrize("name", VIEW_COUNTS)
@@ -30,11 +30,11 @@ def test_validation_sees_the_centre_crop_of_every_view_set(tmp_path, name):
     tokens = np.repeat(np.arange(count, dtype=np.uint16)[:, None], 4, axis=1)  # every token is the number of its view
     shards = []
     for split in ("train", "validation"):
-        samples = [Sample(f"{split}-{number}", 0, tokens, {}) for number in range(8)]
+        samples = [TokenSample(f"{split}-{number}", 0, tokens, {}) for number in range(8)]
         write_shard(tmp_path / f"{split}-000000.tar", samples)
         shards.append((f"{split}-000000.tar", split))
     meta = TokenMeta(2, 32, name, count, 8, ("one",), "t" * 16, "m" * 16)
     write_index(tmp_path, meta, shards)
-    job = Job("entropy_model", GPTConfig(32, 2, 32, 2, 1), tiny_params().entropy_model.train, 0, tmp_path)
+    job = TrainJob("entropy_model", GPTConfig(32, 2, 32, 2, 1), tiny_params().entropy_model.train, 0, tmp_path)
     seen = np.concatenate([batch.tokens.numpy() for batch, _ in JobData(job, Ranks()).validation()])
     assert len(seen) and (seen == CENTER_VIEWS[name]).all()

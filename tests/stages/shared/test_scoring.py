@@ -25,13 +25,13 @@ def same(a, b):
 
 
 def test_workers_give_what_one_process_gives_and_end_with_their_own_sentence(network):
-    images, told = pictures(2 * PIECE + 70), []
+    images, done = pictures(2 * PIECE + 70), []
     with connected():
-        alone, spread = measure(network, images), measure(network, images, workers=2, done=told.append)
+        alone, spread = measure(network, images), measure(network, images, workers=2, done=done.append)
         with pytest.raises(ValueError, match=r"^\S+ is another network on this machine .*: share one file$"):
             measure(replace(network, digest="0" * 16), images, workers=1)
     same(alone, spread)
-    assert sorted(told) == [70, PIECE, PIECE]
+    assert sorted(done) == [70, PIECE, PIECE]
 
 
 @pytest.mark.parametrize("count", [2, PIECE + 1, 2 * PIECE + 1])

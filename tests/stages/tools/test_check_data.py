@@ -18,7 +18,7 @@ from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.patches.rule import PatchRule, patch_starts_numpy
 from stages.tools import check_data as check_module
 from stages.tools.check_data import check_data, repair_data
-from stages.tools.inspect_data import describe, draw, inspect_image
+from stages.tools.inspect_data import describe, draw_inspection, inspect_image
 from stages.tools.patch_stats import (
     entropy_quantiles,
     parse_max_lengths,
@@ -134,8 +134,8 @@ def test_what_does_not_belong_together_is_told(project, artifacts, tmp_path):
     shutil.copy(artifacts / "entropy_model" / "model.safetensors", artifacts / "tokenizer" / "tokenizer.safetensors")
     (artifacts / "entropies" / "notes.txt").write_text("mine")
     found = [str(problem) for problem in check_data(artifacts).problems]
-    (told,) = [one for one in found if "tokens/summary.json was made with tokenizer" in one]
-    assert "run `dvc repro tokenize_images`" in told
+    (message,) = [one for one in found if "tokens/summary.json was made with tokenizer" in one]
+    assert "run `dvc repro tokenize_images`" in message
     assert any("entropies/notes.txt does not belong there" in one for one in found)
     assert len(found) == 2
     shutil.copy(artifacts / "tokenizer" / "tokenizer.safetensors", artifacts / "entropy_model" / "model.safetensors")
@@ -178,8 +178,8 @@ def test_a_file_that_cannot_be_read_is_damaged_and_the_check_goes_on(project, ar
         ]
     unreadable.unlink()
     unreadable.mkdir()
-    (told,) = [str(problem) for problem in check_data(artifacts).problems if problem.folder == "entropies"]
-    assert told == "entropies/train-000002.parquet is damaged: Is a directory"
+    (message,) = [str(problem) for problem in check_data(artifacts).problems if problem.folder == "entropies"]
+    assert message == "entropies/train-000002.parquet is damaged: Is a directory"
     with pytest.raises(ValueError, match=r"train-000002.parquet is a folder, expected a file: remove it, then repair"):
         repair(project, artifacts)
     unreadable.rmdir()
@@ -198,7 +198,7 @@ def test_the_list_of_bad_images_is_checked_and_repaired_to_the_same_bytes(tmp_pa
     path, before = artifacts / "tokens" / "bad_images.json", contents(artifacts)
     assert len(json.loads(path.read_text())) == 3
     one = json.dumps([{"key": "k", "source": "s", "reason": "r"}]).encode()
-    for content, told in (
+    for content, message in (
         (None, "is missing"),
         (b"\x80{", "is damaged: expected a list"),
         (b"{}", "is damaged: expected a list"),
@@ -207,7 +207,7 @@ def test_the_list_of_bad_images_is_checked_and_repaired_to_the_same_bytes(tmp_pa
     ):
         path.unlink() if content is None else path.write_bytes(content)
         (problem,) = check_data(artifacts).problems
-        assert problem.file == "tokens/bad_images.json" and problem.what.startswith(told)
+        assert problem.file == "tokens/bad_images.json" and problem.what.startswith(message)
         assert repair(project, artifacts) == (["tokens/bad_images.json"], check_data(artifacts))
         assert contents(artifacts) == before
     (artifacts / "tokens" / "index.arrow").unlink()
@@ -232,7 +232,7 @@ def test_inspect_collects_everything_of_an_image(project, artifacts):
         expected = maps.lengths(np.array([index, index]), np.array([0, 1]))
         assert [one.tolist() for one in found.lengths] == [one.tolist() for one in expected]
         assert found.shard == f"train-{index // 5:06d}.tar"
-        picture = draw(found)
+        picture = draw_inspection(found)
         assert picture.width > 5 * 200 and np.asarray(picture).std() > 10
         assert f"patches   {len(expected[0])}, {len(expected[1])}" in describe(found)
 
@@ -253,7 +253,7 @@ def test_inspect_shows_what_there_is_before_later_stages_ran(project, artifacts)
     assert "run `dvc repro entropies`" in describe(found)
     shutil.rmtree(artifacts / "tokens")
     found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
-    assert found.tokens is None and draw(found).width > 200
+    assert found.tokens is None and draw_inspection(found).width > 200
 
 
 def test_inspect_shows_an_image_that_no_views_can_be_cut_from(project, artifacts, monkeypatch):
@@ -267,14 +267,14 @@ def test_inspect_shows_an_image_that_no_views_can_be_cut_from(project, artifacts
         found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
         assert found.image.shape == (1, 100, 3) and found.views is None and found.tokens is not None
         assert "the image cannot be used: 100 x 1 pixels are too narrow for a square of 8" in describe(found)
-        assert "100 x 1, no views" in describe(found) and draw(found).height > 2 * 200
+        assert "100 x 1, no views" in describe(found) and draw_inspection(found).height > 2 * 200
         shutil.rmtree(artifacts / "tokens")
         found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
-        assert found.decoded is None and draw(found).height < 2 * 200
+        assert found.decoded is None and draw_inspection(found).height < 2 * 200
         path.write_bytes(b"")
         found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
         with pytest.raises(ValueError, match=r"nothing to show of train-\S+: the image cannot be used: the file is empty"):
-            draw(found)
+            draw_inspection(found)
     finally:
         path.write_bytes(sound)
 
@@ -316,7 +316,7 @@ def test_ranges_include_both_ends(text, numbers):
 
 @pytest.mark.parametrize("text", ["", "a", "1:2", "2:1:0.1", "1:2:0", "1:2:-1", "1:2:0.3", "1:2:3:4"])
 def test_what_is_no_range_is_refused(text):
-    with pytest.raises(ValueError, match=r"is no range: expected FIRST:LAST:STEP"):
+    with pytest.raises(ValueError, match=r"is not a range: expected FIRST:LAST:STEP"):
         parse_range(text)
 
 

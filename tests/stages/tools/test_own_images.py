@@ -58,7 +58,7 @@ def test_copies_stay_together_in_training_and_bad_files_are_left_out_and_said(tm
     assert "4 files are copies of others, byte by byte: they are all in training" in said
     assert "no validation images of 2 classes (bee, lone): none can be spared" in said
     assert any(line.startswith("cannot be read: ant/broken.jpg: ") for line in said)
-    assert "left out: 1 files that are no images (ant/notes.txt)" in said
+    assert "left out: 1 files that are not images (ant/notes.txt)" in said
 
 
 def test_what_cannot_be_split_is_refused_and_nothing_is_written(tmp_path):

@@ -10,9 +10,9 @@ from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.training.prefetch import Batch
-from pipeline.commands.probe import draw, probe_models, table
+from pipeline.commands.probe import plot_accuracies, probe_models, table
 from stages.shared import jobs as training
-from stages.tools.probe import Split, load_model, probe
+from stages.tools.probe import SplitFeatures, load_model, probe
 from tests.stages.test_training_stages import data, in_process, run_stage  # noqa: F401 (data is a fixture)
 
 torch.set_num_threads(1)
@@ -55,8 +55,8 @@ def test_a_probe_finds_what_is_there_and_nothing_where_nothing_is():
     labels = np.arange(400) % 4
     noise = random.normal(size=(3, 400, 8)).astype(np.float32)
     noise[1, :, :4] += 6 * np.eye(4)[labels]
-    train = Split(noise[:, :200], labels[:200])
-    held_out = Split(noise[:, 200:], labels[200:])
+    train = SplitFeatures(noise[:, :200], labels[:200])
+    held_out = SplitFeatures(noise[:, 200:], labels[200:])
 
     model = GPT(GPTConfig(16, 4, 32, 2, 3, ffn_multiple=32, num_classes=4))
     found = probe(model, train, held_out)
@@ -65,7 +65,7 @@ def test_a_probe_finds_what_is_there_and_nothing_where_nothing_is():
 
 
 def test_one_class_alone_cannot_be_probed():
-    split = Split(np.zeros((1, 4, 8), np.float32), np.zeros(4, np.int64))
+    split = SplitFeatures(np.zeros((1, 4, 8), np.float32), np.zeros(4, np.int64))
     with pytest.raises(ValueError, match="at least two classes, found 1"):
         probe(dpar(), split, split)
 
@@ -80,7 +80,7 @@ def test_trained_models_are_probed_from_their_artifacts(data, tmp_path, monkeypa
     assert found["images"] == {"train": 36, "held_out": 8, "classes": 2}
     assert all(0 <= one["best"]["top1"] <= one["best"]["top5"] <= 1 for one in found["models"].values())
     assert [block["block"] for block in found["models"]["dpar"]["blocks"]] == ["encoder 0", "patch 0", "decoder 0"]
-    draw(found, tmp_path / "probe.png")
+    plot_accuracies(found, tmp_path / "probe.png")
     assert (tmp_path / "probe.png").stat().st_size > 5000 and "llamagen" in table(found)
 
 

@@ -15,7 +15,7 @@ from stages import score
 from stages.data import builtin_manifest
 from stages.shared.scoring import make_reference, measure, settings_of
 from stages.tools import sweep
-from stages.tools.sweep import Plan, Point, Subject, Trial
+from stages.tools.sweep import Point, Subject, SweepPlan, Trial
 from stages.tracker import NullTracker
 from tests.helpers.sample_artifacts import ROOT, sample_section, write_artifacts
 
@@ -45,13 +45,13 @@ def subject(tmp_path_factory):
 
 def plan(**changes):
     points = tuple(Point(threshold, scale) for threshold in (1.0, 2.6) for scale in (1.0, 2.0))
-    return Plan(points, **{"images": 12, "final_images": 15, "finalists": 2, "concurrency": 1, **changes})
+    return SweepPlan(points, **{"images": 12, "final_images": 15, "finalists": 2, "concurrency": 1, **changes})
 
 
 def run(subject, plan, folder):
-    told = []
-    outcome = sweep.sweep(subject, plan, folder / "trials", folder / "work", NullTracker(), finished=told.append)
-    return outcome, told
+    reported = []
+    outcome = sweep.sweep(subject, plan, folder / "trials", folder / "work", NullTracker(), finished=reported.append)
+    return outcome, reported
 
 
 def without_clock(results):
@@ -59,10 +59,10 @@ def without_clock(results):
 
 
 def test_a_grid_is_searched_the_best_are_drawn_again_and_a_second_start_runs_only_what_is_missing(subject, tmp_path):
-    outcome, told = run(subject, plan(), tmp_path)
+    outcome, reported = run(subject, plan(), tmp_path)
     assert [one.point for one in outcome.search] == [Point(1.0, 1.0), Point(1.0, 2.0), Point(2.6, 1.0), Point(2.6, 2.0)]
     assert not outcome.failed
-    assert len(told) == 6
+    assert len(reported) == 6
     best = sorted(outcome.search, key=lambda one: one.value("eval/fd_demo"))[:2]
     assert [one.point.threshold for one in outcome.finals] == [one.point.threshold for one in best]
     assert {one.trial.images for one in outcome.finals} == {15}
@@ -92,22 +92,22 @@ def test_a_trial_is_the_same_whatever_its_batches_and_goes_on_with_those_that_ar
     assert without_clock(results[:1]) == without_clock(results[1:])
     assert (tmp_path / "a" / f"{results[0].key}.png").read_bytes() == (tmp_path / "b" / f"{results[1].key}.png").read_bytes()
 
-    drawn, draw = [], sweep.sample.draw_batch
+    sampled, original = [], sweep.sample.sample_batch
 
     def breaks_off(job, batch, progress=None):
-        if len(drawn) == 2:
-            drawn.append("cut")
+        if len(sampled) == 2:
+            sampled.append("cut")
             raise KeyboardInterrupt
-        drawn.append(batch)
-        return draw(job, batch, progress)
+        sampled.append(batch)
+        return original(job, batch, progress)
 
-    monkeypatch.setattr(sweep.sample, "draw_batch", breaks_off)
+    monkeypatch.setattr(sweep.sample, "sample_batch", breaks_off)
     (tmp_path / "c").mkdir()
     with pytest.raises(KeyboardInterrupt):
         sweep.run_trial(subject, trial, tmp_path / "c", tmp_path / "c")
     assert not list((tmp_path / "c").glob("*.json"))
     result = sweep.run_trial(subject, trial, tmp_path / "c", tmp_path / "c")
-    assert drawn == [0, 1, "cut", 2]
+    assert sampled == [0, 1, "cut", 2]
     assert without_clock([result]) == without_clock(results[:1])
 
 
@@ -117,9 +117,9 @@ def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_pat
     sampler = sweep.sample.Sampler(subject.files(trial.point), subject.section(trial), device="cpu")
     images, counts = [], []
     for place in range(8):
-        drawn = sampler.draw([place % 3], [5 + place])
-        images.append(sampler.pixels(drawn.tokens))
-        counts.append(len(drawn.patch_lengths[0]))
+        sampled = sampler.generate([place % 3], [5 + place])
+        images.append(sampler.pixels(sampled.tokens))
+        counts.append(len(sampled.patch_lengths[0]))
     network = sweep._network(subject)
     scored = subject.score
     reference = make_reference(scored.score, scored.data, subject.manifest, network, NullTracker(), cache=tmp_path)

@@ -100,7 +100,7 @@ def test_another_seed_trains_models_of_its_own(sweep, models):
     assert sweep.stages == [f"patch_maps {LOW:g}", f"train_dpar {LOW:g}"] and other[LOW] != models[LOW]
 
 
-def test_a_training_that_was_broken_off_keeps_its_patches(sweep, models, monkeypatch):
+def test_a_training_that_was_interrupted_keeps_its_patches(sweep, models, monkeypatch):
     real = train.run_dpar
 
     def breaks(*_, **__):

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from dpar_core.files import load_weights
 from dpar_core.training.parallel import Ranks
 from stages import train
-from stages.shared.jobs import Job, train_job
+from stages.shared.jobs import TrainJob, train_job
 from stages.workers import cluster
 from stages.workers import fit as ray_train
 from stages.workers.cluster import Node
@@ -82,14 +82,14 @@ def test_only_whole_lines_are_delivered(tmp_path):
 def test_a_run_that_does_not_begin_says_so_once(monkeypatch, capsys):
     scale = Scale(workers=3, cpus=4, gpus=1, group=True)
     monkeypatch.setattr(ray_train, "_PATIENCE", 0.0)
-    silence = ray_train._Silence(scale)
+    silence = ray_train._StartWatch(scale)
     for events in (0, 0, 2, 0):
         time.sleep(0.01)
         silence.hear(events)
     said = capsys.readouterr().err
     assert said.count("no worker has begun") == 1
     assert "room for 3 of 4 CPUs and 1 GPUs each" in said
-    begun = ray_train._Silence(scale)
+    begun = ray_train._StartWatch(scale)
     begun.hear(1)
     time.sleep(0.01)
     begun.hear(0)
@@ -118,7 +118,7 @@ def worker(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (ValueError("patch map was made with another entropy model"), "patch map was made with another entropy model"),
         (OSError("shard 3 is short"), "shard 3 is short"),
@@ -126,11 +126,11 @@ def worker(tmp_path, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "a GPU ran out of memory"),
     ],
 )
-def test_a_reason_that_trying_again_cannot_change_is_returned(worker, error, told):
+def test_a_reason_that_trying_again_cannot_change_is_returned(worker, error, expected):
     def fails(*, ranks, hooks):
         raise error
 
-    assert worker(fails)["error"].startswith(told)
+    assert worker(fails)["error"].startswith(expected)
 
 
 def test_a_lost_connection_is_left_to_ray(worker):
@@ -190,7 +190,7 @@ FEWER = "raise `accumulate`, lower `workers` or free memory there, and run the s
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         (LOW_ON_MEMORY, f"a machine ran out of memory, and with it a worker ended: {FEWER}"),
         (CUDA, f"a GPU ran out of memory, and with it a worker ended: {FEWER}"),
@@ -199,7 +199,7 @@ FEWER = "raise `accumulate`, lower `workers` or free memory there, and run the s
         (HANGS, "A worker health check has been hanging for 30.00 seconds. Marking the worker as dead."),
     ],
 )
-def test_what_ended_a_run_is_told_in_one_sentence(text, told):
+def test_what_ended_a_run_is_reported_in_one_sentence(text, expected):
     from ray.train import ControllerError, WorkerGroupError
 
     class Trainer:
@@ -214,7 +214,7 @@ def test_what_ended_a_run_is_told_in_one_sentence(text, told):
         fit.join()
         with pytest.raises(RuntimeError) as caught:
             fit.outcome()
-        assert str(caught.value).startswith(f"Ray Train gave up: {told}") and "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"Ray Train gave up: {expected}") and "\n" not in str(caught.value)
         assert "RAY_" not in str(caught.value)
 
 
@@ -262,7 +262,7 @@ def undisturbed_rank(rank: int, data: Path, root: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{data}/group", rank=rank, world_size=2)
     params = tiny_params(workers=2, steps=120)
     config = train.dpar_config(params.model, codebook_size=CODES, row_width=GRID, num_classes=2)
-    job = Job("dpar", config, params.train, params.seed, data / "tokens", data / "maps")
+    job = TrainJob("dpar", config, params.train, params.seed, data / "tokens", data / "maps")
     train_job(job, str(root), ranks=Ranks(rank, 2), hooks=Silent())
     dist.destroy_process_group()
 
@@ -286,15 +286,15 @@ def test_a_run_survives_a_killed_node(tmp_path):
     script = STAGE.format(data=str(tmp_path), out=str(tmp_path / "out"), work=str(tmp_path / "work"))
     environment = {**os.environ, "RAY_ADDRESS": nodes.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1"}
     try:
-        with open(tmp_path / "told", "w") as told:
-            run = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=told, stderr=told)
+        with open(tmp_path / "output", "w") as log:
+            run = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=log, stderr=log)
         while run.poll() is None and not list((tmp_path / "work").glob("run-*/step-00000010")):
             time.sleep(0.05)
-        assert run.poll() is None, (tmp_path / "told").read_text()
+        assert run.poll() is None, (tmp_path / "output").read_text()
         nodes.remove_node(lost, allow_graceful=False)
         time.sleep(10)
         nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-        assert run.wait(300) == 0, (tmp_path / "told").read_text()
+        assert run.wait(300) == 0, (tmp_path / "output").read_text()
     finally:
         nodes.shutdown()
     events = [json.loads(line) for line in (tmp_path / "work" / "events.jsonl").read_text().splitlines()]

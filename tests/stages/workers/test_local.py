@@ -69,7 +69,7 @@ def dies(how, code, *, ranks, hooks):
 
 
 @pytest.mark.parametrize(
-    ("function", "error", "told"),
+    ("function", "error", "message"),
     [
         (fails, TrainingFailed, "^shard 3 is short$"),
         (partial(dies, signal.raise_signal, signal.SIGKILL), RuntimeError, r"was killed \(signal 9\): .* want of memory"),
@@ -77,10 +77,10 @@ def dies(how, code, *, ranks, hooks):
     ],
     ids=["says why", "is killed", "ends"],
 )
-def test_what_ends_the_process_is_told_in_one_sentence(tmp_path, function, error, told):
+def test_what_ends_the_process_is_reported_in_one_sentence(tmp_path, function, error, message):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / ray_train.RETURNED).write_bytes(b"of an earlier call")
-    with pytest.raises(error, match=told) as caught:
+    with pytest.raises(error, match=message) as caught:
         fit(function, tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -92,7 +92,7 @@ def sleeps(*, ranks, hooks):
 
 
 def gone(process: int) -> bool:
-    """Tell whether a process ends within some seconds (a zombie nobody waited for has ended)."""
+    """Return whether a process ends within some seconds (a zombie nobody waited for has ended)."""
     for _ in range(100):
         try:
             if Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":

@@ -1,11 +1,11 @@
-"""How tokens are drawn: guidance over an image, and one number a token."""
+"""How tokens are sampled: guidance over an image, and one number per token."""
 
 import math
 
 import pytest
 import torch
 
-from dpar_core.generation.guidance import SampleSettings, draw, guide, uniforms
+from dpar_core.generation.sampling import SampleSettings, guide, sample_tokens, uniforms
 
 
 def test_schedules_of_guidance():
@@ -33,8 +33,8 @@ def test_guided_logits_move_away_from_the_unconditional_ones():
 def test_tokens_come_with_their_probabilities_and_never_with_none():
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
     count = 20_000
-    drawn = draw(probabilities.log().expand(count, 6), uniforms(range(count), 1)[:, 0], SampleSettings())
-    share = torch.bincount(drawn, minlength=6) / count
+    sampled = sample_tokens(probabilities.log().expand(count, 6), uniforms(range(count), 1)[:, 0], SampleSettings())
+    share = torch.bincount(sampled, minlength=6) / count
     assert (share[probabilities == 0] == 0).all()
     # four standard deviations of a share of one half
     torch.testing.assert_close(share, probabilities, atol=4 * math.sqrt(0.25 / count), rtol=0)
@@ -45,17 +45,17 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_exist(number):
     for seed in range(200):
         logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(seed)) * 5
         logits[:, [0, -1]] = float("-inf")
-        token = draw(logits, torch.tensor([number], dtype=torch.float64), SampleSettings()).item()
+        token = sample_tokens(logits, torch.tensor([number], dtype=torch.float64), SampleSettings()).item()
         assert 0 < token < 999
 
 
 def test_greedy_takes_the_likeliest_and_filters_cut_the_rest():
     logits = torch.tensor([[0.0, 2.0, 1.9, -5.0]]).expand(500, 4)
     numbers = uniforms(range(500), 1)[:, 0]
-    assert set(draw(logits, numbers, SampleSettings(greedy=True)).tolist()) == {1}
-    assert set(draw(logits, numbers, SampleSettings(top_k=2)).tolist()) == {1, 2}
-    assert set(draw(logits, numbers, SampleSettings(top_p=0.4)).tolist()) == {1}
-    assert set(draw(logits, numbers, SampleSettings(temperature=0.01)).tolist()) == {1}
+    assert set(sample_tokens(logits, numbers, SampleSettings(greedy=True)).tolist()) == {1}
+    assert set(sample_tokens(logits, numbers, SampleSettings(top_k=2)).tolist()) == {1, 2}
+    assert set(sample_tokens(logits, numbers, SampleSettings(top_p=0.4)).tolist()) == {1}
+    assert set(sample_tokens(logits, numbers, SampleSettings(temperature=0.01)).tolist()) == {1}
 
 
 def test_numbers_of_an_image_follow_from_its_seed_alone():
