@@ -96,6 +96,8 @@ def check_file(record: Path, name: str, path: Path) -> str:
     """
     if not path.exists():
         raise FileNotFoundError(f"{name} {path} is missing: check params.yaml")
+    if not path.is_file():
+        raise ValueError(f"{name} {path} is {'a folder' if path.is_dir() else 'no plain file'}: name the file itself")
     noted, found = read_record(record, way_out="run `dvc repro sources`").get(name), sha256_file(path)
     expected = noted.get("sha256") if noted else None
     if found != expected:

@@ -22,7 +22,7 @@ from dpar_core.data.images import VIEW_COUNTS, BadImage, views
 from dpar_core.data.manifest import SPLITS, Manifest, Row, Rows, read_manifest
 from dpar_core.data.shards import ShardContents, TokenMeta, TokenSample, write_index, write_shard
 from dpar_core.data.sources import block_of
-from dpar_core.data.splits import first_few
+from dpar_core.data.splits import counted, first_few
 from dpar_core.files import atomic_folder, write_json
 from dpar_core.models.load import read_trained
 from dpar_core.models.vq import VQ, encode_at, most_images, to_float
@@ -379,9 +379,8 @@ def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) ->
     both = images_in_both_splits(plan, work)
     if both:
         shown = first_few(f"{pair['validation']} = {pair['train']}" for pair in both)
-        print(
-            f"warning: {len(both):,} validation images have the pixels of training images, first view by first view: {shown}"
-        )
+        images, verb = counted(len(both), "validation image"), "has" if len(both) == 1 else "have"
+        print(f"warning: {images} {verb} the pixels of training images, first view by first view: {shown}")
     for split in SPLITS:
         if not any(one.keys for shard, one in zip(plan, contents) if shard.split == split):
             raise ValueError(f"no {split} image can be read: check data.{split} in params.yaml")

@@ -152,7 +152,8 @@ def _refuse_shared_images(listings: Mapping[str, Listing], roots: Mapping[str, P
                 "lead to): give each split files of its own"
             )
         if shared:
-            listing.notes.append(f"{shared} files are links to, or the same as, files of training")
+            verb = "is a link to, or the same as, a file" if shared == 1 else "are links to, or the same as, files"
+            listing.notes.append(f"{counted(shared, 'file')} {verb} of training")
 
 
 def find_files(root: Path, split: str, ending: str, listing: Listing) -> list[str]:

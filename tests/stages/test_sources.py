@@ -115,6 +115,10 @@ def test_a_file_that_changed_since_the_look_is_not_used(tmp_path):
         sources.check_file(record, "tokenizer.weights", weights)
     look(tmp_path, weights=str(weights))
     assert read_record(record, way_out="")["tokenizer.weights"] == {"missing": True}
+    weights.mkdir()
+    look(tmp_path, weights=str(weights))
+    with pytest.raises(ValueError, match=r"tokenizer\.weights .*vq\.pt is a folder: name the file itself"):
+        sources.check_file(record, "tokenizer.weights", weights)
 
 
 def test_trees_with_links_back_and_missing_folders_have_a_fingerprint(tmp_path):

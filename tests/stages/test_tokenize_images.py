@@ -199,7 +199,7 @@ def test_images_of_both_splits_are_counted_and_listed_whatever_their_files(tmp_p
         "train:a/000.png",
     ]
     assert json.loads((project.root / "tokens.json").read_text())["tokens/images_in_both_splits"] == 1
-    assert f"1 validation images have the pixels of training images, first view by first view: {pair['validation']}" in (
+    assert f"1 validation image has the pixels of training images, first view by first view: {pair['validation']}" in (
         capsys.readouterr().out
     )
 
