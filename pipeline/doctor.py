@@ -232,13 +232,16 @@ def paths(params: Params) -> list[Check]:
 
 
 def check_path(name: str, text: str) -> Check:
-    """Look at one path of params. An address (s3://...) is not followed."""
+    """Look at one path of params. An address (s3://...) is not followed: checkpoints alone may be kept at one."""
     from dpar_core.evaluation.features import INCEPTION_SHA256
     from dpar_core.secrets import redacted
+    from dpar_core.signatures import described, kind_of
     from pipeline.terminal import size
 
-    if "://" in text:
+    if "://" in text and name.endswith(".storage"):
         return Check(name, "ok", f"{redacted(text)} (an address: looked at when it is read)")
+    if "://" in text:
+        return Check(name, "fail", f"{redacted(text)} is an address, and files are read here", "fetch it, and name the file")
     path = Path(text)
     if not path.exists():
         near = path.parent
@@ -246,6 +249,8 @@ def check_path(name: str, text: str) -> Check:
             near = near.parent
         there = "" if near in (Path(), Path("/")) else f" ({near} exists)"
         return Check(name, "fail", f"{text} does not exist", f"put it there, or change {name}{there}")
+    if path.is_dir() and name in ("tokenizer.weights", "score.features_file"):
+        return Check(name, "fail", f"{text} is a folder", "name the file itself")
     if path.is_dir():
         empty = next(path.iterdir(), None) is None
         return Check(
@@ -255,11 +260,9 @@ def check_path(name: str, text: str) -> Check:
             f"fill it, or change {name}" if empty else "",
         )
     length = path.stat().st_size
-    if length == 0:
-        return Check(name, "fail", f"{text} is empty", "fetch it again")
-    with open(path, "rb") as stream:
-        if stream.read(40).startswith(b"version https://git-lfs"):
-            return Check(name, "fail", f"{text} is a Git LFS pointer, not the file itself", "git lfs pull")
+    if (kind := kind_of(path)) in ("empty", "lfs", "html", "xml", "zeros", "special", "unreadable"):
+        found, _, fix = str(described(path, kind)).partition(": ")
+        return Check(name, "fail", found, fix or "name a file of its kind")
     known = {"inception-2015-12-05.pt": INCEPTION_SHA256}.get(path.name)  # as its makers distribute it
     if known is not None and length <= LARGEST_HASHED:
         with open(path, "rb") as stream:

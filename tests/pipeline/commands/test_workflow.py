@@ -90,7 +90,11 @@ def test_doctor_looks_into_what_is_there(project):
     assert "Git LFS pointer" in found["lfs.pt"].found and found["good.npz"].found == "good.npz, 2.0 kB"
     other = health.check_path("score.features_file", "inception-2015-12-05.pt")
     assert other.verdict == "warn" and "as published" in other.found
-    assert health.check_path("data.train", "s3://KEY:SECRET@bucket/train").verdict == "ok"
+    assert health.check_path("data.train", "s3://KEY:SECRET@bucket/train").verdict == "fail"
+    assert health.check_path("train.storage", "s3://KEY:SECRET@bucket/train").verdict == "ok"
+    assert "is a folder" in health.check_path("tokenizer.weights", "params").found
+    (project / "page.npz").write_text("<!doctype html>")
+    assert "is an HTML page" in health.check_path("score.reference", "page.npz").found
     assert "SECRET" not in health.check_path("data.train", "s3://KEY:SECRET@bucket/train").found
     assert all(check.fix for check in found.values() if check.verdict != "ok")
 
