@@ -16,7 +16,8 @@ import typer
 DVC_LOCAL = Path(".dvc", "config.local")
 _SECTION = "[core]"
 _NO_SCM = "    no_scm = true  # dpar-cli: outside git\n"
-# Places that libraries below us would make in the home folder. A value the user has set in the environment wins.
+# Places that libraries below us would make in the home folder; platformdirs names ours alone, and none for a home that is
+# read-only. A value the user has set in the environment wins.
 _CACHES = {
     "DPAR_CACHE": "dpar",
     "MPLCONFIGDIR": "matplotlib",

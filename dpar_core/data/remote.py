@@ -25,20 +25,24 @@ def is_remote(address: Path | str) -> bool:
     return "://" in str(address)
 
 
+def cache_folder() -> Path:
+    """Return DPAR_CACHE, or `dpar` among the user's caches; by hand, as platformdirs is no package of the core."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpar"
+
+
 class Folder:
     """A folder whose files are read through paths on this machine.
 
     address: a path, or an address with a scheme. cache: where copies of remote files are kept, and notes of what was found
-    sound (default: the environment variable DPAR_CACHE, or ~/.cache/dpar); it grows to the size of what is read from
+    sound (default: see `cache_folder`); it grows to the size of what is read from
     elsewhere, and may be emptied at any time.
     """
 
     def __init__(self, address: Path | str, *, cache: Path | None = None) -> None:
         self.remote = is_remote(address)
         self.address = str(address).rstrip("/") if self.remote else Path(address)
-        if cache is None:
-            cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dpar")
-        self.cache = cache
+        self.cache = cache_folder() if cache is None else cache
         self._sound: set[str] = set()  # notes already seen or written by this process
 
     def __str__(self) -> str:

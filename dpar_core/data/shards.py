@@ -2,7 +2,8 @@
 
 Layout of a shard {split}-{number:06d}.tar: KEY.tokens.npy (uint16, (views, T)), KEY.cls (the label in ASCII),
 KEY.json. Beside the shards: index.arrow (Arrow IPC, memory-mapped: shard, offset of the tokens, key, split, label)
-and summary.json (what the tokens are, the digest of each shard, of the index and of the whole).
+and summary.json (what the tokens are, the digest of each shard, of the index and of the whole). webdataset writes and
+streams shards, but has no random access, which a seeded order of images and resuming inside an epoch need: hence our index.
 
 Shapes: n samples asked for, T tokens per view of a G x G grid.
 """

@@ -1,5 +1,6 @@
 """Distances between image sets as the ADM evaluator defines them, on features that a network has computed.
 
+Written here, as no library has all five without torchvision; tests hold each against recorded values of the evaluator.
 Shapes: n images, d feature dimensions, c classes. Means and covariances are float64 throughout.
 """
 

@@ -1,5 +1,8 @@
 """Charts as small SVG texts that take their colours from the page: the same numbers give the same bytes.
 
+Drawn here and not by matplotlib, whose SVG has fixed colours and carries fonts, nor by a JavaScript library, as the page
+works offline from one file.
+
 A chart's classes: `axis`, `rule`, `name`; a series' own class (as `dpar`) colours what belongs to it.
 """
 

@@ -424,7 +424,7 @@ class _Courier:
                     return 0
             except Away as error:
                 self._tell(str(error))
-                missed, pause = True, min(2 * pause, LONGEST_PAUSE)
+                missed, pause = True, min(2 * pause, LONGEST_PAUSE)  # not tenacity: its sleep would not see the writer end
                 if ended:
                     return 3
             if not self.writer_gone.is_set():
