@@ -19,9 +19,9 @@ from pipeline.report.verdicts import (
 )
 
 
-def scores(fd=(20.0, 19.0, 21.0), is_=(3.0, 2.8, 3.2), precision=0.5, splits=10, images=450, features=64):
+def scores(fd=(20.0, 19.0, 21.0), is_=(3.0, 2.8, 3.2), precision=0.5, splits=10, images=450, reference=2250, features=64):
     values = {"kid_demo": 0.1, "recall": 0.2, "precision": precision, "is_demo": is_[0], "fd_demo": fd[0]}
-    protocol = Protocol("demo", "f", "train", "r", 2250, images, 32, 32, ("png",), 3, splits)
+    protocol = Protocol("demo", "f", "train", "r", reference, images, 32, 32, ("png",), 3, splits)
     intervals = {"eval/fd_demo": Interval(*fd[1:]), "eval/is_demo": Interval(*is_[1:])}
     return Scores({f"eval/{name}": value for name, value in values.items()}, intervals, protocol, {}, features)
 
@@ -105,8 +105,7 @@ def test_fewer_images_than_features_judge_no_score():
 
 
 def test_a_reference_of_too_few_images_judges_no_score_either():
-    few = scores() | {"protocol": {"images": 450, "reference_images": 30}}
-    assert too_few_images(few) == "30 images are too few for 64 features (singular covariance)"
+    assert too_few_images(scores(reference=30)) == "30 images are too few for 64 features (singular covariance)"
 
 
 def test_too_little_training_is_no_ground_for_a_verdict():

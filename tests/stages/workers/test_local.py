@@ -52,7 +52,7 @@ def test_reports_and_the_result_come_back_without_a_cluster(tmp_path, capfd):
     seen = []
     found = fit(partial(reports, 42), tmp_path, seen.append)
     assert [(event.kind, event.step) for event in seen] == [("begin", 0), ("log", 1), ("checkpoint", 2)]
-    assert seen[1]["metrics"] == {"train/loss": 0.5}
+    assert seen[1].metrics == {"train/loss": 0.5}
     assert found["answer"] == 42 and found["process"] != os.getpid()
     assert found["ranks"] and found["threads"] == 1 and not found["ray"]
     assert found["environment"] == allocator.ENVIRONMENT
