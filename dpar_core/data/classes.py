@@ -60,7 +60,8 @@ def checked_label(value: object, where: str) -> int | str:
         text = normal_name(value)
         if not text or len(text) > _LONGEST_NAME:
             raise ValueError(f"{where} has the label {text[:60]!r} ({len(text):,} characters), expected a class")
-        odd = any(unicodedata.category(one) == "Cc" for one in value.strip())
+        shown = value.strip()
+        odd = not shown.isprintable() and any(unicodedata.category(one) == "Cc" for one in shown)
         if _NUMBER.fullmatch(text):
             value = int(text)
         elif odd or (_OTHER_NUMBER.fullmatch(text) and not re.fullmatch("0[0-9]+", text)):

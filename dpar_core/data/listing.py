@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dpar_core.data.classes import CLASSES
 from dpar_core.data.manifest import Manifest, Row
-from dpar_core.data.splits import choose_files, counted, first_few, refuse_nested, refuse_shared
+from dpar_core.data.splits import choose_files, counted, first_few, refuse_nested, refuse_shared, splits_said
 from dpar_core.files import digest_of
 
 LONGEST_KEY = 100 - len(".tokens.npy")  # of the names in a USTAR tar, which our shards are
@@ -76,6 +76,9 @@ def join_listings(listings: Mapping[str, Listing], roots: Mapping[str, Path], *,
         labels = [place.get(name, -1) for name in listing.classes]
         for key, source, label in zip(listing.keys, listing.sources, listing.labels):
             rows.append(Row(key, split, source, None, labels[label], listing.classes[label]))
+    named = {split: splits_said(root.name) for split, root in roots.items()}
+    if named.get("validation") == {"train"} and named["train"] and "train" not in named["train"]:
+        train.notes.append(f"by their names {roots['train']} and {roots['validation']} are the other way round")
     _refuse_shared_images(listings, roots)
     taken = {roots[split] / name for split, one in listings.items() for name in one.files}
     taken |= {one.base for one in listings.values() if one.base is not None}

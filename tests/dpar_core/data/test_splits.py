@@ -192,6 +192,14 @@ def test_a_doubled_level_is_recognised_and_named(tmp_path):
         list_folder(tmp_path / "deep", "train")
 
 
+def test_folders_given_the_other_way_round_are_named(tmp_path):
+    put_tree(tmp_path, "train/cat", "val/cat", "test/cat")
+    put(tmp_path, {"val/cat/9.png": png(9), "test/cat/8.png": png(8)})
+    swapped = folders_joined(tmp_path / "val", tmp_path / "train").notes["choices"]
+    assert swapped == [f"train: by their names {tmp_path}/val and {tmp_path}/train are the other way round"]
+    assert folders_joined(tmp_path / "train", tmp_path / "test").notes["choices"] == []
+
+
 def test_one_tree_for_both_splits_or_one_inside_the_other_is_refused(tmp_path):
     put_tree(tmp_path, "all/cat", "all/dog", "nested/cat", "nested/val/cat")
     (tmp_path / "link").symlink_to(tmp_path / "all")
