@@ -131,6 +131,10 @@ def test_the_plan_says_how_long_by_runs_on_this_machine_or_by_what_the_preset_ta
     assert "2 min and what 1 take that never ran here" in mixed.words()
     assert "of unknown duration at first" in RunPlan(project, [state("score")]).words()
     assert RunPlan(project, [state("data", "fresh")]).words() == "1 stages, all up to date"
+    own_images(project)  # of the demo's sizes
+    assert "about 15 min on two cores" in RunPlan(project, [state("data"), state("train")]).words()
+    set_param(project, "image_size: 32 ", "image_size: 64 ")
+    assert "of unknown duration at first" in RunPlan(project, [state("data"), state("train")]).words()
 
 
 def test_where_files_outside_may_have_changed_that_is_said(project):
