@@ -87,7 +87,7 @@ SUMMARY_METRICS = Artifact("metrics.json", "report")
 REPORT_PAGE, HEADLINE = Artifact("report/index.html", "report"), Artifact("report/headline.json", "report")
 # What `dvc plots show` and `dvc plots diff` show: pictures, as a page of DVC's own charts needs the internet.
 LOSSES_PICTURE, LENGTHS_PICTURE = Artifact("report/losses.svg", "report"), Artifact("report/patch_lengths.svg", "report")
-PROBE = Artifact("probe", "probe")  # of `dpar-cli probe`, which is no stage
+PROBE = Artifact("probe", "probe")  # of `dpar-cli probe`, which is not a stage
 # Folders that hold artifacts of several stages, or all of one: what the report reads.
 TOKENIZER_FOLDER, ENTROPY_MODEL_FOLDER = Artifact("tokenizer", "tokenizer"), Artifact("entropy_model", "entropy_model")
 MODELS_FOLDER, SPEED_FOLDER, SAMPLES_FOLDER, SCORES_FOLDER = (

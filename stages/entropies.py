@@ -23,7 +23,7 @@ from stages.tracker import Tracker
 from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers, run_units
 
 MOST_MOVED = 0.02  # share of tokens that a lower precision may put on the other side of a threshold
-MEASURED_SHARDS, MEASURED_IMAGES = 8, 32  # shards, evenly spaced, and images of each that tell that share
+MEASURED_SHARDS, MEASURED_IMAGES = 8, 32  # shards, evenly spaced, and images of each on which that share is measured
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def read_vq(path: Path | str, *, expected: VQConfig | None = None, holder: str |
     table = state["quantize.embedding.weight"]
     if (table == table[:1]).all():
         raise ValueError(
-            f"{path} holds one code {len(table):,} times, so it is no trained tokenizer: take another checkpoint"
+            f"{path} holds one code {len(table):,} times, so it is not a trained tokenizer: take another checkpoint"
         )
     if expected is not None:
         names: tuple[str, ...] = (

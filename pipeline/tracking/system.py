@@ -37,7 +37,7 @@ def _sample(record: Callable[[Mapping[str, float], int], None], stop: threading.
         values = _values(psutil, network) | {name: value for gpu in gpus for name, value in gpu().items()}
         try:
             record({f"system/{name}": value for name, value in values.items()}, count)
-        except (OSError, ValueError):  # the disk is full, or the journal closed: the stage itself says so
+        except (OSError, ValueError):  # the disk is full, or the journal closed: the stage itself reports it
             return
         if stopped:
             return

@@ -39,7 +39,7 @@ def run_units(
     at_once: threads of this process that share the worker, where there are no actors.
     check: called with the nodes of the cluster before anything starts, raises when the work does not suit them.
 
-    Raises what a worker raised, ValueError when the cluster cannot hold the workers, RuntimeError when one is lost again
+    Raises the error of a worker, ValueError when the cluster cannot hold the workers, RuntimeError when one is lost again
     and again.
     """
     if not units:
@@ -95,7 +95,7 @@ def run_units(
 
 
 def _result_of(reference: Any) -> Any:
-    """Return what a worker returned, or raise what it raised without what Ray wraps around it."""
+    """Return what a worker returned, or raise its error without what Ray wraps around it."""
     import ray
 
     try:
