@@ -30,9 +30,9 @@ def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
 
 def scale_colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map values (...) linearly from [low, high] onto the colour scale: (..., 3) uint8."""
-    place = np.clip((np.asarray(values, float) - low) / max(high - low, 1e-9), 0, 1) * (len(SCALE) - 1)
-    index = np.minimum(place.astype(int), len(SCALE) - 2)
-    share = (place - index)[..., None]
+    position = np.clip((np.asarray(values, float) - low) / max(high - low, 1e-9), 0, 1) * (len(SCALE) - 1)
+    index = np.minimum(position.astype(int), len(SCALE) - 2)
+    share = (position - index)[..., None]
     return (SCALE[index] * (1 - share) + SCALE[index + 1] * share).round().astype(np.uint8)
 
 
@@ -88,7 +88,7 @@ def draw_borders(
     draw = ImageDraw.Draw(picture)
     cell = side / row_width
     core = max(round(cell / 24), 1)
-    lines = [tuple(round(place * cell) for place in line) for line in patch_borders(lengths, row_width)]
+    lines = [tuple(round(position * cell) for position in line) for line in patch_borders(lengths, row_width)]
     for colour, width in (((16, 18, 24), core + 2), ((255, 255, 255), core)):
         grow = width // 2
         for x0, y0, x1, y1 in lines:
@@ -156,8 +156,8 @@ def patch_overview(
     left = gap + (len(panels) - 2) * (side + gap)
     canvas.paste(colour_bar(side, 10), (left, top))
     if threshold is not None and low < threshold < high:
-        place = (threshold - low) / (high - low)
-        x = left + round(place * side)
+        position = (threshold - low) / (high - low)
+        x = left + round(position * side)
         draw.rectangle((x - 2, top - 4, x + 1, top + 13), fill=PAPER)
         draw.rectangle((x - 1, top - 4, x, top + 13), fill=INK)
         words = f"threshold {threshold:.2f}"

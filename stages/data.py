@@ -239,14 +239,14 @@ def validation_synsets(tar: Path) -> dict[str, str]:
             if odd := [word for word in synsets if not re.fullmatch(r"n\d{8}", word)]:
                 raise ValueError(f"{folder / name} holds {odd[0][:60]!r}, expected a synset per line, as n01440764")
             return _pair(tar, synsets, folder / name)
-    for place in (folder, folder / "ILSVRC2012_devkit_t12" / "data", folder / "data"):
-        if (place / GROUND_TRUTH).exists() and (place / "meta.mat").exists():
-            by_number = _development_kit(place / "meta.mat")
-            numbers = _text(place / GROUND_TRUTH).split()
+    for kit in (folder, folder / "ILSVRC2012_devkit_t12" / "data", folder / "data"):
+        if (kit / GROUND_TRUTH).exists() and (kit / "meta.mat").exists():
+            by_number = _development_kit(kit / "meta.mat")
+            numbers = _text(kit / GROUND_TRUTH).split()
             unknown = [number for number in numbers if number not in by_number]
             if unknown:
-                raise ValueError(f"{place / GROUND_TRUTH} holds {unknown[0]!r}, which meta.mat beside it does not know")
-            return _pair(tar, [by_number[number] for number in numbers], place / GROUND_TRUTH)
+                raise ValueError(f"{kit / GROUND_TRUTH} holds {unknown[0]!r}, which meta.mat beside it does not know")
+            return _pair(tar, [by_number[number] for number in numbers], kit / GROUND_TRUTH)
     raise FileNotFoundError(
         f"no classes of the validation images beside {tar}: put {SOLUTION}, or {SYNSET_LISTS[0]} (one synset per line), or "
         f"the unpacked ILSVRC2012_devkit_t12 there"

@@ -20,7 +20,7 @@ from dpar_core.models.load import read_trained
 from dpar_core.patches.maps import parquet_name, stated, write_entropies, write_summary
 from stages import params as P
 from stages.tracker import Tracker
-from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers, run_units
+from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, move_into_place, remove_leftovers, run_units
 
 MOST_MOVED = 0.02  # share of tokens that a lower precision may put on the other side of a threshold
 MEASURED_SHARDS, MEASURED_IMAGES = 8, 32  # shards, evenly spaced, and images of each on which that share is measured
@@ -186,6 +186,6 @@ def publish(plan: Sequence[Unit], work: Path, entropies: Path, *, made_by: dict[
     mean = sum(record["sum"] for record in records) / sum(record["count"] for record in records)
     with atomic_folder(entropies) as folder:
         for unit in plan:
-            place(work / unit.name, folder / unit.name)
+            move_into_place(work / unit.name, folder / unit.name)
         write_summary(folder, [unit.name for unit in plan], made_by=made_by, facts={"mean_nats": mean, **facts})
     return mean

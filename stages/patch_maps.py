@@ -31,7 +31,7 @@ from dpar_core.patches.rule import PatchRule, flat_lengths, patch_starts_numpy, 
 from stages import params as P
 from stages.tracker import Tracker
 from stages.workers.cluster import local_cpus
-from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers, run_units
+from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, move_into_place, remove_leftovers, run_units
 
 MEASURED_MAPS = 50_000  # a threshold is measured on so many maps: the mean length of all is then known to about 0.05 %
 
@@ -74,10 +74,10 @@ class Histograms:
 
     def percentile(self, share: float) -> float:
         """Return the patches of an image below which `share` per cent of the images lie (as np.percentile)."""
-        place = share / 100 * (self.maps - 1)
+        rank_at = share / 100 * (self.maps - 1)
         ends = np.cumsum(self.counts)
-        low, high = (int(np.searchsorted(ends, rank, side="right")) for rank in (np.floor(place), np.ceil(place)))
-        return low + (high - low) * (place - np.floor(place))
+        low, high = (int(np.searchsorted(ends, rank, side="right")) for rank in (np.floor(rank_at), np.ceil(rank_at)))
+        return low + (high - low) * (rank_at - np.floor(rank_at))
 
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
@@ -94,11 +94,11 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     found = {split: _make_maps(one, rule, work, made_by, tracker) for split, one in maps.items()}
     with atomic_folder(outputs.patch_maps) as folder:
         names = [RULE]
-        place(work / RULE, folder / RULE)
+        move_into_place(work / RULE, folder / RULE)
         for split, one in maps.items():
             names += [parquet_name(name) for name, _ in one.shards.shards()] + [starts_name(split)]
             for name, _ in one.shards.shards():
-                place(work / parquet_name(name), folder / parquet_name(name))
+                move_into_place(work / parquet_name(name), folder / parquet_name(name))
             meta = one.shards.meta
             shape = (len(one.shards), meta.num_views, -(-meta.tokens // 8))
             parts = [work / f"{name}.starts.npy" for name, _ in one.shards.shards()]

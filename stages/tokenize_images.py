@@ -29,7 +29,7 @@ from dpar_core.models.vq import VQ, encode_at, most_images, to_float
 from stages import params as P
 from stages.data import ManifestOpener
 from stages.tracker import Tracker
-from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, place, remove_leftovers, run_units
+from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, move_into_place, remove_leftovers, run_units
 
 BAD_IMAGES, BOTH_SPLITS = "bad_images.json", "images_in_both_splits.json"
 MOST_MOVED = 0.05  # share of tokens that a lower precision may change
@@ -168,12 +168,12 @@ def plan_shards(manifest: Manifest, shard_images: int) -> list[Shard]:
     """
     shards = []
     for split in SPLITS:
-        chosen = np.array([place for place, name in enumerate(manifest.rows.table["split"].to_pylist()) if name == split])
+        chosen = np.array([row for row, name in enumerate(manifest.rows.table["split"].to_pylist()) if name == split])
         if not len(chosen):
             raise ValueError(f"the manifest has no {split} images: check data.{split} in params.yaml")
         sources = manifest.rows.take(chosen).table["source"].to_pylist()
         blocks = [block_of(source) for source in sources] if block_of(sources[0]) else range(len(sources))
-        firsts = np.flatnonzero([place == 0 or block != blocks[place - 1] for place, block in enumerate(blocks)])
+        firsts = np.flatnonzero([at == 0 or block != blocks[at - 1] for at, block in enumerate(blocks)])
         order = np.argsort(np.random.Philox(key=np.uint64(_MIXING)).random_raw(len(firsts)), kind="stable")
         parts = np.split(chosen, firsts[1:])
         mixed = np.concatenate([parts[number] for number in order])
@@ -379,14 +379,14 @@ def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) ->
     both = images_in_both_splits(plan, work)
     if both:
         shown = first_few(f"{pair['validation']} = {pair['train']}" for pair in both)
-        images, verb = counted(len(both), "validation image"), "has" if len(both) == 1 else "have"
-        print(f"warning: {images} {verb} the pixels of training images, first view by first view: {shown}")
+        repeated, verb = counted(len(both), "validation image"), "has" if len(both) == 1 else "have"
+        print(f"warning: {repeated} {verb} the pixels of training images, first view by first view: {shown}")
     for split in SPLITS:
         if not any(one.keys for shard, one in zip(plan, contents) if shard.split == split):
             raise ValueError(f"no {split} image can be read: check data.{split} in params.yaml")
     with atomic_folder(tokens) as folder:
         for shard in plan:
-            place(work / shard.name, folder / shard.name)
+            move_into_place(work / shard.name, folder / shard.name)
         write_index(folder, meta, [(shard.name, shard.split) for shard in plan], contents=contents)
         write_json(folder / BAD_IMAGES, bad)
         write_json(folder / BOTH_SPLITS, both)

@@ -91,7 +91,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     metrics, originals, copies, usable = measure(model, held_out, chosen, device=device)
     tracker.log_metrics(metrics)
     by_class = _one_a_class([rows[index] for index in usable], manifest.classes)
-    titles = [manifest.classes[rows[usable[place]].label] for place in by_class]
+    titles = [manifest.classes[rows[usable[which]].label] for which in by_class]
     picture = labelled_grid([originals[by_class], copies[by_class]], ["original", "decoded"], columns=titles, factor=4)
     with atomic_path(outputs.picture) as temporary:
         save_png(picture, temporary)
@@ -224,6 +224,6 @@ def measure(
 
 def _one_a_class(rows: list[Row], classes: Sequence[str], most: int = 12) -> np.ndarray:
     first: dict[int, int] = {}
-    for place, row in enumerate(rows):
-        first.setdefault(row.label, place)
+    for which, row in enumerate(rows):
+        first.setdefault(row.label, which)
     return np.array([first[label] for label in sorted(first)][:most])

@@ -22,7 +22,7 @@ _OTHER_NUMBER = re.compile(
 
 
 class Classes(NamedTuple):
-    """names: unique, in label order. labels: a place in it for each image. See `Listing` for the flags."""
+    """names: unique, in label order. labels: an index into it for each image. See `Listing` for the flags."""
 
     names: list[str]
     labels: list[int]
@@ -47,7 +47,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
         counts = Counter(found)
         if len(counts) == len(found) and "" not in counts:
             return found
-        found = [f"{name} ({place})".strip() if counts[name] > 1 or not name else name for place, name in enumerate(found)]
+        found = [f"{name} ({label})".strip() if counts[name] > 1 or not name else name for label, name in enumerate(found)]
 
 
 def checked_label(value: object, where: str) -> int | str:
@@ -91,8 +91,8 @@ def resolve_labels(
     origin = str(beside) if beside.exists() else "the names in the source"
     text = [value for value in values if isinstance(value, str)]
     if not text:
-        numbers = [(place, name) for place, name in enumerate(map(normal_name, listed or ())) if _NUMBER.fullmatch(name)]
-        if written and (moved := [(place, name) for place, name in numbers if int(name) != place]):
+        numbers = [(label, name) for label, name in enumerate(map(normal_name, listed or ())) if _NUMBER.fullmatch(name)]
+        if written and (moved := [(label, name) for label, name in numbers if int(name) != label]):
             raise ValueError(
                 f"{where}: labels are numbers written as text, and in {origin} class {moved[0][0]} is named "
                 f"{moved[0][1]!r}, so a label may mean either: write labels as integers, or name classes by words"
@@ -139,8 +139,8 @@ def _numbers(values: Sequence[int | str], names: Sequence[str] | None, origin: s
 
 
 def _places(found: Sequence[str], order: Sequence[str]) -> list[int]:
-    place = {name: number for number, name in enumerate(order)}
-    return [place[name] for name in found]
+    label = {name: number for number, name in enumerate(order)}
+    return [label[name] for name in found]
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -157,8 +157,8 @@ def read_class_names(path: Path) -> list[str]:
         raise ValueError(f"{found}: expected the name of a class on every line, in the order of the labels")
     numbers = [match[1] for match in (re.match(r"([0-9]{1,9})[\s,:]+\S", name) for name in names) if match]
     if len(numbers) == len(names):  # as "0 tench": a number before every name
-        places = [int(number) for number in numbers]
-        if places != list(range(places[0], places[0] + len(places))):
+        values = [int(number) for number in numbers]
+        if values != list(range(values[0], values[0] + len(values))):
             raise ValueError(
                 f"the numbers before the names in {path} do not count up by one ({first_few(numbers)}): lines must stand "
                 "in the order of the labels"

@@ -91,7 +91,7 @@ def list_parquet(root: Path, split: str, *, label_key: str | None = None, image_
                             f"{where} has the label {value} for row {row} of group {group}, but names {len(order)} classes"
                         )
                     value = order[value]
-                key = key_of(split, stem, place=f"-{group:04d}-{row:06d}")
+                key = key_of(split, stem, suffix=f"-{group:04d}-{row:06d}")
                 listing.add(key, f"{split}@{group}.{row}{column}:{name}", -1)
                 values.append(value)
     if not listing.keys:
@@ -236,8 +236,8 @@ def _order(mine: list[str] | None, first: list[str] | None, where: str, first_fi
             f"{where} lists other classes than {first_file} (first difference: {_difference(names, others)}), so its labels "
             "mean something else: write the files with the same class names"
         )
-    place = {name: number for number, name in enumerate(others)}
-    return [place[name] for name in names]
+    label_of = {name: number for number, name in enumerate(others)}
+    return [label_of[name] for name in names]
 
 
 def _difference(names: Sequence[str], others: Sequence[str]) -> str:

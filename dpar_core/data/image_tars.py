@@ -49,12 +49,12 @@ def list_ilsvrc_validation(path: Path, synset_of: Mapping[str, str]) -> Listing:
     """
     require(path, "validation", folder=False, expected="ILSVRC2012_img_val.tar")
     listing = Listing(sorted(set(synset_of.values())))
-    place = {name: number for number, name in enumerate(listing.classes)}
+    label_of = {name: number for number, name in enumerate(listing.classes)}
     for member in sorted(_without_litter(members(path), listing), key=lambda member: member.name):
         stem = Path(member.name).stem
         if stem not in synset_of:
             raise ValueError(f"data.validation {path}: {member.name} has no class in the list of {len(synset_of)} beside it")
-        _add_member(listing, member, "validation", path.name, place[synset_of[stem]], key=key_of("validation", stem))
+        _add_member(listing, member, "validation", path.name, label_of[synset_of[stem]], key=key_of("validation", stem))
     if not listing.keys:
         raise ValueError(f"data.validation {path} holds no images: expected ILSVRC2012_img_val.tar")
     return listing

@@ -67,13 +67,13 @@ def join_listings(listings: Mapping[str, Listing], roots: Mapping[str, Path], *,
     refuse_shared({split: [_path(roots[split], name) for name in one.files] for split, one in listings.items()}, roots)
     refuse_nested({split: one.base for split, one in listings.items() if one.base is not None})
     _refuse_empty(train, roots["train"], keep_empty)
-    place = {name: number for number, name in enumerate(train.classes)}
-    assert len(place) == len(train.classes), "sources give each class a name of its own"
+    label_of = {name: number for number, name in enumerate(train.classes)}
+    assert len(label_of) == len(train.classes), "sources give each class a name of its own"
     rows: list[Row] = []
     for split, listing in listings.items():
         where = f"data.{split} {roots[split]}"
         _refuse_other_classes(train, listing, where=where, train_where=f"data.train {roots['train']}")
-        labels = [place.get(name, -1) for name in listing.classes]
+        labels = [label_of.get(name, -1) for name in listing.classes]
         for key, source, label in zip(listing.keys, listing.sources, listing.labels):
             rows.append(Row(key, split, source, None, labels[label], listing.classes[label]))
     named = {split: splits_said(root.name) for split, root in roots.items()}
@@ -205,13 +205,13 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _LITTER
 
 
-def key_of(split: str, name: str, *, place: str = "") -> str:
+def key_of(split: str, name: str, *, suffix: str = "") -> str:
     """Make a key SPLIT-NAMEPLACE; a digest stands for a name that is too long for a tar or has other characters.
 
     webdataset splits names at the first point, and folders would hide in names.
     """
-    plain = re.fullmatch(r"[A-Za-z0-9_-]+", name) and len(f"{split}-{name}{place}") <= LONGEST_KEY
-    return f"{split}-{name if plain else digest_of(name)}{place}"
+    plain = re.fullmatch(r"[A-Za-z0-9_-]+", name) and len(f"{split}-{name}{suffix}") <= LONGEST_KEY
+    return f"{split}-{name if plain else digest_of(name)}{suffix}"
 
 
 def require(path: Path, split: str, *, folder: bool | None, expected: str) -> None:

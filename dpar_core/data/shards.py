@@ -181,10 +181,10 @@ def write_index(
     if pc.count_distinct(keys).as_py() < len(keys):
         raise ValueError(f"{folder}: {len(keys) - pc.count_distinct(keys).as_py()} keys occur twice: keys must be unique")
     names = pa.array(list(dict.fromkeys(splits)), pa.string())
-    place = pa.array(np.repeat([names.index(split).as_py() for split in splits], count).astype(np.int8))
+    column = pa.array(np.repeat([names.index(split).as_py() for split in splits], count).astype(np.int8))
     columns = [
         keys,
-        pa.DictionaryArray.from_arrays(place, names),
+        pa.DictionaryArray.from_arrays(column, names),
         pa.array(np.repeat(np.arange(len(shards), dtype=np.int32), count)),
         pa.array([offset for one in contents for offset in one.offsets], pa.int64()),
         pa.array([label for one in contents for label in one.labels], pa.int32()),
@@ -262,9 +262,9 @@ class TokenShards:
     """
 
     def __init__(self, folder: Path | str, split: str, *, cache: Path | None = None) -> None:
-        place = Folder(folder, cache=cache)
-        self.folder, self.split, self._place = place.address, split, place
-        summary = read_summary(place)
+        source = Folder(folder, cache=cache)
+        self.folder, self.split, self._source = source.address, split, source
+        summary = read_summary(source)
         self.digest: str = summary["digest"]
         self.meta = TokenMeta(**{**summary["meta"], "classes": tuple(summary["meta"]["classes"])})
         self.shard_names = [shard["name"] for shard in summary["shards"]]
@@ -274,21 +274,21 @@ class TokenShards:
         mine = [number for number, shard in enumerate(summary["shards"]) if shard["split"] == split]
         total = int(counts[mine].sum())
         if not total:
-            raise ValueError(f"{place} holds no {split} samples: check data.{split} in params.yaml")
+            raise ValueError(f"{source} holds no {split} samples: check data.{split} in params.yaml")
         first = int(counts[: mine[0]].sum())
         self._numbers = mine
         self._ends = np.cumsum(counts[mine])
-        if not place.remote:
+        if not source.remote:
             for name in [INDEX, *(self.shard_names[number] for number in mine)]:
                 if not (self.folder / name).exists():
                     raise FileNotFoundError(
                         f"shard {name} is missing: run `dpar-cli data check --repair`, or `dvc repro -f tokenize_images` "
                         f"(looked in {self.folder})"
                     )
-        table = _map_index(place.path(INDEX, summary["index_sha256"]))
+        table = _map_index(source.path(INDEX, summary["index_sha256"]))
         if table.num_rows != summary["samples"]:
             raise ValueError(
-                f"{place}/{INDEX} has {table.num_rows} samples, its summary says {summary['samples']}: "
+                f"{source}/{INDEX} has {table.num_rows} samples, its summary says {summary['samples']}: "
                 "run `dpar-cli data check --repair`"
             )
         self._table = table.slice(first, total)
@@ -341,11 +341,11 @@ class TokenShards:
     def _path(self, number: int) -> Path:
         """Return the path of a shard, held against its size and digest when it is first read."""
         name = self.shard_names[number]
-        if not self._place.remote:  # another length is seen without reading all of it
+        if not self._source.remote:  # another length is seen without reading all of it
             size = (self.folder / name).stat().st_size
             if size != self._bytes[number]:
                 raise self._other_length(number, "shorter" if size < self._bytes[number] else "longer")
-        return self._place.path(name, self.shard_digests[number])
+        return self._source.path(name, self.shard_digests[number])
 
     def _other_length(self, number: int, how: str) -> OSError:
         return OSError(
@@ -354,7 +354,7 @@ class TokenShards:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "split": self.split, "cache": self._place.cache}
+        return {"folder": self.folder, "split": self.split, "cache": self._source.cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         TokenShards.__init__(self, state["folder"], state["split"], cache=state["cache"])

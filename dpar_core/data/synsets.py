@@ -1,6 +1,6 @@
 """The 1,000 classes of ImageNet (ILSVRC 2012): WordNet 3.0 synsets in their standard order, which is the sorted one.
 
-A class id of published models is a place in this list: 0 is n01440764 (tench), 999 is n15075141 (toilet tissue).
+A class id of published models is an index into this list: 0 is n01440764 (tench), 999 is n15075141 (toilet tissue).
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def check_imagenet_classes(classes: Sequence[str], *, where: str) -> None:
         faults.append(f"{len(foreign)} do not belong to it ({_first(foreign)})")
     moved = [i for i, (found, expected) in enumerate(zip(classes, IMAGENET_SYNSETS)) if found != expected]
     if moved:
-        place = moved[0]
-        faults.append(f"class {place} is {classes[place]} where the standard order has {IMAGENET_SYNSETS[place]}")
+        label = moved[0]
+        faults.append(f"class {label} is {classes[label]} where the standard order has {IMAGENET_SYNSETS[label]}")
     raise ValueError(f"{where} has {', '.join(faults)}: mend the class folders, or set data.classes to any")
 
 

@@ -130,8 +130,8 @@ def write_summary(
 
 def read_summary(folder: Path | Folder, *, stage: str) -> dict[str, Any]:
     """Return summary.json of a folder. Raises FileNotFoundError or ValueError that names the stage to run."""
-    place = folder if isinstance(folder, Folder) else Folder(folder)
-    content = place.read(SUMMARY)
+    source = folder if isinstance(folder, Folder) else Folder(folder)
+    content = source.read(SUMMARY)
     if content is None:
         raise FileNotFoundError(f"nothing whole in {folder}: run `dvc repro {stage}`")
     try:
@@ -169,10 +169,10 @@ class EntropyMaps:
     """The stored entropies of one split, shard by shard. Raises ValueError when they belong to other shards."""
 
     def __init__(self, folder: Path | str, shards: TokenShards, *, cache: Path | None = None) -> None:
-        self._place = Folder(folder, cache=cache)
-        self.folder, self.shards = self._place.address, shards
-        self.summary = read_summary(self._place, stage="entropies")
-        check_tokens(self.summary, shards, self._place, stage="entropies")
+        self._source = Folder(folder, cache=cache)
+        self.folder, self.shards = self._source.address, shards
+        self.summary = read_summary(self._source, stage="entropies")
+        check_tokens(self.summary, shards, self._source, stage="entropies")
         self.entropy_model: str = self.summary["made_by"]["entropy_model"]
         self.precision = precision_in(self.summary["made_by"])
         self.digest: str = self.summary["digest"]
@@ -189,7 +189,7 @@ class EntropyMaps:
         another order than the samples.
         """
         name = parquet_name(shard_name)
-        table = _read_parquet(self._place, name, self.summary, columns=["key", "view", "entropies"], stage="entropies")
+        table = _read_parquet(self._source, name, self.summary, columns=["key", "view", "entropies"], stage="entropies")
         made_by = json.loads((table.schema.metadata or {}).get(b"dpar", b"{}"))
         if made_by != self.summary["made_by"]:
             found, precision = made_by.get("entropy_model"), precision_in(made_by)
@@ -200,7 +200,7 @@ class EntropyMaps:
             )
         part = next(part for found, part in self.shards.shards() if found == shard_name)
         keys, views = _expected(self.shards, part)
-        _check_order(table, keys, views, f"{self._place}/{name}", shard_name)
+        _check_order(table, keys, views, f"{self._source}/{name}", shard_name)
         flat = table["entropies"].combine_chunks().flatten().to_numpy()
         return flat.reshape(-1, self.shards.meta.tokens)
 
@@ -230,18 +230,18 @@ class EntropyMaps:
         return EntropySample(np.concatenate(entropies), np.concatenate(labels), whole)
 
 
-def _read_parquet(place: Folder, name: str, summary: dict[str, Any], *, columns: list[str], stage: str) -> pa.Table:
+def _read_parquet(source: Folder, name: str, summary: dict[str, Any], *, columns: list[str], stage: str) -> pa.Table:
     if name not in summary["files"]:
-        raise FileNotFoundError(f"{place} has no {name}: run `dvc repro -f {stage}`")
+        raise FileNotFoundError(f"{source} has no {name}: run `dvc repro -f {stage}`")
     try:
-        return pq.read_table(place.path(name, summary["files"][name]), columns=columns, partitioning=None)
+        return pq.read_table(source.path(name, summary["files"][name]), columns=columns, partitioning=None)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{place}/{name} is missing: run `dpar-cli data check --repair`, or `dvc repro -f {stage}`"
+            f"{source}/{name} is missing: run `dpar-cli data check --repair`, or `dvc repro -f {stage}`"
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{place}/{name} is damaged ({str(error).splitlines()[0]}): run `dpar-cli data check --repair`"
+            f"{source}/{name} is damaged ({str(error).splitlines()[0]}): run `dpar-cli data check --repair`"
         ) from None
 
 
@@ -284,28 +284,28 @@ class PatchMaps:
     def __init__(
         self, folder: Path | str, shards: TokenShards, *, entropy_model: str | None = None, cache: Path | None = None
     ) -> None:
-        self._place = Folder(folder, cache=cache)
-        self.folder, self.shards = self._place.address, shards
-        self.summary = summary = read_summary(self._place, stage="patch_maps")
-        check_tokens(summary, shards, self._place, stage="patch_maps")
+        self._source = Folder(folder, cache=cache)
+        self.folder, self.shards = self._source.address, shards
+        self.summary = summary = read_summary(self._source, stage="patch_maps")
+        check_tokens(summary, shards, self._source, stage="patch_maps")
         self.digest: str = summary["digest"]
         self.entropy_model_digest: str = summary["made_by"]["entropy_model"]
         self.entropy_precision = precision_in(summary["made_by"])
         if entropy_model is not None and entropy_model != self.entropy_model_digest:
             raise ValueError(
-                f"patch maps in {self._place} were made with entropy model {self.entropy_model_digest}, this run has "
+                f"patch maps in {self._source} were made with entropy model {self.entropy_model_digest}, this run has "
                 f"{entropy_model}: run `dvc repro patch_maps`"
             )
         name = starts_name(shards.split)
         if not {RULE, name} <= summary["files"].keys():
-            raise ValueError(f"{self._place} has no maps of the {shards.split} images: run `dvc repro -f patch_maps`")
-        self.rule = read_rule(self._place.path(RULE, summary["files"][RULE]))
-        self._path = self._place.path(name, summary["files"][name])
+            raise ValueError(f"{self._source} has no maps of the {shards.split} images: run `dvc repro -f patch_maps`")
+        self.rule = read_rule(self._source.path(RULE, summary["files"][RULE]))
+        self._path = self._source.path(name, summary["files"][name])
         header = np.load(self._path, mmap_mode="r", allow_pickle=False)
         expected = (len(shards), shards.meta.num_views, -(-shards.meta.tokens // 8))
         if header.shape != expected or header.dtype != np.uint8 or not header.flags.c_contiguous:
             raise ValueError(
-                f"{self._place}/{name} holds maps of shape {header.shape}, expected {expected}: "
+                f"{self._source}/{name} holds maps of shape {header.shape}, expected {expected}: "
                 "run `dvc repro -f patch_maps`"
             )
         self._offset = header.offset
@@ -322,8 +322,8 @@ class PatchMaps:
         bits = np.empty((len(indices), size), np.uint8)
         content = memoryview(bits).cast("B") if len(bits) else memoryview(b"")
         file = self._open.get(0, lambda: self._path)
-        for row, place in enumerate(((indices * meta.num_views + views) * size + self._offset).tolist()):
-            if os.preadv(file.descriptor, [content[row * size : (row + 1) * size]], place) != size:
+        for row, offset in enumerate(((indices * meta.num_views + views) * size + self._offset).tolist()):
+            if os.preadv(file.descriptor, [content[row * size : (row + 1) * size]], offset) != size:
                 raise OSError(f"{self._path} was cut off while it was read: run `dvc repro -f patch_maps`")
         return np.unpackbits(bits, axis=1, count=meta.tokens).astype(bool)
 
@@ -332,7 +332,7 @@ class PatchMaps:
         return lengths_from_starts(self.starts(indices, views))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "shards": self.shards, "cache": self._place.cache}
+        return {"folder": self.folder, "shards": self.shards, "cache": self._source.cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         PatchMaps.__init__(self, state["folder"], state["shards"], cache=state["cache"])

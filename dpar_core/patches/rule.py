@@ -63,7 +63,7 @@ class PatchRule:
 def patch_starts(entropies: Tensor, rule: PatchRule) -> Tensor:
     """Return which tokens begin a patch.
 
-    A token is a gate at a fixed place (see `PatchRule.fixed_gates`) or when its entropy is above the threshold; it
+    A token is a gate at a fixed position (see `PatchRule.fixed_gates`) or when its entropy is above the threshold; it
     begins a patch when it is a gate or lies a multiple of max_patch_length after the last gate (DPAR, Sec. 3.2).
 
     entropies: (B, T) float32 nats, entries 0 ignored (may be nan); any prefix of an image is allowed.

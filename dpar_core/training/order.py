@@ -1,7 +1,7 @@
 """Which image and which view a training step sees: a function of (seed, step) alone.
 
 The images of all epochs form one endless line: epoch 0 in its random order, then epoch 1 in another, and so on. Step s
-takes places s * batch_size ... (s + 1) * batch_size - 1 of it. So no epoch loses images, a step may span two epochs,
+takes positions s * batch_size ... (s + 1) * batch_size - 1 of it. So no epoch loses images, a step may span two epochs,
 every rank gets the same number of images, and nothing needs to be stored to go on at step s, with any number of ranks.
 """
 
@@ -24,7 +24,7 @@ class Picks(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _epoch(images: int, views: int, seed: int, epoch: int) -> Picks:
-    """Return the order of one epoch and the view that each place shows (one random view per image)."""
+    """Return the order of one epoch and the view that each position shows (one random view per image)."""
     # Only the raw streams of a bit generator are promised to stay the same between NumPy versions.
     keys = _raw(seed, epoch, _ORDER, images)
     order = np.argsort(keys, kind="stable").astype(np.int64)
@@ -52,7 +52,7 @@ class DataOrder:
 
     def batch(self, step: int) -> Picks:
         """Return what all ranks together see in `step` (0 is the first): batch_size images."""
-        return self.places(step * self.batch_size, (step + 1) * self.batch_size)
+        return self.positions(step * self.batch_size, (step + 1) * self.batch_size)
 
     def part(self, step: int, *, rank: int, ranks: int, micro: int = 0, micros: int = 1) -> Picks:
         """Return what one rank sees in micro-batch `micro` of `micros` of a step.
@@ -68,18 +68,18 @@ class DataOrder:
             )
         size = self.batch_size // pieces
         first = step * self.batch_size + (micro * ranks + rank) * size
-        return self.places(first, first + size)
+        return self.positions(first, first + size)
 
-    def places(self, first: int, last: int) -> Picks:
-        """Return places first ... last - 1 of the endless line."""
+    def positions(self, first: int, last: int) -> Picks:
+        """Return positions first ... last - 1 of the endless line."""
         indices, views = [], []
         while first < last:
-            epoch, place = divmod(first, self.images)
+            epoch, offset = divmod(first, self.images)
             order, view = _epoch(self.images, self.views, self.seed, epoch)
-            end = min(self.images, place + last - first)
-            indices.append(order[place:end])
-            views.append(view[place:end])
-            first += end - place
+            end = min(self.images, offset + last - first)
+            indices.append(order[offset:end])
+            views.append(view[offset:end])
+            first += end - offset
         return Picks(np.concatenate(indices), np.concatenate(views))
 
 

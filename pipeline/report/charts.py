@@ -70,10 +70,10 @@ def line_chart(series: Sequence[Series], *, x: str, y: str, marks: Mapping[str, 
         parts.append(_text(across(value), HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, x, "middle"))
-    for words, place in (marks or {}).items():
-        side, anchor = (-6, "end") if place > high_x / 2 else (6, "start")
-        parts.append(f'<path class="mark" d="M{across(place):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(_text(across(place) + side, TOP + 10, words, anchor))
+    for words, index in (marks or {}).items():
+        side, anchor = (-6, "end") if index > high_x / 2 else (6, "start")
+        parts.append(f'<path class="mark" d="M{across(index):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        parts.append(_text(across(index) + side, TOP + 10, words, anchor))
     for one in series:
         path = "L".join(f"{across(a):.1f} {down(b):.1f}" for a, b in one.points)
         parts.append(f'<g class="{one.style}"><path class="curve" d="M{path}"/>')
@@ -113,12 +113,12 @@ def scatter_chart(one: Scatter) -> str:
         parts.append(_text(at((value, low_y))[0], HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, one.x, "middle"))
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(one.points[place]) for place in one.front))
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(one.points[index]) for index in one.front))
     parts.append(f'<g class="dpar"><path class="curve" d="M{path}"/></g>')
-    for place, point in enumerate(one.points):
+    for index, point in enumerate(one.points):
         x, y = at(point)
-        tooltip = escape(f"{one.labels[place]}: {one.y} {point[1]:.3g}, {point[0]:.3g} {one.x}")
-        style = "dpar" if place in one.front else "other"
+        tooltip = escape(f"{one.labels[index]}: {one.y} {point[1]:.3g}, {point[0]:.3g} {one.x}")
+        style = "dpar" if index in one.front else "other"
         parts.append(f'<g class="{style}"><circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{tooltip}</title></circle></g>')
     return "".join([*parts, "</svg>"])
 
@@ -254,8 +254,8 @@ def graph(edges: Mapping[str, Sequence[str]], lanes: Mapping[str, float]) -> str
                 parts.append(f'<path class="edge" d="{curve}"/>')
     for node, (x, y) in centre.items():
         style = next((name for name in ("dpar", "llamagen") if node.endswith(name)), "shared")
-        place = f'x="{x - box / 2:g}" y="{y - half}" width="{box}" height="{2 * half}"'
-        parts.append(f'<g class="node {style}"><rect {place} rx="7"/>{_text(x, y + 4.5, node, "middle")}</g>')
+        index = f'x="{x - box / 2:g}" y="{y - half}" width="{box}" height="{2 * half}"'
+        parts.append(f'<g class="node {style}"><rect {index} rx="7"/>{_text(x, y + 4.5, node, "middle")}</g>')
     return "".join([*parts, "</svg>"])
 
 

@@ -188,8 +188,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     page = environment.get_template("report.html.j2").render(**facts)
     with atomic_folder(outputs.report) as folder:
         (folder / PAGE).write_text(redacted(page))  # an address in params may hold a password
-        for place, one in enumerate(shown):
-            save_png(one.overview(maps.rule.threshold), folder / f"patches-{place:02d}.png")
+        for row, one in enumerate(shown):
+            save_png(one.overview(maps.rule.threshold), folder / f"patches-{row:02d}.png")
         charts = facts["charts"]
         names = [(name, labels[name]) for name in trainings]
         losses_picture = picture_file(charts["by_step"], title="validation loss, nats per token", names=names)
@@ -198,8 +198,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         atomic_write(folder / Path(LENGTHS_PICTURE.name).name, lengths_picture)
         write_json(folder / Path(HEADLINE.name).name, headline(facts["badge"], rounds, patches, costs, times, speeds))
     write_json(outputs.metrics, summary_metrics(rounds, patches, costs, times, speeds, facts["tokenizer"]))
-    for place in range(min(len(shown), 3)):
-        tracker.log_picture(outputs.report / f"patches-{place:02d}.png")
+    for row in range(min(len(shown), 3)):
+        tracker.log_picture(outputs.report / f"patches-{row:02d}.png")
     tracker.log_artifact(outputs.report / PAGE)
     tracker.log_metrics({"patch/share_of_tokens": patches.mean / patches.tokens, "cost/flops_saved": costs.saved("forward")})
 

@@ -52,12 +52,12 @@ class Written(NamedTuple):
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the numbers of the Pareto-optimal points; small is good in both values. In order of the first."""
-    order = sorted(range(len(points)), key=lambda place: points[place])
+    order = sorted(range(len(points)), key=lambda which: points[which])
     front, best = [], float("inf")
-    for place in order:
-        if points[place][1] < best:
-            front.append(place)
-            best = points[place][1]
+    for which in order:
+        if points[which][1] < best:
+            front.append(which)
+            best = points[which][1]
     return front
 
 
@@ -218,10 +218,10 @@ def draw_pareto(facts: Facts, path: Path) -> None:
     figure, both = _figure(11, 4.4, columns=2)
     for axes, one in zip(both, fronts(facts)):
         axes.scatter(*zip(*one.points), color="#9aa1ae", s=28, zorder=2)
-        chosen = [one.points[place] for place in one.front]
+        chosen = [one.points[which] for which in one.front]
         axes.plot(*zip(*chosen), marker="o", color="#b8471b", zorder=3)
-        for place in one.front:
-            axes.annotate(one.labels[place], one.points[place], textcoords="offset points", xytext=(5, 6), fontsize=8)
+        for which in one.front:
+            axes.annotate(one.labels[which], one.points[which], textcoords="offset points", xytext=(5, 6), fontsize=8)
         axes.set_xlabel(one.x)
         axes.set_ylabel(f"{one.y} (lower is better)")
         axes.grid(alpha=0.25)

@@ -63,13 +63,13 @@ def _is_dvc(words: list[str]) -> bool:
         return True
     if not names[0].lower().startswith(("python", "pypy")):
         return False
-    for place, word in enumerate(words[1:], 1):
+    for index, word in enumerate(words[1:], 1):
         if word == "-m":
-            return names[place + 1 : place + 2] == ["dvc"]
+            return names[index + 1 : index + 2] == ["dvc"]
         if word in ("-W", "-X"):
             continue
-        if not word.startswith("-") and words[place - 1] not in ("-W", "-X"):
-            return names[place] == "dvc"
+        if not word.startswith("-") and words[index - 1] not in ("-W", "-X"):
+            return names[index] == "dvc"
     return False
 
 

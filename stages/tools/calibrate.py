@@ -40,9 +40,9 @@ def import_checkpoint(gpt: Path, vq: Path, *, heads: int, grid: int, folder: Pat
     if config.num_classes is None:
         raise ValueError(f"{gpt} has no class table: give class-conditional weights of LlamaGen")
     digests = {"gpt": sha256_file(gpt)[:16], "vq": sha256_file(vq)[:16]}
-    place = folder / f"{digests['gpt']}-{digests['vq']}"
-    place.mkdir(parents=True, exist_ok=True)
-    files = Files(place / "model.safetensors", place / "tokenizer.safetensors")
+    cell = folder / f"{digests['gpt']}-{digests['vq']}"
+    cell.mkdir(parents=True, exist_ok=True)
+    files = Files(cell / "model.safetensors", cell / "tokenizer.safetensors")
     tokens = read_vq(vq)
     shape = config_of(tokens)
     if shape.codebook_size != config.codebook_size:

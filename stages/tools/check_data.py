@@ -62,7 +62,7 @@ class DataReport:
 
 
 class Artifacts:
-    """The places of everything that belongs to a data set."""
+    """The paths of everything that belongs to a data set."""
 
     def __init__(self, artifacts: Path) -> None:
         self.root = artifacts
@@ -76,43 +76,42 @@ class Artifacts:
 
 def check_data(artifacts: Path, tracker: Tracker | None = None) -> DataReport:
     """Read everything there is and compare it with its digests, and what belongs together with each other."""
-    places = Artifacts(artifacts)
+    paths = Artifacts(artifacts)
     problems: list[Problem] = []
     wanted: list[tuple[str, Path, str]] = []  # folder, file, digest
-    manifest = _open(problems, places, places.manifest, lambda: _whole_manifest(places.manifest))
-    summary = _open(problems, places, places.tokens / SUMMARY, lambda: read_summary(Folder(places.tokens)))
+    manifest = _open(problems, paths, paths.manifest, lambda: _whole_manifest(paths.manifest))
+    summary = _open(problems, paths, paths.tokens / SUMMARY, lambda: read_summary(Folder(paths.tokens)))
     made = {}
-    for folder, stage in ((places.entropies, "entropies"), (places.patch_maps, "patch_maps")):
-        made[stage] = _open(problems, places, folder / SUMMARY, partial(read_maps_summary, folder, stage=stage))
+    for folder, stage in ((paths.entropies, "entropies"), (paths.patch_maps, "patch_maps")):
+        made[stage] = _open(problems, paths, folder / SUMMARY, partial(read_maps_summary, folder, stage=stage))
     if summary:
-        wanted += [("tokens", places.tokens / one["name"], one["sha256"]) for one in summary["shards"]]
-        wanted.append(("tokens", places.tokens / INDEX, summary["index_sha256"]))
+        wanted += [("tokens", paths.tokens / one["name"], one["sha256"]) for one in summary["shards"]]
+        wanted.append(("tokens", paths.tokens / INDEX, summary["index_sha256"]))
         known = {path.name for _, path, _ in wanted} | {SUMMARY, BAD_IMAGES, BOTH_SPLITS}
-        problems += _strangers(places, places.tokens, known)
-        problems += _bad_images(places, manifest, summary)
+        problems += _strangers(paths, paths.tokens, known)
+        problems += _bad_images(paths, manifest, summary)
     for stage, content in made.items():
         if content:
             folder = artifacts / stage
             wanted += [(stage, folder / name, digest) for name, digest in content["files"].items()]
-            problems += _strangers(places, folder, {*content["files"], SUMMARY})
-    read = _compare(wanted, places, problems, tracker or NullTracker())
+            problems += _strangers(paths, folder, {*content["files"], SUMMARY})
+    read = _compare(wanted, paths, problems, tracker or NullTracker())
     weights = {
-        path: _open(problems, places, path, partial(_weights_digest, path))
-        for path in (places.tokenizer, places.entropy_model)
+        path: _open(problems, paths, path, partial(_weights_digest, path)) for path in (paths.tokenizer, paths.entropy_model)
     }
-    problems += _relations(places, manifest, summary, made, weights)
+    problems += _relations(paths, manifest, summary, made, weights)
     return DataReport(tuple(problems), len(wanted), read)
 
 
-def _open(problems: list[Problem], places: Artifacts, path: Path, read: Callable[[], Any]) -> Any:
+def _open(problems: list[Problem], paths: Artifacts, path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except FileNotFoundError as error:
-        problems.append(Problem(places.name(path), f"is missing: {error}"))
+        problems.append(Problem(paths.name(path), f"is missing: {error}"))
     except OSError as error:
-        problems.append(Problem(places.name(path), f"is damaged: {error.strerror or error}"))
+        problems.append(Problem(paths.name(path), f"is damaged: {error.strerror or error}"))
     except ValueError as error:
-        problems.append(Problem(places.name(path), f"cannot be used: {error}"))
+        problems.append(Problem(paths.name(path), f"cannot be used: {error}"))
     return None
 
 
@@ -123,15 +122,15 @@ def _whole_manifest(path: Path) -> Manifest:
     return found
 
 
-def _strangers(places: Artifacts, folder: Path, known: set[str]) -> Iterator[Problem]:
+def _strangers(paths: Artifacts, folder: Path, known: set[str]) -> Iterator[Problem]:
     for path in sorted(folder.iterdir()):
         if path.name not in known:
-            yield Problem(places.name(path), "does not belong there: remove it")
+            yield Problem(paths.name(path), "does not belong there: remove it")
 
 
-def _bad_images(places: Artifacts, manifest: Manifest | None, summary: dict[str, Any]) -> Iterator[Problem]:
+def _bad_images(paths: Artifacts, manifest: Manifest | None, summary: dict[str, Any]) -> Iterator[Problem]:
     """Yield what is wrong with the list of images that have no tokens. It has no digest: its form and count are known."""
-    path = places.tokens / BAD_IMAGES
+    path = paths.tokens / BAD_IMAGES
     try:
         listed = json.loads(path.read_bytes())
         if not isinstance(listed, list):
@@ -149,10 +148,10 @@ def _bad_images(places: Artifacts, manifest: Manifest | None, summary: dict[str,
         what = f"is damaged: {error.strerror or error}"
     except (ValueError, TypeError):
         what = "is damaged: expected a list of images, each with key, source and reason"
-    yield Problem(places.name(path), what, "tokens", repairable=True)
+    yield Problem(paths.name(path), what, "tokens", repairable=True)
 
 
-def _compare(wanted: list[tuple[str, Path, str]], places: Artifacts, problems: list[Problem], tracker: Tracker) -> int:
+def _compare(wanted: list[tuple[str, Path, str]], paths: Artifacts, problems: list[Problem], tracker: Tracker) -> int:
     """Read every file wanted; add those that are missing or have another digest to the problems; return bytes read."""
     sizes = [_size(path) for _, path, _ in wanted]
 
@@ -172,7 +171,7 @@ def _compare(wanted: list[tuple[str, Path, str]], places: Artifacts, problems: l
                 progress.advance(size)
                 if one != expected:
                     what = wrong or f"is damaged (digest {str(one)[:16]}, expected {expected[:16]})"
-                    problems.append(Problem(places.name(path), what, folder, repairable=True, expected=expected))
+                    problems.append(Problem(paths.name(path), what, folder, repairable=True, expected=expected))
     return sum(sizes)
 
 
@@ -184,7 +183,7 @@ def _size(path: Path) -> int:
 
 
 def _relations(
-    places: Artifacts,
+    paths: Artifacts,
     manifest: Manifest | None,
     summary: dict[str, Any] | None,
     made: dict[str, Any],
@@ -194,17 +193,17 @@ def _relations(
 
     def compare(path: Path, of: str, found: str, now: str | None, stage: str) -> Iterator[Problem]:
         if now is not None and found != now:
-            yield Problem(places.name(path), f"was made with {of} {found}, there is {now} now: run `dvc repro {stage}`")
+            yield Problem(paths.name(path), f"was made with {of} {found}, there is {now} now: run `dvc repro {stage}`")
 
     if summary:
-        meta, tokens = summary["meta"], places.tokens / SUMMARY
+        meta, tokens = summary["meta"], paths.tokens / SUMMARY
         yield from compare(tokens, "manifest", meta["manifest"], manifest.digest if manifest else None, "tokenize_images")
-        yield from compare(tokens, "tokenizer", meta["tokenizer"], weights[places.tokenizer], "tokenize_images")
+        yield from compare(tokens, "tokenizer", meta["tokenizer"], weights[paths.tokenizer], "tokenize_images")
     for stage, content in made.items():
         if content:
-            path, made_by = places.root / stage / SUMMARY, content["made_by"]
+            path, made_by = paths.root / stage / SUMMARY, content["made_by"]
             yield from compare(path, "token shards", made_by["tokens"], summary["digest"] if summary else None, stage)
-            model = weights[places.entropy_model]
+            model = weights[paths.entropy_model]
             yield from compare(path, "entropy model", made_by["entropy_model"], model, stage)
             if stage == "patch_maps" and made.get("entropies"):
                 yield from compare(path, "entropies", made_by["entropies"], made["entropies"]["digest"], stage)
@@ -222,7 +221,7 @@ def repair_data(
     Returns the files that were mended, and a new check of everything. A file is put in place only when it has the very
     digest that the rest was made with. Raises ValueError when it comes out differently, or what it is made from is gone.
     """
-    report, places, mended = check_data(artifacts, tracker), Artifacts(artifacts), []
+    report, paths, mended = check_data(artifacts, tracker), Artifacts(artifacts), []
     shutil.rmtree(work, ignore_errors=True)
     for stage, make in (("tokens", _tokens), ("entropies", _entropies), ("patch_maps", _maps)):
         broken = {Path(one.file).name: one for one in report.problems if one.folder == stage and one.repairable}
@@ -231,7 +230,7 @@ def repair_data(
         folder = work / stage
         folder.mkdir(parents=True, exist_ok=True)
         with tracker.progress(len(broken), f"repair {stage}", unit="files") as progress:
-            for name in make(places, params, broken, folder, device):
+            for name in make(paths, params, broken, folder, device):
                 expected, digest = broken[name].expected, sha256_file(folder / name)
                 if expected is not None and expected != digest:
                     remedy = "tokenize_images" if stage == "tokens" else stage
@@ -258,18 +257,18 @@ def _put(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def _tokens(places: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
-    summary = read_summary(Folder(places.tokens))
+def _tokens(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
+    summary = read_summary(Folder(paths.tokens))
     meta = TokenMeta(**{**summary["meta"], "classes": tuple(summary["meta"]["classes"])})
     shards = [name for name in broken if name not in (INDEX, BAD_IMAGES)]
     if shards or BAD_IMAGES in broken:
         chosen = tokenize_images.Params(params.data, params.tokenize_images)
-        inputs = tokenize_images.Inputs(places.manifest, places.tokenizer)
-        manifest = read_manifest(places.manifest)
-        now = tokenize_images.token_meta(manifest, places.tokenizer, chosen)
+        inputs = tokenize_images.Inputs(paths.manifest, paths.tokenizer)
+        manifest = read_manifest(paths.manifest)
+        now = tokenize_images.token_meta(manifest, paths.tokenizer, chosen)
         if now != meta:
             raise ValueError(
-                f"{places.tokens} was made with other params, images or tokenizer than there are now: "
+                f"{paths.tokens} was made with other params, images or tokenizer than there are now: "
                 "run `dvc repro tokenize_images`"
             )
         plan = {shard.name: shard for shard in tokenize_images.plan_shards(manifest, params.tokenize_images.shard_images)}
@@ -278,18 +277,18 @@ def _tokens(places: Artifacts, params: P.Params, broken: dict[str, Any], work: P
         for name in shards:
             if name not in plan:
                 raise ValueError(
-                    f"{places.tokens} has {name}, which shards of {params.tokenize_images.shard_images} images have not: "
+                    f"{paths.tokens} has {name}, which shards of {params.tokenize_images.shard_images} images have not: "
                     "run `dvc repro tokenize_images`"
                 )
             make(plan[name])
             yield name
     if INDEX in broken:
         listed = [(one["name"], one["split"]) for one in summary["shards"]]
-        contents = [scan_shard(places.tokens / name, meta) for name, _ in listed]
+        contents = [scan_shard(paths.tokens / name, meta) for name, _ in listed]
         write_index(work, meta, listed, contents=contents)
         yield INDEX
     if BAD_IMAGES in broken:
-        there = {key for split in SPLITS for key in TokenShards(places.tokens, split).keys().to_pylist()}
+        there = {key for split in SPLITS for key in TokenShards(paths.tokens, split).keys().to_pylist()}
         bad = _try_again(manifest, plan.values(), there, params.data)
         write_json(work / BAD_IMAGES, [asdict(one) for one in bad])
         yield BAD_IMAGES
@@ -314,12 +313,12 @@ def _try_again(
                 )
 
 
-def _entropies(places: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
-    make = entropies.ShardEntropies(places.tokens, places.entropy_model, params.entropies, work, device)
-    made_by = read_maps_summary(places.entropies, stage="entropies")["made_by"]
+def _entropies(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
+    make = entropies.ShardEntropies(paths.tokens, paths.entropy_model, params.entropies, work, device)
+    made_by = read_maps_summary(paths.entropies, stage="entropies")["made_by"]
     if made_by != make.made_by():
         raise ValueError(
-            f"{places.entropies} was made with other tokens, another model or precision: run `dvc repro entropies`"
+            f"{paths.entropies} was made with other tokens, another model or precision: run `dvc repro entropies`"
         )
     for unit in entropies.plan_units([make.shards[split] for split in SPLITS]):
         if unit.name in broken:
@@ -327,17 +326,17 @@ def _entropies(places: Artifacts, params: P.Params, broken: dict[str, Any], work
             yield unit.name
 
 
-def _maps(places: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
-    made_by = read_maps_summary(places.patch_maps, stage="patch_maps")["made_by"]
-    maps = {split: EntropyMaps(places.entropies, TokenShards(places.tokens, split)) for split in SPLITS}
+def _maps(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
+    made_by = read_maps_summary(paths.patch_maps, stage="patch_maps")["made_by"]
+    maps = {split: EntropyMaps(paths.entropies, TokenShards(paths.tokens, split)) for split in SPLITS}
     train = maps["train"]
     if made_by != train.made_by():
-        raise ValueError(f"{places.patch_maps} was made with other tokens or entropies: run `dvc repro patch_maps`")
+        raise ValueError(f"{paths.patch_maps} was made with other tokens or entropies: run `dvc repro patch_maps`")
     if RULE in broken:
         rule, measured_on = patch_maps.make_rule(params.patching, train)
         write_rule(work / RULE, rule, made_by=made_by, facts={"threshold_measured_on_maps": measured_on})
         yield RULE
-    rule = read_rule(places.patch_maps / RULE)
+    rule = read_rule(paths.patch_maps / RULE)
     for split, one in maps.items():
         bits = starts_name(split) in broken
         for name, part in one.shards.shards():

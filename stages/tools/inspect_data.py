@@ -87,14 +87,14 @@ def find_row(manifest: Manifest, key: str) -> Row:
     row = manifest.find(key)
     if row is not None:
         return row
-    places = pc.indices_nonzero(pc.ends_with(manifest.rows.table["source"], key)).to_pylist() if key else []
-    if len(places) == 1:
-        return manifest.rows[places[0]]
-    if not places:
+    matches = pc.indices_nonzero(pc.ends_with(manifest.rows.table["source"], key)).to_pylist() if key else []
+    if len(matches) == 1:
+        return manifest.rows[matches[0]]
+    if not matches:
         first = manifest.rows[0].key
         raise ValueError(f"no image {key!r} in the manifest: expected a key, as {first}, or the end of a path")
-    shown = ", ".join(manifest.rows[place].key for place in places[:5])
-    raise ValueError(f"{len(places)} images end with {key!r}: give a key, as one of {shown}")
+    shown = ", ".join(manifest.rows[match].key for match in matches[:5])
+    raise ValueError(f"{len(matches)} images end with {key!r}: give a key, as one of {shown}")
 
 
 def _add_patches(found: Inspection, shards: TokenShards, index: int, artifacts: Path) -> None:

@@ -83,8 +83,8 @@ def patch_stats(
             means = np.where(images > 0, sums / np.maximum(images, 1), np.nan)
             low, high = np.percentile(patches, [5, 95])
             extremes = [
-                ClassMean(shards.meta.classes[place], float(means[place]))
-                for place in (int(np.nanargmin(means)), int(np.nanargmax(means)))
+                ClassMean(shards.meta.classes[number], float(means[number]))
+                for number in (int(np.nanargmin(means)), int(np.nanargmax(means)))
             ]
             mean = float(patches.mean())
             cells.append(Cell(float(threshold), max_length, shards.meta.tokens / mean, mean, low, high, *extremes))
@@ -104,7 +104,7 @@ def thresholds_around(entropies: np.ndarray, threshold: float) -> list[float]:
     """
     known = np.sort(entropies[~np.isnan(entropies)])
     share = float(np.searchsorted(known, threshold) / len(known))
-    shares = [share + STEP * place for place in (-2, -1, 1, 2)]
+    shares = [share + STEP * number for number in (-2, -1, 1, 2)]
     beside = [round(float(np.quantile(known, one)), 2) for one in shares if 0 < one < 1]
     return sorted({threshold, *(nats for nats in beside if nats > 0)})
 
@@ -123,7 +123,7 @@ def parse_range(text: str) -> list[float]:
             f"{text!r} is not a range: expected FIRST:LAST:STEP, ending at LAST, of at most {MOST_STEPS:,} numbers, or "
             "numbers with commas"
         ) from None
-    return [round(first + place * step, 10) for place in range(count + 1)]
+    return [round(first + number * step, 10) for number in range(count + 1)]
 
 
 def parse_max_lengths(text: str) -> list[int | None]:

@@ -225,9 +225,9 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> Trial
     key, started = subject.key(trial), time.perf_counter()
     files, section = subject.files(trial.point), subject.section(trial)
     content = digest_of([path and artifact_digest(path) for path in vars(files).values()])
-    place = work / key
-    place.mkdir(parents=True, exist_ok=True)
-    job = sample.SampleJob(files, content, section.model_dump_json(), subject.device, str(place.resolve()))
+    batches = work / key
+    batches.mkdir(parents=True, exist_ok=True)
+    job = sample.SampleJob(files, content, section.model_dump_json(), subject.device, str(batches.resolve()))
     sampler = sample.sampler_of(job)
     sample.check_memory(sampler, section.batch_size)
     for batch in job.batches():
@@ -257,7 +257,7 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> Trial
     )
     save_png(sample.grid_picture(job, sampler, labels), folder / f"{key}.png")
     write_record(folder / f"{key}.json", {**asdict(result), "scores": result.scores.to_json()})
-    shutil.rmtree(place)
+    shutil.rmtree(batches)
     return result
 
 
@@ -542,7 +542,7 @@ def _trainable() -> type:
             threads: int,
         ) -> None:
             torch.set_num_threads(threads)
-            self.subject, self.trial, self.folder, self.place = subject, trial, folder, work
+            self.subject, self.trial, self.folder, self.batches = subject, trial, folder, work
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             return True
@@ -555,7 +555,7 @@ def _trainable() -> type:
 
         def step(self) -> dict[str, Any]:
             try:
-                result = run_trial(self.subject, self.trial(point_of(self.config)), self.folder, self.place)
+                result = run_trial(self.subject, self.trial(point_of(self.config)), self.folder, self.batches)
             except Exception as error:  # whatever it is, it is reported and stops no other trial
                 words = " ".join(str(error).split()) or type(error).__name__
                 return {"done": True, "distance": math.nan, "error": words}

@@ -40,11 +40,11 @@ def retrain(
         train_params = train.Params(params.seed, params.model, params.train)
         inputs = [artifact_digest(tokens), artifact_digest(entropies)]
         content = [patching.model_dump(), params.seed, params.model.model_dump(), params.train.model_dump(), inputs]
-        place = folder / f"{threshold:g}-{digest_of(content)[:8]}"
-        maps, model = place / "patch_maps", place / WEIGHTS
+        home = folder / f"{threshold:g}-{digest_of(content)[:8]}"
+        maps, model = home / "patch_maps", home / WEIGHTS
         if not (maps / RULE).exists():
-            cut = patch_maps.Outputs(maps, place / "patch_maps_metrics.json", place / "patch_lengths.csv")
-            place.mkdir(parents=True, exist_ok=True)
+            cut = patch_maps.Outputs(maps, home / "patch_maps_metrics.json", home / "patch_lengths.csv")
+            home.mkdir(parents=True, exist_ok=True)
             with track(f"patch_maps {threshold:g}", params) as tracker:
                 patch_maps.run(
                     patch_maps.Params(patching),
@@ -52,10 +52,10 @@ def retrain(
                     cut,
                     tracker,
                     device=device,
-                    work=_made(work / place.name / "patch_maps"),
+                    work=_made(work / home.name / "patch_maps"),
                 )
         if not model.exists():
-            outputs = train.DPAROutputs(model, place / METRICS, place / CURVE, place / TIMINGS)
+            outputs = train.DPAROutputs(model, home / METRICS, home / CURVE, home / TIMINGS)
             with track(f"train_dpar {threshold:g}", params) as tracker:
                 train.run_dpar(
                     train_params,
@@ -63,7 +63,7 @@ def retrain(
                     outputs,
                     tracker,
                     device=device,
-                    work=_made(work / place.name / "train"),
+                    work=_made(work / home.name / "train"),
                 )
         models[threshold] = Files(model, files.tokenizer, files.entropy_model, maps / RULE)
     return models

@@ -147,7 +147,7 @@ def facts_of_unit(work: Path, name: str) -> dict[str, Any]:
     return read_record(work / f"{name}.json", way_out="run the same command again, it is made again")["facts"]
 
 
-def place(source: Path, target: Path) -> None:
+def move_into_place(source: Path, target: Path) -> None:
     """Put a finished file where it is published, without a second copy where the file system allows it."""
     try:
         os.link(source, target)

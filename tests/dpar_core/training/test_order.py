@@ -13,21 +13,21 @@ def order(images=23, views=4, batch_size=6, seed=0) -> DataOrder:
 
 
 def test_every_epoch_shows_every_image_once():
-    line = order().places(0, 3 * 23)
+    line = order().positions(0, 3 * 23)
     for epoch in range(3):
         assert sorted(line.indices[epoch * 23 : (epoch + 1) * 23]) == list(range(23))
 
 
 def test_epochs_and_seeds_differ_in_order_and_views():
-    line = order(images=200).places(0, 400)
-    other = order(images=200, seed=1).places(0, 400)
+    line = order(images=200).positions(0, 400)
+    other = order(images=200, seed=1).positions(0, 400)
     assert (line.indices[:200] != line.indices[200:]).any()
     assert (line.indices != other.indices).any()
     assert (line.views[:200] != line.views[200:]).any()
 
 
 def test_views_of_an_image_are_drawn_evenly_over_epochs():
-    draws = order(images=50, views=4).places(0, 50 * 400)
+    draws = order(images=50, views=4).positions(0, 50 * 400)
     counts = np.bincount(draws.views, minlength=4)
     expected = 50 * 400 / 4
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
