@@ -5,6 +5,9 @@ Shapes: n images (n, height, width, 3) uint8; d pooled features, c classes, s fl
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -142,8 +145,48 @@ def demo_network(path: Path, device: str) -> FeatureNetwork:
     return FeatureNetwork("demo", weights.digest, path, compute, device)
 
 
+# What meets a program from outside first: a process that may die of it, with the memory a sound one needs.
+_REHEARSAL = """
+import sys
+import torch
+torch.set_num_threads(1)
+try:
+    import resource
+    with open("/proc/self/statm") as stream:
+        held = int(stream.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[2]),) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+except (ImportError, OSError, ValueError):
+    pass  # no such limit on this system; the time limit holds
+try:
+    torch.jit.load(sys.argv[1], map_location="cpu")
+except BaseException as error:
+    sys.exit(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+"""
+_REHEARSAL_SECONDS = 120
+
+
+def _rehearse(path: Path) -> None:
+    """Load a TorchScript file in a process of its own. Raises ValueError where it cannot, or dies of it."""
+    more = (1 << 30) + 4 * path.stat().st_size
+    # -P: a module in the folder where we run is none of ours. No GPU: it would only cost time.
+    words = [sys.executable, "-P", "-c", _REHEARSAL, str(path), str(more)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    way_out = f"{path} is not a TorchScript file that can be read ({{}}): fetch it again"
+    try:
+        done = subprocess.run(
+            words, capture_output=True, timeout=_REHEARSAL_SECONDS, env=environment, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(way_out.format(f"it took over {_REHEARSAL_SECONDS} s")) from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        died = f"its reader died of signal {-done.returncode}" if done.returncode < 0 else "its reader said nothing"
+        raise ValueError(way_out.format(said[-1][:200] if said and done.returncode > 0 else died))
+
+
 def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
-    """Load a TorchScript file. Raises FileNotFoundError or ValueError with the way out."""
+    """Load a TorchScript file, first in a process of its own. Raises FileNotFoundError or ValueError with the way out."""
     if not path.exists():
         raise FileNotFoundError(f"no feature network at {path}: put the file there, for inception from {INCEPTION_URL}")
     if (kind := kind_of(path)) != "zip":
@@ -152,6 +195,7 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
     names = check_zip(path)
     if not any(name.endswith("/constants.pkl") for name in names):
         raise ValueError(f"{path} is a zip archive without a TorchScript program: export the network with torch.jit.save")
+    _rehearse(path)
     try:
         model = torch.jit.load(str(path), map_location=device).eval()
     except Exception as error:  # libtorch raises many kinds on files that are whole but not of its making

@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults import processes
+from tests.faults.shares import SHARES
 
 
 def main() -> None:
@@ -33,13 +34,13 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="dpar-faults-"))
     os.environ |= {"OMP_NUM_THREADS": "1", "DPAR_CACHE": str(root / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    processes.import_everything()
+    kinds = tuple(options.kinds.split(",")) if options.kinds else tuple(SHARES)
+    processes.import_everything(mlflow="mlflow" in kinds)
     processes.adopt_orphans()
     from tests.faults.harness import Harness, as_json
-    from tests.faults.plan import SHARES, fault
+    from tests.faults.plan import fault
     from tests.faults.project import World
 
-    kinds = tuple(options.kinds.split(",")) if options.kinds else tuple(SHARES)
     world = World(root)
     kept = False
     outcomes = []

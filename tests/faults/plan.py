@@ -9,26 +9,10 @@ from typing import Any
 from pipeline.runner import STAGES
 from tests.faults.injection import Injection
 from tests.faults.project import TRAINING, World
+from tests.faults.shares import SHARES
 
 DAY = 86400.0
 DAMAGES = ("flipped bit", "cut short", "emptied", "removed")
-# Kinds, and how many of a hundred they are. "ray" and "dvc" start real clusters and interpreters: some ten seconds each.
-SHARES = {
-    "kill": 20,
-    "stop": 8,
-    "disk": 16,
-    "file limit": 5,
-    "moment": 8,
-    "child": 8,
-    "input": 13,
-    "output": 4,
-    "work": 9,
-    "clock": 3,
-    "mlflow": 2,
-    "store": 3,
-    "ray": 1,
-}
-REAL = ("mlflow", "ray")
 STORE_ERRORS = ("EIO", "ConnectionError", "TimeoutError", "PermissionError")
 MLFLOW = ("closed port", "silent server", "failing server", "damaged database", "killed outbox")
 

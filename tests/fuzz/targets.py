@@ -440,9 +440,10 @@ def _script(folder: Path) -> None:
 
 
 def _read_script(folder: Path) -> Any:
-    from dpar_core.evaluation.features import load_script
+    from dpar_core.evaluation import features
 
-    return sorted(name for name, _ in load_script(folder / "n.pt", "cpu").named_parameters())
+    with unittest.mock.patch.object(features.subprocess, "run", partial(forked, folder)):
+        return sorted(name for name, _ in features.load_script(folder / "n.pt", "cpu").named_parameters())
 
 
 def _kit(folder: Path) -> None:
@@ -453,29 +454,32 @@ def _kit(folder: Path) -> None:
     savemat(folder / "meta.mat", {"synsets": rows})
 
 
+def forked(folder: Path, words: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run the program of `python -c` in a forked process; a new one would take a second for each input."""
+    with open(folder / "said", "wb") as said:
+        child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            place = words.index("-c")
+            status, program = 1, words[place + 1].replace("2 << 30", "1 << 40")  # the limit of this process holds
+            try:
+                sys.argv, sys.stdout = words[place:], os.fdopen(1, "w")
+                sys.argv.pop(1)
+                exec(program, {})
+                sys.stdout.flush()
+                status = 0
+            except BaseException as error:
+                os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            os._exit(status)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return subprocess.CompletedProcess(words, code, (folder / "said").read_bytes(), (folder / "said").read_bytes())
+
+
 def _read_kit(folder: Path) -> Any:
-    """Do in a forked process what `_development_kit` does in a new one, which would take a second for each input."""
     from stages import data
 
-    def forked(words: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
-        with open(folder / "said", "wb") as said:
-            child = os.fork()
-            if not child:
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
-                status, program = 1, data._READ_KIT.replace("2 << 30", "1 << 40")  # the limit of the process around it holds
-                try:
-                    sys.argv, sys.stdout = ["", words[-1]], os.fdopen(1, "w")
-                    exec(program, {})
-                    sys.stdout.flush()
-                    status = 0
-                except BaseException as error:
-                    os.write(2, f"{type(error).__name__}: {error}\n".encode())
-                os._exit(status)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return subprocess.CompletedProcess(words, code, (folder / "said").read_bytes(), (folder / "said").read_bytes())
-
-    with unittest.mock.patch.object(data.subprocess, "run", forked):
+    with unittest.mock.patch.object(data.subprocess, "run", partial(forked, folder)):
         return data._development_kit(folder / "meta.mat")
 
 

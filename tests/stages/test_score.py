@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dpar_core.data.manifest import write_manifest
+from dpar_core.evaluation import features
 from dpar_core.evaluation.features import DemoClassifier, inception_network, load_script
 from dpar_core.evaluation.metrics import ScoreError
 from dpar_core.files import save_weights
@@ -103,7 +104,8 @@ class SmallInception(torch.nn.Module):
 
 
 @pytest.mark.parametrize("scaling", [(128.0, 128.0), (127.5, 127.5), (0.0, 255.0)])
-def test_a_torchscript_of_inceptions_interface_is_loaded_and_named_by_its_digest(tmp_path, scaling):
+def test_a_torchscript_of_inceptions_interface_is_loaded_and_named_by_its_digest(tmp_path, scaling, monkeypatch):
+    monkeypatch.setattr(features, "_rehearse", lambda path: None)  # a process that takes seconds to import torch
     torch.manual_seed(0)
     model = SmallInception(*scaling)
     torch.jit.script(model).save(str(tmp_path / "inception.pt"))

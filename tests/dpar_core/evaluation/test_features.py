@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from dpar_core.evaluation import features
 from dpar_core.evaluation.features import DemoClassifier, demo_network, dinov2_network, inception_network, load_script
 from dpar_core.files import save_weights
+
+
+@pytest.fixture(autouse=True)
+def rehearse(monkeypatch):
+    """Leave out the process that meets a program first: it takes seconds to import torch."""
+    before = features._rehearse
+    monkeypatch.setattr(features, "_rehearse", lambda path: None)
+    return before
 
 
 def test_a_demo_classifier_with_nan_is_refused(tmp_path):
@@ -49,6 +58,17 @@ def test_damage_is_found_before_libtorch_reads_the_file(tmp_path, script, monkey
     (tmp_path / "x.pt").write_bytes(script[: len(script) // 2])
     with pytest.raises(ValueError, match="damaged or cut short"):
         load_script(tmp_path / "x.pt", "cpu")
+
+
+def test_a_program_that_kills_its_reader_ends_in_a_sentence(tmp_path, script, rehearse, monkeypatch):
+    (tmp_path / "x.pt").write_bytes(script)
+    rehearse(tmp_path / "x.pt")
+    monkeypatch.setattr(features, "_REHEARSAL", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(ValueError, match=r"x.pt is not a TorchScript file that can be read \(its reader died of signal 11"):
+        rehearse(tmp_path / "x.pt")
+    monkeypatch.setattr(features, "_REHEARSAL", "import sys; sys.exit('no room for 3 GB')")
+    with pytest.raises(ValueError, match="no room for 3 GB"):
+        rehearse(tmp_path / "x.pt")
 
 
 def test_a_zip_without_a_program_is_refused(tmp_path):
