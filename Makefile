@@ -3,6 +3,10 @@
 # make lint      ruff, codespell, mypy            make format    rewrite the sources as `make lint` wants them
 # make coverage  the tests again, with the lines that they reach; slower, so `make test` leaves it out
 # make docs      the documentation site in site/, readable without a network
+# make faults    COUNT=300 SEED=1 faults in copies of a tiny project, 15 to 60 minutes; a dozen are part of `make test`
+# make faults-hour  a training run of MINUTES=60 with a fault a minute and MLflow away a third of the time
+# make fuzz      COUNT=10000 SEED=1 mutated files for every reader, about an hour; some are part of `make test`
+# make audit     the pinned packages against the advisories of PyPI, which needs a network
 # make browser   the report in Chromium, which has to be installed; not part of `make test`
 # make pictures  docs/report.png anew from artifacts/report, in Chromium
 # make clean     remove what the workflow made (not the environment)
@@ -23,7 +27,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # compile what it imports anew wherever PYTHONDONTWRITEBYTECODE is set, as in many containers. Some packages ship files for
 # other Pythons, which do not compile and are never imported.
 COMPILE     := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
-.PHONY: demo test lint format types coverage docs browser pictures environment clean
+.PHONY: demo test lint format types coverage docs faults faults-hour fuzz audit browser pictures environment clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -53,6 +57,21 @@ browser: $(VENV)/.tested
 
 pictures: $(VENV)/.installed
 	@$(BIN)/python -m tests.browser.screenshots
+faults: $(VENV)/.tested
+	@$(BIN)/python -m tests.faults --count $(or $(COUNT),300) --seed $(or $(SEED),1)
+
+faults-hour: $(VENV)/.tested
+	@$(BIN)/python -m tests.faults.hour --minutes $(or $(MINUTES),60) --seed $(or $(SEED),1)
+
+fuzz: $(VENV)/.tested
+	@$(BIN)/python -m tests.fuzz --count $(or $(COUNT),10000) --seed $(or $(SEED),1)
+
+# In an environment of its own: what it needs is not pinned with the rest.
+audit: $(VENV)/bin/python
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
+	  $(VENV)-audit/bin/python -m pip --disable-pip-version-check install -q $(PIP_OPTIONS) pip-audit; }
+	@$(VENV)-audit/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r constraints.txt || { \
+	  echo "make audit: advisories were found above, or their service could not be reached" >&2; exit 1; }
 
 coverage: $(VENV)/.tested
 	@$(BIN)/coverage erase

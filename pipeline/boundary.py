@@ -7,7 +7,6 @@ exit 70; Ctrl-C exit 130 and SIGTERM 143. DPAR_DEBUG=1 lets tracebacks through.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import signal
@@ -37,17 +36,6 @@ _DAMAGE = {
     "YAMLError": "is no valid YAML",
 }
 
-
-# What a disk says, and what to do about it, by the number of the error.
-_DISK = {
-    errno.ENOSPC: "the disk is full: make room there",
-    errno.EDQUOT: "the quota of this user is used up: make room there",
-    errno.EFBIG: "the file is larger than this process may write (`ulimit -f`): raise the limit",
-    errno.EROFS: "the file system is read-only: make it writable",
-    errno.EIO: "the disk, or the connection to it, fails: look at the system's log",
-    errno.ESTALE: "the connection to the file server is lost: mount it again",
-    errno.EMFILE: "this process may not open more files (`ulimit -n`): raise the limit",
-}
 
 _guarded = False  # whether `guarded` is around the present call
 
@@ -147,17 +135,15 @@ def _stopped_by(error: BaseException) -> KeyboardInterrupt | None:
 
 def _known(error: BaseException) -> str | None:
     """Return the sentence of an error that somebody foresaw, None for any other."""
-    from stages.crash import file_at_work, ours
+    from stages.crash import disk_sentence, file_at_work, ours
 
     text = str(error)
     names = {name for one in type(error).__mro__ for name in (one.__name__, f"{one.__module__}.{one.__name__}")}
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names:
         where = f" while at work on {file}" if (file := file_at_work(error)) else ""
         return f"memory ran out{where}: free some, or lower batch sizes and workers ({text or 'MemoryError'})"
-    if isinstance(error, OSError) and error.errno in _DISK:
-        named = isinstance(error.filename, str | bytes | os.PathLike)
-        where = os.fsdecode(error.filename) if named else f"a file below {os.getcwd()}"
-        return f"{where}: {_DISK[error.errno]}, and run the same command again, it goes on from what is there"
+    if (said := disk_sentence(error)) is not None:
+        return said
     if isinstance(error, ValueError | OSError | RuntimeError) and ours(error) and not hasattr(error, "__notes__"):
         return text or None
     for name, meaning in _DAMAGE.items():

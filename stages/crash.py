@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import sys
@@ -16,6 +17,29 @@ from dpar_core.secrets import redacted
 
 _OURS = Path(__file__).resolve().parents[1]
 _ROOMS = tuple(str(_OURS / name) + os.sep for name in ("dpar_core", "stages", "pipeline"))
+
+# What a disk says, and what to do about it, by the number of the error.
+DISK = {
+    errno.ENOSPC: "the disk is full: make room there",
+    errno.EDQUOT: "the quota of this user is used up: make room there",
+    errno.EFBIG: "the file is larger than this process may write (`ulimit -f`): raise the limit",
+    errno.EROFS: "the file system is read-only: make it writable",
+    errno.EIO: "the disk, or the connection to it, fails: look at the system's log",
+    errno.ESTALE: "the connection to the file server is lost: mount it again",
+    errno.EMFILE: "this process may not open more files (`ulimit -n`): raise the limit",
+}
+
+
+def disk_sentence(error: BaseException) -> str | None:
+    """Return what a disk or a connection says, and what to do; None for an error of another kind."""
+    if isinstance(error, ConnectionError | TimeoutError) and not ours(error):
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        return f"a connection failed ({what}): run the same command again when the server answers, it goes on"
+    if not isinstance(error, OSError) or error.errno not in DISK:
+        return None
+    named = isinstance(error.filename, str | bytes | os.PathLike)
+    where = os.fsdecode(error.filename) if named else f"a file below {os.getcwd()}"
+    return f"{where}: {DISK[error.errno]}, and run the same command again, it goes on from what is there"
 
 
 def crash_sentence(error: BaseException, *, doing: str) -> str:

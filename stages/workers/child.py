@@ -45,7 +45,7 @@ def main() -> None:
     sys.path[:] = paths.split("\n")
     sys.argv[:] = [module, *arguments]
     pin(Path(__file__).resolve().parents[2])
-    from stages.crash import crash_sentence, plain_warnings
+    from stages.crash import crash_sentence, disk_sentence, plain_warnings
 
     plain_warnings()
     try:
@@ -53,8 +53,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("DPAR_DEBUG") == "1":
             raise
-        print(crash_sentence(error, doing=f"the process of {module}"), file=sys.stderr, flush=True)
-        sys.exit(70)
+        said = disk_sentence(error)
+        print(said or crash_sentence(error, doing=f"the process of {module}"), file=sys.stderr, flush=True)
+        sys.exit(1 if said else 70)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="index of the first fault")
     parser.add_argument("--kinds", default="", help="only these kinds, separated by commas")
+    parser.add_argument("--stages", default="", help="only these stages: with each, what it needs, in order")
     parser.add_argument("--out", type=Path, help="JSON lines of all outcomes")
     parser.add_argument("--keep", action="store_true", help="stop at the first problem and keep the project")
     parser.add_argument("--verbose", action="store_true", help="show all that a disturbed stage said")
@@ -35,7 +36,10 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "DPAR_CACHE": str(root / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     kinds = tuple(options.kinds.split(",")) if options.kinds else tuple(SHARES)
-    processes.import_everything(mlflow="mlflow" in kinds)
+    from pipeline.runner import STAGES
+
+    stages = options.stages.split(",") if options.stages else list(STAGES)
+    processes.import_everything(stages, mlflow="mlflow" in kinds)
     processes.adopt_orphans()
     from tests.faults.harness import Harness, as_json
     from tests.faults.plan import fault
@@ -45,7 +49,7 @@ def main() -> None:
     kept = False
     outcomes = []
     try:
-        world.make(lambda line: print(line, flush=True))
+        world.make(stages, lambda line: print(line, flush=True))
         harness = Harness(world, root / "project")
         for index in range(options.first, options.first + options.count):
             outcome = harness.apply(fault(world, options.seed, index, kinds=kinds))

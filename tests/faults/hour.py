@@ -144,7 +144,7 @@ def main() -> None:
     top = Path(tempfile.mkdtemp(prefix="dpar-hour-"))
     os.environ |= {"OMP_NUM_THREADS": "1", "DPAR_CACHE": str(top / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    processes.import_everything(mlflow=True)
+    processes.import_everything((*NEEDED, STAGE), mlflow=True)
     processes.adopt_orphans()
     world, log, dice = World(top), Counter[str](), random.Random(options.seed)
     try:
@@ -180,14 +180,16 @@ def main() -> None:
         doubled = sum(len(rows) - len({step for step, _ in rows}) for rows in tracking["rows"].values())
         seen = {step: value for rows in tracking["rows"].values() for step, value in rows}
         disagreeing = sum(value != seen[step] for rows in tracking["rows"].values() for step, value in rows)
-        missing = [step for step in range(LOG_EVERY, steps + 1, LOG_EVERY) if step not in seen]
+        logged = range(LOG_EVERY, steps + 1, LOG_EVERY)
+        missing = [step for step in logged if step not in seen]
         print(
             f"{seconds / 60:.1f} minutes, {starts} faults: {dict(log)}; MLflow away {away.seconds / seconds:.0%} of the time"
         )
         print(f"files that differ: {differing or 'none'}")
         print(
-            f"rows of train/loss: {len(seen)} steps of {steps // LOG_EVERY}, {doubled} twice within a run, {disagreeing} of "
-            f"other values, missing {missing or 'none'}; runs {tracking['states']}, {tracking['left']} journals left"
+            f"rows of train/loss: {len(logged) - len(missing)} steps of {len(logged)}, {doubled} twice within a run, "
+            f"{disagreeing} of other values, missing {missing or 'none'}; runs {tracking['states']}, "
+            f"{tracking['left']} journals left"
         )
         whole = not differing and not doubled and not disagreeing and not missing and not tracking["left"]
         sys.exit(0 if whole and not log["tracebacks"] and not log["orphans"] else 1)

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.runner import STAGES
 from tests.faults.injection import Injection
-from tests.faults.project import TRAINING, World
-from tests.faults.shares import SHARES
+from tests.faults.project import World
+from tests.faults.shares import SHARES, TRAINING
 
 DAY = 86400.0
 DAMAGES = ("flipped bit", "cut short", "emptied", "removed")
@@ -37,7 +37,7 @@ def fault(world: World, seed: int, index: int, *, kinds: tuple[str, ...] = tuple
     """Return a fault."""
     dice = random.Random(f"{seed}-{index}")
     kind = dice.choices(kinds, [SHARES[kind] for kind in kinds])[0]
-    tracked = [stage for stage in STAGES if stage != "sources"]
+    stages = [stage for stage in STAGES if stage in world.counts]
     if kind in ("child", "store"):
         stage = dice.choice(TRAINING)
     elif kind == "ray":
@@ -45,9 +45,9 @@ def fault(world: World, seed: int, index: int, *, kinds: tuple[str, ...] = tuple
     elif kind == "mlflow":
         stage = dice.choice(["data", "patch_maps", "score_dpar"])
     elif kind == "input":
-        stage = dice.choice(tracked)
+        stage = dice.choice([stage for stage in stages if world.inputs(stage)])
     else:
-        stage = dice.choice(list(STAGES))
+        stage = dice.choice(stages)
     what, injection, details = _chosen(world, kind, stage, dice)
     return Fault(index, kind, stage, what, injection, details, dice.random())
 

@@ -25,13 +25,13 @@ from typing import Any
 import psutil
 
 from tests.faults.injection import Injection, Watch, limit_files, watch
+from tests.faults.shares import TRAINING
 
 SUBREAPER = 36  # of prctl: orphans below this process become its children
 IMPORTED = (
     "torch._dynamo",
     "pipeline.cli",
     "pipeline.tracking.outbox",
-    "matplotlib.pyplot",
     "PIL.Image",
     "pyarrow.parquet",
     "safetensors.torch",
@@ -41,18 +41,18 @@ PATIENCE = 120.0  # seconds until a stage counts as hanging
 _PIPES: list[Any] = []  # that forked processes would not have if they were started anew
 
 
-def import_everything(*, mlflow: bool = False) -> None:
+def import_everything(stages: Sequence[str], *, mlflow: bool = False) -> None:
     """Import what stages import, so that no process has to; no thread may be left behind. mlflow: MLflow as well."""
     import torch
 
     torch.set_num_threads(1)
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: F401
+    from pipeline.runner import load_stage
 
-    from pipeline.runner import STAGES, load_stage
-
-    for name in STAGES:
+    for name in stages:
         load_stage(name)
-    for name in IMPORTED:
+    training = ["ray.train.v2.api.data_parallel_trainer"] if {*TRAINING} & {*stages} else []
+    pictures = ["matplotlib.pyplot"] if "report" in stages else []
+    for name in (*IMPORTED, *training, *pictures):
         import_module(name)
     if mlflow:
         from pipeline.tracking.store import quiet_environment

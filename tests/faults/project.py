@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from tests.faults.processes import run_stage
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import CODES, SIZE, put_images
 
-TRAINING = ("entropy_model", "train_dpar", "train_llamagen")  # stages that train in a process of their own
 # What differs between two undisturbed runs of a stage: seconds, and no result follows from them in this project.
 TIMED = ("timings.json", "speed/training.json", "speed/sampling.json")
 
@@ -68,19 +67,17 @@ class World:
     def whole(self) -> Path:
         return self.root / "whole"
 
-    def make(self, say: Callable[[str], None]) -> None:
-        """Run every stage once and remember what came out."""
-        from pipeline.runner import STAGES
-
+    def make(self, stages: Sequence[str], say: Callable[[str], None]) -> None:
+        """Run stages once, in order, and remember what came out."""
         images = put_images(self.root / "images", train=18, validation=8)
         self.prepare(self.whole, params(images))
-        for stage in STAGES:
+        for stage in stages:
             ended = run_stage(stage, self.whole, prepare=hurry)
             if ended.status != 0:
                 raise RuntimeError(f"{stage} fails undisturbed:\n{ended.said}")
             self.counts[stage], self.seconds[stage] = ended.counts, ended.seconds
         self.files = contents(self.whole / "artifacts")
-        say(f"undisturbed: {len(STAGES)} stages, {len(self.files)} files, {sum(self.seconds.values()):.1f} s")
+        say(f"undisturbed: {len(stages)} stages, {len(self.files)} files, {sum(self.seconds.values()):.1f} s")
 
     def prepare(self, folder: Path, values: Mapping[str, Any]) -> None:
         """Make a folder a project with params and nothing made yet."""

@@ -1,6 +1,8 @@
-"""The kinds of faults; a module of its own, as nothing else may be imported before the environment is set."""
+"""Kinds of faults and stages by name; nothing is imported, as the environment has to be set before."""
 
-# Kinds, and how many of a hundred they are. "ray" and "dvc" start real clusters and interpreters: some ten seconds each.
+TRAINING = ("entropy_model", "train_dpar", "train_llamagen")  # stages that train in a process of their own
+
+# Kinds, and how many of a hundred they are. "ray" starts real clusters: some ten seconds each.
 SHARES = {
     "kill": 20,
     "stop": 8,

@@ -71,11 +71,18 @@ def test_what_a_library_says_is_not_taken_for_our_sentence(project, capsys):
     assert status == 70 and "operands could not be broadcast" in said
 
 
-@pytest.mark.parametrize("number", boundary._DISK, ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", crash.DISK, ids=errno.errorcode.get)
 def test_what_a_disk_says_comes_with_the_file_and_the_way_out(project, capsys, number):
     status, said = ended(raises(OSError(number, os.strerror(number), "artifacts/x.json")), capsys)
     assert status == 1 and said.startswith("artifacts/x.json: ") and "run the same command again" in said
     assert not (project / "work").exists()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), TimeoutError("no answer")])
+def test_a_connection_that_fails_is_no_unexpected_error(project, capsys, monkeypatch, error):
+    monkeypatch.setattr(crash, "_ROOMS", (str(ROOT / "stages"),))
+    status, said = ended(raises(error), capsys)
+    assert status == 1 and said.startswith("a connection failed (") and str(error) in said
 
 
 def test_a_sentence_of_ours_is_shown_as_it_is_without_its_passwords(project, capsys, monkeypatch):
