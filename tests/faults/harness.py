@@ -199,6 +199,8 @@ class Harness:
             outcome.problems.append(f"{which}: a traceback: {ended.said[-1500:]}")
         if left := wait_for_orphans(ORPHAN_SECONDS):
             outcome.problems.append(f"{which}: still running after {ORPHAN_SECONDS:g} s: {'; '.join(left)}")
+        if (outside := self.folder / "connections").exists():
+            outcome.problems.append(f"{which}: a connection beyond this machine: {outside.read_text()[:300]}")
         found = contents(self.folder / "artifacts")
         expected = self.world.outputs(fault.stage)
         for path in expected if complete else expected.keys() & found.keys():

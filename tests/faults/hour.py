@@ -73,7 +73,7 @@ def disturbed(root: Path, dice: random.Random, log: Counter[str]) -> int | None:
     kind = dice.choice(["kill", "term", "int", "kill the child", "ENOSPC", "EIO", "damage"])
     injection, timers = Injection(), []
     if kind in ("ENOSPC", "EIO"):
-        injection = Injection(kind, dice.choice(["stage", "child"]), dice.randrange(20, 400), lasting=dice.random() < 0.5)
+        injection = Injection(kind, "child", dice.randrange(30, 150), lasting=dice.random() < 0.5)
 
     def during(process: psutil.Process) -> None:
         def send() -> None:

@@ -11,6 +11,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -90,6 +91,9 @@ def watch(root: Path, injection: Injection) -> Watch:
                 found.change("open", path)
         elif event in EVENTS:
             found.change(EVENTS[event], arguments[0])
+        elif event in ("socket.connect", "socket.getaddrinfo") and (host := host_of(event, arguments)) is not None:
+            with open(root / "connections", "a") as stream:
+                stream.write(f"{event} {host} by {sys.argv}\n")
 
     sys.addaudithook(hook)
     fsync = os.fsync
@@ -101,6 +105,19 @@ def watch(root: Path, injection: Injection) -> Watch:
 
     os.fsync = watched
     return found
+
+
+def host_of(event: str, arguments: tuple[Any, ...]) -> str | None:
+    """Return what a process is about to reach or look up, None where that stays within this machine."""
+    if event == "socket.connect":
+        connection, address = arguments
+        if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+            return None  # a datagram socket that connects sends nothing: Ray learns its own address that way
+        address = address[0]
+    else:
+        address = arguments[0]
+    host = os.fsdecode(address) if isinstance(address, str | bytes) else ""
+    return None if host in ("", "localhost", "::1") or host.startswith("127.") else host
 
 
 def limit_files(injection: Injection, where: str) -> None:

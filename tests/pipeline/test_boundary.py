@@ -228,3 +228,12 @@ def test_what_a_kill_left_half_published_is_removed_by_the_next_start(tmp_path, 
     )
     runner.run_stage("data", root=tmp_path, params_file=ROOT / "params.yaml")
     assert [path.name for path in (tmp_path / "artifacts").rglob("*.tmp")] == ["keep.tmp"]
+
+
+def test_a_pipeline_of_somebody_else_is_not_run(tmp_path):
+    for name in ("pipeline.py", "stages.py"):
+        (tmp_path / name).write_text("raise SystemExit('code of somebody else')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    words = [sys.executable, "-c", "import sys; sys.argv[1:] = ['--help']; import dpar_start; dpar_start.main()"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "doctor" in done.stdout and "somebody else" not in done.stderr

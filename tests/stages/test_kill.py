@@ -15,7 +15,6 @@ from tests.helpers.tiny_data import Project, make_project, tiny_params
 
 KILLS = 10
 OUTPUTS = {
-    "tokenize": ("tokens", "tokens.json"),
     "entropies": ("entropies",),
     "patch_maps": ("patch_maps", "patch_maps.json", "lengths.csv"),
 }
