@@ -129,6 +129,8 @@ def _moments(content: Npz, mean: str, covariance: str, count: int) -> FeatureMom
     where = f"{content.path}: {mean} {mu.shape} and {covariance} {sigma.shape}"
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ScoreError(f"{where} do not fit: expected (d,) and (d, d)")
+    if not {mu.dtype.name, sigma.dtype.name} <= {"float32", "float64"}:
+        raise ScoreError(f"{where} are {mu.dtype} and {sigma.dtype}, too coarse for distances: expected float32 or float64")
     mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         bad = int((~np.isfinite(mu)).sum() + (~np.isfinite(sigma)).sum())

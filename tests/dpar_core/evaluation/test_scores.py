@@ -54,6 +54,7 @@ def test_height_and_width_belong_to_the_protocol_and_must_be_the_references(tmp_
         ({"sigma": np.diag([1.0, -1, 1])}, "is not a covariance"),
         ({"sigma": np.triu(np.ones((3, 3)))}, "is not a covariance"),
         ({"sigma": np.zeros((3, 3))}, "is not a covariance .zero"),
+        ({"sigma": np.eye(3, dtype=np.float16)}, "are float64 and float16, too coarse"),
         ({"sigma": np.eye(2)}, "do not fit"),
         ({"mu": np.zeros(3, complex)}, "expected numbers"),
         ({"mu_s": np.full(4, np.nan), "sigma_s": np.eye(4)}, "mu_s .* hold 4 values that are not finite"),
