@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from dpar_core.files import digest_of, sha256_file
 
 _PACKAGES = ("dpar_core", "stages", "pipeline")
-_USED = ("torch", "numpy", "ray", "mlflow", "dvc")
+_USED = ("numpy", "ray", "mlflow", "dvc")
 
 
 @functools.cache
@@ -38,8 +37,8 @@ def commit_of(root: Path) -> str:
 
 
 def packages_used() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results may depend on."""
-    return {"Python": platform.python_version(), **{name: metadata.version(name) for name in _USED}}
+    """Return the versions of packages that a run uses; those of Python and torch stand with the machine (machine_words)."""
+    return {name: metadata.version(name) for name in _USED}
 
 
 def git(root: Path, *words: str) -> str:
