@@ -1,4 +1,4 @@
-"""Delivers journals to MLflow, in a process beside the one that writes, in order and once.
+"""Delivers journals to MLflow, in order and once: one process for a pipeline run, as importing MLflow takes seconds.
 
 Every event may be delivered twice with the effect of once (runs are found by their key, MLflow keeps equal metric rows
 once), so nothing depends on knowing whether an answer that was lost had been acted upon.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,19 +25,21 @@ from filelock import lock_descriptor
 
 from dpar_core.secrets import redacted
 from pipeline.tracking import store
-from pipeline.tracking.journal import Event, Reader, bury
+from pipeline.tracking.journal import EVENTS, Event, Reader, bury
 from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, TrackingError
 from pipeline.tracking.summary import WORST_TAG
+from stages.workers.child import command
 
 SENT = "sent.json"
 KEY_TAG, DIGEST_TAG = "dpar.key", "dpar.digest"
 LARGEST_BATCH, LONGEST_VALUE = 900, 500  # MLflow takes 1000 metrics and 100 params a request
-POLL_SECONDS, LONGEST_PAUSE = 2.0, 30.0  # between looks at the journal; between tries while the store is away
+LOOK_SECONDS = 0.2  # between looks for journals that begin or end
+POLL_SECONDS, LONGEST_PAUSE = 2.0, 30.0  # between deliveries of one that grows; between tries while the store is away
 PATIENCE = 20.0  # seconds without an answer of a server until that is reported
 # A database on this machine is made while MLflow is imported for the first time and models train beside it: 20 to 30 s on
 # two cores. One that is locked, read-only, damaged or full answers at once.
 LOCAL_PATIENCE = 60.0
-LEAVE_SECONDS = 20.0  # that an outbox goes on when its writer is gone
+LEAVE_SECONDS = 60.0  # that one request may take when the pipeline run is over
 _REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
 
 Say = Callable[[str], None]
@@ -382,78 +384,144 @@ def opened(root: Path) -> tuple[Any, str]:
     return outbox.client, outbox.experiment
 
 
+def launch(root: Path, key: str, process: Any) -> None:
+    """Start the process that delivers the journals of a pipeline run, where it is not at work already.
+
+    key: of the pipeline run. process: psutil's, at whose end the run is over; None where its journals are all there is.
+    """
+    with open(lock_file(root, key), "ab") as log:  # locked as long as the other process has it, as its standard error
+        if lock_descriptor(log.fileno(), blocking=False):
+            last = () if process is None else (str(process.pid), str(process.create_time()))
+            nothing = subprocess.DEVNULL
+            subprocess.Popen(
+                command("pipeline.tracking.outbox", str(root), key, *last),
+                stdin=nothing,
+                stdout=nothing,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the stages: they say how their runs end
+            )
+
+
+def at_work(root: Path, key: str) -> bool:
+    """Tell whether the process that delivers the journals of a pipeline run is there."""
+    with open(lock_file(root, key), "ab") as log:
+        return not lock_descriptor(log.fileno(), blocking=False)
+
+
+def lock_file(root: Path, key: str) -> Path:
+    """Return the file that this process has locked while it is there, and to which it writes what goes wrong in it."""
+    return journal_folder(root) / f".courier-{key}.log"
+
+
 def main() -> None:
-    """Deliver the journal of the process that started this one, after those that earlier ones left."""
-    root, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    """Deliver the journals of a pipeline run, after those that earlier processes left."""
+    import psutil
+
+    root, key, *last = sys.argv[1:]
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all of a stage: its end is still to be delivered
     os.chdir(root)
     store.quiet_environment()
-    with held(folder) as mine:
-        if mine:
-            status = _Courier(root, folder).run()
-            if status == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-            sys.exit(status)
+    process = None
+    if last:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(last[0]))
+            process = process if process.create_time() == float(last[1]) else None
+    _Courier(Path(root), key, process).run()
+    lock_file(Path(root), key).unlink(missing_ok=True)
 
 
 class _Courier:
-    """Follows a journal until its writer is gone: standard input closes, and the lock of the journal is free."""
+    """Delivers the journals of a pipeline run as they grow, until `process` ends, and they with it.
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.folder = folder
-        self.outbox = Outbox(root, _say)
+    The runs of a journal whose writer was killed end at once. What a person should read goes to the journals' writers.
+    """
+
+    def __init__(self, root: Path, key: str, process: Any) -> None:
+        self.root, self.said, self.process = root, said_file(key), process
+        self.outbox = Outbox(root, self._say)
         self.away = False  # whether it was reported that the store is away
-        self.behind = True  # journals of earlier processes may wait
-        self.writer_gone = threading.Event()
+        self.missed, self.pause = False, POLL_SECONDS
+        self.known: set[Path] = set()
 
-    def run(self) -> int:
-        """Return 0 when all is delivered, 3 when something waits for the store."""
+    def run(self) -> None:
         threading.Thread(target=self._watch, daemon=True).start()
-        pause, missed = POLL_SECONDS, False
+        due = 0.0
         while True:
-            ended = self.writer_gone.is_set() and bury(self.folder)
-            try:
-                if self.behind:
-                    sync(self.outbox, leave=self.folder)
-                    self.behind = False
-                count = self.outbox.deliver(self.folder)
-                if missed and count:
-                    _say(f"MLflow at {self.outbox.uri} is back, it has {count} records that it missed")
-                missed, pause = False, POLL_SECONDS
-                if ended:
-                    return 0
-            except Away as error:
-                self._tell(str(error))
-                missed, pause = True, min(2 * pause, LONGEST_PAUSE)  # not tenacity: its sleep would not see the writer end
-                if ended:
-                    return 3
-            if not self.writer_gone.is_set():
-                readable, _, _ = select.select([sys.stdin], [], [], pause)
-                if readable:  # it never writes: its end is there
-                    self.writer_gone.set()
-                    timer = threading.Timer(LEAVE_SECONDS, os._exit, (3,))
-                    timer.daemon = True
-                    timer.start()
-            elif not ended:
-                time.sleep(0.2)
+            lasts, now = self._lasts(), time.monotonic()
+            mine = self._mine()
+            for folder in mine:
+                with held(folder) as free:
+                    if free and ((ended := bury(folder)) or now >= due):
+                        self._deliver(folder, ended=ended)
+            if now >= due:
+                due = time.monotonic() + self.pause
+            if not mine and not lasts:
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def _mine(self) -> list[Path]:
+        return [folder for folder in journals(self.root) if (folder / self.said).exists()]
+
+    def _lasts(self) -> bool:
+        """Whether the pipeline run may have more journals."""
+        import psutil
+
+        with suppress(psutil.NoSuchProcess):
+            return self.process is not None and self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    def _deliver(self, folder: Path, *, ended: bool) -> None:
+        try:
+            if folder not in self.known:  # journals of earlier processes may wait
+                sync(self.outbox, leave=folder)
+                self.known.add(folder)
+            count = self.outbox.deliver(folder)
+        except Away as error:
+            self._tell(str(error))
+            self.missed, self.pause = True, min(2 * self.pause, LONGEST_PAUSE)  # not tenacity: journals end meanwhile
+            if ended:
+                (folder / self.said).unlink(missing_ok=True)  # left to whoever comes next
+            return
+        if self.missed and count:
+            self._say(f"MLflow at {self.outbox.uri} is back, it has {count} records that it missed")
+        self.missed, self.pause = False, POLL_SECONDS
+        if ended:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _tell(self, why: str) -> None:
         if not self.away:
             self.away = True
-            _say(
+            self._say(
                 f"{why}. Work goes on; what MLflow misses is kept in work/tracking and sent by the next run, or by "
                 "`dpar-cli runs sync`"
             )
 
     def _watch(self) -> None:
-        """Say that the store does not answer while a request hangs."""
+        """Say that the store does not answer while a request hangs, and leave it when nobody waits for it any more."""
         patience = LOCAL_PATIENCE if self.outbox.uri.startswith("sqlite:") else PATIENCE
-        while not self.away:
+        while True:
             time.sleep(0.5)
-            if time.monotonic() - self.outbox.asked > patience:
+            waited = time.monotonic() - self.outbox.asked
+            if waited > patience:
                 self._tell(f"MLflow at {self.outbox.uri} has not answered for {patience:g} s")
+            if waited > LEAVE_SECONDS and not self._lasts() and not any(map(_is_written, self._mine())):
+                os._exit(3)
+
+    def _say(self, sentence: str) -> None:
+        for folder in self._mine():
+            with suppress(OSError), open(folder / self.said, "a") as stream:  # nobody listens where it is gone
+                print(sentence, file=stream, flush=True)
 
 
-def _say(sentence: str) -> None:
-    with suppress(OSError, ValueError):  # nobody listens any more
-        print(sentence, flush=True)
+def said_file(key: str) -> str:
+    """Return the name of the file in a journal by which a pipeline run's courier knows it and speaks to its writer."""
+    return f"said-{key}"
+
+
+def _is_written(folder: Path) -> bool:
+    """Whether the writer of a journal is alive."""
+    try:
+        with open(folder / EVENTS, "rb") as stream:
+            return not lock_descriptor(stream.fileno(), blocking=False)
+    except FileNotFoundError:
+        return False

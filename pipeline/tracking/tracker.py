@@ -1,33 +1,31 @@
 """MLflow: every stage a run, all runs of one pipeline run under one parent. Written from the driver process only.
 
-Every event goes to a journal on local disk at once; a process beside this one (outbox.py) brings it to MLflow. So an
-MLflow that is slow, away or broken costs the work no time, and no value is lost.
+Every event goes to a journal on local disk at once; a process beside those of the pipeline run (outbox.py) brings it to
+MLflow. So an MLflow that is slow, away or broken costs the work no time, and no value is lost.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dpar_core.files import digest_of, sha256_file
 from pipeline.presets.use import preset_of
 from pipeline.tracking import summary
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.models import LoggedModel, models_of
-from pipeline.tracking.outbox import journal_folder
-from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, store_root
+from pipeline.tracking.outbox import SENT, at_work, journal_folder, launch, lock_file, said_file
+from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, store_root, tracking_uri
 from pipeline.tracking.system import system_metrics
 from stages.artifacts import FOLDER, OUTPUTS, REPORT_PAGE, SAMPLE_GRID, SAMPLES
 from stages.tracker import LineProgress, Progress, rate_words
-from stages.workers.child import command
 
 PASS_TAG = "dpar.pass"
 CLOSE_SECONDS = 15.0  # that the end of a stage waits for the store
@@ -82,24 +80,21 @@ def process_tags(process: Any = None) -> dict[str, str]:
 
 
 class Recording:
-    """A journal and the process that delivers it. Runs have keys of our own, which name them before MLflow does."""
+    """A journal that is being delivered. Runs have keys of our own, which name them before MLflow does."""
 
     def __init__(self, root: Path, name: str) -> None:
-        root = store_root(root)
+        identity, _, process = pass_identity(root)
+        self.root, self.key = store_root(root), digest_of([identity, tracking_uri(root)])
+        self._last = None if process.pid == os.getpid() else process
         self.name, self.bar = name, None
-        self.journal = Journal(journal_folder(root), name)
-        (self.journal.folder / "sent.json").touch()
-        log = open(self.journal.folder / "outbox.log", "wb")  # noqa: SIM115
-        self._outbox = subprocess.Popen(
-            command("pipeline.tracking.outbox", str(root), str(self.journal.folder)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for us: we close the runs
-        )
-        log.close()
-        self._listener = threading.Thread(target=self._listen, name="outbox", daemon=True)
+        self.journal = Journal(journal_folder(self.root), name)
+        (self.journal.folder / SENT).touch()
+        self._said = self.journal.folder / said_file(self.key)
+        self._said.touch()
+        launch(self.root, self.key, self._last)
+        self._closed = threading.Event()
+        said = open(self._said)  # noqa: SIM115
+        self._listener = threading.Thread(target=self._listen, args=(said,), name="outbox", daemon=True)
         self._listener.start()
 
     def run(self, key: str, name: str, *, tags: Mapping[str, str], parent: str | None = None, once: bool = False) -> str:
@@ -126,28 +121,33 @@ class Recording:
     def close(self) -> None:
         """Let the rest be delivered, for some seconds; what is left then is kept and named."""
         self.journal.close()
-        assert self._outbox.stdin is not None  # a pipe, as asked for
-        with suppress(OSError):
-            self._outbox.stdin.close()
-        try:
-            self._outbox.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._say(
-                f"MLflow is slow: records of {self.name} that it does not have yet are kept in work/tracking and sent by "
-                "the next run, or by `dpar-cli runs sync`"
-            )
-            return
+        until, again = time.monotonic() + CLOSE_SECONDS, True
+        kept = (
+            f"records of {self.name} that it does not have yet are kept in work/tracking and sent by the next run, or by "
+            "`dpar-cli runs sync`"
+        )
+        while self._said.exists():
+            if not at_work(self.root, self.key) and self._said.exists():
+                if not again:
+                    self._say(f"the process that writes to MLflow ended: {kept} (details: {lock_file(self.root, self.key)})")
+                    break
+                again = False  # it was about to leave when this journal began
+                launch(self.root, self.key, self._last)
+            if time.monotonic() > until:
+                self._say(f"MLflow is slow: {kept}")
+                break
+            time.sleep(0.05)
+        self._closed.set()
         self._listener.join(1)
-        if self._outbox.returncode not in (0, 3):
-            self._say(
-                f"the process that writes to MLflow ended with status {self._outbox.returncode}: records of {self.name} are "
-                f"kept and sent by the next run, or by `dpar-cli runs sync`; details in {self.journal.folder}/outbox.log"
-            )
 
-    def _listen(self) -> None:
-        assert self._outbox.stdout is not None
-        for line in self._outbox.stdout:
-            self._say(line.rstrip("\n"))
+    def _listen(self, said: TextIO) -> None:
+        with said:
+            while True:
+                closed = self._closed.wait(0.2)
+                for line in said:
+                    self._say(line.rstrip("\n"))
+                if closed:
+                    return
 
     def _say(self, sentence: str) -> None:
         if self.bar is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,6 +132,13 @@ class Project:
 def make_project(root: Path, **changes: dict) -> Project:
     """Return a project with images, manifest and tokenizer made."""
     return Project(root, tiny_params(put_images(root / "images"), **changes)).data()
+
+
+def run_stage(root: Path, images: Path, stage: str, **changes: dict) -> None:
+    """Run one stage as a process of its own. It is here as such a process would import pytest for a function of a test."""
+    os.setsid()
+    torch.set_num_threads(1)
+    getattr(Project(root, tiny_params(images, **changes)), stage)()
 
 
 def copy_of(project: Project, root: Path, **changes: dict) -> Project:

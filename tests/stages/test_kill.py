@@ -1,43 +1,34 @@
 """kill -9 at random moments, again and again: the run that ends gives the bytes of an undisturbed one."""
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.tiny_data import Project, make_project, tiny_params
+from tests.helpers.processes import fork_server
+from tests.helpers.tiny_data import Project, make_project, run_stage
 
 KILLS = 10
+SMALL_SHARDS = {"tokenize_images": {"shard_images": 2}}
 OUTPUTS = {
     "entropies": ("entropies",),
     "patch_maps": ("patch_maps", "patch_maps.json", "lengths.csv"),
 }
 
 
-def run_stage(root: Path, images: Path, stage: str) -> None:
-    os.setsid()
-    torch.set_num_threads(1)
-    getattr(Project(root, tiny_params(images, tokenize_images={"shard_images": 2})), stage)()
-
-
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that start fast: torch and the stages are imported once, in a server that forks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers.tiny_data"])
-    return context
+    return fork_server()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Project:
     torch.set_num_threads(1)
-    project = make_project(tmp_path_factory.mktemp("whole"), tokenize_images={"shard_images": 2})
+    project = make_project(tmp_path_factory.mktemp("whole"), **SMALL_SHARDS)
     return project.tokenize().entropies().patch_maps()
 
 
@@ -52,7 +43,7 @@ def test_ten_kills_end_with_the_same_bytes(whole, tmp_path, processes, stage):
     dice, moments = random.Random(stage), []
 
     def start():
-        child = processes.Process(target=run_stage, args=(tmp_path, whole.root / "images", stage))
+        child = processes.Process(target=run_stage, args=(tmp_path, whole.root / "images", stage), kwargs=SMALL_SHARDS)
         child.start()
         return child
 

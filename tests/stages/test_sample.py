@@ -174,12 +174,6 @@ def test_decoded_pixels_do_not_depend_on_neighbours(artifacts):
     assert np.array_equal(np.concatenate([sampler.pixels(one, resize=10) for one in tokens.split(2)]), whole)
 
 
-@pytest.mark.slow
-def test_ray_workers_draw_the_same_bytes(artifacts, tmp_path):
-    alone = run_dpar(artifacts, tmp_path / "alone")
-    assert same(alone, run_dpar(artifacts, tmp_path / "workers", workers=2, batch_size=3))
-
-
 def test_an_edited_rule_is_refused_and_so_is_one_of_another_entropy_model(tmp_path):
     made = write_artifacts(tmp_path)
     text = made.rule.read_text()

@@ -18,6 +18,7 @@ from dpar_core.patches.maps import EntropyMaps, PatchMaps, rule_precision, write
 from dpar_core.patches.rule import PatchRule, starts_from_lengths
 from stages import entropies, patch_maps, tokenize_images
 from stages.tracker import NullTracker
+from stages.workers.tasks import run_units
 from tests.helpers.tiny_data import CODES, Project, copy_of, make_project, save_entropy_model, save_tokenizer, tiny_params
 
 ALL = ("tokens", "tokens.json", "entropies", "patch_maps", "patch_maps.json", "lengths.csv")
@@ -314,10 +315,10 @@ def test_other_patch_modes_make_maps_too(project, tmp_path, rule):
     assert isinstance(maps.rule, PatchRule) and maps.rule.mode == rule
 
 
-@pytest.mark.slow
-def test_ray_actors_make_the_same_bytes(project, tmp_path):
-    workers = {"tokenize_images": {"workers": 2}, "entropies": {"workers": 2}}
-    other = copy_of(project, tmp_path / "other", **workers).tokenize().entropies().patch_maps()
+def test_shards_that_are_made_in_another_order_are_the_same_bytes(project, tmp_path, monkeypatch):
+    for module in (tokenize_images, entropies, patch_maps):
+        monkeypatch.setattr(module, "run_units", lambda units, *rest, **more: run_units(units[::-1], *rest, **more))
+    other = copy_of(project, tmp_path / "other").tokenize().entropies().patch_maps()
     assert other.bytes(*ALL) == project.bytes(*ALL)
 
 

@@ -126,14 +126,25 @@ class BreaksOff(NullTracker):
 @pytest.fixture
 def quick(monkeypatch):
     """Checkpoints every 2 steps, a log line every step, dead codes restarted every 2 steps."""
+    be_quick(monkeypatch)
+
+
+def be_quick(patch):
     for name, value in (("CHECKPOINT_EVERY", 2), ("LOG_EVERY", 1), ("RESTART_EVERY", 2)):
-        monkeypatch.setattr(stage, name, value)
+        patch.setattr(stage, name, value)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, manifest) -> tuple[bytes, ...]:
+    """What an undisturbed run with the values of `quick` writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        be_quick(patch)
+        return contents(run_stage(tmp_path_factory.mktemp("whole"), manifest, settings()))
 
 
 # Steps 0..2 run unquantized, step 3 places the codes, steps 4 and 6 restart dead ones, 10 is the end.
 @pytest.mark.parametrize("after", [1, 2, 3, 4, 5, 7, 9])
-def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, manifest, quick, after):
-    whole = contents(run_stage(tmp_path / "whole", manifest, settings()))
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, manifest, quick, whole, after):
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path / "broken", manifest, settings(), BreaksOff(after))
     assert not (tmp_path / "broken" / "tokenizer.safetensors").exists()
@@ -158,8 +169,12 @@ from pathlib import Path
 from tests.stages import test_tokenizer_stage as t
 t.torch.set_num_threads(1)
 t.stage.CHECKPOINT_EVERY = 20
+class Stalls(t.NullTracker):
+    def log_metrics(self, metrics, step=None):
+        if step is not None and step >= 40:
+            t.time.sleep(300)
 data = t.P.Data.model_validate_json({data!r})
-t.run_stage(Path({folder!r}), (data, Path({manifest!r})), t.settings(steps=300))
+t.run_stage(Path({folder!r}), (data, Path({manifest!r})), t.settings(steps=60), Stalls())
 """
 
 
@@ -177,14 +192,13 @@ def test_a_killed_process_is_continued_to_the_same_bytes(tmp_path, manifest, mon
     assert process.wait() == -signal.SIGKILL
     assert list(checkpoints.glob("step-*")) and not (tmp_path / "killed" / "tokenizer.safetensors").exists()
     monkeypatch.setattr(stage, "CHECKPOINT_EVERY", 20)
-    found = contents(run_stage(tmp_path / "killed", manifest, settings(steps=300)))
-    assert found == contents(run_stage(tmp_path / "whole", manifest, settings(steps=300)))
+    found = contents(run_stage(tmp_path / "killed", manifest, settings(steps=60)))
+    assert found == contents(run_stage(tmp_path / "whole", manifest, settings(steps=60)))
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, manifest, quick):
-    first = contents(run_stage(tmp_path / "a", manifest, settings()))
-    assert contents(run_stage(tmp_path / "b", manifest, settings())) == first
-    assert contents(run_stage(tmp_path / "c", manifest, settings(), seed=1))[0] != first[0]
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, manifest, quick, whole):
+    assert contents(run_stage(tmp_path / "b", manifest, settings())) == whole
+    assert contents(run_stage(tmp_path / "c", manifest, settings(), seed=1))[0] != whole[0]
 
 
 def test_the_metrics_file_the_tracker_and_the_weights_agree(tmp_path, manifest, quick):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -15,7 +16,6 @@ from dpar_core.data.shards import TokenShards
 from dpar_core.files import load_weights
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import GPTConfig
-from dpar_core.system import cpus
 from dpar_core.training.checkpoint import Architecture
 from dpar_core.training.parallel import Ranks
 from stages import entropy_model, train
@@ -24,6 +24,7 @@ from stages.shared import jobs as training
 from stages.shared.jobs import JobData, TrainJob, train_job
 from stages.tracker import NullTracker
 from stages.workers.fit import Event
+from tests.helpers.processes import gone
 from tests.helpers.tiny_shards import ENTROPY_MODEL, GRID, ROOT, tiny_params, write_maps, write_tokens
 
 
@@ -249,6 +250,8 @@ STAGE = """
 from pathlib import Path
 from tests.stages.test_training_stages import run_stage
 from stages.tracker import PrintTracker
+import torch
+torch.set_num_threads(1)
 run_stage({name!r}, Path({data!r}), Path({out!r}), Path({work!r}), PrintTracker(), steps=60, checkpoint_every=5,
           equal_time_step=33)
 """
@@ -275,8 +278,10 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_bytes(data, tmp_path, m
     while killed.poll() is None and not list((tmp_path / "work").glob("run-*/step-*")):
         time.sleep(0.02)
     assert killed.poll() is None, killed.stdout.read()
+    (trains,) = psutil.Process(killed.pid).children()
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
+    assert gone(trains.pid)  # the training process does not outlive who started it
     (run,) = (tmp_path / "work").glob("run-*")
     steps = sorted(int(path.name[5:]) for path in run.glob("step-*"))
     assert steps and steps[-1] < 60 and not (tmp_path / "out").exists()
@@ -287,7 +292,6 @@ def test_a_stage_killed_in_the_middle_ends_with_the_same_bytes(data, tmp_path, m
     assert f"step {steps[-1] - 3} " not in output and "step 60 train/loss=" in output
 
     monkeypatch.setattr(training.ray_train, "fit", in_process)
-    torch.set_num_threads(cpus())
     run_stage("llamagen", data, tmp_path / "whole", tmp_path / "other", steps=60, checkpoint_every=5, equal_time_step=33)
     for file in ("model.safetensors", "snapshots/step-00000033.safetensors", "curve.csv", "metrics.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file

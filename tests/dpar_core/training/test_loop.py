@@ -40,14 +40,22 @@ def same_weights(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("kind", ["gpt", "dpar"])
+RESUMED = {"accumulate": 2, "log_every": 1, "validate_every": 4, "precision": "bf16"}
+
+
+@pytest.fixture(scope="module", params=["gpt", "dpar"])
+def undisturbed(request, tmp_path_factory):
+    """A kind of model, and the progress and end of a run of it."""
+    torch.set_num_threads(1)
+    return request.param, *tiny_run(tmp_path_factory.mktemp("whole"), request.param, **RESUMED)[:2]
+
+
 @pytest.mark.parametrize("crash_after", [3, 5, 7, 12])
-def test_resumed_run_ends_with_the_same_weights(tmp_path, kind, crash_after):
-    options = {"accumulate": 2, "log_every": 1, "validate_every": 4, "precision": "bf16"}
-    whole, expected, _ = tiny_run(tmp_path / "whole", kind, **options)
+def test_resumed_run_ends_with_the_same_weights(tmp_path, undisturbed, crash_after):
+    kind, whole, expected = undisturbed
     with pytest.raises(KeyboardInterrupt):
-        tiny_run(tmp_path / "broken", kind, hooks=Recorder(crash_after), **options)
-    resumed, found, hooks = tiny_run(tmp_path / "broken", kind, **options)
+        tiny_run(tmp_path / "broken", kind, hooks=Recorder(crash_after), **RESUMED)
+    resumed, found, hooks = tiny_run(tmp_path / "broken", kind, **RESUMED)
     assert hooks.began == [crash_after // 5 * 5 if crash_after > 5 else 0]
     assert same_weights(found.model(), expected.model())
     assert same_weights(found.optimizer(), expected.optimizer())

@@ -14,6 +14,7 @@ from dpar_core.training import parallel
 from dpar_core.training.loop import TrainingStopped, train
 from dpar_core.training.parallel import Ranks
 from tests.helpers import training_fixtures as tiny
+from tests.helpers.processes import fork_server
 
 QUIET = replace(tiny.DPAR_CONFIG, dropout=0.0, class_dropout=0.0)
 
@@ -67,12 +68,13 @@ def worker(rank: int, world: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> Path:
-    """What two processes made of every scenario (they start once, as importing torch is what takes long)."""
+    """What two processes made of every scenario."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("together")
     with pytest.raises(KeyboardInterrupt):
         run(folder / "begun alone", Ranks(), crash_after=7)
-    mp.start_processes(worker, (2, folder), nprocs=2, start_method="spawn")
+    fork_server()
+    mp.start_processes(worker, (2, folder), nprocs=2, start_method="forkserver")
     return folder
 
 

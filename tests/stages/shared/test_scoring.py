@@ -1,14 +1,11 @@
 """Features spread over workers: what one process gives, bit by bit."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from dpar_core.evaluation.measure import PIECE
 from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
 from stages.shared.scoring import measure
-from stages.workers.cluster import connected
 
 
 def pictures(count):
@@ -22,16 +19,6 @@ def same(a, b):
         assert one.count == other.count
         np.testing.assert_array_equal(one.mean, other.mean)
         np.testing.assert_array_equal(one.covariance, other.covariance)
-
-
-def test_workers_give_what_one_process_gives_and_end_with_their_own_sentence(network):
-    images, done = pictures(2 * PIECE + 70), []
-    with connected():
-        alone, spread = measure(network, images), measure(network, images, workers=2, done=done.append)
-        with pytest.raises(ValueError, match=r"^\S+ is another network on this machine .*: share one file$"):
-            measure(replace(network, digest="0" * 16), images, workers=1)
-    same(alone, spread)
-    assert sorted(done) == [70, PIECE, PIECE]
 
 
 @pytest.mark.parametrize("count", [2, PIECE + 1, 2 * PIECE + 1])

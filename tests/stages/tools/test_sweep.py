@@ -17,7 +17,15 @@ from stages.shared.scoring import make_reference, measure, settings_of
 from stages.tools import sweep
 from stages.tools.sweep import Point, Subject, SweepPlan, Trial
 from stages.tracker import NullTracker
+from stages.workers import cluster
 from tests.helpers.sample_artifacts import ROOT, sample_section, write_artifacts
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    """One start of Ray for all sweeps of this file: `connected` takes the one that is there."""
+    with cluster.connected():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,10 @@ def without_clock(results):
     return [replace(one, seconds=0.0, images_per_s=0.0) for one in results]
 
 
-def test_a_grid_is_searched_the_best_are_drawn_again_and_a_second_start_runs_only_what_is_missing(subject, tmp_path):
+@pytest.mark.slow
+def test_a_grid_is_searched_the_best_are_drawn_again_and_a_second_start_runs_only_what_is_missing(
+    ray_here, subject, tmp_path
+):
     outcome, reported = run(subject, plan(), tmp_path)
     assert [one.point for one in outcome.search] == [Point(1.0, 1.0), Point(1.0, 2.0), Point(2.6, 1.0), Point(2.6, 2.0)]
     assert not outcome.failed
@@ -129,7 +140,8 @@ def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_pat
     assert result.patches_per_image == pytest.approx(np.mean(counts))
 
 
-def test_a_failed_trial_is_told_and_sinks_no_other(subject, tmp_path):
+@pytest.mark.slow
+def test_a_failed_trial_is_told_and_sinks_no_other(ray_here, subject, tmp_path):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not weights")
     files = replace(subject.models[None], model=broken)
@@ -139,7 +151,8 @@ def test_a_failed_trial_is_told_and_sinks_no_other(subject, tmp_path):
     assert "is not a safetensors file" in outcome.failed[0].error
 
 
-def test_optuna_goes_on_from_the_trials_it_finds(subject, tmp_path):
+@pytest.mark.slow
+def test_optuna_goes_on_from_the_trials_it_finds(ray_here, subject, tmp_path):
     first, _ = run(subject, plan(search="optuna", trials=2, final_images=0), tmp_path)
     assert len(first.search) == 2
     again, _ = run(subject, plan(search="optuna", trials=3, final_images=0), tmp_path)
@@ -179,7 +192,8 @@ def test_too_few_images_for_a_distance_are_refused_before_the_first_trial(subjec
     assert not (tmp_path / "work" / "tune").exists()
 
 
-def test_more_trials_at_once_than_the_machine_holds_are_refused(subject, tmp_path):
+@pytest.mark.slow
+def test_more_trials_at_once_than_the_machine_holds_are_refused(ray_here, subject, tmp_path):
     with pytest.raises(ValueError, match="`--concurrency` asks for 4096 workers"):
         run(subject, plan(concurrency=4096), tmp_path)
     assert not list((tmp_path / "trials").glob("*.json"))

@@ -1,6 +1,7 @@
 """Models of a sweep that trains: one for each threshold, taken from where they are when nothing has changed."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,10 +11,12 @@ from dpar_core.data.shards import TokenShards
 from dpar_core.files import load_weights
 from dpar_core.patches.maps import PatchMaps, read_rule
 from stages import train
+from stages.shared import jobs
 from stages.shared.sampler import Files
 from stages.tools.sweep_models import retrain
 from stages.tracker import NullTracker
 from tests.helpers.tiny_data import make_project
+from tests.stages.test_training_stages import in_process
 
 LOW, HIGH = 1.0, 2.6  # nats of 16 codes (at most 2.77)
 SMALL = {
@@ -61,10 +64,12 @@ class Sweep:
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory) -> Sweep:
+def sweep(tmp_path_factory) -> Iterator[Sweep]:
     torch.set_num_threads(1)
     model = {"width": 32, "heads": 2, "patch_layers": 1, "decoder_layers": 1, "ffn_multiple": 32}
-    return Sweep(make_project(tmp_path_factory.mktemp("project"), model=model, train=SMALL).tokenize().entropies())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs.ray_train, "fit", in_process)
+        yield Sweep(make_project(tmp_path_factory.mktemp("project"), model=model, train=SMALL).tokenize().entropies())
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from stages.workers import fit as ray_train
 from stages.workers.cluster import Node
 from stages.workers.fit import Scale, _Marker, _Tail, _worker
 from stages.workers.lock import locked
+from tests.helpers.processes import fork_server
 from tests.helpers.tiny_shards import CODES, GRID, ROOT, tiny_params, write_maps, write_tokens
 from tests.stages.test_training_stages import Silent
 
@@ -250,8 +251,10 @@ STAGE = """
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from stages.workers import fit
 from tests.stages.test_training_stages import run_stage
 from stages.tracker import PrintTracker
+fit._LOST_WORKERS = 1
 run_stage("dpar", Path({data!r}), Path({out!r}), Path({work!r}), PrintTracker(), workers=2, steps=120)
 """
 
@@ -272,7 +275,8 @@ def undisturbed_rank(rank: int, data: Path, root: Path) -> None:
 def test_a_run_survives_a_killed_node(tmp_path):
     """Two nodes of one CPU with a worker each; one is killed in the middle, and as on a cloud another one comes.
 
-    It comes after ten tries to start the workers (a minute each in earnest): the run waits for it.
+    It comes after more tries to start the workers (a second each, a minute in earnest) than the run may lose workers (one,
+    ten in earnest): the run waits for it.
     The end is bit by bit that of two ranks which nothing disturbed.
     """
     cluster._quiet()
@@ -292,7 +296,7 @@ def test_a_run_survives_a_killed_node(tmp_path):
             time.sleep(0.05)
         assert run.poll() is None, (tmp_path / "output").read_text()
         nodes.remove_node(lost, allow_graceful=False)
-        time.sleep(10)
+        time.sleep(4)
         nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
         assert run.wait(300) == 0, (tmp_path / "output").read_text()
     finally:
@@ -302,7 +306,8 @@ def test_a_run_survives_a_killed_node(tmp_path):
     assert begun[0] == 0 and len(begun) == 2 and 0 < begun[1] < 120
 
     undisturbed = tmp_path / "undisturbed"
-    mp.start_processes(undisturbed_rank, (tmp_path, undisturbed), nprocs=2, start_method="spawn")
+    fork_server()
+    mp.start_processes(undisturbed_rank, (tmp_path, undisturbed), nprocs=2, start_method="forkserver")
     expected = load_weights(undisturbed / "step-00000120" / "model.safetensors", kind="dpar")
     found = load_weights(tmp_path / "out" / "model.safetensors", kind="dpar")
     assert found.config == expected.config and found.meta["step"] == expected.meta["step"] == 120

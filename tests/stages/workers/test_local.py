@@ -2,8 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 
 from dpar_core.training import allocator
 from dpar_core.training.parallel import Ranks
-from stages.workers import cluster
+from stages.workers import cluster, local
 from stages.workers import fit as ray_train
 from stages.workers.fit import Scale, TrainingFailed
+from tests.helpers.processes import gone
 
 ALONE = Scale(1, 1, 0, group=False, threads=1)
 
@@ -60,47 +60,51 @@ def test_reports_and_the_result_come_back_without_a_cluster(tmp_path, capfd):
     assert not any(word in said.out + said.err for word in ("INFO", "Error", "Reported metrics"))
 
 
-def fails(*, ranks, hooks):
-    raise ValueError("shard 3 is short")
+class Dies:
+    """Ends the process that unpickles it: nothing has to be imported there first."""
 
+    def __init__(self, how, code) -> None:
+        self.how, self.code = how, code
 
-def dies(how, code, *, ranks, hooks):
-    how(code)
+    def __reduce__(self):
+        return self.how, (self.code,)
 
 
 @pytest.mark.parametrize(
-    ("function", "error", "message"),
+    ("function", "message"),
     [
-        (fails, TrainingFailed, "^shard 3 is short$"),
-        (partial(dies, signal.raise_signal, signal.SIGKILL), RuntimeError, r"was killed \(signal 9\): .* want of memory"),
-        (partial(dies, os._exit, 3), RuntimeError, "ended with exit status 3, .* goes on from the last checkpoint$"),
+        (Dies(signal.raise_signal, signal.SIGKILL), r"was killed \(signal 9\): .* want of memory"),
+        (Dies(os._exit, 3), "ended with exit status 3, .* goes on from the last checkpoint$"),
     ],
-    ids=["says why", "is killed", "ends"],
+    ids=["is killed", "ends"],
 )
-def test_what_ends_the_process_is_reported_in_one_sentence(tmp_path, function, error, message):
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / ray_train.RETURNED).write_bytes(b"of an earlier call")
-    with pytest.raises(error, match=message) as caught:
-        fit(function, tmp_path)
+def test_what_ends_the_process_is_reported_in_one_sentence(tmp_path, function, message):
+    returned = tmp_path / "returned.json"
+    returned.write_bytes(b"of an earlier call")
+    thread = local.LocalFit(local.Call("run", function, returned))
+    thread.join()
+    with pytest.raises(RuntimeError, match=message) as caught:
+        thread.outcome()
     assert "\n" not in str(caught.value)
+
+
+def test_a_reason_that_the_process_returns_is_raised(tmp_path, monkeypatch):
+    class Returns(threading.Thread):
+        def outcome(self):
+            return {"error": "shard 3 is short"}
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(ray_train, "LocalFit", lambda call: Returns())
+    with pytest.raises(TrainingFailed, match=r"^shard 3 is short$"):
+        fit(print, tmp_path)
 
 
 def sleeps(*, ranks, hooks):
     Path(hooks.root, "pid").write_text(str(os.getpid()))
     hooks.begin(0)
     time.sleep(300)
-
-
-def gone(process: int) -> bool:
-    """Return whether a process ends within some seconds (a zombie nobody waited for has ended)."""
-    for _ in range(100):
-        try:
-            if Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_ctrl_c_ends_the_process(tmp_path):
@@ -110,20 +114,3 @@ def test_ctrl_c_ends_the_process(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(sleeps, tmp_path, interrupt)
     assert gone(int((tmp_path / "run" / "pid").read_text()))
-
-
-PARENT = """
-from pathlib import Path
-from tests.stages.workers import test_local
-test_local.fit(test_local.sleeps, Path({folder!r}))
-"""
-
-
-def test_the_process_does_not_outlive_who_started_it(tmp_path):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(folder=str(tmp_path))])
-    note = tmp_path / "run" / "pid"
-    while not (note.exists() and note.read_text()) and parent.poll() is None:
-        time.sleep(0.05)
-    parent.kill()
-    parent.wait()
-    assert gone(int(note.read_text()))

@@ -1,0 +1,48 @@
+"""Work spread over Ray's processes makes what one process makes, bit by bit. All tests share one start of Ray."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpar_core.evaluation.measure import PIECE
+from stages.shared.scoring import measure
+from stages.workers import cluster
+from tests.helpers.sample_artifacts import write_artifacts
+from tests.helpers.tiny_data import copy_of, make_project
+from tests.stages.shared.test_scoring import pictures
+from tests.stages.shared.test_scoring import same as same_features
+from tests.stages.test_sample import run_dpar, same
+from tests.stages.test_token_stages import ALL
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here():
+    torch.set_num_threads(1)
+    with cluster.connected():
+        yield
+
+
+def test_ray_actors_make_the_same_bytes(tmp_path):
+    """Two actors cut images into shards. In the other tests one shows that the work travels (order: test_token_stages)."""
+    alone = make_project(tmp_path / "alone").tokenize().entropies().patch_maps()
+    workers = {"tokenize_images": {"workers": 2}, "entropies": {"workers": 1}}
+    other = copy_of(alone, tmp_path / "other", **workers).tokenize().entropies().patch_maps()
+    assert other.bytes(*ALL) == alone.bytes(*ALL)
+
+
+def test_ray_workers_draw_the_same_bytes(tmp_path):
+    artifacts = write_artifacts(tmp_path)
+    alone = run_dpar(artifacts, tmp_path / "alone")
+    assert same(alone, run_dpar(artifacts, tmp_path / "workers", workers=1, batch_size=3))
+
+
+def test_workers_give_the_features_that_one_process_gives_and_end_with_their_own_sentence(network):
+    images, done = pictures(2 * PIECE + 70), []
+    alone, spread = measure(network, images), measure(network, images, workers=1, done=done.append)
+    same_features(alone, spread)
+    assert sorted(done) == [70, PIECE, PIECE]
+    with pytest.raises(ValueError, match=r"^\S+ is another network on this machine .*: share one file$"):
+        measure(replace(network, digest="0" * 16), images, workers=1)
