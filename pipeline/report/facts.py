@@ -71,21 +71,21 @@ def _stage(folder: Path) -> str:
 def read_training(folder: Path) -> TrainingFacts:
     """Read a folder that a training stage wrote. Raises ValueError when curve and timings have different steps."""
     header = read_weights_header(folder / WEIGHTS)
-    config = (DPARConfig if header["kind"] == "dpar" else GPTConfig)(**header["config"])
     timings, way_out = read_json(folder / TIMINGS), f"run `dvc repro -f {_stage(folder)}`"
-    if not isinstance(timings, dict) or not {"curve", "seconds"} <= timings.keys():
-        raise ValueError(f"{folder / TIMINGS} is of another version: {way_out}")
-    expected = timings.get("curve_sha256")
-    if expected is not None and sha256_file(folder / CURVE) != expected:
-        raise ValueError(f"{folder / CURVE} is damaged or was edited: {way_out}")
-    with open(folder / CURVE, newline="") as stream:
-        losses = [(int(r["step"]), float(r["train/loss"]), float(r["validation/loss"])) for r in csv.DictReader(stream)]
-    steps = [point["step"] for point in timings["curve"]]
-    if not losses or steps != [step for step, _, _ in losses]:
-        raise ValueError(f"{folder}: curve.csv and timings.json are of different runs: {way_out}")
-    curve = tuple((s, p["seconds"], a, b) for (s, a, b), p in zip(losses, timings["curve"]))
-    rates = tuple(point["images_per_s"] for point in timings["curve"])
-    return TrainingFacts(config, losses[-1][0], timings["seconds"], curve, rates)
+    try:
+        config = (DPARConfig if header["kind"] == "dpar" else GPTConfig)(**header["config"])
+        expected = timings.get("curve_sha256")
+        if expected is not None and sha256_file(folder / CURVE) != expected:
+            raise ValueError(f"{folder / CURVE} is damaged or was edited: {way_out}")
+        with open(folder / CURVE, newline="") as stream:
+            losses = [(int(r["step"]), float(r["train/loss"]), float(r["validation/loss"])) for r in csv.DictReader(stream)]
+        if not losses or [point["step"] for point in timings["curve"]] != [step for step, _, _ in losses]:
+            raise ValueError(f"{folder}: curve.csv and timings.json are of different runs: {way_out}")
+        curve = tuple((s, p["seconds"], a, b) for (s, a, b), p in zip(losses, timings["curve"]))
+        rates = tuple(point["images_per_s"] for point in timings["curve"])
+        return TrainingFacts(config, losses[-1][0], timings["seconds"], curve, rates)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} holds {TIMINGS} or {WEIGHTS} of another version ({error}): {way_out}") from None
 
 
 @dataclass(frozen=True)

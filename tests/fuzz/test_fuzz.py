@@ -15,6 +15,7 @@ FOUND = (
     ("checkpoints", 2, 152),
     ("unit of work", 2, 1),
     ("training of a report", 1, 145),
+    ("training of a report", 11, 684),
     ("journal of tracking", 1, 30),
     ("journal of tracking", 2, 152),
 )
