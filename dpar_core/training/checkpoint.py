@@ -238,7 +238,7 @@ def _read_state(content: bytes, step: int) -> dict[str, Any]:
         version, found = state["format"], state["step"]
         files = state["files"]
         known = set(files) == {_MODEL, _OPTIMIZER} and all(isinstance(digest, str) for digest in files.values())
-        Architecture(**state["architecture"])
+        known &= isinstance(Architecture(**state["architecture"]).config, dict)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{_STATE} holds no state of a checkpoint") from None
     if version not in (1, _FORMAT) or found != step or not known:

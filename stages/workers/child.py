@@ -50,6 +50,8 @@ def main() -> None:
     plain_warnings()
     try:
         import_module(module).main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # whoever started this process says so
     except Exception as error:
         if os.environ.get("DPAR_DEBUG") == "1":
             raise

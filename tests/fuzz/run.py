@@ -200,7 +200,8 @@ def judge(
         if target.named and not any(one in sentence for one in names):
             return f"finding\t{where}the sentence names no file: {sentence[:200]}"
         return "refused"
-    if target.sealed and value not in before and not _resealed(where):
+    unsealed = name.endswith(".json") and b'"digest"' not in content  # as files of 0.1.0, which are still read
+    if target.sealed and value not in before and not unsealed and not _resealed(where):
         return f"finding\t{where}damage was accepted"
     return "accepted"
 

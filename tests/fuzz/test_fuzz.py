@@ -16,6 +16,8 @@ FOUND = (
     ("unit of work", 2, 1),
     ("training of a report", 1, 145),
     ("training of a report", 11, 684),
+    ("checkpoints", 11, 71),
+    ("scores", 11, 180),
     ("journal of tracking", 1, 30),
     ("journal of tracking", 2, 152),
 )
