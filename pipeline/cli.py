@@ -87,12 +87,11 @@ def ui(
     from dpar_core.secrets import redacted
     from pipeline.tracking.outbox import opened
     from pipeline.tracking.store import store_root, tracking_uri
-    from pipeline.tracking.ui import check_port, open_when_there
+    from pipeline.tracking.ui import check_port, open_when_there, runs_address
 
     root = _root()
     check_port(port)
-    _, experiment = opened(root)
-    uri, address = tracking_uri(root), f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs"
+    uri, address = tracking_uri(root), runs_address(*opened(root), port)
     print(f"runs        {address}  (there in about 15 s; Ctrl-C stops it)")
     print(f"store       {redacted(uri)}", flush=True)
     artifacts = (store_root(root) / "mlartifacts").as_uri()

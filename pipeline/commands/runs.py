@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.tracking.ui import HEADLINE_METRICS
+
 runs_app = typer.Typer(help="List the pipeline runs in MLflow, show one, or send what MLflow missed.")
 MOST_CHANGES = 4  # params named under a run
-_METRICS = ("dpar_loss", "baseline_loss", "dpar_distance", "baseline_distance", "training_speed", "sampling_speed")
 
 
 @runs_app.callback(invoke_without_command=True)
@@ -88,7 +89,7 @@ def run_lines(runs: Sequence[Any]) -> list[str]:
 def show_lines(run: Any, params: Mapping[str, str]) -> list[str]:
     """Return one pipeline run. params: those of params.yaml, by dotted name."""
     lines = [f"{run.info.run_name}  ({run.info.status}, {run.info.run_id})"]
-    lines += [f"  {name:18} {run.data.metrics[name]:.4g}" for name in _METRICS if name in run.data.metrics]
+    lines += [f"  {name:18} {run.data.metrics[name]:.4g}" for name in HEADLINE_METRICS if name in run.data.metrics]
     other = {name: value for name, value in run.data.params.items() if name in params and params[name] != value}
     lines.append("params as in params.yaml" if not other else "params that differ from params.yaml (run, params.yaml):")
     return [*lines, *(f"  {name} {value}, {params[name]}" for name, value in sorted(other.items()))]

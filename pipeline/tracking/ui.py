@@ -1,10 +1,16 @@
-"""The pages of MLflow: is the port free, and a browser that opens once they are there."""
+"""The pages of MLflow: their address, is the port free, and a browser that opens once they are there."""
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
+from typing import Any
+
+# At the runs of whole pipelines, in this order (see summary.py).
+HEADLINE_METRICS = ("dpar_loss", "baseline_loss", "dpar_distance", "baseline_distance", "training_speed", "sampling_speed")
+_VIEW = "dpar"  # name of the table's view, which is a tag of the experiment
 
 # A process of its own, as the one that asks becomes the server. It gives up after a minute.
 _OPENER = """
@@ -18,6 +24,17 @@ for _ in range(240):
     webbrowser.open(sys.argv[1])
     break
 """
+
+
+def runs_address(client: Any, experiment: str, port: int) -> str:
+    """Return the address of the runs with their headline metrics as columns, and keep that view in the store.
+
+    `workflowType`: without it the pages are those of a product for language models, whatever the experiment's tag says.
+    """
+    view = {"selectedColumns": [f"metrics.`{name}`" for name in HEADLINE_METRICS]}
+    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{_VIEW}", json.dumps(view))
+    query = f"viewStateShareKey={_VIEW}&workflowType=machine_learning"
+    return f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?{query}"
 
 
 def check_port(port: int) -> None:

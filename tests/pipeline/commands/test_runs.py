@@ -1,6 +1,8 @@
 """`dpar-cli runs`: pipeline runs as a table, and what one changed."""
 
+import json
 import shutil
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from pipeline.commands.runs import run_lines, show_lines, sync_runs
 from pipeline.tracking import outbox, store
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.ui import HEADLINE_METRICS, check_port, runs_address
 from tests.helpers.mlflow_stores import closed_port
 
 
@@ -61,3 +64,22 @@ def test_sync_sends_what_dead_processes_left_and_leaves_the_living_alone(fresh_s
     living.close()
     sync_runs()
     assert "sent 3 records of 1 process" in capsys.readouterr().out and outbox.journals(tmp_path) == []
+
+
+def test_the_pages_open_as_those_of_machine_learning_with_the_headline_metrics_as_columns(
+    fresh_store, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(fresh_store, tmp_path)
+    client, experiment = store.connect(tmp_path)
+    address = runs_address(client, experiment, 5001)
+    assert address.startswith(f"http://127.0.0.1:5001/#/experiments/{experiment}/runs?")
+    assert "workflowType=machine_learning" in address
+    key = address.partition("viewStateShareKey=")[2].partition("&")[0]
+    view = json.loads(client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{key}"])
+    assert view["selectedColumns"] == [f"metrics.`{name}`" for name in HEADLINE_METRICS]
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ValueError, match="choose another with --port"):
+        check_port(other.getsockname()[1])
