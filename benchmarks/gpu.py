@@ -1,6 +1,7 @@
 """The whole truth about one GPU in at most eight minutes: is it right, and how fast.
 
     python benchmarks/gpu.py [--out gpu.json] [--parts correctness,sampling,training,data] [--budget 480]
+    python benchmarks/gpu.py --parts sampling --sizes XL --batches 256 [--fused 512]       # one gap of the table
     python benchmarks/gpu.py --device cpu --tiny        # the same code on tiny models, in seconds
 
 Needs torch (2.11 or later), numpy, pyarrow, pillow and safetensors, on CUDA the Triton that comes with torch, and the
@@ -31,7 +32,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ if not __package__:  # started by its path: again as a module, so that this repo
         sys.executable, [sys.executable, "-P", "-m", "benchmarks.gpu", *sys.argv[1:]], {**os.environ, "PYTHONPATH": here}
     )
 
+from dpar_core.choices import Strategy
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
 from dpar_core.generation.sampling import SampleSettings, filter_logits, guide, sample_tokens, uniforms
 from dpar_core.models.dpar import DPAR, DPARConfig
@@ -256,6 +259,10 @@ def correctness(device: torch.device, tiny: bool, budget_s: float, write: Write)
             "ahead": sampled(static=True, schedule="ahead"),
             "not captured": sampled(static=True, schedule="buckets", capture=False),
         }
+        if device.type == "cuda":
+            triton_ops = importlib.import_module("dpar_core.generation.triton_ops")
+            with patch.object(triton_ops, "FUSED", 512):
+                ways["products fused"] = sampled(static=True, schedule="buckets")
         for way, result in ways.items():
             differ = unexplained(result.tokens, expected, few, settings)
             cases[f"{name}, {way}: images that differ from uncached"] = (differ, 0)
@@ -345,24 +352,32 @@ def seconds_of(generator: Any, tokens: Tensor, device: torch.device) -> tuple[fl
 
 
 def sampling(
-    device: torch.device, tiny: bool, budget_s: float, write: Write, *, schedules: tuple[str | None, ...] = (None,)
+    device: torch.device,
+    tiny: bool,
+    budget_s: float,
+    write: Write,
+    *,
+    schedules: tuple[str | None, ...] = (None,),
+    sizes: tuple[str, ...] = (),
+    batches: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Part 2. The baseline and DPAR take turns, at the largest batch they follow each other; medians.
 
-    schedules: of the static decoder (None: its own choice).
+    schedules: of the static decoder (None: its own choice). sizes, batches: of the usual ones (none: all).
     """
     scale, until = TINY if tiny else REAL, time.monotonic() + budget_s
+    chosen = {name: size for name, size in scale.sizes.items() if name in sizes or not sizes or tiny}
     rows: list[dict[str, Any]] = []
     torch.manual_seed(0)
     with torch.device(device):
         gates = {name: started(GPT(gpt_config(scale, *shape, None))) for name, shape in scale.gates.items()}
     images = {name: images_of(gate, scale, device) for name, gate in gates.items()}
-    for size_name, size in scale.sizes.items():
+    for size_name, size in chosen.items():
         config = dpar_config(scale, size)
         with torch.device(device):
             dpar = started(DPAR(config))
             baseline = started(GPT(gpt_config(scale, size.width, size.heads, size.layers, CLASSES)))
-        for batch in scale.batches:
+        for batch in [batch for batch in scale.batches if batch in batches or not batches]:
 
             def make_baseline(baseline: GPT = baseline, **how: Any) -> GPTGenerator:
                 return GPTGenerator(baseline, SampleSettings(cfg_scale=2.0), dtype=scale.dtype, **how)
@@ -467,7 +482,7 @@ def sampling(
 def elsewhere(name: str) -> Callable[..., dict[str, Any]]:
     """Return the part that benchmarks/gpu_{name}.py holds under that name; it hands on a row at a time."""
 
-    def part(device: torch.device, tiny: bool, budget_s: float, write: Write) -> dict[str, Any]:
+    def part(device: torch.device, tiny: bool, budget_s: float, write: Write, **more: Any) -> dict[str, Any]:
         module, rows = importlib.import_module(f"benchmarks.gpu_{name}"), []
 
         def keep(row: dict[str, Any]) -> None:
@@ -475,7 +490,7 @@ def elsewhere(name: str) -> Callable[..., dict[str, Any]]:
             say(module.line(row))
             write({"rows": rows})
 
-        return getattr(module, name)(device, tiny=tiny, budget_s=budget_s, write=keep)
+        return getattr(module, name)(device, tiny=tiny, budget_s=budget_s, write=keep, **more)
 
     return part
 
@@ -533,6 +548,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny models, to see that everything runs")
     parser.add_argument("--parts", default=",".join(name for name, _, _ in PARTS))
     parser.add_argument("--schedules", action="store_true", help="sample with each way to handle rows that begin no patch")
+    parser.add_argument("--sizes", default="", help="sample and train these sizes alone, as B,XL")
+    parser.add_argument("--batches", default="", help="sample these batches alone, as 64,256")
+    parser.add_argument("--strategy", choices=get_args(Strategy), default="ddp", help="fsdp: train sharded, on this one GPU")
+    parser.add_argument("--fused", type=int, default=0, help="rows up to which norm and silu are part of the products")
     parser.add_argument("--budget", type=float, default=440, help="seconds for all parts; a part ends what it has begun")
     parser.add_argument("--out", type=Path, help="file for what is found, rewritten as it comes")
     options = parser.parse_args()
@@ -545,7 +564,12 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    result: dict[str, Any] = {"about": about(device)}
+    result: dict[str, Any] = {"about": {**about(device), "fused_rows": options.fused}}
+    sizes = tuple(options.sizes.split(",")) if options.sizes else ()
+    if not set(sizes) <= REAL.sizes.keys():
+        parser.error(f"--sizes knows {', '.join(REAL.sizes)}; got {options.sizes}")
+    if options.fused:
+        importlib.import_module("dpar_core.generation.triton_ops").FUSED = options.fused
     say(json.dumps(result["about"]))
     shares = sum(share for name, _, share in PARTS if name in wanted)
     failed = []
@@ -559,7 +583,12 @@ def main() -> None:
                 options.out.write_text(json.dumps(result))
 
         say(f"part {name}")
-        more = {"schedules": ("ahead", "buckets")} if name == "sampling" and options.schedules else {}
+        more: dict[str, Any] = {"sizes": sizes} if name in ("sampling", "training") else {}
+        if name == "sampling":
+            more["schedules"] = ("ahead", "buckets") if options.schedules else (None,)
+            more["batches"] = tuple(int(batch) for batch in options.batches.split(",")) if options.batches else ()
+        if name == "training":
+            more["strategy"] = options.strategy
         try:
             write(part(device, options.tiny, options.budget * share / shares, write, **more))
         except Exception as error:  # the other parts are worth running; the failure is reported and in the exit status

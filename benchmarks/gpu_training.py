@@ -1,28 +1,32 @@
 """Training on a GPU: images/s, share of the peak and memory of DPAR and its LlamaGen baseline, and packed attention.
 
-    python benchmarks/gpu.py --parts training [--device cuda] [--budget 100] [--tiny]
+    python benchmarks/gpu.py --parts training [--device cuda] [--budget 100] [--tiny] [--sizes B] [--strategy fsdp]
 
 Part 3 of benchmarks/gpu.py, which runs it. A step is forward, loss, backward, clipping and
 AdamW in bf16 on random tokens (16 x 16 of 16,384 codes) with patch plans of mean length 1.81, as benchmarks/train_step.py
 makes them. The batch is the largest that memory allows: the estimate of dpar_core.models.memory names one, an uncompiled
 step confirms it or the next smaller ones, and the compiled model takes the same. Rows come in order of value; when the
-budget is used up the rest is left out and named. `--tiny` runs all of it on a small model, so that a CPU can try every line.
+budget is used up the rest is left out and named. `--strategy fsdp` shards over this one process: what gathering and
+scattering cost beside ddp, which is the model itself here. `--tiny` runs all of it on a small model, so that a CPU can try
+every line.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpar_core.choices import Strategy
 from dpar_core.models import flops, loss
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig, next_token_loss
@@ -33,7 +37,7 @@ from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts_numpy, threshold_for_mean_length
 from dpar_core.training.meters import peak_flops
 from dpar_core.training.optim import OptimSettings, adamw, clip_gradients
-from dpar_core.training.parallel import compile_blocks
+from dpar_core.training.parallel import Ranks, compile_blocks, spread
 
 Row = dict[str, Any]
 Write = Callable[[Row], None]
@@ -51,8 +55,8 @@ OPTIM = OptimSettings(lr=1e-4)
 class Setup:
     """What the rows of a part share. codes, row_width: V and G; dtype: of matrix products."""
 
-    def __init__(self, device: torch.device, *, tiny: bool) -> None:
-        self.device, self.tiny = device, tiny
+    def __init__(self, device: torch.device, *, tiny: bool, strategy: Strategy = "ddp") -> None:
+        self.device, self.tiny, self.strategy = device, tiny, strategy
         self.codes, self.row_width = (16, 4) if tiny else (16384, 16)
         self.bf16 = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -138,7 +142,7 @@ class Trainee:
         torch.manual_seed(0)
         with setup.device:
             model: nn.Module = DPAR(config) if isinstance(config, DPARConfig) else GPT(config)
-        self.model = model.to(setup.device).train()
+        self.model = spread(model.to(setup.device).train(), setup.strategy, Ranks(device=setup.device))
         self.optimizer = adamw(self.model.named_parameters(), OPTIM)
         self.parameters = list(self.model.parameters())
         self.take(images)
@@ -366,14 +370,26 @@ def loss_rows(setup: Setup, size: ModelSize, images: int) -> list[Row]:
     return found
 
 
-def training(device: torch.device | str, *, tiny: bool, budget_s: float, write: Write) -> Row:
+def training(
+    device: torch.device | str,
+    *,
+    tiny: bool,
+    budget_s: float,
+    write: Write,
+    sizes: Sequence[str] = (),
+    strategy: Strategy = "ddp",
+) -> Row:
     """Measure training and return all rows; every row is also handed to `write` as soon as it is there.
 
-    tiny: a small model, to try the code. budget_s: seconds after which no further row is begun.
+    tiny: a small model, to try the code. budget_s: seconds after which no further row is begun. sizes: XL, B or both
+    (none given). strategy: ddp is the model itself on one process, fsdp shards it all the same.
     """
-    setup, began = Setup(torch.device(device), tiny=tiny), time.perf_counter()
-    sizes = {"tiny": TINY} if tiny else {name: MODEL_SIZES[name] for name in ("XL", "B")}
-    result: Row = {"rows": [], "ratios": [], "left_out": [], "peak_tflops": setup.peak / 1e12}
+    if strategy == "fsdp" and not dist.is_initialized():
+        backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    setup, began = Setup(torch.device(device), tiny=tiny, strategy=strategy), time.perf_counter()
+    chosen = {"tiny": TINY} if tiny else {name: MODEL_SIZES[name] for name in ("XL", "B") if name in sizes or not sizes}
+    result: Row = {"rows": [], "ratios": [], "left_out": [], "peak_tflops": setup.peak / 1e12, "strategy": strategy}
 
     def late(name: str, needed: float) -> bool:
         if time.perf_counter() - began + needed <= budget_s:
@@ -385,7 +401,7 @@ def training(device: torch.device | str, *, tiny: bool, budget_s: float, write: 
         result.setdefault(where, []).append(row)
         write(row)
 
-    for size_name, size in sizes.items():
+    for size_name, size in chosen.items():
         for family in ("llamagen", "dpar"):
             name = f"{family}-{size_name}"
             if late(name, 12.0 if not tiny else 0.0):

@@ -1,6 +1,6 @@
 """Images/s of the tokenizing stage, from files to shards, against the bare encoder on ready tensors of the same batch.
 
-    python benchmarks/tokenize_images.py [--shape demo|vq16] [--images N] [--repeats 3]
+    python benchmarks/tokenize_images.py [--shape demo|vq16|gpu] [--images N] [--repeats 3] [--precision tf32]
 
 Makes a folder of JPEG files and a tokenizer with random weights of that shape. The stage reads the manifest and the weights,
 decodes, cuts both views, encodes and writes shards with digests and index; bare is `encode` on full batches of float tensors
@@ -17,15 +17,17 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
+from dpar_core.choices import EncodePrecision
 from dpar_core.data.images import VIEW_COUNTS, views
 from dpar_core.data.manifest import read_manifest
 from dpar_core.files import save_weights
-from dpar_core.models.vq import VQ, VQConfig, to_float
+from dpar_core.models.vq import VQ, VQConfig, encode_at, to_float
 from dpar_core.system import cpus
 from stages import data, tokenize_images
 from stages import params as P
@@ -52,6 +54,7 @@ SHAPES = {
         VQConfig(512, 8, 32, (1, 2, 2), 64, 1, norm_groups=8), 32, (90, 120), 64, 500, 4000
     ),  # as params/demo.yaml
     "vq16": Shape(VQConfig(16384, 8, 128, (1, 1, 2, 2, 4), 256, 2), 256, (375, 500), 8, 5000, 32),
+    "gpu": Shape(VQConfig(16384, 8, 128, (1, 1, 2, 2, 4), 256, 2), 256, (375, 500), 160, 5000, 2400),  # as the paper presets
 }
 
 
@@ -67,12 +70,11 @@ def make_images(folder: Path, count: int, validation: int, sides: tuple[int, int
         picture.save(place / f"{number:05d}.jpg", quality=92)
 
 
-def bare_images_per_s(model: VQ, ready: torch.Tensor, batches: int) -> float:
+def bare_images_per_s(model: VQ, ready: torch.Tensor, batches: int, precision: EncodePrecision) -> float:
     """Encode a batch of float tensors again and again; return images/s."""
     started = time.perf_counter()
-    with torch.inference_mode():
-        for _ in range(batches):
-            codes = model.encode(ready)
+    for _ in range(batches):
+        codes = encode_at(model, ready, precision)
     codes.cpu()
     return batches * len(ready) / VIEW_COUNTS[VIEWS] / (time.perf_counter() - started)
 
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="training images (default: some seconds' work)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=get_args(EncodePrecision), default="fp32")
     options = parser.parse_args()
     threads = cpus()
     torch.set_num_threads(threads)
@@ -110,7 +113,7 @@ def main() -> None:
         torch.manual_seed(0)
         config = asdict(shape.tokenizer)
         save_weights(place / "vq.safetensors", VQ(shape.tokenizer).state_dict(), kind="vq", config=config, meta={})
-        settings = {"shard_images": shape.shard, "batch_size": shape.batch, "precision": "fp32", "workers": 0}
+        settings = {"shard_images": shape.shard, "batch_size": shape.batch, "precision": options.precision, "workers": 0}
         stage = tokenize_images.Params(section, params.tokenize_images.model_copy(update=settings))
         inputs = tokenize_images.Inputs(place / "manifest.parquet", place / "vq.safetensors")
         manifest = read_manifest(inputs.manifest)
@@ -123,7 +126,7 @@ def main() -> None:
         decoded = [views(opener(row), shape.pixels, VIEWS) for row in some]
         decode = len(some) / (time.perf_counter() - started)
         ready = to_float(torch.from_numpy(np.concatenate(decoded)[: shape.batch])).to(options.device)
-        bare_images_per_s(model, ready, 2)
+        bare_images_per_s(model, ready, 2, options.precision)
         pipeline, bare = [], []
         for repeat in range(options.repeats):
             work = place / f"work{repeat}"
@@ -132,7 +135,7 @@ def main() -> None:
             started = time.perf_counter()
             tokenize_images.run(stage, inputs, outputs, tracker, device=options.device, work=work)
             pipeline.append(total / (time.perf_counter() - started))
-            bare.append(bare_images_per_s(model, ready, batches))
+            bare.append(bare_images_per_s(model, ready, batches, options.precision))
     end_to_end, encode, filled = statistics.median(pipeline), statistics.median(bare), total / (batches * per_batch)
     print(
         f"{options.shape} on {options.device}, {total} JPEG files of {shape.sides[1]} x {shape.sides[0]}, "

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dpar_core.generation.static import StaticDPAR, StaticGPT
 
 SMALL = 4  # rows up to which a product is bound by reading its matrix, and has a kernel of its own
+FUSED = 0  # rows above SMALL up to which norm, residual and silu are part of the product (benchmarks/gpu.py --fused)
 EPS = tl.constexpr(NORM_EPS)
 LOG2E = tl.constexpr(1.4426950408889634)
 LANES = tl.constexpr(128)  # tokens of the codebook in a row of a sampling tile
@@ -118,6 +119,61 @@ def _gemv(
             if ADD:
                 y1 += tl.load(add_ptr + r1 * add_stride + n).to(tl.float32)
         tl.store(out_ptr + r1 * N + n, y1)
+
+
+@triton.jit
+def _product(
+    x_ptr,
+    add_ptr,
+    w_ptr,
+    res_ptr,
+    out_ptr,
+    M,
+    N,
+    add_stride,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    RES: tl.constexpr,
+    SWIGLU: tl.constexpr,
+):
+    """Do what `_gemv` does for tiles of rows, on tensor cores: rows are rounded before their norm divides the sums."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    row = m[:, None].to(tl.int64)
+    there = (m < M)[:, None] & (n < N)[None, :]
+    y = tl.zeros([BM, BN], tl.float32)
+    g = tl.zeros([BM, BN], tl.float32)
+    squares = tl.zeros([BM], tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        known = (m < M)[:, None] & (k < K)[None, :]
+        x = tl.load(x_ptr + row * K + k[None, :], mask=known, other=0.0)
+        if NORM:
+            if ADD:
+                x += tl.load(add_ptr + row * add_stride + k[None, :], mask=known, other=0.0)
+            squares += tl.sum(x * x, axis=1)
+        at = n[None, :] * K + k[:, None]
+        held = (n < N)[None, :] & (k < K)[:, None]
+        w = tl.load(w_ptr + at, mask=held, other=0.0)
+        x = x.to(w.dtype)
+        y = tl.dot(x, w, y, input_precision="ieee")
+        if SWIGLU:
+            g = tl.dot(x, tl.load(w_ptr + N * K + at, mask=held, other=0.0), g, input_precision="ieee")
+    if NORM:
+        scale = (1.0 / tl.sqrt(squares / K + EPS))[:, None]
+        y *= scale
+        g *= scale
+    if SWIGLU:
+        y = y / (1.0 + tl.exp(-y)) * g
+    if RES:
+        y += tl.load(res_ptr + row * N + n[None, :], mask=there, other=0.0)
+        if ADD:
+            y += tl.load(add_ptr + row * add_stride + n[None, :], mask=there, other=0.0)
+    tl.store(out_ptr + row * N + n[None, :], y.to(out_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -584,6 +640,14 @@ def gemv_tile(outputs: int, columns: int, matrices: int) -> tuple[int, int, int]
     return next(size for size in (4, 2, 1) if size <= max(1, most) and outputs % size == 0), block_k, 1
 
 
+def product_tile(rows: int, outputs: int) -> tuple[int, int, int]:
+    """Choose rows, outputs and columns of a tile of `_product`: the most that still gives every SM one (not measured)."""
+    for rows_of_tile, outputs_of_tile in ((64, 64), (64, 32), (32, 32)):
+        if -(-rows // rows_of_tile) * -(-outputs // outputs_of_tile) >= 132:
+            return rows_of_tile, outputs_of_tile, 64
+    return (16 if rows <= 16 else 32), 32, 128
+
+
 def attend_tile(programs: int, positions: int) -> tuple[int, int]:
     """Choose positions that a program of `_attend` reads at a time, and its warps (measured, docs/gpu.md).
 
@@ -608,7 +672,7 @@ class TritonOps:
         self.launches += 1
         return F.linear(h, matrix.weight)
 
-    def gemv(
+    def fused(
         self,
         matrix: Matrix,
         x: Tensor,
@@ -618,11 +682,40 @@ class TritonOps:
         res: Tensor | None = None,
         swiglu: bool = False,
     ) -> Tensor:
-        """Multiply a few rows: x (A, K) -> (A, N) float32, see the kernel."""
+        """Multiply in one kernel with all around it: x (A, K) -> (A, N), see `_gemv` and `_product`.
+
+        The result is in float32 for few rows and where it is the stream (res), else in the dtype of the matrix.
+        """
         weight = matrix.weight
         rows, columns = len(x), weight.shape[1]
         outputs = weight.shape[0] // 2 if swiglu else weight.shape[0]
-        out = torch.empty(rows, outputs, dtype=torch.float32, device=x.device)
+        dtype = torch.float32 if rows <= SMALL or res is not None else weight.dtype
+        out = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+        if rows > SMALL:
+            block_m, block_n, block_k = product_tile(rows, outputs)
+            self.go(
+                _product,
+                (-(-rows // block_m), -(-outputs // block_n)),
+                x,
+                x if add is None else add,
+                weight,
+                x if res is None else res,
+                out,
+                rows,
+                outputs,
+                0 if add is None else add.stride(0),
+                K=columns,
+                BM=block_m,
+                BN=block_n,
+                BK=block_k,
+                NORM=norm,
+                ADD=add is not None,
+                RES=res is not None,
+                SWIGLU=swiglu,
+                num_warps=4,
+                num_stages=4,
+            )
+            return out
         block_n, block_k, warps = gemv_tile(outputs, columns, 2 if swiglu else 1)
         self.go(
             _gemv,
@@ -673,10 +766,11 @@ class TritonOps:
 
     def project(self, matrix: Matrix, x: Stream | Tensor) -> Tensor:
         stream = _stream(x)
-        if len(stream.x) <= SMALL and stream.pending is None:
-            return self.gemv(matrix, stream.x, norm=True)
+        large = matrix.weight.shape[0] >= 4 * matrix.weight.shape[1]
+        if fuses(stream) and not (large and len(stream.x) > SMALL):
+            return self.fused(matrix, stream.x, norm=True)
         _, h = self.add_norm(stream, matrix.weight.dtype)
-        if matrix.weight.shape[0] >= 4 * matrix.weight.shape[1] and matrix.dtype != torch.float32 and self.float_logits:
+        if large and matrix.dtype != torch.float32 and self.float_logits:
             try:
                 self.launches += 1
                 return torch.mm(h, matrix.weight.t(), out_dtype=torch.float32)
@@ -756,13 +850,13 @@ class TritonOps:
     ) -> Stream:
         stream = _stream(x)
         dtype = block.wqkv.weight.dtype
-        if len(stream.x) <= SMALL and stream.pending is None:
+        if fuses(stream):
             x = stream.x
-            qkv = self.gemv(block.wqkv, x, norm=True, add=add)
-            out = self.attend(qkv, cache, layer, plan, torch.float32)
-            x = self.gemv(block.wo, out, res=x, add=add)
-            out = self.gemv(block.w13, x, norm=True, swiglu=True)
-            return Stream(self.gemv(block.w2, out, res=x), None)
+            qkv = self.fused(block.wqkv, x, norm=True, add=add)
+            out = self.attend(qkv, cache, layer, plan, qkv.dtype)
+            x = self.fused(block.wo, out, res=x, add=add)
+            out = self.fused(block.w13, x, norm=True, swiglu=True)
+            return Stream(self.fused(block.w2, out, res=x), None)
         x, h = self.add_norm(stream, dtype, add)
         out = self.attend(self.linear(h, block.wqkv), cache, layer, plan, dtype)
         x, h = self.add_norm(Stream(x, self.linear(out, block.wo)), dtype)
@@ -849,13 +943,13 @@ class TritonOps:
         held = engine.members.layers[layer]
         _, _, heads, positions, head_dim = held.shape
         dtype = reader.wo.weight.dtype
-        small = len(stream.x) <= SMALL and stream.pending is None
+        small = fuses(stream)
         if small:
-            total, query = stream.x, self.gemv(reader.wq, stream.x, norm=True)
+            total, query = stream.x, self.fused(reader.wq, stream.x, norm=True)
         else:
             total, h = self.add_norm(stream, dtype)
             query = self.linear(h, reader.wq)
-        out = torch.empty(query.shape, dtype=torch.float32 if small else dtype, device=query.device)
+        out = torch.empty(query.shape, dtype=query.dtype if small else dtype, device=query.device)
         lanes = opened.lengths if opened.lanes is None else opened.lanes
         self.go(
             _attend_members,
@@ -875,7 +969,7 @@ class TritonOps:
             num_warps=1,
         )
         if small:
-            return Stream(self.gemv(reader.wo, out, res=total), None)
+            return Stream(self.fused(reader.wo, out, res=total), None)
         return Stream(total, self.linear(out, reader.wo))
 
     def spread(self, engine: StaticDPAR, patches: Stream | Tensor, opened: Opened, halves: int) -> Tensor:
@@ -989,6 +1083,11 @@ class TritonOps:
         )
         if engine.reads_count and images > 1:
             self.go(_compact, (1,), engine.begins, engine.lanes, engine.count, images, BB=_pow2(images), num_warps=4)
+
+
+def fuses(stream: Stream) -> bool:
+    """Whether the products of these rows have kernels of their own, with all around them inside."""
+    return stream.pending is None and len(stream.x) <= max(SMALL, FUSED)
 
 
 def _stream(x: Stream | Tensor) -> Stream:

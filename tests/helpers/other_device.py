@@ -154,22 +154,26 @@ def watched(mode: Elsewhere, generator) -> dict:
     return steps
 
 
-def triton_kernels(make) -> int:
-    """Count the kernels of all steps on CUDA: launches of Triton's, none of which runs, and of torch's between them."""
+def triton_kernels(make, *, fused: int = 0) -> int:
+    """Count the kernels of all steps on CUDA: launches of Triton's, none of which runs, and of torch's between them.
+
+    fused: rows up to which norm, residual and silu are part of the products.
+    """
     language = SimpleNamespace(constexpr=lambda value: value)  # nothing is compiled here, so that names are enough
     names = SimpleNamespace(jit=lambda f: f, language=language, next_power_of_2=lambda n: 1 << (n - 1).bit_length())
     with patch.dict(sys.modules, {"triton": names, "triton.language": language}):
-        from dpar_core.generation.triton_ops import TritonOps
+        from dpar_core.generation import triton_ops
 
-    with Elsewhere() as mode:
+    with Elsewhere() as mode, patch.object(triton_ops, "FUSED", fused):
 
-        class Counted(TritonOps):
+        class Counted(triton_ops.TritonOps):
             def go(self, *arguments, **constants):
                 mode.kernels += 1
 
         generator = make(NAME)
         steps, labels, seeds = watched(mode, generator), torch.tensor([3, 0, 4, 1, 2]), [11, 5, 900, 12, 13]
-        with patch.object(static, "ops_for", lambda device: Counted()):
+        unchecked = patch.object(DPARGenerator, "_sound", lambda self, drawn: drawn)  # no kernel runs: nothing is a number
+        with patch.object(static, "ops_for", lambda device: Counted()), unchecked:
             torch.no_grad()(type(generator).generate.__wrapped__)(generator, labels, seeds)
     assert steps["waits"] == steps["copies"] == 0
     return steps["kernels"]
@@ -196,15 +200,18 @@ def main() -> None:
     def baseline(settings, **how):
         return lambda device: GPTGenerator(tiny_baseline().to(device), settings, **({} if device == "cpu" else how))
 
-    kernels = {
-        "entropy model": triton_kernels(dpar(guided, static=True, schedule="ahead")),
-        "decoder": triton_kernels(dpar(decoder, static=True, schedule="ahead")),
-        "baseline": triton_kernels(baseline(interval, static=True)),
+    on_cuda = {
+        "entropy model": dpar(guided, static=True, schedule="ahead"),
+        "decoder": dpar(decoder, static=True, schedule="ahead"),
+        "baseline": baseline(interval, static=True),
     }
+    kernels = {name: triton_kernels(make) for name, make in on_cuda.items()}
+    fused = triton_kernels(on_cuda["entropy model"], fused=64)
     print(
         json.dumps(
             {
                 "kernels on CUDA": kernels,
+                "with fused products": fused,
                 "entropy model": compared(dpar(guided), given=some),
                 "two lanes, guidance that ends": compared(dpar(interval), lanes=2),
                 "decoder": compared(dpar(decoder)),

@@ -231,7 +231,7 @@ def test_on_another_device_everything_is_there_and_the_host_waits_once_a_token()
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     cases = json.loads(done.stdout)
-    on_cuda = cases.pop("kernels on CUDA")
+    on_cuda, fused = cases.pop("kernels on CUDA"), cases.pop("with fused products")
     for name, case in cases.items():
         assert case["same_tokens"] and case["same_patches"], name
         # Other sums: attention of selected rows. In bfloat16 products have eight significant bits there, on guided logits
@@ -253,6 +253,7 @@ def test_on_another_device_everything_is_there_and_the_host_waits_once_a_token()
         before = cases[name]["kernels"]
         print(f"kernels per token, {name}: {before / TOKENS:.0f} of the ragged decoder, {kernels / TOKENS:.0f} on CUDA")
         assert 3 * kernels <= before
+    assert fused < 0.75 * on_cuda["entropy model"]
 
 
 def test_seed_and_label_change_an_image_and_nothing_else_does():

@@ -1,5 +1,8 @@
 """The static decoder, run eagerly on the CPU, against the ragged one: same tokens, patches, entropies and logits."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +15,7 @@ from dpar_core.models.gpt import entropies_of
 from dpar_core.patches.rule import PatchRule
 from dpar_core.precision import dtype_of
 from tests.helpers.generation_fixtures import CODES, GRID, TOKENS, tiny_baseline, tiny_dpar, tiny_gate
+from tests.helpers.paths import ROOT
 
 LABELS, SEEDS = torch.tensor([3, 0, 4, 1, 5]), [11, 5, 900, 12, 13]  # 5 is "no class"
 ROWS = PatchRule("entropy_rows", GRID, 0.93, 4)
@@ -102,6 +106,18 @@ def test_entropies_that_are_not_finite_are_refused():
         generator = DPARGenerator(tiny_dpar(), gate, settings, gate_dtype=torch.float16, static=static_decoder)
         with pytest.raises(ValueError, match=r"entropies in torch.float16 are not finite .* entropies.precision to fp32"):
             generator.generate(LABELS, SEEDS)
+
+
+@pytest.mark.slow
+def test_tritons_kernels_do_what_the_plain_operations_do():
+    pytest.importorskip("triton", reason="comes with torch's CUDA builds; its interpreter runs the kernels on a CPU")
+    script = ROOT / "tests" / "helpers" / "interpreted_kernels.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["steps"] and all(found["steps"].values()), found["steps"]
+    for name, error in found["products"].items():
+        assert error < (1e-2 if "float16" in name else 1e-5), name  # of values around 1: a rounding each of both operands
 
 
 @pytest.mark.parametrize("options", [dict(), dict(INTERVAL, top_k=5, temperature=0.7), dict(greedy=True)])
