@@ -28,9 +28,9 @@ from dpar_core.patches.maps import (
     write_summary,
 )
 from dpar_core.patches.rule import PatchRule, flat_lengths, patch_starts_numpy, threshold_for_mean_length
+from dpar_core.system import cpus
 from stages import params as P
 from stages.tracker import Tracker
-from stages.workers.cluster import local_cpus
 from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, move_into_place, remove_leftovers, run_units
 
 MEASURED_MAPS = 50_000  # a threshold is measured on so many maps: the mean length of all is then known to about 0.05 %
@@ -156,7 +156,7 @@ def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict[str
 
     description = f"patch_maps {maps.shards.split}"
     with tracker.progress(len(maps.shards), description, done=done, unit="images") as progress:
-        for name, _ in run_units(todo, lambda threads: make, section="patching", at_once=local_cpus()):
+        for name, _ in run_units(todo, lambda threads: make, section="patching", at_once=cpus()):
             progress.advance(parts[name].stop - parts[name].start)
     total: Histograms | None = None
     for name in parts:

@@ -178,16 +178,12 @@ def score_name(key: str) -> str:
 
 # In the order of a table. Others (sFID, KID) are shown, but are not compared.
 JUDGED = ("eval/fid", "eval/fd_", "eval/is", "eval/precision", "eval/recall")
+HIGHER_IS_BETTER = ("eval/is", "eval/precision", "eval/recall")
 
 
 def score_columns(scores: Scores) -> list[str]:
     """Return the names of scores that are compared, in the order of a table: distance, IS, precision, recall."""
     return [key for start in JUDGED for key in scores.values if key.startswith(start)]
-
-
-def higher_is_better(key: str) -> bool:
-    """Return whether a score is good when it is large."""
-    return key.startswith(("eval/is", "eval/precision", "eval/recall"))
 
 
 def too_few_images(scores: Scores) -> str:
@@ -219,7 +215,7 @@ def judge_scores(dpar: Scores, baseline: Scores) -> list[Comparison]:
     return [
         judge(
             score_name(key),
-            "higher" if higher_is_better(key) else "lower",
+            "higher" if key.startswith(HIGHER_IS_BETTER) else "lower",
             Estimate(dpar.values[key], dpar.intervals.get(key)),
             Estimate(baseline.values[key], baseline.intervals.get(key)),
             doubt=doubt,

@@ -40,11 +40,6 @@ _CODE = Path(__file__).resolve().parents[2]
 _OBJECT_STORE_BYTES = 200 * 2**20  # stages pass addresses and counts through Ray, not data
 
 
-def local_cpus() -> int:
-    """Return the CPUs that this process may use."""
-    return cpus()
-
-
 @dataclass(frozen=True)
 class Node:
     """What one machine of the cluster has."""
@@ -66,7 +61,7 @@ def expected() -> list[Node] | None:
         return None
     import torch
 
-    return [Node(local_cpus(), torch.cuda.device_count())]
+    return [Node(cpus(), torch.cuda.device_count())]
 
 
 @contextmanager
@@ -131,7 +126,7 @@ def _started(address: str | None) -> Iterator[None]:
         options = {
             "address": "local",
             "include_dashboard": False,
-            "num_cpus": local_cpus(),
+            "num_cpus": cpus(),
             "object_store_memory": _OBJECT_STORE_BYTES,
             **({"_temp_dir": str(folder)} if folder else {}),
         }

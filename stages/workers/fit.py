@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 import torch.distributed
 
+from dpar_core.system import cpus
 from dpar_core.training import allocator
 from dpar_core.training.checkpoint import CheckpointError, file_system
 from dpar_core.training.loop import TrainingStopped
@@ -71,7 +72,7 @@ class Scale:
         gpus = training.gpus_per_worker or (1 if device == "cuda" else 0)
         group = training.workers > 1 or training.strategy == "fsdp" or gpus > 0
         limit = torch.get_num_threads()  # as the driver was set; all of its cores mean all cores of any node
-        threads = 0 if limit >= cluster.local_cpus() else limit
+        threads = 0 if limit >= cpus() else limit
         return Scale(training.workers, training.cpus_per_worker, gpus, group, threads)
 
 
@@ -219,7 +220,7 @@ def _worker(function: Callable[..., Returned], root: str, scale: Scale, events: 
     from ray import train
 
     context = train.get_context()
-    threads = (scale.threads or cluster.local_cpus()) // context.get_local_world_size()
+    threads = (scale.threads or cpus()) // context.get_local_world_size()
     torch.set_num_threads(max(threads, 1))  # Ray starts workers with one
     device = torch.device("cpu")
     if scale.gpus:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dpar_core.files import Damaged, read_record, sha256_file, write_record
-from stages.workers.cluster import Node, connected, expected, local_cpus, require
+from dpar_core.system import cpus
+from stages.workers.cluster import Node, connected, expected, require
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
@@ -45,7 +46,7 @@ def run_units(
     if not units:
         return
     if not workers:
-        worker = build(local_cpus())
+        worker = build(cpus())
         if at_once == 1:
             yield from ((unit, worker(unit)) for unit in units)
         else:
