@@ -1,8 +1,8 @@
-"""Records of finished units: what was damaged since is made again, with one line that names the file."""
+"""Units of work here, and their records: what was damaged since is made again, with one line that names the file."""
 
 import pytest
 
-from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit
+from stages.workers.tasks import KeptLast, facts_of_unit, finish_unit, finished_unit, run_units
 
 
 @pytest.fixture
@@ -46,3 +46,38 @@ def test_a_record_under_another_name_is_not_taken(work, capsys):
     (work / "train-000000.tar.json").rename(work / "train-000001.tar.json")
     assert finished_unit(work, "train-000001.tar") is None
     assert "is of train-000000.tar, expected train-000001.tar" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_units_are_done_by_one_worker_each_with_its_result_and_what_it_raises_is_raised(at_once):
+    built = []
+
+    def build(threads):
+        built.append(threads)
+        return lambda unit: 12 // unit
+
+    assert dict(run_units([1, 2, 3, 4], build, section="x", at_once=at_once)) == {1: 12, 2: 6, 3: 4, 4: 3}
+    assert len(built) == 1
+    found = run_units([3, 0], build, section="x", at_once=at_once)
+    assert next(found) == (3, 4)
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+    assert list(run_units([], build, section="x", at_once=at_once)) == [] and len(built) == 2
+
+
+def test_only_the_last_thing_is_kept_and_the_one_before_is_freed_first():
+    class Network:
+        alive = 0
+
+        def __init__(self):
+            assert Network.alive == 0
+            Network.alive += 1
+
+        def __del__(self):
+            Network.alive -= 1
+
+    kept = KeptLast()
+    first = id(kept.get("a", Network))
+    assert id(kept.get("a", Network)) == first
+    kept.get("b", Network)
+    assert Network.alive == 1
