@@ -122,6 +122,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     # One work folder for one set of params and inputs: a rerun after a crash continues, changed params start afresh.
     work = root / "work" / name / digest_of(made_by)
     set_threads(params.compute)
+    machine = machine_words(device)  # before the stage, which may set threads of its own
     if name != "report":
         _print_precisions(select(asked, stage.params), device)
 
@@ -135,7 +136,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
             stage.run(chosen, inputs, outputs, tracker, device=device, work=work)
         ended = time.time()
         last = {"finished": ended, "seconds": max(ended - started, 0.0), "code": code_identity()}
-        last |= {"commit": commit_of(root), "packages": packages_used(), "machine": machine_words(device)}
+        last |= {"commit": commit_of(root), "packages": packages_used(), "machine": machine}
         write_json(work.parent / LAST, last)
         for old in work.parent.iterdir():
             if old.is_dir() and old != work:
