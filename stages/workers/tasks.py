@@ -158,7 +158,7 @@ def move_into_place(source: Path, target: Path) -> None:
 
 def remove_leftovers(work: Path, *outputs: Path) -> None:
     """Remove what killed runs left half written in the work folder and beside the outputs. Nobody else may be at work."""
-    half = list(work.glob(".*.tmp"))
+    half = [path for ending in ("tmp", "old") for path in work.rglob(f".*.{ending}")]
     for output in outputs:
         half += [path for ending in ("tmp", "old") for path in output.parent.glob(f".{output.name}.*.{ending}")]
     for path in half:
