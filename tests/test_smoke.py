@@ -29,7 +29,7 @@ del os.sched_getaffinity
 dpar_core.system._STATM = Path("nowhere")
 dpar_core.system.is_x86 = lambda: False
 """
-COPIED = ("dvc.yaml", ".dvc/config", ".dvcignore", "params", "pipeline", "stages", "dpar_core")
+COPIED = ("dvc.yaml", ".dvc/config", ".dvcignore", "params")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def project(tmp_path_factory):
 def run(folder: Path, *command: str, cwd: Path) -> str:
     """Run a command and return what it printed. Its home is where nobody can make a folder, not even root."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{folder.parent}"}
+    environment |= {"PYTHONPATH": str(folder.parent)}
     environment |= {"HOME": "/proc/none" if Path("/proc").exists() else "/System/none"}
     environment |= {"LC_ALL": "C", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     for name in ("MLFLOW_TRACKING_URI", "XDG_CACHE_HOME", "MPLCONFIGDIR", "DPAR_CACHE"):

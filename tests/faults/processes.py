@@ -133,7 +133,7 @@ def run_stage(
         while piece := os.read(output, 1 << 16):
             said += piece
     os.close(output)
-    changes = {file.name: int(file.read_text()) for file in counts.iterdir()}
+    changes = {file.name: int(text) for file in counts.iterdir() if (text := file.read_text())}  # empty: not written yet
     return Ended(status, said.decode(errors="replace"), time.monotonic() - began, changes, cpu)
 
 
@@ -244,8 +244,7 @@ class Forked:
         sys.argv[:] = [child.__file__, "\n".join(sys.path), module, *arguments]
         try:
             if module.endswith("outbox") and os.environ.get("FAULTS_MLFLOW") != "1":
-                sys.stdin.read()  # an MLflow that takes nothing: the journal is kept
-                sys.exit(3)
+                sys.exit(3)  # an MLflow that takes nothing: the journal is kept
             child.main()
         finally:
             note(counts)

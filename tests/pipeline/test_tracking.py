@@ -63,7 +63,8 @@ def journal_of_a_run(root: Path, *, steps: int = 3, close: bool = True) -> Journ
 
 def history(root: Path, name: str = "train") -> list[float]:
     client, found = runs(root)
-    return [m.value for m in client.get_metric_history(found[name].info.run_id, "loss")]
+    rows = client.get_metric_history(found[name].info.run_id, "loss")
+    return [row.value for row in sorted(rows, key=lambda row: (row.timestamp, row.step))]
 
 
 def test_the_stages_of_a_pipeline_run_share_the_process_that_delivers_their_journals(project, monkeypatch):
