@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 
 from dpar_core.generation import static, stepping, triton_ops
 from dpar_core.generation.generate import DPARGenerator, GPTGenerator
-from dpar_core.generation.guidance import SampleSettings
+from dpar_core.generation.sampling import SampleSettings
 from dpar_core.patches.rule import PatchRule
 from tests.helpers.generation_fixtures import GRID, tiny_baseline, tiny_dpar, tiny_gate
 
