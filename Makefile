@@ -15,7 +15,7 @@
 
 PYTHON      ?= python3
 PIP_OPTIONS ?=
-JOBS        ?= 2
+JOBS        ?= 3
 VENV        := .venv
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check

@@ -6,13 +6,15 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
+LONGEST = ("test_smoke.py", "test_fit.py", "test_training_stages.py", "test_faults.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files whose tests run whole stages first, so that two workers end at about the same time."""
-    slow = {item.path: 0 for item in items}
-    for item in items:
-        slow[item.path] += item.get_closest_marker("slow") is not None
-    items.sort(key=lambda item: -min(slow[item.path], 1))  # stable: the order within both groups stays
+    """Put the longest files first, then those that run whole stages, so that all workers end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    # stable: the order within a file and of the other files stays
+    items.sort(key=lambda item: (ranks.get(item.path.name, len(ranks)), item.path not in slow))
 
 
 @pytest.fixture(autouse=True, scope="session")
