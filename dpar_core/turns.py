@@ -80,6 +80,7 @@ def take_turns(
     *,
     seconds: float,
     units: int = 1,
+    most: int = MOST,
     wait: Callable[[], object] = lambda: None,
     progress: Callable[[float], object] = lambda spent: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -87,7 +88,7 @@ def take_turns(
     """Run two programs in turns and return the seconds per unit of work of each. units: of work in one call.
 
     Each is called once to warm up and once to see how often it has to be repeated for a turn of SHORTEST. Who goes first
-    alternates. Ends after `seconds` (but not before LEAST turns), after MOST turns, or when the interval is NARROW.
+    alternates. Ends after `seconds` (but not before LEAST turns), after `most` turns, or when the interval is NARROW.
     wait: returns when the device has finished what was asked of it. progress: called with the seconds of each pair of turns.
     """
     both = (first, second)
@@ -104,7 +105,7 @@ def take_turns(
     repeats = [max(math.ceil(SHORTEST / max(timed(program, 1) * units, 1e-6)), 1) for program in both]
     spent: tuple[list[float], list[float]] = ([], [])
     began = clock()
-    while len(spent[0]) < MOST:
+    while len(spent[0]) < max(min(most, MOST), LEAST):
         started = clock()
         for which in (0, 1) if len(spent[0]) % 2 == 0 else (1, 0):
             spent[which].append(timed(both[which], repeats[which]))

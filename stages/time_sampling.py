@@ -67,6 +67,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
             lambda: run_once(models[1]),
             seconds=SECONDS,
             units=images,
+            most=2 * params.sample.images // images,  # twice the images that the run samples, from each model
             wait=waits_for(device),
             progress=whole_seconds(bar.advance),
         )

@@ -71,7 +71,13 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         del trained
     wait_for_helpers()
     with tracker.progress(int(SECONDS), "time training in turns", unit="s") as bar:
-        turns = take_turns(*steps, seconds=SECONDS, wait=waits_for(device), progress=whole_seconds(bar.advance))
+        turns = take_turns(
+            *steps,
+            seconds=SECONDS,
+            most=params.train.steps // 5,  # a run of a dozen steps is not timed longer than it took
+            wait=waits_for(device),
+            progress=whole_seconds(bar.advance),
+        )
     pace = Pace("step", params.train.batch_size // params.train.workers, turns, machine_words(device))
     chosen, needed = choose(inputs, params.train, turns.ratio)
     copy_whole(chosen, outputs.equal_time)

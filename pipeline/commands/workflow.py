@@ -226,8 +226,9 @@ class Narrator:
         hours, minutes, seconds = map(int, found["left"].split(":"))
         left = self._left(3600 * hours + 60 * minutes + seconds)
         whole = "" if left is None else f", {left} in all"
-        words = f"    {found['what']} {found['count']}, {found['left'].removeprefix('0:')} left{whole}"
-        self.screen.progress(shortened(words, columns() - 1))
+        words = f"    {found['what']} {found['count']}, {found['left'].removeprefix('0:')} left"
+        room = columns() - 1
+        self.screen.progress(words + whole if len(words + whole) <= room else shortened(words, room))
         return True
 
     def _show(self, text: str) -> None:

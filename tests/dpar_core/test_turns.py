@@ -59,6 +59,13 @@ def test_measuring_ends_when_its_time_is_up_but_not_before_it_means_something():
     assert len(turns.first) == LEAST
 
 
+@pytest.mark.parametrize("most, turns", [(2, LEAST), (9, 9)])
+def test_no_more_turns_are_taken_than_asked_for_but_enough_to_mean_something(most, turns):
+    random, clock = np.random.default_rng(0), Clock()
+    programs = [clock.program(lambda: random.uniform(0.1, 0.3)) for _ in range(2)]
+    assert len(take_turns(*programs, clock=clock, seconds=1e9, most=most).first) == turns
+
+
 def test_the_interval_holds_the_median_in_95_of_100_experiments():
     random = np.random.default_rng(1)
     for count in (6, 12, 25):
