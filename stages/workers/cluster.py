@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dpar_core.secrets import redacted
@@ -33,6 +35,8 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+SLOW_SECONDS = 20.0  # after which a start of Ray is reported as slow; Ray's own patience is 30 s
+_WAY_OUT = "free memory and processors, look at `ulimit -n` and `ulimit -u`, or use one worker, which needs no Ray cluster"
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 25.0  # to reach a cluster's port; to be let into the cluster
 _FOLDER = "dpar-ray"
 _LONGEST_FOLDER = 45  # characters: the paths of Ray's sockets below it end at 107
@@ -133,13 +137,19 @@ def _started(address: str | None) -> Iterator[None]:
     else:
         _ask(address)
         folder, options = None, {"address": address}
+    notice = f"Ray is still starting after {SLOW_SECONDS:g} s, and gives up soon if it cannot: {_WAY_OUT}"
+    slow = threading.Timer(SLOW_SECONDS, partial(print, notice, file=sys.stderr, flush=True))
+    slow.daemon = True
     try:
+        slow.start()
         try:
             # Ray puts the current folder first on the path of its workers: they run our code, not what lies there.
             with contextlib.chdir(_CODE):
                 ray.init(logging_config=ray.LoggingConfig(log_level="ERROR"), log_to_driver=False, **options)
         except Exception as error:
             raise _refusal(address, type(error).__name__, str(error)) from error
+        finally:
+            slow.cancel()
         yield
     finally:
         ray.shutdown()
@@ -227,10 +237,7 @@ def _refusal(address: str | None, kind: str, text: str, *, reached: bool = False
     """Turn an error of Ray into one sentence with the way out. reached: something listens at the address."""
     first = redacted(" ".join(text.split()))[:250].rstrip(" .:")
     if address is None:
-        return RuntimeError(
-            f"Ray could not start on this machine ({kind}: {first}): free memory and processors, look at `ulimit -n` and "
-            "`ulimit -u`, or use one worker, which needs no Ray cluster"
-        )
+        return RuntimeError(f"Ray could not start on this machine ({kind}: {first}): {_WAY_OUT}")
     shown = redacted(address)
     if "Authentication" in kind or "nauthenticated" in text or "auth_token" in text or "InvalidAuthToken" in text:
         return ConnectionError(
