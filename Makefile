@@ -59,6 +59,7 @@ browser: $(VENV)/.tested
 
 pictures: $(VENV)/.installed
 	@$(BIN)/python -m tests.browser.screenshots
+
 faults: $(VENV)/.tested
 	@$(BIN)/python -m tests.faults --count $(or $(COUNT),300) --seed $(or $(SEED),1)
 

@@ -21,7 +21,7 @@ UNEXPECTED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 70, 130, 143, 141
 _DAMAGE = {
     "BadZipFile": "is not an intact zip file (as .npz and .pt are)",
     "SafetensorError": "is not an intact safetensors file",
-    "JSONDecodeError": "is not an intact JSON",
+    "JSONDecodeError": "is not intact JSON",
     "ReadError": "is not an intact tar file",
     "EOFError": "ends too early",
     "IncompleteRead": "ended in the middle of a transfer",

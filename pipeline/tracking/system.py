@@ -34,11 +34,11 @@ def _sample(record: Callable[[Mapping[str, float], int], None], stop: threading.
         stopped = stop.wait(max(FIRST_SECONDS, SHARE * (time.monotonic() - began)))
         if stopped and time.monotonic() - began < 1:
             return
-        values = _values(psutil, network) | {name: value for gpu in gpus for name, value in gpu().items()}
         try:
+            values = _values(psutil, network) | {name: value for gpu in gpus for name, value in gpu().items()}
             record({f"system/{name}": value for name, value in values.items()}, count)
-        except (OSError, ValueError):  # the disk is full, or the journal closed: the stage itself reports it
-            return
+        except (OSError, ValueError, psutil.Error):
+            return  # the disk is full or the journal closed, which the stage itself reports, or the system gives no numbers
         if stopped:
             return
         count += 1
@@ -72,9 +72,12 @@ def _gpus() -> list[Callable[[], dict[str, float]]]:
 
     def reader(index: int, handle: Any) -> Callable[[], dict[str, float]]:
         def read() -> dict[str, float]:
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            try:
+                memory, load = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
+            except pynvml.NVMLError:  # a GPU in parts (MIG) does not tell its load
+                return {}
             return {
-                f"gpu_{index}_utilization_percentage": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+                f"gpu_{index}_utilization_percentage": load,
                 f"gpu_{index}_memory_usage_megabytes": memory.used / 1e6,
                 f"gpu_{index}_memory_usage_percentage": 100 * memory.used / memory.total,
             }

@@ -51,8 +51,9 @@ class Pace:
 def wait_for_helpers(*, longest: float = 30.0, busy: float = 0.2, look: float = 0.5) -> None:
     """Wait until the processes that this one started rest, so that they do not slow what is timed.
 
-    The one that delivers to MLflow imports it for some seconds at the start of a stage. Goes on after `longest` seconds
-    in any case: the drift of the turns then shows it. busy: share of a core below which a process rests.
+    The one that delivers to MLflow imports it for some seconds at the start of a stage that runs by itself; in a pipeline
+    run the first stage started it. Goes on after `longest` seconds in any case: the drift of the turns then shows it.
+    busy: share of a core below which a process rests.
     """
     helpers = psutil.Process().children(recursive=True)
     until = time.monotonic() + longest

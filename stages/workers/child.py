@@ -51,7 +51,7 @@ def main() -> None:
     try:
         import_module(module).main()
     except KeyboardInterrupt:
-        sys.exit(130)  # whoever started this process says so
+        sys.exit(130)  # the process that started this one reports it
     except Exception as error:
         if os.environ.get("DPAR_DEBUG") == "1":
             raise

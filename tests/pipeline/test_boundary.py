@@ -96,7 +96,7 @@ def test_a_sentence_of_ours_is_shown_as_it_is_without_its_passwords(project, cap
     ("name", "content", "read", "words"),
     [
         ("a.npz", b"PK\x03\x04 cut short", lambda path: zipfile.ZipFile(path), "is not an intact zip file"),
-        ("b.json", b"", lambda path: json.loads(path.read_text()), "is not an intact JSON"),
+        ("b.json", b"", lambda path: json.loads(path.read_text()), "is not intact JSON"),
         ("c.safetensors", b"\x08", lambda path: safe_open(path, framework="pt"), "is not an intact safetensors file"),
         ("d.txt", b"\xff\xfe\xfa", lambda path: path.read_text(encoding="utf-8"), "is not text in UTF-8"),
     ],
