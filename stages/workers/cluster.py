@@ -141,7 +141,8 @@ def _started(address: str | None) -> Iterator[None]:
     slow = threading.Timer(SLOW_SECONDS, partial(print, notice, file=sys.stderr, flush=True))
     slow.daemon = True
     try:
-        slow.start()
+        if address is None:  # another cluster has answered already
+            slow.start()
         try:
             # Ray puts the current folder first on the path of its workers: they run our code, not what lies there.
             with contextlib.chdir(_CODE):

@@ -69,16 +69,17 @@ def test_ray_that_cannot_start_here_is_a_sentence():
     assert "could not start on this machine" in str(error) and "use one worker" in str(error) and "\n" not in str(error)
 
 
-def test_a_start_of_ray_that_takes_long_is_said_before_ray_gives_up(home, monkeypatch, capsys):
+@pytest.mark.parametrize(("address", "seconds", "said"), [(None, 0.3, True), (None, 0.0, False), ("there:6379", 0.3, False)])
+def test_a_start_of_ray_that_takes_long_is_said_before_ray_gives_up(home, monkeypatch, capsys, address, seconds, said):
     import ray
 
     monkeypatch.setattr(cluster, "SLOW_SECONDS", 0.05)
-    for seconds in (0.3, 0.0):
-        monkeypatch.setattr(ray, "init", lambda seconds=seconds, **_: time.sleep(seconds))
-        with cluster._started(None):
-            pass
-        said = capsys.readouterr().err
-        assert ("Ray is still starting after 0.05 s" in said and "use one worker" in said) == (seconds > 0)
+    monkeypatch.setattr(cluster, "_ask", lambda address: None)
+    monkeypatch.setattr(ray, "init", lambda **_: time.sleep(seconds))
+    with cluster._started(address):
+        pass
+    printed = capsys.readouterr().err
+    assert ("Ray is still starting after 0.05 s" in printed and "use one worker" in printed) == said
 
 
 def test_the_token_of_an_own_cluster_is_for_this_user_alone(home):
