@@ -2,12 +2,12 @@
 #
 #   docker build -t dpar .
 #   docker run --rm -it -v dpar:/home/dpar/project dpar
-#   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 -t dpar:cuda .
+#   docker build --build-arg TORCH=cuda -t dpar:cuda .
 #   docker run --rm -it --gpus all --shm-size 8g -v dpar:/home/dpar/project dpar:cuda
 FROM python:3.13-slim
 
-# Where torch comes from: CPU wheels, or CUDA ones (they bring CUDA with them; the host needs a driver alone).
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# cpu, or cuda: the latter brings CUDA with it, the host needs a driver alone.
+ARG TORCH=cpu
 ARG UID=1000
 
 RUN apt-get update \
@@ -19,9 +19,14 @@ WORKDIR /home/dpar/project
 
 RUN python -m venv /home/dpar/venv
 ENV PATH=/home/dpar/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY --chown=dpar constraints.txt ./
-RUN pip install -c constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple torch
+# Every file is held against its hash (`make lock` renews them), what packages are built with included. CPU builds of torch are
+# found in an index of their own; the hashes keep anything else from coming from there.
+COPY --chown=dpar requirements requirements
+RUN pip install --require-hashes --no-deps -r requirements/build.lock \
+    && pip install --require-hashes --no-deps --no-build-isolation --extra-index-url https://download.pytorch.org/whl/cpu \
+       -r requirements/image.lock -r "requirements/torch-$TORCH.lock" \
+    && pip check
 COPY --chown=dpar . .
-RUN pip install -c constraints.txt -e .
+RUN pip install --no-deps --no-build-isolation --no-index -e .
 
 CMD ["dpar-cli", "run"]

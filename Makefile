@@ -7,6 +7,7 @@
 # make faults-hour  a training run of MINUTES=60 with a fault a minute and MLflow away a third of the time
 # make fuzz      COUNT=10000 SEED=1 mutated files for every reader, about an hour; some are part of `make test`
 # make audit     the pinned packages against the advisories of PyPI, which needs a network
+# make lock      requirements/*.lock anew, the hashes that the image is built with, from pyproject.toml and constraints.txt
 # make browser   the report in Chromium, which has to be installed; not part of `make test`
 # make pictures  docs/report.png anew from artifacts/report, in Chromium
 # make clean     remove what the workflow made (not the environment)
@@ -19,6 +20,7 @@ JOBS        ?= 3
 VENV        := .venv
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_CPU   ?= https://download.pytorch.org/whl/cpu
 SUPPORTED   := 3.11 to 3.14
 PYTEST      := -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -29,7 +31,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 COMPILE     := $(BIN)/python -c "import torch._dynamo, torch.distributed.checkpoint, ray.train.torch, ray.tune" & \
                first=$$!; $(BIN)/python -c "import mlflow.store.tracking.sqlalchemy_store, matplotlib.pyplot, skimage.data, dvc.cli" && wait $$first
-.PHONY: demo test lint format types coverage docs faults faults-hour fuzz audit browser pictures environment clean
+.PHONY: demo test lint format types coverage docs faults faults-hour fuzz audit lock browser pictures environment clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -69,12 +71,17 @@ faults-hour: $(VENV)/.tested
 fuzz: $(VENV)/.tested
 	@$(BIN)/python -m tests.fuzz --count $(or $(COUNT),10000) --seed $(or $(SEED),1)
 
-# In an environment of its own: what it needs is not pinned with the rest.
-audit: $(VENV)/bin/python
-	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
-	  $(VENV)-audit/bin/python -m pip --disable-pip-version-check install -q $(PIP_OPTIONS) pip-audit; }
-	@$(VENV)-audit/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r constraints.txt || { \
-	  echo "make audit: advisories were found above, or their service could not be reached" >&2; exit 1; }
+audit: $(VENV)-tools/.installed
+	@$(VENV)-tools/bin/python requirements/audit.py $(VENV)-tools/bin/pip-audit
+
+lock: $(VENV)-tools/.installed
+	@$(VENV)-tools/bin/python requirements/lock.py $(VENV)-tools/bin/uv $(TORCH_CPU)
+
+# In an environment of its own: what these tools need is not pinned with the rest.
+$(VENV)-tools/.installed:
+	@$(PYTHON) -m venv $(VENV)-tools
+	@$(VENV)-tools/bin/python -m pip --disable-pip-version-check install -q $(PIP_OPTIONS) uv pip-audit packaging
+	@touch $@
 
 coverage: $(VENV)/.tested
 	@$(BIN)/coverage erase
