@@ -155,12 +155,14 @@ def _known(error: BaseException) -> str | None:
 
 
 def say(sentence: str, *, colour: bool = True) -> None:
-    """Print a sentence to standard error, red on a terminal."""
+    """Print a sentence to standard error, wrapped, and red on a terminal."""
     if not sentence:
         return
+    from pipeline.terminal import fitted
+
     begin, end = ("\033[31m", "\033[0m") if colour and sys.stderr.isatty() else ("", "")
     with contextlib.suppress(OSError):  # nobody is there to read it; the exit status says the rest
-        print(f"{begin}{sentence}{end}", file=sys.stderr, flush=True)
+        print(f"{begin}{fitted(sentence)}{end}", file=sys.stderr, flush=True)
 
 
 def _terminate(*_: Any) -> NoReturn:

@@ -16,7 +16,7 @@ from pipeline.commands.probe import probe
 from pipeline.commands.runs import runs_app
 from pipeline.commands.score import calibrate, compare, fetch, score
 from pipeline.commands.sweep import sweep_app
-from pipeline.commands.workflow import doctor, run, status
+from pipeline.commands.workflow import doctor, metrics, run, status
 from pipeline.cost import cost
 from pipeline.project import enter_project, follow_paths, keep_caches_writable
 
@@ -56,7 +56,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(patches_app, name="patches")
 app.add_typer(sweep_app, name="sweep")
 app.add_typer(runs_app, name="runs")
-for command in (init, run, status, doctor, cost):
+for command in (init, run, status, metrics, doctor, cost):
     app.command()(command)
 app.command()(probe)
 for scoring in (score, compare, fetch, calibrate):
@@ -85,6 +85,7 @@ def ui(
 ) -> None:
     """Serve the MLflow pages that compare runs, on 127.0.0.1 only, and open them. Reads the store; stop with Ctrl-C."""
     from dpar_core.secrets import redacted
+    from pipeline.terminal import fitted
     from pipeline.tracking.outbox import opened
     from pipeline.tracking.store import store_root, tracking_uri
     from pipeline.tracking.ui import check_port, open_when_there, runs_address
@@ -92,8 +93,7 @@ def ui(
     root = _root()
     check_port(port)
     uri, address = tracking_uri(root), runs_address(*opened(root), port)
-    print(f"runs        {address}  (there in about 15 s; Ctrl-C stops it)")
-    print(f"store       {redacted(uri)}", flush=True)
+    print(fitted(f"runs        {address}  (there in about 15 s; Ctrl-C stops it)\nstore       {redacted(uri)}"), flush=True)
     artifacts = (store_root(root) / "mlartifacts").as_uri()
     environment = {
         **os.environ,
@@ -162,22 +162,22 @@ def sample(
     `dpar-cli sample --classes astronaut --given photo.png --keep-rows 4`
     """
     from pipeline.commands.sample import sample_grid
+    from pipeline.terminal import fitted
 
-    print(
-        sample_grid(
-            classes,
-            seed,
-            out,
-            model=model,
-            count=count,
-            cfg_scale=cfg_scale,
-            borders=borders,
-            given=given,
-            keep_rows=keep_rows,
-            root=_root(),
-            params_file=PARAMS,
-        )
+    line = sample_grid(
+        classes,
+        seed,
+        out,
+        model=model,
+        count=count,
+        cfg_scale=cfg_scale,
+        borders=borders,
+        given=given,
+        keep_rows=keep_rows,
+        root=_root(),
+        params_file=PARAMS,
     )
+    print(fitted(line))
 
 
 @params_app.command("show")
@@ -198,17 +198,19 @@ def params_use(
     A params.yaml that you have changed is kept as params.yaml.bak. To go on: `dpar-cli run`.
     """
     from pipeline.presets.use import use_preset
+    from pipeline.terminal import fitted
 
-    print(use_preset(_root(), name, force=force))
+    print(fitted(use_preset(_root(), name, force=force)))
 
 
 @params_app.command("check")
 def params_check(params: ParamsFile = PARAMS) -> None:
     """List everything that is wrong with params.yaml, one sentence each; exit 1 when something is."""
+    from pipeline.terminal import fitted
     from stages.params import load_params
 
     load_params(params)
-    print(f"{params} is valid")
+    print(fitted(f"{params} is valid"))
 
 
 @params_app.command("list")

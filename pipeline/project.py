@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
+
+from pipeline.terminal import note
 
 DVC_LOCAL = Path(".dvc", "config.local")
 _SECTION = "[core]"
@@ -44,7 +45,7 @@ def enter_project() -> Path | None:
         return None
     if root != started:
         os.chdir(root)
-        print(f"working in {root}", file=sys.stderr)
+        note(f"working in {root}")
     configure_dvc(root)
     return started
 
@@ -62,15 +63,14 @@ def configure_dvc(root: Path) -> None:
     if under_git and _NO_SCM in text:
         left = text.replace(_NO_SCM, "")
         file.unlink() if left.strip() == _SECTION else file.write_text(left, encoding="utf-8")
-        print(f"this project is under git now: removed core.no_scm from {file}", file=sys.stderr)
+        note(f"this project is under git now: removed core.no_scm from {file}")
     elif not under_git and "no_scm" not in text:
         head, found, tail = text.partition(f"{_SECTION}\n")
         new = f"{head}{found}{_NO_SCM}{tail}" if found else f"{text}{_SECTION}\n{_NO_SCM}"
         file.write_text(new, encoding="utf-8")
-        print(
+        note(
             f"this project is outside git: set core.no_scm in {file}, so that DVC works without it "
-            "(`dvc exp` and `dvc diff` need git)",
-            file=sys.stderr,
+            "(`dvc exp` and `dvc diff` need git)"
         )
 
 
@@ -88,7 +88,7 @@ def keep_caches_writable() -> None:
         raise PermissionError(f"{base} belongs to another user: set DPAR_CACHE and XDG_CACHE_HOME to folders of yours")
     for name in missing:
         os.environ[name] = str(base / _CACHES[name])
-    print(f"the home folder {home} cannot be written: caches go to {base}", file=sys.stderr)
+    note(f"the home folder {home} cannot be written: caches go to {base}")
 
 
 def _writable(folder: Path) -> bool:

@@ -25,6 +25,32 @@ def result_line(stage: str, root: Path) -> str:
         return ""
 
 
+# What the numbers of artifacts/metrics.json are.
+MEANINGS = {
+    "psnr_db": "reconstruction of the tokenizer, dB",
+    "patches_per_image": "runs of the large transformer per image",
+    "flops_saved": "share of the FLOPs that DPAR saves, forward",
+    "dpar_loss": "validation loss of DPAR, nats per token",
+    "baseline_loss": "of the baseline at equal steps",
+    "baseline_loss_equal_time": "of the baseline at equal training time",
+    "dpar_distance": "Frechet distance of DPAR, by score.features",
+    "baseline_distance": "of the baseline at equal steps",
+    "equal_time_step": "of the baseline, for equal training time",
+    "training_speed": "times the baseline's, measured in turns",
+    "sampling_speed": "times the baseline's, measured in turns",
+}
+
+
+def metrics_table(root: Path) -> str:
+    """Return artifacts/metrics.json as a table. Raises FileNotFoundError, ValueError with the way out."""
+    from dpar_core.files import read_json
+    from pipeline.terminal import table
+
+    found = read_json(A.SUMMARY_METRICS.require(root / A.FOLDER), way_out="run `dvc repro -f report`")
+    rows = [(name, f"{found[name]:.4g}", words) for name, words in MEANINGS.items() if name in found]
+    return table(("metric", "value", "what it is"), rows)
+
+
 def _data(found: Found) -> str:
     images = f"{found['data/train_images']:,} training and {found['data/validation_images']:,} validation images"
     return f"{images}, {found['data/classes']:,} classes"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dpar_core.files import digest_of, write_json
 from dpar_core.system import cpus
 from pipeline.code import code_identity, commit_of, packages_used
 from pipeline.state import LAST
+from pipeline.terminal import note
 from pipeline.tracking.tracker import open_tracker
 from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
@@ -103,7 +103,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     """Run a stage as dvc does. Raises ParamsError, StageError, or what the stage says is wrong."""
 
     def wait(holder: str) -> None:  # a killed `dvc repro` leaves its stage running
-        print(f"stage {name} is running already in process {holder}; waiting for it", file=sys.stderr, flush=True)
+        note(f"stage {name} is running already in process {holder}; waiting for it")
 
     asked = load_params(params_file)
     stage = load_stage(name)

@@ -37,6 +37,16 @@ def wrapped(text: str, *, first: str = "", rest: str = "") -> str:
     )
 
 
+def fitted(text: str) -> str:
+    """Return text with the lines wrapped that are wider than the terminal."""
+    return "\n".join(line if len(line) <= columns() else wrapped(line, rest="  ") for line in text.split("\n"))
+
+
+def note(text: str) -> None:
+    """Print to standard error, wrapped for the terminal."""
+    print(fitted(text), file=sys.stderr, flush=True)
+
+
 def duration(seconds: float) -> str:
     """Write a duration: 4 s, 2 min 31 s, 3 h 05 min, 2 days 4 h."""
     whole = round(seconds)

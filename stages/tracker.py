@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -66,14 +67,13 @@ class LineProgress:
             rate = (self.done - self.first) / max(now - self.started, 1e-9)
             total = max(self.total, self.done)  # a total in seconds is a plan that slow work may exceed
             left = int((total - self.done) / rate) if rate > 0 else 0
-            shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
+            count = f"{self.description} {self.done}/{total} {self.unit} {100 * self.done / max(total, 1):.0f} % "
             pace = "" if self.unit == "s" else f"{rate_words(rate, self.unit)} "  # seconds pass at one per second
-            print(
-                f"{self.description} {self.done}/{total} {self.unit} {100 * self.done / max(total, 1):.0f} % "
-                f"{pace}ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} {shown}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+            eta = f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            shown = " ".join(("", *(f"{name}={value:.4g}" for name, value in values.items())))
+            room = min(shutil.get_terminal_size().columns, 80)
+            lines = (f"{count}{pace}{eta}{shown}", f"{count}{pace}{eta}", f"{count}{eta}")
+            print(next((line for line in lines if len(line) <= room), lines[-1]), file=sys.stderr, flush=True)
 
 
 class NullTracker:

@@ -43,8 +43,9 @@ def patches_image(
     writes one PNG: image, entropies in nats, patch borders.
     """
     from pipeline.report.overlay import draw_patches
+    from pipeline.terminal import fitted
 
-    print(draw_patches(image, out, artifacts=_artifacts()))
+    print(fitted(draw_patches(image, out, artifacts=_artifacts())))
 
 
 @patches_app.command("stats")
@@ -108,11 +109,12 @@ def data_inspect(
     """
     from dpar_core.files import atomic_path
     from dpar_core.pictures import save_png
+    from pipeline.terminal import fitted
     from stages.params import load_params
     from stages.tools.inspect_data import describe, draw_inspection, inspect_image
 
     found = inspect_image(key, artifacts=_artifacts(), data=load_params(Path("params.yaml")).data)
-    print(describe(found))
+    print(fitted(describe(found)))
     with atomic_path(out) as temporary:
         save_png(draw_inspection(found), temporary)
     print(out)
@@ -127,6 +129,7 @@ def data_check(
     Reads artifacts/data, tokens, entropies and patch_maps; changes nothing without --repair. Exit 1 when something is
     wrong (with --repair: still wrong). What a repair cannot mend names the stage to run.
     """
+    from pipeline.terminal import fitted
     from stages.tools.check_data import check_data, repair_data
     from stages.tracker import PrintTracker
 
@@ -145,11 +148,11 @@ def data_check(
     for name in mended:
         print(f"{name} made again")
     for problem in report.problems:
-        print(problem)
-    print(f"{report.files} files, {report.bytes:,} bytes read, {len(report.problems)} problems")
+        print(fitted(str(problem)))
+    print(fitted(f"{report.files} files, {report.bytes:,} bytes read, {len(report.problems)} problems"))
     if report.problems:
         if not repair and any(problem.repairable for problem in report.problems):
-            print("`dpar-cli data check --repair` makes missing and damaged files again")
+            print(fitted("`dpar-cli data check --repair` makes missing and damaged files again"))
         raise SystemExit(1)
 
 

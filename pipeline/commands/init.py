@@ -46,9 +46,10 @@ def init(
     atomic_write(root / "params.yaml", text)
     load_params(root / "params.yaml")
     if values.get("score.allow_singular"):
-        print(
+        few = (
             f"{found.training} training images are few for {_FEATURES} features: distances will be rough, without a verdict"
         )
+        print(wrapped(few, rest="  "))
     duration = {"demo": "a quarter of an hour", "smoke": "two minutes, for pictures of noise"}.get(
         preset, "as its preset says"
     )

@@ -26,6 +26,7 @@ def probe(
     import torch
 
     from dpar_core.files import write_json
+    from pipeline.terminal import fitted
     from stages.artifacts import FOLDER, PROBE
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,8 +36,7 @@ def probe(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "probe.json", found)
     plot_accuracies(found, out / "probe.png")
-    print(table(found))
-    print(f"\n{out / 'probe.png'} shows every block")
+    print(fitted(f"{table(found)}\n\n{out / 'probe.png'} shows every block"))
 
 
 def probe_models(names: list[str], images: int, held_out: int, *, device: str, artifacts: Path) -> dict[str, Any]:

@@ -102,17 +102,18 @@ def sync_runs() -> None:
     Reads the journals in work/tracking/ of processes that are gone, and removes those that are delivered. The next run
     does the same by itself. Exit 1 with the reason when MLflow cannot be written.
     """
+    from pipeline.terminal import fitted
     from pipeline.tracking import outbox
 
     root = _root()
-    sender = outbox.Outbox(root, print)
+    sender = outbox.Outbox(root, lambda sentence: print(fitted(sentence)))
     waiting = len(outbox.journals(root))
     count = outbox.sync(sender)
     left = len(outbox.journals(root))
     if not waiting:
-        print(f"nothing waits for MLflow at {sender.uri}")
+        print(fitted(f"nothing waits for MLflow at {sender.uri}"))
         return
     who = "1 process" if waiting - left == 1 else f"{waiting - left} processes"
-    print(f"sent {count} records of {who} to MLflow at {sender.uri}")
+    print(fitted(f"sent {count} records of {who} to MLflow at {sender.uri}"))
     if left:
-        print(f"{left} more belong to processes that are still at work, which send them themselves")
+        print(fitted(f"{left} more belong to processes that are still at work, which send them themselves"))

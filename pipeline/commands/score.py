@@ -56,6 +56,7 @@ def score(
     """
     from dpar_core.data.splits import counted
     from dpar_core.files import write_record
+    from pipeline.terminal import fitted, note
     from stages.params import load_params
     from stages.tools.score_files import score_images, settings_for, shape_in, spread
     from stages.tracker import PrintTracker
@@ -80,7 +81,7 @@ def score(
     )
     against = _reference(reference, params, network, tracker, image_size=shapes[0].height, workers=workers)
     found = [
-        score_images(path, against, network, settings, tracker, seed=seed, workers=workers, say=_note) for path in samples
+        score_images(path, against, network, settings, tracker, seed=seed, workers=workers, say=note) for path in samples
     ]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def score(
         print(_table([path.name for path in samples], found, spreads=spread(found)))
     print(_protocol_lines(found[0]))
     if out is not None:
-        print(out)
+        print(fitted(str(out)))
 
 
 def compare(
@@ -104,16 +105,15 @@ def compare(
 
     Reads score files, writes nothing. Example: `dpar-cli compare artifacts/scores/dpar.json artifacts/scores/llamagen.json`.
     """
-    import sys
-
     from dpar_core.evaluation.scores import differences, read_scores, refuse_mixed
+    from pipeline.terminal import note
 
     found = [read_scores(path) for path in scores]
     names = [path.stem for path in scores]
     if not force:
         refuse_mixed(found, names)
     elif mixed := differences([one.protocol.to_json() for one in found]):
-        print(f"NOT COMPARABLE, shown because of --force: {'; '.join(mixed)}", file=sys.stderr)
+        note(f"NOT COMPARABLE, shown because of --force: {'; '.join(mixed)}")
     print(_table(names, found))
     for name, one in zip(names, found):
         print(f"{name}: protocol {one.protocol.id}")
@@ -132,11 +132,12 @@ def fetch(
     """
     from dpar_core.evaluation.features import INCEPTION_SHA256, INCEPTION_URL
     from pipeline.download import download
+    from pipeline.terminal import fitted
 
     if what != "inception":
         raise ValueError(f"no address known for {what!r}: expected inception (DINOv2: export it to TorchScript yourself)")
     address = url or INCEPTION_URL
-    print(f"from {address}\nto   {to.resolve()}")
+    print(fitted(f"from {address}\nto   {to.resolve()}"))
     digest = download(address, to, sha256=sha256 or INCEPTION_SHA256)
     print(f"SHA-256 {digest}")
 
@@ -289,12 +290,6 @@ def _table(names: Sequence[str], found: Sequence[Scores], *, spreads: Mapping[st
             cells += [f"{spreads[key].mean:.4g}", f"{spreads[key].deviation:.2g}"] if key in spreads else ["", ""]
         rows.append((score_name(key), *cells))
     return table(("score", *names, *(["mean", "sd over sets"] if spreads else [])), rows)
-
-
-def _note(sentence: str) -> None:
-    import sys
-
-    print(sentence, file=sys.stderr)
 
 
 def _protocol_lines(found: Scores) -> str:

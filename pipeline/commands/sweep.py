@@ -173,6 +173,7 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
 
     from pipeline.sweep import output as sweep_output
     from pipeline.sweep.tracking import open_sweep
+    from pipeline.terminal import fitted
     from stages import artifacts
     from stages.tools.sweep import check_points, sweep
     from stages.tools.sweep_models import retrain as train_models
@@ -231,9 +232,10 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
     if winner is None:
         raise RuntimeError(f"all {len(outcome.failed)} trials failed, the last with: {outcome.failed[-1].error}")
     if apply:
-        print(apply_winner(root / "params.yaml", winner, with_threshold=model == "dpar"))
+        print(fitted(apply_winner(root / "params.yaml", winner, with_threshold=model == "dpar")))
         if retrain:
-            print(f"the winner was trained at its threshold: set patching.threshold to {winner.point.threshold:g} as well")
+            also = f"set patching.threshold to {winner.point.threshold:g} as well"
+            print(fitted(f"the winner was trained at its threshold: {also}"))
     print(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
     if not apply:
         print("take it over    the same command with --apply, then dvc repro")

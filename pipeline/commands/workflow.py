@@ -188,6 +188,14 @@ class Screen:
         self.stream.flush()
         self._open = True
 
+    def aside(self, text: str) -> None:
+        """Show a line on standard error."""
+        from pipeline.terminal import note
+
+        self.stream.write(self._cleared())
+        self.stream.flush()
+        note(text)
+
     def _cleared(self) -> str:
         before, self._open = "\r\033[K" if self._open else "", False
         return before
@@ -288,8 +296,14 @@ def _follow(command: list[str], narrator: Narrator, *, verbose: bool) -> int:
 
     Ctrl-C reaches DVC and the stage as well: they are waited for, so that what they have is safe.
     """
+    from pipeline.terminal import columns
+
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    environment |= {"PYTHONUNBUFFERED": "1", **({PROGRESS_SECONDS: "1"} if narrator.screen.live else {})}
+    environment |= {
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": str(columns()),
+        **({PROGRESS_SECONDS: "1"} if narrator.screen.live else {}),
+    }
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, errors="replace") as process:
         assert process.stdout is not None
@@ -310,10 +324,10 @@ def _follow(command: list[str], narrator: Narrator, *, verbose: bool) -> int:
                 process.wait(LEAVING)
             except subprocess.TimeoutExpired:
                 process.terminate()
-            print(f"\n{narrator.stopped('stopped')}", file=sys.stderr)
+            narrator.screen.aside(f"\n{narrator.stopped('stopped')}")
             return TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
     if code:
-        print(narrator.stopped("failed"), file=sys.stderr)
+        narrator.screen.aside(narrator.stopped("failed"))
         return 1
     narrator.finish()
     return 0
@@ -323,7 +337,7 @@ def _pass_on(stream: TextIO, narrator: Narrator) -> None:
     """Show lines of progress among the others, and pass on to standard error whatever else a process says there."""
     for line in stream:
         if not narrator.progress(line.rstrip("\n")):
-            print(line, end="", file=sys.stderr, flush=True)
+            narrator.screen.aside(line.rstrip("\n"))
 
 
 def _terminate(process: int) -> None:
@@ -391,7 +405,7 @@ def status_lines(states: list[StageState], root: Path, *, now: float, code: dict
     from pipeline.terminal import about, colour, columns, wrapped
 
     marks = {"fresh": ("ok ", "green"), "stale": ("old", "yellow"), "never run": ("-  ", "dim")}
-    wide, other = columns() >= 60, 0
+    wide, other = columns() >= 64, 0
     found = [f"{'':3} {'stage':15} {'age':>6} {'took':>6}  result, or why it is to run"] if wide else []
     for state in states:
         mark, shade = marks[state.state]
@@ -427,6 +441,17 @@ def graph_lines(states: list[StageState]) -> list[str]:
         own = [need for need in direct if not any(reaches(other, need) for other in direct if other != need)]
         found.append(wrapped(", ".join(own) or "(nothing)", first=f"{name:15} <- ", rest=" " * 19))
     return found
+
+
+def metrics() -> None:
+    """Print the dozen numbers of the last run, a line each, with what each is.
+
+    Reads artifacts/metrics.json; a speed is absent where the machine was busy while it was measured. Other versions
+    beside it: `dvc metrics diff`. Earlier runs: `dpar-cli runs`.
+    """
+    from pipeline.results import metrics_table
+
+    print(metrics_table(_root()))
 
 
 def doctor() -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from filelock import lock_descriptor
 
 from dpar_core.secrets import redacted
+from pipeline.terminal import note
 from pipeline.tracking import store
 from pipeline.tracking.journal import EVENTS, Event, Reader, bury
 from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, TrackingError
@@ -378,7 +379,7 @@ def sync(outbox: Outbox, *, leave: Path | None = None) -> int:
 
 def opened(root: Path) -> tuple[Any, str]:
     """Return (client, experiment id) of a store that has all of what processes left that are gone. Raises TrackingError."""
-    outbox = Outbox(root, lambda sentence: print(sentence, file=sys.stderr))
+    outbox = Outbox(root, note)
     sync(outbox)
     outbox.connect()
     return outbox.client, outbox.experiment

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from dpar_core.files import digest_of, sha256_file
 from pipeline.presets.use import preset_of
+from pipeline.terminal import note
 from pipeline.tracking import summary
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.models import LoggedModel, models_of
@@ -153,7 +154,7 @@ class Recording:
         if self.bar is not None:
             self.bar.console.print(sentence, markup=False, highlight=False)
         else:
-            print(sentence, file=sys.stderr, flush=True)
+            note(sentence)
 
 
 @contextmanager
@@ -169,7 +170,7 @@ def recording(root: Path, name: str) -> Iterator[Recording]:
         except OSError as error:
             if not failing:
                 raise
-            print(f"the last records of {name} are lost: {error}", file=sys.stderr, flush=True)
+            note(f"the last records of {name} are lost: {error}")
 
 
 @contextmanager

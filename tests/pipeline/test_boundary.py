@@ -17,7 +17,7 @@ import typer
 from safetensors import safe_open
 
 from dpar_core.secrets import redacted
-from pipeline import boundary
+from pipeline import boundary, terminal
 from stages import crash
 from tests.helpers.paths import ROOT
 
@@ -27,6 +27,8 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DPAR_DEBUG", raising=False)
+    monkeypatch.setattr(terminal, "WIDTH", 9999)  # sentences as they are; test_columns.py has their lines
+    monkeypatch.setenv("COLUMNS", "9999")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["dpar-cli", "stage", "s3://KEY:hunter2@bucket"])
     return tmp_path

@@ -1,14 +1,27 @@
 """What commands print fits the terminal, 80 columns at most, and holds no codes for colours where none are asked for."""
 
+import json
+import re
+import shutil
+import signal
+import sys
+import threading
+import warnings
+
 import click
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from dpar_core.evaluation.golden import Case
-from pipeline.cli import app
+from dpar_core.files import write_json
+from pipeline.cli import app, main
+from pipeline.results import MEANINGS
 from pipeline.terminal import columns, table, wrapped
 from tests.helpers.paths import ROOT
+from tests.helpers.report_artifacts import SIZE, tiny_params, write_artifacts
 
 CASES = [Case("a network of the published code, logits, largest difference", 1.2e-6, 1e-5), Case("another", 3.0, 0.0)]
 
@@ -21,34 +34,120 @@ def commands(group: click.Group, before: tuple[str, ...] = ()) -> list[tuple[str
     return found
 
 
-def printed(*words: str, width: int) -> str:
-    result = CliRunner().invoke(app, list(words), env={"COLUMNS": str(width), "NO_COLOR": "1"})
-    assert result.exit_code in ((0, 1) if words in (("verify",), ("doctor",)) else (0,)), result.output
-    assert "\033" not in result.output
-    return result.output
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A project with everything made, outside git, and files of a user in it."""
+    folder = tmp_path_factory.mktemp("project") / "of a user"
+    params = tiny_params()
+    write_artifacts(folder, params)
+    for name in ("dvc.yaml", "params", "constraints.txt"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text(json.dumps(params.model_dump(mode="json")))
+    summary = dict.fromkeys(MEANINGS, 0.12345)
+    write_json(folder / "artifacts" / "metrics.json", summary)
+    pixels = np.random.default_rng(0).integers(0, 255, (20, SIZE, SIZE, 3), dtype=np.uint8)
+    np.savez(folder / "a.npz", pixels)
+    for number, image in enumerate(pixels):
+        path = folder / "own pictures" / ("cat", "a dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    (path.parent / "broken.jpg").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture
+def printed(made, monkeypatch, capsys):
+    """Run `dpar-cli WORDS` in the project and return both streams, as a pipe or a file gets them."""
+    monkeypatch.chdir(made)
+    (made / ".dvc").mkdir(exist_ok=True)
+    (made / ".dvc" / "config.local").unlink(missing_ok=True)  # so that each command configures DVC, and says so
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "DPAR_DEBUG", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    before = signal.getsignal(signal.SIGTERM), threading.excepthook, warnings.showwarning
+
+    def call(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["dpar-cli", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return int(stopped.value.code or 0), said.out + said.err
+
+    yield call
+    signal.signal(signal.SIGTERM, before[0])
+    threading.excepthook, warnings.showwarning = before[1:]
 
 
 def test_the_help_of_every_command_fits(monkeypatch):
     monkeypatch.chdir(ROOT)
     for number, words in enumerate(commands(typer.main.get_command(app))):
         width = (40, 80)[number % 2]
-        text = printed(*words, "--help", width=width)
-        assert max(map(len, text.splitlines())) <= width, words
+        text = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": str(width), "NO_COLOR": "1"}).output
+        assert "Usage" in text and max(map(len, text.splitlines())) <= width, words
 
 
-@pytest.mark.parametrize("width", [40, 200])
-@pytest.mark.parametrize(
-    "words",
-    ["status", "status --graph", "doctor", "params list", "params check", "cost demo", "cost imagenet256-dpar-xl", "verify"],
-)
-def test_what_commands_print_fits(monkeypatch, width, words):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    if words == "verify":
-        monkeypatch.setattr("dpar_core.evaluation.golden.verify_folder", lambda folder: CASES)
-    text = printed(*words.split(), width=width)
-    assert max(len(line) for line in text.splitlines() if "sqlite:" not in line) <= min(width, 80)
+# Every command that trains nothing and starts neither DVC nor Ray: words, and the status that it ends with.
+PRINTED = {
+    "status": 0,
+    "status --graph": 0,
+    "metrics": 0,
+    "doctor": 0,
+    "--version": 0,
+    "params list": 0,
+    "params check": 0,
+    "params check --params missing/params.yaml": 1,
+    "params use imagenet256": 1,
+    "params use demo": 1,
+    "cost demo": 0,
+    "cost imagenet256-dpar-xl --currency EUR": 0,
+    "run nothing": 1,
+    "stage nothing": 1,
+    "stage sources": 0,
+    "runs sync": 0,
+    "data check": 0,
+    "data inspect nobody": 1,
+    "data inspect train-0000003": 0,
+    "patches own_pictures/cat/0.png": 0,
+    "patches missing.png": 1,
+    "patches stats": 0,
+    "sample --classes 1,2": 0,
+    "sample --classes elephant": 1,
+    "probe --models other": 1,
+    "probe --images 18 --held-out 18": 0,
+    "score a.npz --reference train": 1,
+    "score a.npz --reference train --features inception": 1,
+    "compare artifacts/scores/dpar.json artifacts/scores/llamagen.json": 0,
+    "compare artifacts/scores/dpar.json missing.json": 1,
+    "fetch something": 1,
+    "calibrate --gpt a.pt --vq b.pt --size B --cfg 2 --reference c.npz": 1,
+    "sweep threshold --search hillclimbing": 1,
+    "sweep cfg --model other": 1,
+    "init --images own_pictures": 1,
+    "init --images missing": 1,
+    "verify": 1,
+}
+
+
+@pytest.mark.parametrize("words", PRINTED)
+def test_what_commands_print_fits_a_pipe_and_a_narrow_terminal(printed, monkeypatch, words):
+    monkeypatch.setattr("dpar_core.evaluation.golden.verify_folder", lambda folder: CASES)
+    for width in (80, 60):
+        monkeypatch.setenv("COLUMNS", str(width))
+        status, text = printed(*(word.replace("own_pictures", "own pictures") for word in words.split()))
+        assert status == PRINTED[words], text
+        assert "\033" not in text
+        # A path or an address that is longer than the line stands alone on it, so that it can be copied.
+        wide = [line for line in text.splitlines() if len(line) > width]
+        assert not [line for line in wide if re.search(r"\s", line.strip())], "\n".join(wide)
+
+
+def test_every_command_is_looked_at():
+    apart = {("ui",), ("runs",), ("runs", "show"), ("params", "show"), ()}  # serve, open MLflow, print a file
+    known = [tuple(words.split()) for words in PRINTED]
+    for words in commands(typer.main.get_command(app)):
+        named = words[:-1] if words[-1:] == ("image",) else words
+        assert words in apart or any(one[: len(named)] == named for one in known), words
 
 
 def test_a_table_is_aligned_where_it_fits_and_a_list_where_it_does_not(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dpar_core.data.manifest import read_manifest
+from pipeline import terminal
 from pipeline.cli import main
 from tests.helpers.tiny_data import as_artifacts, make_project
 
@@ -26,14 +27,15 @@ def place(project, tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").write_text("")
     (tmp_path / "params.yaml").write_text(json.dumps(project.params.model_dump(mode="json")))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("DPAR_DEBUG", raising=False)
     return tmp_path
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run `dpar-cli WORDS`: exit code, lines on stdout, lines on stderr."""
+    """Run `dpar-cli WORDS`: exit code, lines on stdout, lines on stderr, as wide as they come."""
+    monkeypatch.setattr(terminal, "WIDTH", 9999)
+    monkeypatch.setenv("COLUMNS", "9999")
 
     def call(*words: str) -> tuple[int, list[str], list[str]]:
         monkeypatch.setattr(sys, "argv", ["dpar-cli", *words])

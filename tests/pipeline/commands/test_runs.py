@@ -56,7 +56,7 @@ def test_sync_sends_what_dead_processes_left_and_leaves_the_living_alone(fresh_s
     assert "hunter2" not in str(away.value) and dead.folder.exists()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     sync_runs()
-    said = capsys.readouterr().out
+    said = capsys.readouterr().out.replace("\n  ", " ")
     assert said.startswith("nothing waits for MLflow at sqlite:///")
     assert "sent 3 records of 1 process to MLflow at sqlite:///" in said  # and its end, KILLED, which it could not write
     assert "1 more belong to processes that are still at work" in said
