@@ -90,6 +90,7 @@ class World:
     def copy(self, folder: Path, stage: str, *, outputs: bool = False, **sections: Mapping[str, Any]) -> Path:
         """Make a project that has what a stage reads, and what it makes if asked. sections: changes to params."""
         from pipeline.runner import STAGES
+        from pipeline.state import LAST
 
         shutil.rmtree(folder, ignore_errors=True)
         values = params(self.root / "images")
@@ -107,6 +108,9 @@ class World:
         for name in spec.outputs.values():
             if not outputs and (folder / name).exists():  # the report's folders of inputs hold outputs of other stages
                 remove(folder / name)
+        for record in (self.whole / "work").glob(f"*/{LAST}"):  # when stages ran, which the report's footer says
+            (folder / "work" / record.parent.name).mkdir()
+            shutil.copy2(record, folder / "work" / record.parent.name)
         return folder
 
     def outputs(self, stage: str) -> dict[str, bytes]:
