@@ -405,8 +405,11 @@ def launch(root: Path, key: str, process: Any) -> None:
 
 def at_work(root: Path, key: str) -> bool:
     """Tell whether the process that delivers the journals of a pipeline run is there."""
-    with open(lock_file(root, key), "ab") as log:
-        return not lock_descriptor(log.fileno(), blocking=False)
+    try:
+        with open(lock_file(root, key), "r+b") as log:
+            return not lock_descriptor(log.fileno(), blocking=False)
+    except FileNotFoundError:
+        return False
 
 
 def lock_file(root: Path, key: str) -> Path:
@@ -429,6 +432,10 @@ def main() -> None:
             process = process if process.create_time() == float(last[1]) else None
     _Courier(Path(root), key, process).run()
     lock_file(Path(root), key).unlink(missing_ok=True)
+    for left in journal_folder(Path(root)).glob(".courier-*.log"):  # of processes that were killed
+        with suppress(OSError), open(left, "r+b") as log:
+            if lock_descriptor(log.fileno(), blocking=False) and not log.read(1):
+                left.unlink()
 
 
 class _Courier:
@@ -510,7 +517,10 @@ class _Courier:
 
     def _say(self, sentence: str) -> None:
         for folder in self._mine():
-            with suppress(OSError), open(folder / self.said, "a") as stream:  # nobody listens where it is gone
+            with (
+                suppress(OSError),
+                open(folder / self.said, "a", encoding="utf-8") as stream,
+            ):  # nobody listens where it is gone
                 print(sentence, file=stream, flush=True)
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from dpar_core.files import digest_of, sha256_file
 from pipeline.presets.use import preset_of
@@ -30,6 +30,7 @@ from stages.tracker import LineProgress, Progress, rate_words
 
 PASS_TAG = "dpar.pass"
 CLOSE_SECONDS = 15.0  # that the end of a stage waits for the store
+WATCH_SECONDS, LONGEST_WATCH_SECONDS = 30.0, 3600.0  # between looks whether the process that delivers is there
 
 
 def pass_identity(root: Path) -> tuple[str, str, Any]:
@@ -94,8 +95,9 @@ class Recording:
         self._said.touch()
         launch(self.root, self.key, self._last)
         self._closed = threading.Event()
-        said = open(self._said)  # noqa: SIM115
-        self._listener = threading.Thread(target=self._listen, args=(said,), name="outbox", daemon=True)
+        self._words = open(self._said, encoding="utf-8")  # noqa: SIM115
+        self._ends = 0  # of the process that delivers, before this journal was delivered
+        self._listener = threading.Thread(target=self._listen, name="outbox", daemon=True)
         self._listener.start()
 
     def run(self, key: str, name: str, *, tags: Mapping[str, str], parent: str | None = None, once: bool = False) -> str:
@@ -121,34 +123,50 @@ class Recording:
 
     def close(self) -> None:
         """Let the rest be delivered, for some seconds; what is left then is kept and named."""
-        self.journal.close()
-        until, again = time.monotonic() + CLOSE_SECONDS, True
-        kept = (
-            f"records of {self.name} that it does not have yet are kept in work/tracking and sent by the next run, or by "
-            "`dpar-cli runs sync`"
-        )
-        while self._said.exists():
-            if not at_work(self.root, self.key) and self._said.exists():
-                if not again:
-                    self._say(f"the process that writes to MLflow ended: {kept} (details: {lock_file(self.root, self.key)})")
-                    break
-                again = False  # it was about to leave when this journal began
-                launch(self.root, self.key, self._last)
-            if time.monotonic() > until:
-                self._say(f"MLflow is slow: {kept}")
-                break
-            time.sleep(0.05)
         self._closed.set()
-        self._listener.join(1)
+        self._listener.join()
+        self.journal.close()
+        until, before = time.monotonic() + CLOSE_SECONDS, self._ends
+        while self._said.exists():
+            if self._revive():
+                until = time.monotonic() + CLOSE_SECONDS
+            again = self._ends > before + 1
+            if again or time.monotonic() > until:
+                log = lock_file(self.root, self.key)
+                self._say(
+                    f"{f'the process that writes to MLflow ended again (details: {log})' if again else 'MLflow is slow'}: "
+                    f"records of {self.name} that it does not have yet are kept in work/tracking and sent by the next run, "
+                    "or by `dpar-cli runs sync`"
+                )
+                break
+            self._repeat()
+            time.sleep(0.05)
+        self._repeat()
+        self._words.close()
 
-    def _listen(self, said: TextIO) -> None:
-        with said:
-            while True:
-                closed = self._closed.wait(0.2)
-                for line in said:
-                    self._say(line.rstrip("\n"))
-                if closed:
-                    return
+    def _revive(self) -> bool:
+        """Start the process that delivers anew where it is gone and this journal is not; return whether it was."""
+        if at_work(self.root, self.key) or not self._said.exists():
+            return False
+        self._ends += 1
+        if lock_file(self.root, self.key).exists():  # else it left in good order, just before this journal began
+            self._say("the process that writes to MLflow ended too early: another one goes on with its work")
+        launch(self.root, self.key, self._last)
+        return True
+
+    def _listen(self) -> None:
+        pause = WATCH_SECONDS
+        look = time.monotonic() + pause
+        while not self._closed.wait(0.2):
+            self._repeat()
+            if time.monotonic() > look:
+                pause = min(2 * pause, LONGEST_WATCH_SECONDS) if self._revive() else WATCH_SECONDS
+                look = time.monotonic() + pause
+
+    def _repeat(self) -> None:
+        """Say what the process that delivers has to say."""
+        for line in self._words:
+            self._say(line.rstrip("\n"))
 
     def _say(self, sentence: str) -> None:
         if self.bar is not None:

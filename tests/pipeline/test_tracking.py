@@ -419,6 +419,32 @@ def test_while_the_store_is_silent_a_stage_does_not_wait_and_the_next_brings_all
     assert {run.info.status for run in found.values()} == {"FINISHED"} and len(found) == 3
 
 
+def test_a_process_that_delivers_and_is_killed_is_named_and_another_one_goes_on(project, monkeypatch, capfd):
+    root, params, chosen = project
+    begun = []
+
+    def launch(root, key, _):
+        if begun:  # what the second one does
+            outbox.lock_file(root, key).unlink()
+            for folder in outbox.journals(root):
+                if outbox.bury(folder):
+                    outbox.Outbox(root, print).deliver(folder)
+                    shutil.rmtree(folder)
+        begun.append(key)
+
+    def killed(root, key):
+        outbox.lock_file(root, key).touch()  # which a process that leaves by itself removes
+        return False
+
+    monkeypatch.setattr(tracker, "launch", launch)
+    monkeypatch.setattr(tracker, "at_work", killed)
+    with tracker.open_tracker("data", params, chosen, root=root) as one:
+        one.log_metrics({"loss": 2.0}, step=1)
+    said = capfd.readouterr().err
+    assert "ended too early" in said and "slow" not in said and len(begun) == 2
+    assert history(root, "01 data") == [2.0]
+
+
 KILLED = """
 from pathlib import Path
 from pipeline.runner import load_stage
