@@ -5,16 +5,21 @@ Whatever is read here is held against the digest it carries: a file that was dam
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most who write a file have no tensors
     from torch import Tensor
@@ -64,6 +69,66 @@ def sync_folder(folder: Path | str) -> None:
         os.close(descriptor)
 
 
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """Lock a temporary file or folder for as long as this process lives; return its descriptor.
+
+    Returns None where another process has it, or where there are no such locks: on Windows, and on some network drives.
+    """
+    if sys.platform == "win32":  # where an open file could not be renamed either
+        return None
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def temporary(make: Callable[[], str], left: Iterable[Path]) -> Iterator[Path]:
+    """Yield the temporary file or folder that `make` makes, which is removed at the end where it still is.
+
+    left: its like, of which those are removed now whose process was killed: nobody has them locked.
+    """
+    for one in left:
+        with suppress(OSError):  # of another user, or just gone
+            if (descriptor := _lock(one, wait=False)) is not None:
+                _remove(one)
+                os.close(descriptor)
+    while True:
+        path = Path(make())
+        descriptor = _lock(path, wait=True)
+        if path.exists():  # else it was taken for left behind before it was locked
+            break
+    try:
+        yield path
+    finally:
+        _remove(path)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sibling(path: Path, make: Callable[..., str]) -> AbstractContextManager[Path]:
+    """Return a context with a temporary sibling of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    left = [*path.parent.glob(f".{glob.escape(path.name)}.*.tmp"), *path.parent.glob(f".{glob.escape(path.name)}.*.old")]
+    return temporary(lambda: make(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"), left)
+
+
+def _new_file(**where: Any) -> str:
+    handle, name = tempfile.mkstemp(**where)
+    os.close(handle)
+    return name
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; it is synced and renamed onto `path` only when the block ends well.
@@ -73,19 +138,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is {'a folder' if path.is_dir() else 'a device or a pipe'}, expected the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as stream:
+    with _sibling(path, _new_file) as written:
+        yield written
+        with open(written, "rb") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_UMASK)
-        os.replace(temporary, path)
+        written.chmod(0o666 & ~_UMASK)
+        os.replace(written, path)
         sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
@@ -163,21 +222,17 @@ def seal_holds(summary: Mapping[str, Any]) -> bool:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty temporary sibling folder; it takes the place of `path` only when the block ends well."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_UMASK)
+    with _sibling(path, tempfile.mkdtemp) as written:
+        yield written
+        written.chmod(0o777 & ~_UMASK)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
             os.replace(path, old / path.name)
-            os.replace(temporary, path)
+            os.replace(written, path)
             shutil.rmtree(old)
         else:
-            os.replace(temporary, path)
+            os.replace(written, path)
         sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclass(frozen=True)

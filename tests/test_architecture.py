@@ -121,7 +121,7 @@ def test_every_dependency_is_used_by_what_runs():
 
 ONE_PLACE = {
     r"\bray\.(wait|remote|kill)\(": {"stages/workers/tasks.py"},
-    r"\b(flock|lockf)\(|\bFileLock\(": {"stages/workers/lock.py"},
+    r"\b(flock|lockf)\(|\bFileLock\(": {"stages/workers/lock.py", "dpar_core/files.py"},
     r"\bsys\.path\.(insert|append)": set(),
 }
 

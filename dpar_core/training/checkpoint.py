@@ -15,9 +15,11 @@ import re
 import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,12 @@ from dpar_core.files import (
     read_weights_header,
     save_weights,
     sha256_file,
+    temporary,
     write_record,
 )
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_CACHE = "dpar-checkpoints-"  # beginning of the names of folders for checkpoints of an object store
 _NAME = re.compile(r"step-(\d{8,})")
 _FORMAT = 2  # with a digest of its own; 1, of version 0.1.0, had none and is still read
 _DAMAGE = (FileNotFoundError, ValueError)  # what a damaged checkpoint raises
@@ -315,13 +319,23 @@ class _Folder:
         shutil.rmtree(doomed)
 
 
+class _Cache:
+    """A temporary folder, removed with this object; after a kill, by the next process that makes one."""
+
+    def __init__(self) -> None:
+        left = Path(tempfile.gettempdir()).glob(f"{_CACHE}*")
+        context = temporary(partial(tempfile.mkdtemp, prefix=_CACHE), left)
+        self.folder = context.__enter__()
+        weakref.finalize(self, context.__exit__, None, None, None)
+
+
 class _Remote:
     """An object store or any other address that pyarrow or fsspec knows."""
 
     def __init__(self, address: str) -> None:
         self.base = address.rstrip("/")
         self.files, self.root = file_system(self.base)
-        self.cache = tempfile.TemporaryDirectory(prefix="dpar-checkpoints-", ignore_cleanup_errors=True)
+        self.cache = _Cache()
 
     def address(self, name: str) -> str:
         return f"{self.base}/{name}"
@@ -336,8 +350,8 @@ class _Remote:
 
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(dir=self.cache.name) as temporary:
-            folder = Path(temporary)
+        with tempfile.TemporaryDirectory(dir=self.cache.folder) as written:
+            folder = Path(written)
             yield folder
             self.remove(name)  # there is one only if it was found damaged
             try:
@@ -355,7 +369,7 @@ class _Remote:
     def fetch(self, name: str) -> Path:
         from pyarrow import fs
 
-        target = Path(self.cache.name) / name
+        target = self.cache.folder / name
         target.mkdir(exist_ok=True)
         for info in self.files.get_file_info(fs.FileSelector(f"{self.root}/{name}")):
             with self.files.open_input_stream(info.path) as source, open(target / Path(info.path).name, "wb") as copy:

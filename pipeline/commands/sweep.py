@@ -178,6 +178,7 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
     from stages.tools.sweep import check_points, sweep
     from stages.tools.sweep_models import retrain as train_models
     from stages.workers.lock import locked
+    from stages.workers.tasks import remove_leftovers
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"--name is {name!r}, expected letters, digits, dots, dashes: it becomes a folder under sweeps/")
@@ -195,6 +196,8 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
         "retrain": retrain,
     }
     with locked(work / ".lock", busy=partial(refuse_second, name)), open_sweep(name, settings, root=root) as runs:
+        for place in (work, folder):
+            remove_leftovers(place)
         if retrain:
             models = train_models(
                 params,

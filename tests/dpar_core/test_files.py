@@ -11,6 +11,7 @@ import torch
 
 from dpar_core.files import (
     Damaged,
+    atomic_folder,
     atomic_path,
     atomic_write,
     load_weights,
@@ -28,6 +29,25 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_beside_it(tmp_path
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no locks on files that can be renamed")
+def test_what_killed_writers_left_is_removed_by_the_next_and_what_others_write_is_not(tmp_path):
+    for name in (".a[1].json.x7.tmp", ".a[1].json.x8.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    (tmp_path / ".a[1].json.x9.tmp").write_text("half")
+    others = [tmp_path / name for name in (".a1.json.x7.tmp", "a[1].json.tmp", ".b.json.x7.tmp")]
+    for other in others:
+        other.touch()
+    with atomic_path(tmp_path / "a[1].json") as slow, atomic_folder(tmp_path / "f") as folder:
+        atomic_write(tmp_path / "a[1].json", "quick")
+        with atomic_folder(tmp_path / "f") as quick:
+            (quick / "file").write_text("quick")
+        assert sorted(tmp_path.iterdir()) == sorted([*others, slow, folder, tmp_path / "a[1].json", tmp_path / "f"])
+        slow.write_text("slow")
+    assert (tmp_path / "a[1].json").read_text() == "slow" and not list((tmp_path / "f").iterdir())
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "a[1].json", tmp_path / "f"])
 
 
 def test_a_pipe_and_a_folder_are_refused_and_stay(tmp_path):

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -189,6 +190,18 @@ def test_an_upload_that_fails_leaves_the_last_good_one_and_says_so(remote, monke
     refuse(monkeypatch)
     save(place, 2)
     assert place.newest().step == 2 and place.warned == []
+
+
+def test_the_folder_for_fetched_checkpoints_goes_with_its_store_or_with_the_next_after_a_kill(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (left := tmp_path / "dpar-checkpoints-of-a-killed-process").mkdir()
+    (left / "step-00000001").mkdir()
+    first = store(remote)
+    assert not left.exists()
+    second, found = store(remote), [*tmp_path.glob("dpar-checkpoints-*")]
+    assert len(found) == 2
+    del first, second
+    assert not any(map(Path.exists, found))
 
 
 def test_a_place_that_cannot_be_listed_hides_no_failure(remote, monkeypatch):
