@@ -20,7 +20,7 @@ def cpus() -> int:
 def resident_bytes() -> int:
     """Return the memory that this process holds now, in bytes; without /proc (macOS) the most it has held so far."""
     try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        return int(_STATM.read_text("utf-8").split()[1]) * os.sysconf("SC_PAGESIZE")
     except (OSError, ValueError, IndexError):
         import resource
 

@@ -185,7 +185,7 @@ def params_show(name: Annotated[str | None, typer.Argument(help="A preset; param
     """Print a preset, or params.yaml, with every value and its unit."""
     from pipeline.presets.use import preset_file
 
-    print((preset_file(_root(), name) if name else PARAMS).read_text(), end="")
+    print((preset_file(_root(), name) if name else PARAMS).read_text("utf-8"), end="")
 
 
 @params_app.command("use")

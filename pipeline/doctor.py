@@ -72,7 +72,7 @@ def _read_params(root: Path) -> tuple[Params | None, list[Check]]:
 def _python(root: Path) -> Iterator[Check]:
     wanted = "unknown"
     if (root / "pyproject.toml").exists():
-        wanted = tomllib.loads((root / "pyproject.toml").read_text())["project"].get("requires-python", wanted)
+        wanted = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"].get("requires-python", wanted)
     version = platform.python_version()
     inside = all(_holds(sys.version_info[:2], bound) for bound in wanted.split(",")) if wanted != "unknown" else True
     fix = "" if inside else f"make the environment with a Python that is {wanted}: make PYTHON=python3.12 .venv"
@@ -89,7 +89,7 @@ def _holds(version: tuple[int, ...], bound: str) -> bool:
 
 def _versions(root: Path) -> Iterator[Check]:
     file = root / "constraints.txt"
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
     wanted = {
         line.split("==")[0].strip().lower(): line.split("==")[1].split(";")[0].strip() for line in lines if "==" in line
     }

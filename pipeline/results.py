@@ -20,7 +20,7 @@ def result_line(stage: str, root: Path) -> str:
         return ""
     file, words = _LINES[stage]
     try:
-        return words(json.loads((root / file.path).read_text()))
+        return words(json.loads((root / file.path).read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return ""
 

@@ -72,7 +72,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     from ruamel.yaml.error import YAMLError
 
     try:
-        content = YAML(typ="safe").load(path.read_text())
+        content = YAML(typ="safe").load(path.read_text("utf-8"))
     except YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -86,7 +86,7 @@ def read_last(root: Path, stage: str) -> dict[str, Any]:
     finished: seconds since 1970; seconds: it took; code, commit, packages, machine: what ran it (see record_run).
     """
     try:
-        found = json.loads((root / "work" / stage / LAST).read_text())
+        found = json.loads((root / "work" / stage / LAST).read_text("utf-8"))
         return found | {name: float(found[name]) for name in ("finished", "seconds")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

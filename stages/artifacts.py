@@ -197,7 +197,7 @@ def artifact_digest(path: Path) -> str:
         return sha256_file(path)[:16]
     summary = path / SUMMARY
     if summary.exists():
-        stored = json.loads(summary.read_text()).get("digest")
+        stored = json.loads(summary.read_text("utf-8")).get("digest")
         if isinstance(stored, str):
             return stored
     files = sorted(file for file in path.rglob("*") if file.is_file())

@@ -255,7 +255,7 @@ def validation_synsets(tar: Path) -> dict[str, str]:
 
 def _solution(path: Path) -> dict[str, str]:
     """Read Kaggle's list: an image's name, and its boxes, each with the synset first."""
-    with open(path, newline="", errors="replace") as stream:
+    with open(path, newline="", encoding="utf-8", errors="replace") as stream:
         rows = list(csv.DictReader(stream))
     if not rows or not {"ImageId", "PredictionString"} <= rows[0].keys():
         found = ", ".join(map(str, rows[0]))[:100] if rows else "nothing"

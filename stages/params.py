@@ -346,7 +346,7 @@ def load_params(path: Path) -> Params:
     if not path.exists():
         raise FileNotFoundError(f"no params file at {path}: go to the project folder, or `dpar-cli params use demo`")
     try:
-        raw = YAML(typ="safe").load(path.read_text())
+        raw = YAML(typ="safe").load(path.read_text("utf-8"))
     except YAMLError as error:
         raise ParamsError([f"{path.name} is not YAML: {' '.join(str(error).split())}"]) from None
     return parse_params(raw, where=path.name)

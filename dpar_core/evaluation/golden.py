@@ -231,7 +231,7 @@ def _gradients(folder: Path, model: DPAR, z: dict[str, Any]) -> Iterator[Case]:
     yield Case("DPAR 4d: gradients", worst, 1e-5)
     file = folder / "dpar_reference_gradnorms.json"
     if file.exists():
-        stored = json.loads(file.read_text())
+        stored = json.loads(file.read_text("utf-8"))
         norms = stored.get("4d", stored)
         known = {n: v for n, v in norms.items() if n in gradients and isinstance(v, int | float)}
         worst = max(abs(float(gradients[n].norm()) - v) / max(abs(v), 1e-8) for n, v in known.items())

@@ -61,11 +61,11 @@ def _checked(root: Path, preset: str, force: bool) -> tuple[str, bool]:
     """Return a preset's text, and whether params.yaml has changes that are to be kept. Raises ValueError."""
     from pipeline.presets.use import preset_file, preset_names
 
-    text, target = preset_file(root, preset).read_text(), root / "params.yaml"
+    text, target = preset_file(root, preset).read_text("utf-8"), root / "params.yaml"
     if not target.exists():
         return text, False
-    now = target.read_text()
-    changed = not any(now == (root / "params" / f"{name}.yaml").read_text() for name in preset_names(root))
+    now = target.read_text("utf-8")
+    changed = not any(now == (root / "params" / f"{name}.yaml").read_text("utf-8") for name in preset_names(root))
     if changed and not force:
         raise ValueError(f"{target.name} has changes of yours: --force replaces it and keeps it as {target.name}.bak")
     return text, changed

@@ -278,7 +278,7 @@ def apply_winner(path: Path, winner: TrialResult, *, with_threshold: bool) -> st
     values: dict[str, Any] = {"sample.cfg_scale": winner.point.cfg_scale}
     if with_threshold and winner.point.threshold is not None:
         values |= {"sample.threshold": winner.point.threshold, "sample.max_patch_length": winner.max_patch_length}
-    text = with_values(path.read_text(), values)
+    text = with_values(path.read_text("utf-8"), values)
     from ruamel.yaml import YAML
 
     parse_params(YAML(typ="safe").load(text), where=path.name)

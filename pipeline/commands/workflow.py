@@ -359,7 +359,7 @@ def _verdict(root: Path) -> str:
 
     report, lines = root / REPORT_PAGE.path, [""]
     try:
-        found = json.loads((root / HEADLINE.path).read_text())
+        found = json.loads((root / HEADLINE.path).read_text("utf-8"))
         lines += [wrapped(found["badge"]), colour(wrapped(found["headline"]), "bold")]
         lines += [wrapped(f"{one['title']}: {one['sentence']}", first="  ", rest="    ") for one in found["verdicts"]]
         saved = 100 * found["flops_saved"]

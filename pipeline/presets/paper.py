@@ -191,7 +191,7 @@ def _text(demo: str, head: str, values: dict[str, Any]) -> str:
 def main() -> None:
     """Write all presets to params/ of the project this runs in."""
     folder = Path("params")
-    for name, text in paper_presets((folder / "demo.yaml").read_text()).items():
+    for name, text in paper_presets((folder / "demo.yaml").read_text("utf-8")).items():
         atomic_write(folder / f"{name}.yaml", text)
 
 

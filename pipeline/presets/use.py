@@ -26,7 +26,7 @@ def preset_lines(root: Path) -> list[str]:
     width = max(map(len, names), default=0)
     found = []
     for name in names:
-        first = (root / "params" / f"{name}.yaml").read_text().partition("\n")[0]
+        first = (root / "params" / f"{name}.yaml").read_text("utf-8").partition("\n")[0]
         words = first.removeprefix("# ").partition(" Run: ")[0].partition(" Other runs: ")[0].rstrip(".")
         found.append(wrapped(words, first=f"{name:{width}}  ", rest=" " * (width + 2)))
     return found
@@ -35,8 +35,8 @@ def preset_lines(root: Path) -> list[str]:
 def preset_of(root: Path) -> str:
     """Return the name of the preset that params.yaml is, "own params" when it is none."""
     file = root / "params.yaml"
-    text = file.read_text() if file.exists() else ""
-    same = (name for name in preset_names(root) if preset_file(root, name).read_text() == text)
+    text = file.read_text("utf-8") if file.exists() else ""
+    same = (name for name in preset_names(root) if preset_file(root, name).read_text("utf-8") == text)
     return next(same, "own params")
 
 
@@ -56,14 +56,14 @@ def use_preset(root: Path, name: str, *, force: bool = False) -> str:
     load_params(file)
     kept = ""
     if target.exists():
-        text = target.read_text()
-        known = any(text == (root / "params" / f"{other}.yaml").read_text() for other in preset_names(root))
+        text = target.read_text("utf-8")
+        known = any(text == (root / "params" / f"{other}.yaml").read_text("utf-8") for other in preset_names(root))
         if not known and not force:
             raise ValueError(f"{target.name} has changes of yours: --force replaces it and keeps it as {target.name}.bak")
         if not known:
             shutil.copyfile(target, root / "params.yaml.bak")
             kept = "; the old one is params.yaml.bak"
-    atomic_write(target, file.read_text())
+    atomic_write(target, file.read_text("utf-8"))
     return f"params.yaml is now preset {name}{kept}: go on with `dpar-cli run`"
 
 

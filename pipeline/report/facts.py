@@ -77,7 +77,7 @@ def read_training(folder: Path) -> TrainingFacts:
         expected = timings.get("curve_sha256")
         if expected is not None and sha256_file(folder / CURVE) != expected:
             raise ValueError(f"{folder / CURVE} is damaged or was edited: {way_out}")
-        with open(folder / CURVE, newline="") as stream:
+        with open(folder / CURVE, newline="", encoding="utf-8") as stream:
             losses = [(int(r["step"]), float(r["train/loss"]), float(r["validation/loss"])) for r in csv.DictReader(stream)]
         if not losses or [point["step"] for point in timings["curve"]] != [step for step, _, _ in losses]:
             raise ValueError(f"{folder}: curve.csv and timings.json are of different runs: {way_out}")
@@ -115,7 +115,7 @@ def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> Pat
     expected = maps.summary.get("facts", {}).get("patch_lengths_sha256")
     if expected is not None and sha256_file(histogram) != expected:
         raise ValueError(f"{histogram} is damaged or was edited: run `dvc repro -f patch_maps`")
-    with open(histogram, newline="") as stream:
+    with open(histogram, newline="", encoding="utf-8") as stream:
         rows = [(int(row["length"]), int(row["train"])) for row in csv.DictReader(stream)]
     total = sum(count for _, count in rows)
     low, high = np.percentile(counts, [5, 95])

@@ -187,7 +187,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     }
     page = environment.get_template("report.html.j2").render(**facts)
     with atomic_folder(outputs.report) as folder:
-        (folder / PAGE).write_text(redacted(page))  # an address in params may hold a password
+        (folder / PAGE).write_text(redacted(page), "utf-8")  # an address in params may hold a password
         for row, one in enumerate(shown):
             save_png(one.overview(maps.rule.threshold), folder / f"patches-{row:02d}.png")
         charts = facts["charts"]

@@ -43,7 +43,7 @@ def models_of(stage: str, root: Path) -> list[LoggedModel]:
     found = [_read(one, root, made=True) for one in outputs if one.name.endswith(".safetensors")]
     for name, artifact in MODELS.items():
         if SAMPLES[name] in outputs or SCORES[name]["scores"] in outputs:
-            made_by = json.loads((SAMPLES[name].below(root / FOLDER) / SAMPLE_PROTOCOL).read_text())["made_by"]
+            made_by = json.loads((SAMPLES[name].below(root / FOLDER) / SAMPLE_PROTOCOL).read_text("utf-8"))["made_by"]
             model = _read(artifact, root, made=False) if artifact.below(root / FOLDER).exists() else None
             found.append(model if model is not None and model.digest == made_by["model"] else None)
     return [model for model in found if model is not None]

@@ -320,7 +320,7 @@ def _batches(found: list[tuple[Event | None, int]], *, artifacts: bool) -> Itera
 
 def _read_progress(folder: Path) -> _Progress:
     try:
-        found = _Progress(**json.loads((folder / SENT).read_text()))
+        found = _Progress(**json.loads((folder / SENT).read_text("utf-8")))
         if all(type(count) is int and 0 <= count < 1 << 60 for count in (found.values, found.artifacts)):
             return found
     except (ValueError, TypeError, OSError, RecursionError):
@@ -330,7 +330,7 @@ def _read_progress(folder: Path) -> _Progress:
 
 def _write_progress(folder: Path, progress: _Progress) -> None:
     # In place, under the lock that `held` has on this very file.
-    with open(folder / SENT, "r+") as stream:
+    with open(folder / SENT, "r+", encoding="utf-8") as stream:
         text = json.dumps(vars(progress))
         stream.write(text)
         stream.truncate(len(text))

@@ -56,7 +56,7 @@ def source_tags(root: Path) -> dict[str, str]:
 def read_headline(root: Path) -> dict[str, Any] | None:
     """Return what the report says in short, None when there is none."""
     try:
-        return json.loads((root / HEADLINE.path).read_text())
+        return json.loads((root / HEADLINE.path).read_text("utf-8"))
     except (OSError, ValueError):
         return None
 

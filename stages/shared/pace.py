@@ -75,7 +75,7 @@ def machine_words(device: str) -> str:
 def _processor() -> str:
     """Return the name of the processor; Linux alone keeps a readable one in a file."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

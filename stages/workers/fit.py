@@ -208,7 +208,7 @@ def _relay(events: Path) -> Any:
 
 
 def _append(path: Path, events: list[dict[str, Any]]) -> None:
-    with open(path, "a") as stream:
+    with open(path, "a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(event) + "\n" for event in events)
 
 

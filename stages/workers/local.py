@@ -67,7 +67,7 @@ class LocalFit(threading.Thread):
     def outcome(self) -> Any:
         """Return what the function returned. Raises RuntimeError when the process died before that."""
         if self._call.returned.exists():
-            return json.loads(self._call.returned.read_text())
+            return json.loads(self._call.returned.read_text("utf-8"))
         status = self._process.returncode
         if status == -signal.SIGKILL:
             raise RuntimeError(

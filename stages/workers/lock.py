@@ -24,7 +24,7 @@ def locked(path: Path, *, busy: Callable[[str], None] = lambda holder: None) -> 
     try:
         held = lock.acquire(blocking=False)
     except Timeout:
-        busy(path.read_text().strip() or "unknown")
+        busy(path.read_text("utf-8").strip() or "unknown")
         held = lock.acquire()
     with held:
         path.write_text(str(os.getpid()))
