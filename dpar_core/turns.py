@@ -11,6 +11,7 @@ from dataclasses import dataclass
 LEAST, MOST = 6, 40  # turns of each; six are the fewest whose extremes enclose the median with 95 % confidence
 SHORTEST = 0.1  # seconds of a turn: shorter work is repeated within its turn
 NARROW = 0.03  # width of the interval, as a share of the ratio, at which measuring ends early
+WIDE, PATIENCE = 0.10, 3  # as long as the interval reaches further from the ratio, up to so many times as long is measured
 CONFIDENCE = 0.95
 
 
@@ -52,6 +53,11 @@ class Turns:
         return ordered[rank], ordered[-1 - rank]
 
     @property
+    def spread(self) -> float:
+        """By how much the interval reaches from the ratio, as a share of it."""
+        return max(abs(end / self.ratio - 1) for end in self.interval)
+
+    @property
     def drift(self) -> tuple[float, float]:
         """By how much the pace of each program moved, as a share: the largest distance of the median of a third of the
         turns from the median of all of them."""
@@ -88,7 +94,8 @@ def take_turns(
     """Run two programs in turns and return the seconds per unit of work of each. units: of work in one call.
 
     Each is called once to warm up and once to see how often it has to be repeated for a turn of SHORTEST. Who goes first
-    alternates. Ends after `seconds` (but not before LEAST turns), after `most` turns, or when the interval is NARROW.
+    alternates. Ends after `seconds` (PATIENCE times as many where the interval is still WIDE, and not before LEAST turns),
+    after `most` turns, or when the interval is NARROW.
     wait: returns when the device has finished what was asked of it. progress: called with the seconds of each pair of turns.
     """
     both = (first, second)
@@ -113,6 +120,7 @@ def take_turns(
         if len(spent[0]) >= LEAST:
             turns = Turns(tuple(spent[0]), tuple(spent[1]))
             low, high = turns.interval
-            if clock() - began >= seconds or (len(spent[0]) >= 2 * LEAST and high - low <= NARROW * turns.ratio):
+            limit = seconds * (PATIENCE if turns.spread > WIDE else 1)
+            if clock() - began >= limit or (len(spent[0]) >= 2 * LEAST and high - low <= NARROW * turns.ratio):
                 break
     return Turns(tuple(spent[0]), tuple(spent[1]))

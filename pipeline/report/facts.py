@@ -265,8 +265,7 @@ def equal_time(trainings: dict[str, TrainingFacts], models: Path, training: Spee
     shorter = min(baseline.steps, needed)
     at = {"dpar": dpar.steps * shorter / needed, "llamagen": shorter}
     losses = {name: trained.loss_at(at[name]) for name, trained in trainings.items()}
-    spread = max(abs(end / training.ratio - 1) for end in training.interval)
-    return EqualTime(dpar.steps, name, kept[name], needed, at, losses, spread)
+    return EqualTime(dpar.steps, name, kept[name], needed, at, losses, training.pace.turns.spread)
 
 
 def contests(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dpar_core.turns import LEAST, Turns, median_rank, take_turns
+from dpar_core.turns import LEAST, PATIENCE, WIDE, Turns, median_rank, take_turns
 
 
 class Clock:
@@ -57,6 +57,15 @@ def test_measuring_ends_when_its_time_is_up_but_not_before_it_means_something():
         clock.program(lambda: random.uniform(5, 15)), clock.program(lambda: random.uniform(5, 15)), clock=clock, seconds=1.0
     )
     assert len(turns.first) == LEAST
+
+
+@pytest.mark.parametrize("noise, fewest, most", [(0.001, 6, 10), (0.3, 20, 40)])
+def test_a_ratio_that_is_known_too_roughly_is_measured_for_longer(noise, fewest, most):
+    random, clock = np.random.default_rng(0), Clock()
+    programs = [clock.program(lambda: random.lognormal(0.0, noise)) for _ in range(2)]
+    turns = take_turns(*programs, clock=clock, seconds=16.0, most=1000)
+    assert fewest <= len(turns.first) <= most
+    assert turns.spread <= WIDE or clock.now > PATIENCE * 16
 
 
 @pytest.mark.parametrize("most, turns", [(2, LEAST), (9, 9)])
