@@ -68,15 +68,16 @@ class Watch:
             return
         number, self.count = self.count, self.count + 1
         asked = self.injection
-        if asked.where != self.where or not asked.what or number < asked.at or (number > asked.at and not asked.lasting):
+        if asked.where != self.where or not asked.what or number < asked.at or (self.done and not asked.lasting):
             return
+        if asked.what == "ENOSPC" and kind not in NEEDS_ROOM:  # then the next one that does
+            return
+        self.done = True
         if asked.what in SIGNALS:
-            self.done = True
             os.kill(os.getpid(), SIGNALS[asked.what])
         elif asked.what == "clock":
             jump(asked.seconds)
-        elif asked.what != "ENOSPC" or kind in NEEDS_ROOM:
-            self.done = True
+        else:
             raise OSError(ERRORS[asked.what], os.strerror(ERRORS[asked.what]), path)
 
 

@@ -221,6 +221,7 @@ class Forked:
                 os.dup2(os.open(os.devnull, os.O_WRONLY) if told is None else told, 1)
                 if (log := how.get("stderr")) is not None:
                     os.dup2(log.fileno(), 2)
+                _let_go(counts.parent)
                 os.environ.update(how.get("env") or {})
                 self._be(module, arguments, counts)
         os.close(reading)
@@ -269,6 +270,15 @@ class Forked:
     def kill(self) -> None:
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
+
+
+def _let_go(root: Path) -> None:
+    """Close files of the project, and with them its locks, that a process started anew would not have inherited."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if int(name) > 2 and os.readlink(f"/proc/self/fd/{name}").startswith(f"{root}/"):
+                os.dup2(nothing, int(name))  # not closed: its number belongs to an object of this process
 
 
 def _popen(counts: Path) -> Callable[..., Any]:
