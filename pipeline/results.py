@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ def result_line(stage: str, root: Path) -> str:
         return ""
     file, words = _LINES[stage]
     try:
-        return words(json.loads((root / file.path).read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        found = json.loads((root / file.path).read_text("utf-8"))
+        if stage in ("time_training", "time_sampling"):
+            found["flops_allow"] = _flops_allow(root, stage.removeprefix("time_"))
+        return words(found)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, StopIteration):
         return ""
 
 
@@ -81,11 +85,19 @@ def _loss(found: Found) -> str:
     return f"{found['validation/loss']:.3f} nats per token on validation after {found['steps']:,} steps"
 
 
+def _flops_allow(root: Path, what: str) -> float:
+    """Return the ratio of speeds that FLOPs allow, as the last report counted them; before the first report any."""
+    headline = root / A.HEADLINE.path
+    return float(json.loads(headline.read_text("utf-8"))[f"{what}_speed"]["flops_allow"]) if headline.exists() else math.inf
+
+
 def _speed(found: Found) -> str:
     drift = max(found["drift"])
     if drift > BUSY:
         return f"the machine was busy (pace moved by {100 * drift:.0f} %): no speed"
     low, high = found["interval"]
+    if low > found["flops_allow"]:
+        return f"the machine was busy (ratio {found['ratio']:.2f}, where FLOPs allow {found['flops_allow']:.2f}): no speed"
     step = f"; baseline taken at step {found['equal_time']['step']:,}" if "equal_time" in found else ""
     return f"DPAR {found['ratio']:.2f} times the baseline ({low:.2f} to {high:.2f}){step}"
 

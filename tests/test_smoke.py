@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.results import result_line
 from pipeline.runner import STAGES
 from tests.helpers.paths import ROOT
 
@@ -88,6 +89,8 @@ def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(proje
     for name in ("dpar", "llamagen", "llamagen_equal_time"):
         assert (artifacts / "samples" / name / "samples.npz").exists()
         assert (artifacts / "scores" / f"{name}.json").exists()
+
+    assert not [stage for stage in STAGES if not result_line(stage, project)]
 
     started = time.monotonic()
     lines = dvc(project, "repro").splitlines()

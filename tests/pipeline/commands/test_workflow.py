@@ -13,10 +13,11 @@ from pipeline.cli import app
 from pipeline.commands import workflow
 from pipeline.commands.workflow import Narrator, RunPlan, Screen, graph_lines, status_lines
 from pipeline.presets.use import preset_lines
+from pipeline.results import result_line
 from pipeline.runner import STAGES
 from pipeline.state import StageState
 from pipeline.terminal import about, colour, duration, shortened, size, wrapped
-from stages.artifacts import HEADLINE, TOKENIZER_METRICS
+from stages.artifacts import HEADLINE, TOKENIZER_METRICS, TRAINING_SPEED
 from stages.params import load_params
 from stages.tracker import rate_words
 from tests.helpers.paths import ROOT
@@ -213,6 +214,21 @@ def test_dvc_is_followed_to_its_end_and_its_failure_is_told(project, capsys):
     assert "[1/1] data  (about 1 s left in all)\n3 images\n    done (0 s)" in printed.out
     assert max(map(len, printed.err.splitlines())) <= 80, "what a stage says on standard error is wrapped"
     assert printed.err.count("no such file") == 2 and "failed in stage data: 0 of 1 stages are done" in printed.err
+
+
+def test_a_speed_is_a_result_only_where_the_report_would_show_it(project):
+    def line(**values) -> str:
+        file = project / TRAINING_SPEED.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"drift": [0.1, 0.1], "ratio": 1.5, "interval": [1.45, 1.6]} | values))
+        return result_line("time_training", project)
+
+    assert line() == "DPAR 1.50 times the baseline (1.45 to 1.60)"
+    assert line(drift=[0.1, 0.3]) == "the machine was busy (pace moved by 30 %): no speed"
+    (project / HEADLINE.path).parent.mkdir(parents=True)
+    (project / HEADLINE.path).write_text(json.dumps({"training_speed": {"flops_allow": 1.4}}))
+    assert line() == "the machine was busy (ratio 1.50, where FLOPs allow 1.40): no speed"
+    assert line(interval=[1.3, 1.6]) == "DPAR 1.50 times the baseline (1.30 to 1.60)"
 
 
 def test_the_verdict_ends_a_run_within_80_columns(project):
