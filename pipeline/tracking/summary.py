@@ -28,7 +28,7 @@ _SHORT = {
 
 
 def short_metrics(stage: str, last: Mapping[str, float]) -> dict[str, float]:
-    """Return what of a stage's last metrics belongs to the pipeline run, under short names; speeds come from the report."""
+    """Return what of a stage's last metrics the pipeline run shows until its report is there, under short names."""
     return {
         short: value
         for (owner, start), short in _SHORT.items()
@@ -73,10 +73,18 @@ def run_name(preset: str, headline: Mapping[str, Any]) -> str:
     return f"{preset} · DPAR {dpar:.2f} / baseline {baseline:.2f} nats"
 
 
-def speed_metrics(headline: Mapping[str, Any]) -> dict[str, float]:
-    """Return the measured speed ratios that the report shows; one in doubt is left out."""
+def headline_metrics(headline: Mapping[str, Any]) -> dict[str, float]:
+    """Return what the report says of a pipeline run under short names; a speed in doubt is left out.
+
+    Losses and distances are among it, as a run may consist of the report alone.
+    """
     ratios = {name: headline[name]["ratio"] for name in ("training_speed", "sampling_speed")}
-    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    found = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    for row in headline["verdicts"][0]["rows"]:
+        what = "loss" if row["words"] == "validation loss" else "distance" if row["words"].startswith(("FID", "fd_")) else ""
+        if what:
+            found |= {f"{name}_{what}": row[name]["value"] for name in ("dpar", "baseline")}
+    return found
 
 
 def note(preset: str, headline: Mapping[str, Any]) -> str:

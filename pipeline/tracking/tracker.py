@@ -224,8 +224,7 @@ def _show_results(records: Recording, parent: str, preset: str, headline: dict[s
     """Give a pipeline run its name, note, speeds and pictures once the report is there."""
     note = summary.note(preset, headline)
     records.tags(parent, {"mlflow.runName": summary.run_name(preset, headline), "mlflow.note.content": note})
-    if speeds := summary.speed_metrics(headline):
-        records.metrics(parent, speeds)
+    records.metrics(parent, summary.headline_metrics(headline))
     for path in (REPORT_PAGE.below(root / FOLDER), SAMPLES["dpar"].below(root / FOLDER) / SAMPLE_GRID):
         if path.exists():
             records.artifact(parent, path)

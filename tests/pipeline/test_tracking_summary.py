@@ -17,8 +17,13 @@ def test_the_name_and_the_note_tell_what_came_out():
     assert "`dpar-cli params use demo`" in note and "own params" not in summary.note("own params", HEADLINE)
 
 
-def test_a_speed_in_doubt_is_no_metric():
-    assert summary.speed_metrics(HEADLINE) == {"training_speed": 1.07}
+def test_a_run_of_the_report_alone_has_the_headline_metrics_without_a_speed_in_doubt():
+    losses = {"dpar_loss": 2.791, "baseline_loss": 2.862}
+    assert summary.headline_metrics(HEADLINE) == {"training_speed": 1.07} | losses
+    row = {"words": "fd_demo", "dpar": {"value": 5.5}, "baseline": {"value": 6.2}}
+    rows = [*HEADLINE["verdicts"][0]["rows"], row]
+    found = summary.headline_metrics(HEADLINE | {"verdicts": [{"rows": rows}]})
+    assert found == {"training_speed": 1.07, "dpar_distance": 5.5, "baseline_distance": 6.2} | losses
 
 
 def test_the_pipeline_run_gets_few_metrics_under_short_names():
