@@ -116,6 +116,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     Raises ValueError or FileNotFoundError in a sentence when artifacts are missing or do not belong together.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     for file in sorted(inputs.scores.glob("*.json")):
         tracker.log_input(f"scores {file.stem}", file, artifact_digest(file))
@@ -164,7 +165,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "charts": draw_charts(trainings, patches, times, speeds, labels)
         | {"differences": draw_differences(rounds), "trade": draw_trade(inputs, costs, speeds, labels)},
         "compared": compared_samples(inputs.samples, manifest, held_out, labels),
-        "protocols": [(labels[name], read_json(inputs.samples / name / SAMPLE_PROTOCOL)) for name in MODELS],
+        "protocols": [(labels[name], read_json(inputs.samples / name / SAMPLE_PROTOCOL)) for name in labels],
         "published": PUBLISHED,
         "tables": score_tables(inputs.scores, inputs.samples, trainings, labels),
         "digests": digests(inputs, manifest, train, maps, labels),
@@ -184,6 +185,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "plain": plain,
         "duration": duration,
         "percent": lambda share: f"{100 * share:.0f} %",
+        "breakable": lambda name: Markup("_<wbr>").join(name.split("_")),
     }
     page = environment.get_template("report.html.j2").render(**facts)
     with atomic_folder(outputs.report) as folder:
@@ -237,9 +239,10 @@ def plain(value: Any) -> str:
 
 
 def model_labels(models: Path) -> dict[str, str]:
-    """Return what the models are called on the page."""
-    step = read_weights_header(models / MODELS["llamagen_equal_time"])["meta"]["step"]
-    return {"dpar": "DPAR", "llamagen": "LlamaGen baseline", "llamagen_equal_time": f"baseline at step {step}"}
+    """Return what the models are called on the page. The baseline at equal time is one where it is of another step."""
+    last, step = (read_weights_header(models / MODELS[name])["meta"]["step"] for name in ("llamagen", "llamagen_equal_time"))
+    labels = {"dpar": "DPAR", "llamagen": "LlamaGen baseline"}
+    return labels if step == last else labels | {"llamagen_equal_time": f"baseline at step {step}"}
 
 
 def badge(params: Params, manifest: Manifest, steps: int) -> dict[str, str]:
@@ -360,7 +363,7 @@ def draw_trade(inputs: Inputs, costs: Costs, speeds: Speeds, labels: Mapping[str
     The last one is left out where the speed is in doubt.
     """
     dots, name = {}, ""
-    for model in MODELS:
+    for model in labels:
         found = scores_of(inputs.scores, model)
         name = score_columns(found)[0]
         dots[model] = Dot(model, found.values[name], found.intervals.get(name))
@@ -413,7 +416,7 @@ def compared_samples(samples: Path, manifest: Manifest, held_out: TokenShards, l
     meta = held_out.meta
     names = list(meta.classes)
     sampled = {
-        name: sample_cells(samples / name, names, row_width=meta.row_width, borders=name == "dpar") for name in MODELS
+        name: sample_cells(samples / name, names, row_width=meta.row_width, borders=name == "dpar") for name in labels
     }
     classes = sorted(sampled["dpar"])
     real = real_cells(manifest, held_out, classes)
@@ -430,7 +433,7 @@ def score_tables(
 ) -> list[dict[str, Any]]:
     """Return our rows for the table of the paper: a table of its own for every protocol."""
     tables: dict[str, dict[str, Any]] = {}
-    for name in MODELS:
+    for name in labels:
         found = scores_of(scores, name)
         config = trainings["dpar" if name == "dpar" else "llamagen"].config
         table = tables.setdefault(
@@ -469,14 +472,14 @@ def digests(
         ("token shards", shards.digest, "tokenize_images"),
         ("entropy model", maps.entropy_model_digest, "entropy_model"),
         ("patch maps", maps.digest, "patch_maps"),
-        *((labels[name], artifact_digest(inputs.models / file), makers[name]) for name, file in MODELS.items()),
+        *((words, artifact_digest(inputs.models / MODELS[name]), makers[name]) for name, words in labels.items()),
         *(
             (
-                f"samples, {labels[name]}",
+                f"samples, {words}",
                 read_json(inputs.samples / name / SAMPLE_PROTOCOL)["digest"],
                 "sample_dpar" if name == "dpar" else "sample_llamagen",
             )
-            for name in MODELS
+            for name, words in labels.items()
         ),
     ]
 

@@ -1,5 +1,5 @@
-// Light or dark, the threshold of the first picture, patch borders over samples, and the entropy under the pointer.
-// The page is whole without it.
+// Light or dark, the threshold of the first picture, patch borders over samples, the entropy under the pointer,
+// and tables that are wider than the window. The page is whole without it.
 const root = document.documentElement;
 root.classList.add("js");
 const theme = document.querySelector("#theme");
@@ -77,4 +77,12 @@ for (const one of document.querySelectorAll("[data-nats]")) {
     else tile.title = words;
   };
   one.onpointerleave = () => { if (one === hero) shown.textContent = quiet; };
+}
+
+// A table that goes on to the right fades there.
+for (const one of document.querySelectorAll(".scroll")) {
+  const look = () => one.classList.toggle("more", one.scrollLeft + one.clientWidth < one.scrollWidth - 2);
+  one.addEventListener("scroll", look);
+  addEventListener("resize", look);
+  look();
 }

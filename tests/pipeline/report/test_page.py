@@ -394,11 +394,18 @@ def test_samples_of_all_models_stand_beside_real_crops_of_the_same_class(made, p
     images, labels = leading_samples(folder / "samples.npz", 5)
     whole = read_samples(folder / "samples.npz")
     assert (images == whole.images[:5]).all() and (labels == whole.labels[:5]).all()
-    rows = re.findall(r'<div class="row">(.*?)</div></figure>\n</div>', page, re.S)
+    rows = re.findall(r'<div class="row" style="--groups: 4">(.*?)</div></figure>\n</div>', page, re.S)
     assert len(rows) == 9
     for row in rows:
         assert re.findall(r'<figure class="(\w+)">', row) == ["real", "dpar", "llamagen", "llamagen_equal_time"]
         assert row.count("<img") == 2 + 3 * 2
+
+
+def test_a_baseline_that_is_taken_at_its_last_step_is_shown_once(inputs, params, tmp_path):
+    shutil.copy(inputs.models / "llamagen/model.safetensors", inputs.models / "llamagen/equal_time.safetensors")
+    page = render(inputs, tmp_path / "r", params)
+    assert "baseline at step" not in page and 'class="llamagen_equal_time"' not in page
+    assert page.count('style="--groups: 3"') == 9 and "at equal training time" in page
 
 
 def test_border_paths_are_in_token_units():
