@@ -1,7 +1,7 @@
 # make demo      environment, then the whole workflow on the built-in photographs, then what to look at
 # make test      the same environment with the test extras, then ruff and the whole test suite
 # make lint      ruff, codespell, mypy            make format    rewrite the sources as `make lint` wants them
-# make coverage  the tests again, with the lines that they reach; slower, so `make test` leaves it out
+# make coverage  the tests again, with every line that they reach, in what they start as well; slower, so not `make test`
 # make docs      the documentation site in site/, readable without a network
 # make faults    COUNT=300 SEED=1 faults in copies of a tiny project, 15 to 60 minutes; a dozen are part of `make test`
 # make faults-hour  a training run of MINUTES=60 with a fault a minute and MLflow away a third of the time
@@ -23,6 +23,7 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU   ?= https://download.pytorch.org/whl/cpu
 SUPPORTED   := 3.11 to 3.14
 PYTEST      := -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+SLIPCOVER   := -m slipcover --source dpar_core,stages,pipeline --json --out .coverage.json
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # Byte-compiling the 20,000 installed files takes two cores 65 s, and a quarter of them is ever imported: what a run imports is
@@ -41,7 +42,8 @@ environment: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	@$(BIN)/ruff check .
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python $(PYTEST) $(TESTS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python $(SLIPCOVER) $(PYTEST) $(TESTS)
+	@$(BIN)/python -m tests.helpers.coverage .coverage.json
 
 lint: $(VENV)/.tested
 	@$(BIN)/ruff check .

@@ -18,7 +18,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dpar_core.choices import ViewSet
 
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are refused as decompression bombs
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # by our own sentence, which names the image
 VIEW_COUNTS: dict[ViewSet, int] = {"adm_center_flip": 2, "ten_crop_1.1": 10, "ten_crop_1.05": 10, "ten_crop_both": 20}
 CENTER_VIEWS = {"adm_center_flip": 0, "ten_crop_1.1": 4, "ten_crop_1.05": 4, "ten_crop_both": 4}  # the first centre crop
 
@@ -90,7 +89,9 @@ def decode_image(content: bytes) -> np.ndarray:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Return those of FORMATS that this build of Pillow knows."""
+    """Load Pillow's readers, and return those of FORMATS that this build of it knows."""
+    # Our own error names the image. Once per process: changing filters while other threads decode crashed the interpreter.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
