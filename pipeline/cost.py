@@ -9,14 +9,13 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from dpar_core.models.memory import TrainingMemory
     from dpar_core.models.vq import VQConfig
 
 GIGA, HOUR = 1e9, 3600.0
@@ -51,6 +50,96 @@ class Prices:
         return operations / (peak * (share or self.utilisation)) / HOUR
 
 
+@dataclass(frozen=True)
+class ModelCost:
+    """What training and running one model takes; FLOPs without a duration are of one image.
+
+    workers: GPUs that train it together.
+    micro_batch, largest_micro_batch: images at a time on a worker, as set and as fit in its memory.
+    accumulate_that_fits: None where no number of micro-batches fits: another strategy, or a smaller batch.
+    The fields that default to None are given for the models that they concern.
+    """
+
+    parameters: int
+    forward_gflops: float
+    training_gflops_per_image: float
+    training_exaflops: float
+    epochs: float
+    gpu_hours: float
+    price: float
+    workers: int
+    hours_on_its_workers: float
+    state_gb_per_worker: float
+    activations_gb_per_worker: float
+    memory_gb_per_worker: float
+    micro_batch: int
+    largest_micro_batch: int
+    accumulate: int
+    accumulate_that_fits: int | None
+    checkpoint_gb: float
+    weights_gb: float
+    generation_gflops: float | None = None
+    generation_gflops_with_entropy_model: float | None = None
+    generation_cfg_gflops: float | None = None
+    generation_cfg_gflops_with_entropy_model: float | None = None
+    training_exaflops_with_entropy_model: float | None = None
+    saved_percent: float | None = None
+    exaflops_for_all_views: float | None = None
+
+
+@dataclass(frozen=True)
+class WorkCost:
+    """What a part of a run beside training takes. share_of_peak: of the GPU, that it reaches."""
+
+    images: float
+    exaflops: float
+    share_of_peak: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """What all of a run takes. days_on_its_workers: as if all of it ran on the GPUs that train DPAR."""
+
+    gpu_hours: float
+    price: float
+    workers: int
+    days_on_its_workers: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `dpar-cli cost` prints: models and other work by name, disk space by artifact. memory_gb: of a known GPU."""
+
+    tokens_per_image: int
+    patches_per_image: float
+    training_images: int
+    views: int
+    models: dict[str, ModelCost]
+    other_work: dict[str, WorkCost]
+    whole_run: WholeRun
+    disk_gb: dict[str, float]
+    prices: Prices
+    memory_gb: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the estimate as JSON data, without the fields that do not concern a model."""
+        optional = {one.name for one in fields(ModelCost) if one.default is None}
+        content = asdict(self)
+        for model in content["models"].values():
+            for name in optional & {name for name, value in model.items() if value is None}:
+                del model[name]
+        prices = content["prices"]
+        content["prices"] = {
+            "gpu": prices["gpu"],
+            "utilisation": prices["utilisation"],
+            "price_per_gpu_hour": prices["price"],
+            "currency": prices["currency"],
+            "memory_gb": content.pop("memory_gb"),
+        }
+        return content
+
+
 def patches_an_image(params: Any, tokens: int) -> float:
     """Return M for the patching section of params. Raises ValueError where M depends on the data."""
     patching = params.patching
@@ -69,25 +158,6 @@ def patches_an_image(params: Any, tokens: int) -> float:
         f"how many patches threshold {patching.threshold} leaves of {tokens} tokens depends on the data: give --patches "
         "(`dpar-cli patches stats` counts them from stored entropies)"
     )
-
-
-def fitting(training: Any, memory: TrainingMemory, gpu: float) -> dict[str, Any]:
-    """Return what a worker holds by its training section, the largest micro-batch, and the `accumulate` that fits.
-
-    gpu: bytes of its memory. The last is None where no number of micro-batches fits: another strategy, or a smaller batch.
-    """
-    share = training.batch_size // training.workers
-    images = share // training.accumulate
-    largest = memory.largest_batch(gpu)
-    return {
-        "state_gb_per_worker": (memory.state + memory.fixed + memory.loss) / GIGA,
-        "activations_gb_per_worker": images * memory.activations / GIGA,
-        "memory_gb_per_worker": memory.total(images) / GIGA,
-        "micro_batch": images,
-        "largest_micro_batch": largest,
-        "accumulate": training.accumulate,
-        "accumulate_that_fits": memory.micro_batches(share, gpu, at_least=training.accumulate),
-    }
 
 
 @functools.cache
@@ -110,7 +180,9 @@ def tokenizer_flops(config: VQConfig, side: int) -> tuple[float, float]:
     return counts[0], counts[1]
 
 
-def other_work(params: Any, prices: Prices, *, views: float, gate: float, forward: Mapping[str, float]) -> dict[str, Any]:
+def other_work(
+    params: Any, prices: Prices, *, views: float, gate: float, forward: Mapping[str, float]
+) -> dict[str, WorkCost]:
     """Return what a whole run does besides training DPAR, its baseline and the entropy model.
 
     views: encoded views of the training images. gate, forward: FLOPs of one image through the entropy model, through each
@@ -133,7 +205,7 @@ def other_work(params: Any, prices: Prices, *, views: float, gate: float, forwar
     if params.score.features == "inception":
         work["scoring"] = (3 * images, INCEPTION_FLOPS * 3 * images, SHARES["scoring"])
     return {
-        name: {"images": count, "exaflops": total / 1e18, "share_of_peak": share, "gpu_hours": prices.hours(total, share)}
+        name: WorkCost(count, total / 1e18, share, prices.hours(total, share))
         for name, (count, total, share) in work.items()
         if count
     }
@@ -141,8 +213,8 @@ def other_work(params: Any, prices: Prices, *, views: float, gate: float, forwar
 
 def costs(
     params: Any, *, prices: Prices, patches: float | None = None, images: int | None = None, classes: int | None = None
-) -> dict[str, Any]:
-    """Return everything that `dpar-cli cost` prints, as plain data.
+) -> Estimate:
+    """Return what a run costs.
 
     params: the whole of a params file. patches, images, classes: M, training images and classes where the defaults
     (published or measured M; ImageNet's, or the built-in photographs') do not fit.
@@ -180,13 +252,31 @@ def costs(
     forward |= {name: gpt_forward_flops(config) for name, config in plain.items()}
     gate = forward["entropy_model"]
     trainings = {"dpar": params.train, "llamagen": params.train, "entropy_model": params.entropy_model.train}
+    trained = {
+        name: training_flops(forward[name]) * training.steps * training.batch_size for name, training in trainings.items()
+    }
     views = VIEW_COUNTS[params.data.views]
     gpu = published_memory(prices.gpu)
+    only: dict[str, dict[str, float]] = {
+        "dpar": {
+            "generation_gflops": forward["dpar"] / GIGA,
+            "generation_gflops_with_entropy_model": (forward["dpar"] + gate) / GIGA,
+            "generation_cfg_gflops": 2 * forward["dpar"] / GIGA,
+            "generation_cfg_gflops_with_entropy_model": (2 * forward["dpar"] + gate) / GIGA,
+            "training_exaflops_with_entropy_model": trained["dpar"] / 1e18
+            + trained["entropy_model"] / 1e18
+            + gate * images * views / 1e18,
+            "saved_percent": 100 * (1 - forward["dpar"] / forward["llamagen"]),
+        },
+        "llamagen": {
+            "generation_gflops": forward["llamagen"] / GIGA,
+            "generation_cfg_gflops": 2 * forward["llamagen"] / GIGA,
+        },
+        "entropy_model": {"exaflops_for_all_views": gate * images * views / 1e18},
+    }
     priced = {}
     for name, config in models.items():
-        training = trainings[name]
-        total = training_flops(forward[name]) * training.steps * training.batch_size
-        hours = prices.hours(total)
+        training, hours = trainings[name], prices.hours(trained[name])
         memory = training_memory(
             config,
             patches if name == "dpar" else None,
@@ -194,57 +284,44 @@ def costs(
             checkpointing=training.activation_checkpointing,
             shards=training.workers if training.strategy == "fsdp" else 1,
         )
-        priced[name] = {
-            "parameters": config.num_parameters,
-            "forward_gflops": forward[name] / GIGA,
-            "training_gflops_per_image": training_flops(forward[name]) / GIGA,
-            "training_exaflops": total / 1e18,
-            "epochs": training.steps * training.batch_size / images,
-            "gpu_hours": hours,
-            "price": hours * prices.price,
-            "workers": training.workers,
-            "hours_on_its_workers": hours / training.workers,
-            **fitting(training, memory, gpu or 0.0),
-            "checkpoint_gb": config.num_parameters * CHECKPOINT_BYTES / GIGA,
-            "weights_gb": config.num_parameters * 4 / GIGA,
-        }
-    priced["dpar"] |= {
-        "generation_gflops": forward["dpar"] / GIGA,
-        "generation_gflops_with_entropy_model": (forward["dpar"] + gate) / GIGA,
-        "generation_cfg_gflops": 2 * forward["dpar"] / GIGA,
-        "generation_cfg_gflops_with_entropy_model": (2 * forward["dpar"] + gate) / GIGA,
-        "training_exaflops_with_entropy_model": priced["dpar"]["training_exaflops"]
-        + priced["entropy_model"]["training_exaflops"]
-        + gate * images * views / 1e18,
-        "saved_percent": 100 * (1 - forward["dpar"] / forward["llamagen"]),
-    }
-    baseline = forward["llamagen"] / GIGA
-    priced["llamagen"] |= {"generation_gflops": baseline, "generation_cfg_gflops": 2 * baseline}
-    priced["entropy_model"]["exaflops_for_all_views"] = gate * images * views / 1e18
+        share = training.batch_size // training.workers
+        micro_batch = share // training.accumulate
+        priced[name] = ModelCost(
+            parameters=config.num_parameters,
+            forward_gflops=forward[name] / GIGA,
+            training_gflops_per_image=training_flops(forward[name]) / GIGA,
+            training_exaflops=trained[name] / 1e18,
+            epochs=training.steps * training.batch_size / images,
+            gpu_hours=hours,
+            price=hours * prices.price,
+            workers=training.workers,
+            hours_on_its_workers=hours / training.workers,
+            state_gb_per_worker=(memory.state + memory.fixed + memory.loss) / GIGA,
+            activations_gb_per_worker=micro_batch * memory.activations / GIGA,
+            memory_gb_per_worker=memory.total(micro_batch) / GIGA,
+            micro_batch=micro_batch,
+            largest_micro_batch=memory.largest_batch(gpu or 0.0),
+            accumulate=training.accumulate,
+            accumulate_that_fits=memory.micro_batches(share, gpu or 0.0, at_least=training.accumulate),
+            checkpoint_gb=config.num_parameters * CHECKPOINT_BYTES / GIGA,
+            weights_gb=config.num_parameters * 4 / GIGA,
+            **only[name],
+        )
     others = other_work(params, prices, views=images * views, gate=gate, forward=forward)
-    hours = sum(one["gpu_hours"] for one in (*priced.values(), *others.values()))
-    return {
-        "tokens_per_image": tokens,
-        "patches_per_image": patches,
-        "training_images": images,
-        "views": views,
-        "models": priced,
-        "other_work": others,
-        "whole_run": {
-            "gpu_hours": hours,
-            "price": hours * prices.price,
-            "workers": params.train.workers,
-            "days_on_its_workers": hours / params.train.workers / 24,
-        },
-        "disk_gb": {name: size / GIGA for name, size in _disk_bytes(tokens, patches, images, views).items()},
-        "prices": {
-            "gpu": prices.gpu,
-            "utilisation": prices.utilisation,
-            "price_per_gpu_hour": prices.price,
-            "currency": prices.currency,
-            "memory_gb": None if gpu is None else gpu / GIGA,
-        },
-    }
+    hours = sum(one.gpu_hours for one in priced.values()) + sum(one.gpu_hours for one in others.values())
+    workers = params.train.workers
+    return Estimate(
+        tokens,
+        patches,
+        images,
+        views,
+        models=priced,
+        other_work=others,
+        whole_run=WholeRun(hours, hours * prices.price, workers, hours / workers / 24),
+        disk_gb={name: size / GIGA for name, size in _disk_bytes(tokens, patches, images, views).items()},
+        prices=prices,
+        memory_gb=None if gpu is None else gpu / GIGA,
+    )
 
 
 def _disk_bytes(tokens: int, patches: float, images: int, views: int) -> dict[str, float]:
@@ -307,7 +384,7 @@ def cost(
     estimate = costs(
         params, prices=Prices(gpu, utilisation, price, currency), patches=patches, images=images, classes=classes
     )
-    print(json.dumps(estimate, indent=2, sort_keys=True) if as_json else _table(preset or "params.yaml", estimate))
+    print(json.dumps(estimate.to_json(), indent=2, sort_keys=True) if as_json else _table(preset or "params.yaml", estimate))
 
 
 def _params_file(preset: str | None) -> Path:
@@ -320,64 +397,63 @@ def _params_file(preset: str | None) -> Path:
     return preset_file(Path.cwd(), preset)
 
 
-def _table(name: str, estimate: dict[str, Any]) -> str:
+def _table(name: str, estimate: Estimate) -> str:
     """Lay the costs out for reading, for the terminal's width."""
     from pipeline.terminal import table, wrapped
 
-    models, prices, disk, whole = estimate["models"], estimate["prices"], estimate["disk_gb"], estimate["whole_run"]
+    models, prices, whole = estimate.models, estimate.prices, estimate.whole_run
     order = ("dpar", "llamagen", "entropy_model")
-    money = f"{prices['price_per_gpu_hour']:g} {prices['currency']}"
+    money = f"{prices.price:g} {prices.currency}"
     lines = [
         wrapped(
-            f"{name}: {estimate['tokens_per_image']} tokens and {estimate['patches_per_image']:.4g} patches per image, "
-            f"{estimate['training_images']:,} images in {estimate['views']} views"
+            f"{name}: {estimate.tokens_per_image} tokens and {estimate.patches_per_image:.4g} patches per image, "
+            f"{estimate.training_images:,} images in {estimate.views} views"
         ),
-        wrapped(f"{prices['gpu']} at an assumed MFU of {prices['utilisation']:.0%} (share of its peak), {money} per hour"),
+        wrapped(f"{prices.gpu} at an assumed MFU of {prices.utilisation:.0%} (share of its peak), {money} per hour"),
         "",
     ]
     rows = [
-        [label.replace("price", f"price, {prices['currency']}"), *(_cell(models[one], key, form) for one in order)]
+        [label.replace("price", f"price, {prices.currency}"), *(_cell(getattr(models[one], key), form) for one in order)]
         for label, key, form in _ROWS
     ]
     lines += [table(("", "DPAR", "LlamaGen", "entropy model"), rows), ""]
-    lines.append(wrapped(f"DPAR saves {models['dpar']['saved_percent']:.1f} % of its baseline's FLOPs."))
-    if prices["memory_gb"] is not None:
-        lines += [wrapped(_advice(one, models[one], prices), rest="  ") for one in order if _is_too_large(models[one])]
+    lines.append(wrapped(f"DPAR saves {models['dpar'].saved_percent:.1f} % of its baseline's FLOPs."))
+    if estimate.memory_gb is not None:
+        large = [one for one in order if models[one].micro_batch > models[one].largest_micro_batch]
+        lines += [
+            wrapped(_advice(one, models[one], f"{estimate.memory_gb:.3g} GB of {prices.gpu}"), rest="  ") for one in large
+        ]
     rows = [
-        [work, f"{one['images']:,}", f"{one['exaflops']:,.4g}", f"{one['gpu_hours']:,.4g}", f"{one['share_of_peak']:.1%}"]
-        for work, one in estimate["other_work"].items()
+        [work, f"{one.images:,}", f"{one.exaflops:,.4g}", f"{one.gpu_hours:,.4g}", f"{one.share_of_peak:.1%}"]
+        for work, one in estimate.other_work.items()
     ]
     lines += ["", table(("beside training", "images", "EFLOPs", "GPU-hours", "of the peak"), rows)]
-    days, workers = whole["days_on_its_workers"], whole["workers"]
+    days, workers = whole.days_on_its_workers, whole.workers
     span = f"{days:,.3g} days" if days >= 1 else f"{24 * days:,.3g} hours"
     lines.append(
         wrapped(
-            f"The whole run: {whole['gpu_hours']:,.4g} GPU-hours, {whole['price']:,.2f} {prices['currency']}, {span} on "
-            f"{workers or 1} x {prices['gpu']}. Shares of the peak beside training were measured on one H200, for scoring "
+            f"The whole run: {whole.gpu_hours:,.4g} GPU-hours, {whole.price:,.2f} {prices.currency}, {span} on "
+            f"{workers or 1} x {prices.gpu}. Shares of the peak beside training were measured on one H200, for scoring "
             "assumed."
         )
     )
-    sizes = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in disk.items()]
+    sizes = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in estimate.disk_gb.items()]
     return "\n".join([*lines, wrapped(f"GB on disk: {', '.join(sizes)}")])
 
 
-def _cell(model: dict[str, Any], key: str, form: str) -> str:
-    return format(model[key], form) if key in model else ""
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
-def _is_too_large(model: dict[str, Any]) -> bool:
-    return bool(model["micro_batch"] > model["largest_micro_batch"])
-
-
-def _advice(name: str, model: dict[str, Any], prices: dict[str, Any]) -> str:
+def _advice(name: str, model: ModelCost, memory: str) -> str:
     """Say how a model whose micro-batch does not fit can be trained.
 
     It is advice only: another number of micro-batches changes the dropout masks, so the run would be a different one.
     """
     section = "entropy_model.train" if name == "entropy_model" else "train"
-    fits = model["accumulate_that_fits"]
+    fits = model.accumulate_that_fits
     way_out = f"set {section}.accumulate to {fits}" if fits else f"set {section}.strategy to fsdp, or use more workers"
     return (
-        f"{name.replace('_', ' ')}: {model['micro_batch']} images at a time need about "
-        f"{model['memory_gb_per_worker']:.3g} GB of the {prices['memory_gb']:.3g} GB of {prices['gpu']}: {way_out}."
+        f"{name.replace('_', ' ')}: {model.micro_batch} images at a time need about "
+        f"{model.memory_gb_per_worker:.3g} GB of the {memory}: {way_out}."
     )

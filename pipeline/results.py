@@ -107,10 +107,13 @@ def _sampled(found: Found) -> str:
 
 
 def _scored(found: Found) -> str:
-    key = next(name for name in found if name.startswith(("eval/fid", "eval/fd_")))
-    low, high = found.get("intervals", {}).get(key, (None, None))
-    interval = "" if low is None else f" ({low:.3g} to {high:.3g})"
-    return f"{key.removeprefix('eval/')} {found[key]:.3g}{interval}"
+    from dpar_core.evaluation.scores import scores_in
+
+    scores = scores_in(found, Path("scores"))
+    key = next(name for name in scores.values if name.startswith(("eval/fid", "eval/fd_")))
+    interval = scores.intervals.get(key)
+    ends = "" if interval is None else f" ({interval.low:.3g} to {interval.high:.3g})"
+    return f"{key.removeprefix('eval/')} {scores.values[key]:.3g}{ends}"
 
 
 def _report(found: Found) -> str:

@@ -68,7 +68,7 @@ def decode_image(content: bytes) -> np.ndarray:
     if content.startswith(b"version https://git-lfs"):
         raise BadImage("a Git LFS pointer: fetch the real file with `git lfs pull`")
     try:
-        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
             if "transparency" in image.info and any(tile[3] == "RGB;16B" for tile in image.tile):
@@ -88,8 +88,8 @@ def decode_image(content: bytes) -> np.ndarray:
 
 
 @cache
-def _formats() -> tuple[str, ...]:
-    """Load Pillow's readers, and return those of FORMATS that this build of it knows."""
+def readable_formats() -> tuple[str, ...]:
+    """Load Pillow's readers once, and return those of FORMATS that this build of it knows."""
     # Our own error names the image. Once per process: changing filters while other threads decode crashed the interpreter.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     Image.init()

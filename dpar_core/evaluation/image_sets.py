@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dpar_core.data.folders import image_files
-from dpar_core.data.images import FORMATS, BadImage, decode_image, read_file
+from dpar_core.data.images import BadImage, decode_image, read_file, readable_formats
 from dpar_core.data.listing import is_litter
 from dpar_core.data.splits import counted, first_few
 from dpar_core.evaluation.arrays import Header, Npz, open_npz
@@ -176,7 +176,7 @@ def _decoded(file: Path) -> tuple[np.ndarray, bytes]:
 
 def _format_of(content: bytes) -> str:
     """Return how an image that can be decoded is stored, and what decoding changes."""
-    with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+    with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
         stored = LOSSLESS if image.format in _LOSSLESS_FORMATS else str(image.format)
         if image.format == "TIFF":  # a container: of pixels as they are, or of a JPEG
             stored += f" {image.info.get('compression', 'raw')}"

@@ -75,25 +75,25 @@ def paper(size: str, pixels: int, **patching):
 
 @pytest.mark.parametrize(("size", "pixels"), TABLE)
 def test_figures_are_those_of_the_published_tables(size, pixels):
-    costed = costs(paper(size, pixels), prices=A100)["models"]
+    costed = costs(paper(size, pixels), prices=A100).models
     baseline, dpar, saved = TABLE[size, pixels]
-    assert (costed["dpar"]["parameters"], costed["llamagen"]["parameters"]) == SIZES[size][3:]
-    assert round(costed["llamagen"]["forward_gflops"], 2) == baseline
-    assert round(costed["dpar"]["forward_gflops"], 2) == dpar
-    assert round(costed["dpar"]["saved_percent"], 1) == saved
-    assert costed["entropy_model"]["parameters"] == 110_119_680
-    assert round(costed["entropy_model"]["forward_gflops"], 2) == TABLE["b", pixels][0]
+    assert (costed["dpar"].parameters, costed["llamagen"].parameters) == SIZES[size][3:]
+    assert round(costed["llamagen"].forward_gflops, 2) == baseline
+    assert round(costed["dpar"].forward_gflops, 2) == dpar
+    assert round(costed["dpar"].saved_percent, 1) == saved
+    assert costed["entropy_model"].parameters == 110_119_680
+    assert round(costed["entropy_model"].forward_gflops, 2) == TABLE["b", pixels][0]
 
 
 @pytest.mark.parametrize("kind", ["dpar", "llamagen"])
 @pytest.mark.parametrize(("size", "pixels"), TABLE)
 def test_the_sixteen_presets_have_the_figures_of_the_published_tables(size, pixels, kind):
-    costed = costs(load_params(ROOT / "params" / f"imagenet{pixels}-{kind}-{size}.yaml"), prices=A100)["models"]
+    costed = costs(load_params(ROOT / "params" / f"imagenet{pixels}-{kind}-{size}.yaml"), prices=A100).models
     baseline, dpar, saved = TABLE[size, pixels]
-    assert (costed["dpar"]["parameters"], costed["llamagen"]["parameters"]) == SIZES[size][3:]
-    assert round(costed["llamagen"]["forward_gflops"], 2) == baseline
-    assert (round(costed["dpar"]["forward_gflops"], 2), round(costed["dpar"]["saved_percent"], 1)) == (dpar, saved)
-    assert costed[kind]["epochs"] == pytest.approx(300, abs=0.01)
+    assert (costed["dpar"].parameters, costed["llamagen"].parameters) == SIZES[size][3:]
+    assert round(costed["llamagen"].forward_gflops, 2) == baseline
+    assert (round(costed["dpar"].forward_gflops, 2), round(costed["dpar"].saved_percent, 1)) == (dpar, saved)
+    assert costed[kind].epochs == pytest.approx(300, abs=0.01)
 
 
 ABLATIONS = {
@@ -127,38 +127,38 @@ def test_an_ablation_changes_one_thing_and_trains_for_fifty_epochs(name):
     of_base, changed = flat(base), flat(ablation)
     length = {"train.steps", "train.equal_time_step", "entropy_model.train"}
     assert {k: v for k, v in changed.items() if v != of_base[k] and k not in length} == ABLATIONS[name]
-    costed = costs(ablation, prices=A100, patches=142)["models"]
-    assert costed["dpar"]["epochs"] == pytest.approx(50, abs=0.01)
+    costed = costs(ablation, prices=A100, patches=142).models
+    assert costed["dpar"].epochs == pytest.approx(50, abs=0.01)
 
 
 @pytest.mark.parametrize(
     ("size", "pixels", "dpar", "baseline"), [("b", 256, 132, 105), ("xl", 256, 568, 795), ("xl", 384, 1205, 1856)]
 )
 def test_generation_counts_the_entropy_model_once_and_the_rest_twice(size, pixels, dpar, baseline):
-    costed = costs(paper(size, pixels), prices=A100)["models"]
-    assert round(costed["dpar"]["generation_cfg_gflops_with_entropy_model"]) == dpar
-    assert round(costed["llamagen"]["generation_cfg_gflops"]) == baseline
+    costed = costs(paper(size, pixels), prices=A100).models
+    assert round(costed["dpar"].generation_cfg_gflops_with_entropy_model) == dpar
+    assert round(costed["llamagen"].generation_cfg_gflops) == baseline
 
 
 def test_hours_and_price_follow_from_flops():
-    costed = costs(paper("b", 256), prices=Prices("A100", 0.5, 3.0))["models"]["dpar"]
-    operations = 3 * costed["forward_gflops"] * 1e9 * 1_501_368 * 256
-    assert costed["training_exaflops"] == pytest.approx(operations / 1e18)
-    assert costed["gpu_hours"] == pytest.approx(operations / (312e12 * 0.5) / 3600)
-    assert costed["price"] == pytest.approx(3 * costed["gpu_hours"])
-    assert costed["epochs"] == pytest.approx(300, abs=0.01)
-    assert costed["checkpoint_gb"] == pytest.approx(115_021_824 * 12e-9)
+    costed = costs(paper("b", 256), prices=Prices("A100", 0.5, 3.0)).models["dpar"]
+    operations = 3 * costed.forward_gflops * 1e9 * 1_501_368 * 256
+    assert costed.training_exaflops == pytest.approx(operations / 1e18)
+    assert costed.gpu_hours == pytest.approx(operations / (312e12 * 0.5) / 3600)
+    assert costed.price == pytest.approx(3 * costed.gpu_hours)
+    assert costed.epochs == pytest.approx(300, abs=0.01)
+    assert costed.checkpoint_gb == pytest.approx(115_021_824 * 12e-9)
 
 
 def test_the_rest_of_a_run_is_counted_beside_training():
     costed = costs(load_params(ROOT / "params/imagenet256-dpar-b.yaml"), prices=A100)
-    work, models = costed["other_work"], costed["models"]
+    work, models = costed.other_work, costed.models
     assert list(work) == ["tokenizing", "entropies", "sampling", "scoring"]  # published weights: no tokenizer is trained
-    hours = sum(one["gpu_hours"] for one in (*models.values(), *work.values()))
-    whole = costed["whole_run"]
-    assert whole["gpu_hours"] == pytest.approx(hours) and whole["price"] == pytest.approx(2 * hours)
-    assert whole["days_on_its_workers"] == pytest.approx(hours / 8 / 24)
-    assert models["dpar"]["hours_on_its_workers"] == pytest.approx(models["dpar"]["gpu_hours"] / 8)
+    hours = sum(one.gpu_hours for one in (*models.values(), *work.values()))
+    whole = costed.whole_run
+    assert whole.gpu_hours == pytest.approx(hours) and whole.price == pytest.approx(2 * hours)
+    assert whole.days_on_its_workers == pytest.approx(hours / 8 / 24)
+    assert models["dpar"].hours_on_its_workers == pytest.approx(models["dpar"].gpu_hours / 8)
 
 
 def test_the_tokenizer_is_counted_layer_by_layer():
@@ -198,19 +198,19 @@ def test_token_shards_have_the_size_that_was_told(tmp_path):
     raw["data"] |= {"image_size": 128}
     raw["tokenizer"] |= {"channel_multipliers": [1, 2, 2, 4]}
     costed = costs(parse_params(raw), prices=A100, images=40)
-    assert costed["tokens_per_image"] == 256
-    assert 0 <= (tmp_path / "a.tar").stat().st_size - costed["disk_gb"]["token_shards"] * 1e9 <= 10_240
+    assert costed.tokens_per_image == 256
+    assert 0 <= (tmp_path / "a.tar").stat().st_size - costed.disk_gb["token_shards"] * 1e9 <= 10_240
 
 
 @pytest.mark.parametrize(("mode", "patches"), [("token", 256), ("static", 128)])
 def test_patches_of_fixed_rules_are_known(mode, patches):
-    assert costs(paper("l", 256, mode=mode), prices=A100)["patches_per_image"] == patches
+    assert costs(paper("l", 256, mode=mode), prices=A100).patches_per_image == patches
 
 
 def test_unknown_patch_counts_are_asked_for():
     with pytest.raises(ValueError, match="give --patches"):
         costs(paper("l", 256, threshold=8.0), prices=A100)
-    assert costs(paper("l", 256, threshold=8.0), prices=A100, patches=120)["patches_per_image"] == 120
+    assert costs(paper("l", 256, threshold=8.0), prices=A100, patches=120).patches_per_image == 120
     with pytest.raises(ValueError, match="must lie between 1 and the 256 tokens"):
         costs(paper("l", 256), prices=A100, patches=300)
 
@@ -243,10 +243,10 @@ PAPER = [f"imagenet{pixels}-{kind}-{size}" for pixels in (256, 384) for kind in 
 def test_a_paper_preset_trains_and_samples_within_80_gb_as_it_is(name):
     """By the estimates that `dpar-cli cost` and the check before sampling use."""
     params = load_params(ROOT / "params" / f"{name}.yaml")
-    costed = costs(params, prices=A100)["models"]
+    costed = costs(params, prices=A100).models
     for model in costed.values():
-        assert model["memory_gb_per_worker"] <= 80 * memory.TRAINING_SHARE
-        assert model["accumulate"] == model["accumulate_that_fits"] and model["micro_batch"] <= model["largest_micro_batch"]
+        assert model.memory_gb_per_worker <= 80 * memory.TRAINING_SHARE
+        assert model.accumulate == model.accumulate_that_fits and model.micro_batch <= model.largest_micro_batch
     shape = {"codebook_size": 16384, "row_width": params.data.image_size // 16}
     dpar = dpar_config(params.model, **shape, num_classes=1000)
     baseline = llamagen_config(params.model, **shape, num_classes=1000)
