@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +19,16 @@ from dpar_core.system import cpus
 from pipeline.code import code_identity, commit_of, packages_used
 from pipeline.state import LAST
 from pipeline.terminal import note
-from pipeline.tracking.tracker import open_tracker
+from pipeline.tracking.outbox import lives
+from pipeline.tracking.tracker import open_tracker, pass_identity
 from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
 from stages.params import Compute, Section, load_params, plain, precision_lines, section_of, select, settled
 from stages.shared.pace import machine_words
 from stages.workers.lock import locked
 from stages.workers.tasks import remove_leftovers
+
+_WATCH_SECONDS = 1.0  # between looks whether DVC is still there
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def load_stage(name: str) -> LoadedStage:
 def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     """Run a stage as dvc does. Raises ParamsError, StageError, or what the stage says is wrong."""
 
-    def wait(holder: str) -> None:  # a killed `dvc repro` leaves its stage running
+    def wait(holder: str) -> None:
         note(f"stage {name} is running already in process {holder}; waiting for it")
 
     asked = load_params(params_file)
@@ -126,6 +132,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     if name != "report":
         _print_precisions(select(asked, stage.params), device)
 
+    _end_with_dvc(root)
     with locked(work.parent / ".lock", busy=wait):
         work.mkdir(parents=True, exist_ok=True)
         for field in dataclasses.fields(outputs):
@@ -141,6 +148,20 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         for old in work.parent.iterdir():
             if old.is_dir() and old != work:
                 shutil.rmtree(old)
+
+
+def _end_with_dvc(root: Path) -> None:
+    """Let this process stop, as on SIGTERM, once the `dvc repro` that started it is gone: nobody would take its result."""
+    dvc = pass_identity(root)[2]
+
+    def watch() -> None:
+        while lives(dvc):
+            time.sleep(_WATCH_SECONDS)
+        note(f"dvc (process {dvc.pid}) is gone: its stage stops as well")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if dvc.pid != os.getpid():
+        threading.Thread(target=watch, name="dvc", daemon=True).start()
 
 
 def _print_precisions(params: Any, device: str) -> None:

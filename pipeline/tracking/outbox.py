@@ -472,11 +472,7 @@ class _Courier:
 
     def _lasts(self) -> bool:
         """Whether the pipeline run may have more journals."""
-        import psutil
-
-        with suppress(psutil.NoSuchProcess):
-            return self.process is not None and self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
-        return False
+        return self.process is not None and lives(self.process)
 
     def _deliver(self, folder: Path, *, ended: bool) -> None:
         try:
@@ -522,6 +518,15 @@ class _Courier:
                 open(folder / self.said, "a", encoding="utf-8") as stream,
             ):  # nobody listens where it is gone
                 print(sentence, file=stream, flush=True)
+
+
+def lives(process: Any) -> bool:
+    """Tell whether a process (psutil's) has not ended."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def said_file(key: str) -> str:

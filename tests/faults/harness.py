@@ -24,10 +24,9 @@ import psutil
 
 from tests.faults.injection import SIGNALS
 from tests.faults.plan import Fault
-from tests.faults.processes import Ended, run_stage, wait_for_orphans
+from tests.faults.processes import ORPHAN_SECONDS, Ended, run_dvc, run_stage, wait_for_orphans
 from tests.faults.project import World, contents, hurry, timed, walk, whole_record
 
-ORPHAN_SECONDS = 30.0
 SENTENCE_NEEDED = (1, 70, 130, 143)
 
 
@@ -166,6 +165,61 @@ class Harness:
         self._judge(fault, outcome, ended)
         self._again(fault, outcome)
 
+    def _surroundings(self, fault: Fault, outcome: Outcome) -> None:
+        how = fault.details
+        there = Harness(self.world, self.folder / how["folder"])
+        root = self.world.copy(there.folder, fault.stage, compute={"threads": 0})
+        environment = {"TZ": how["zone"], "TMPDIR": str(self.folder)}
+        if how["home"] == "missing":
+            environment["HOME"] = str(root / "params.yaml" / "below a file")
+        ended = run_stage(fault.stage, root, environment=environment, prepare=partial(_elsewhere, how))
+        there._judge(fault, outcome, ended, allowed=(0,))
+        allowed = 0o777 & ~how["umask"]
+        for path in _all(root / "artifacts"):
+            mode = (root / "artifacts" / path).stat().st_mode & 0o777
+            if mode & ~allowed and path in self.world.outputs(fault.stage):
+                outcome.problems.append(f"{path} has rights {mode:03o} under umask {how['umask']:03o}")
+
+    def _beside(self, fault: Fault, outcome: Outcome) -> None:
+        root, both = self.world.copy(self.folder, fault.stage), []
+
+        def second(_: psutil.Process) -> None:
+            both.append(run_stage(fault.stage, root, prepare=hurry))
+
+        both.append(run_stage(fault.stage, root, prepare=hurry, during=second))
+        for ended in both:
+            self._judge(fault, outcome, ended, allowed=(0,))
+        if fault.stage != "sources" and not any("is running already in process" in one.said for one in both):
+            outcome.problems.append("not a word about the wait")
+        self._again(fault, outcome)
+
+    def _dvc(self, fault: Fault, outcome: Outcome) -> None:
+        root, how = self.world.copy(self.folder, fault.stage), fault.details
+        (root / ".git").rmdir()
+        (root / ".dvc").mkdir()
+        (root / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n")
+        others: list[Ended] = []
+
+        def during(process: psutil.Process) -> None:
+            lock = root / "work" / fault.stage / ".lock"
+            while not lock.exists() and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.05)
+            time.sleep(how["share"] * self.world.seconds[fault.stage])
+            signal_name, _, whom = how["how"].partition(" to ")
+            if signal_name not in SIGNALS:
+                others.append(run_dvc(fault.stage, root))
+            elif whom == "all":
+                os.killpg(process.pid, SIGNALS[signal_name])
+            else:
+                process.send_signal(SIGNALS[signal_name])
+
+        ended = run_dvc(fault.stage, root, during)
+        self._judge(fault, outcome, ended, allowed=(0, 1, 255, -15, -9))
+        for other in others:
+            self._judge(fault, outcome, other, allowed=(0, 1, 255))
+        again = run_dvc(fault.stage, root)
+        self._judge(fault, outcome, again, allowed=(0,))
+
     def _judge(self, fault: Fault, outcome: Outcome, ended: Ended, *, allowed: tuple[int, ...] = ()) -> None:
         """Look at a run that was disturbed."""
         lines = [line for line in ended.said.splitlines() if line.strip() and "DPAR_DEBUG=1 shows" not in line]
@@ -197,7 +251,7 @@ class Harness:
     def _look(self, fault: Fault, outcome: Outcome, ended: Ended, which: str, *, complete: bool) -> None:
         if "Traceback (most recent call last)" in ended.said:
             outcome.problems.append(f"{which}: a traceback: {ended.said[-1500:]}")
-        if left := wait_for_orphans(ORPHAN_SECONDS):
+        if left := wait_for_orphans():
             outcome.problems.append(f"{which}: still running after {ORPHAN_SECONDS:g} s: {'; '.join(left)}")
         if (outside := self.folder / "connections").exists():
             outcome.problems.append(f"{which}: a connection beyond this machine: {outside.read_text()[:300]}")
@@ -240,6 +294,22 @@ def harm(path: Path, fault: Fault) -> None:
     path.write_bytes(content)
     if fault.details.get("keep_time"):
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _elsewhere(how: dict[str, Any]) -> None:
+    """Make this process one of another machine, as far as that goes."""
+    import locale
+    import tempfile
+
+    from dpar_core import files
+
+    hurry()
+    time.tzset()
+    tempfile.tempdir = None
+    locale.setlocale(locale.LC_ALL, how["locale"])
+    os.umask(how["umask"])
+    files._UMASK = how["umask"]
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: how["cores"]])
 
 
 def _impatient() -> None:

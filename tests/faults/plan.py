@@ -9,11 +9,16 @@ from typing import Any
 from pipeline.runner import STAGES
 from tests.faults.injection import Injection
 from tests.faults.project import World
-from tests.faults.shares import SHARES, TRAINING
+from tests.faults.shares import APART, SHARES, TRAINING
 
 DAY = 86400.0
 DAMAGES = ("flipped bit", "cut short", "emptied", "removed")
 STORE_ERRORS = ("EIO", "ConnectionError", "TimeoutError", "PermissionError")
+# Of another machine: what no result may depend on. Folders: spaces, umlauts, what addresses and shells escape.
+ZONES, UMASKS = ("Asia/Kathmandu", "America/St_Johns", "Pacific/Kiritimati"), (0o077, 0o022, 0o002)
+FOLDERS, LOCALES = ("a b%20ü#?", "x'y&$(z)", "ä" * 60), ("C", "C.UTF-8")
+OF_DVC = ("int to all", "int to dvc", "term to dvc", "kill to dvc", "a second dvc repro")
+CHEAP = ("data", "tokenize_images", "patch_maps", "score_dpar")
 MLFLOW = ("closed port", "silent server", "failing server", "damaged database", "killed outbox")
 
 
@@ -36,7 +41,7 @@ class Fault:
 def fault(world: World, seed: int, index: int, *, kinds: tuple[str, ...] = tuple(SHARES)) -> Fault:
     """Return a fault."""
     dice = random.Random(f"{seed}-{index}")
-    kind = dice.choices(kinds, [SHARES[kind] for kind in kinds])[0]
+    kind = dice.choices(kinds, [(SHARES | APART)[kind] for kind in kinds])[0]
     stages = [stage for stage in STAGES if stage in world.counts]
     if kind in ("child", "store"):
         stage = dice.choice(TRAINING)
@@ -44,6 +49,8 @@ def fault(world: World, seed: int, index: int, *, kinds: tuple[str, ...] = tuple
         stage = "tokenize_images"
     elif kind == "mlflow":
         stage = dice.choice(["data", "patch_maps", "score_dpar"])
+    elif kind == "dvc":
+        stage = dice.choice(CHEAP)
     elif kind == "input":
         stage = dice.choice([stage for stage in stages if world.inputs(stage)])
     else:
@@ -102,5 +109,15 @@ def _chosen(world: World, kind: str, stage: str, dice: random.Random) -> tuple[s
         error, call, lasting = dice.choice(STORE_ERRORS), dice.randrange(60), dice.random() < 0.5
         what = f"{error} at call {call} of the object store{', lasting' if lasting else ''}"
         return what, Injection(), {"error": error, "call": call, "lasting": lasting}
+    if kind == "surroundings":
+        found = {"zone": dice.choice(ZONES), "umask": dice.choice(UMASKS), "folder": dice.choice(FOLDERS)}
+        found |= {"locale": dice.choice(LOCALES), "cores": dice.choice([1, 2]), "home": dice.choice(["missing", "there"])}
+        words = f"in {found['zone']}, umask {found['umask']:03o}, {found['cores']} cores, locale {found['locale']}, "
+        return f"{words}home {found['home']}, folder {found['folder']}", Injection(), found
+    if kind == "beside":
+        return "the same stage twice at once", Injection(), {}
+    if kind == "dvc":
+        how, share = dice.choice(OF_DVC), dice.random()
+        return f"{how} at {share:.0%} of the stage's time", Injection(), {"how": how, "share": share}
     whom = dice.choice(["worker", "raylet", "gcs_server"])
     return f"kill -9 of Ray's {whom}", Injection(), {"whom": whom}

@@ -12,8 +12,10 @@ import io
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,7 @@ import psutil
 
 from tests.faults.injection import Injection, Watch, limit_files, watch
 from tests.faults.shares import TRAINING
+from tests.helpers.paths import ROOT
 
 SUBREAPER = 36  # of prctl: orphans below this process become its children
 IMPORTED = (
@@ -37,8 +40,8 @@ IMPORTED = (
     "safetensors.torch",
     "scipy.linalg",
 )
+ORPHAN_SECONDS = 30.0
 PATIENCE = 120.0  # seconds until a stage counts as hanging
-_PIPES: list[Any] = []  # that forked processes would not have if they were started anew
 
 
 def import_everything(stages: Sequence[str], *, mlflow: bool = False) -> None:
@@ -137,6 +140,25 @@ def run_stage(
     return Ended(status, said.decode(errors="replace"), time.monotonic() - began, changes, cpu)
 
 
+def run_dvc(stage: str, root: Path, during: Callable[[psutil.Process], None] | None = None) -> Ended:
+    """Run `dvc repro` of one stage in real processes, and wait for all that it started."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    # A store that refuses connections: importing MLflow is all that remains of it.
+    environment |= {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    words = [sys.executable, "-P", "-m", "dvc", "repro", "--single-item", stage]
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            words, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        if during is not None:
+            during(psutil.Process(process.pid))
+        status = process.wait()
+        wait_for_orphans()
+        log.seek(0)
+        return Ended(status, log.read().decode(errors="replace"), time.monotonic() - began, {})
+
+
 def empty(folder: Path) -> None:
     """Make a folder, or remove the files in it."""
     folder.mkdir(exist_ok=True)
@@ -200,6 +222,18 @@ def _own_streams() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def forget_files() -> None:
+    """Let go of files and pipes, and of the locks on them, that this process would not have if it were started anew."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # of the list itself, which is closed by now
+            kind = os.fstat(int(name)).st_mode
+            if int(name) > 2 and (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+                os.dup2(
+                    nothing, int(name)
+                )  # not closed: objects that think it theirs would close what comes to have its number
+
+
 class Forked:
     """What subprocess.Popen is for our own modules: a fork that calls the module's `main`."""
 
@@ -213,25 +247,19 @@ class Forked:
         if not self.pid:
             with leaving():
                 os.setsid()
-                for descriptor in (writing, output, *(one.fileno() for one in _PIPES if not one.closed)):
-                    if descriptor is not None:
-                        os.close(descriptor)
                 os.dup2(reading, 0)
-                os.close(reading)
                 os.dup2(os.open(os.devnull, os.O_WRONLY) if told is None else told, 1)
                 if (log := how.get("stderr")) is not None:
                     os.dup2(log.fileno(), 2)
-                _let_go(counts.parent)
+                forget_files()
                 os.environ.update(how.get("env") or {})
                 self._be(module, arguments, counts)
         os.close(reading)
         self.stdin: Any = os.fdopen(writing, "w" if how.get("text") else "wb")
-        _PIPES.append(self.stdin)
         self.stdout: Any = None
         if told is not None:
             os.close(told)
             self.stdout = os.fdopen(output)
-            _PIPES.append(self.stdout)
 
     def _be(self, module: str, arguments: Sequence[str], counts: Path) -> None:
         from stages.workers import child
@@ -272,15 +300,6 @@ class Forked:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def _let_go(root: Path) -> None:
-    """Close files of the project, and with them its locks, that a process started anew would not have inherited."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if int(name) > 2 and os.readlink(f"/proc/self/fd/{name}").startswith(f"{root}/"):
-                os.dup2(nothing, int(name))  # not closed: its number belongs to an object of this process
-
-
 def _popen(counts: Path) -> Callable[..., Any]:
     from stages.workers import child
 
@@ -304,11 +323,23 @@ def orphans() -> list[psutil.Process]:
     return [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
 
 
-def wait_for_orphans(seconds: float) -> list[str]:
-    """Wait until nothing runs below this process any more; return the names of what still does after `seconds`."""
+def wait_for_orphans(seconds: float = ORPHAN_SECONDS) -> list[str]:
+    """Wait until nothing runs below this process any more; return the names of what still does after `seconds`.
+
+    A real outbox may take a minute more: it has MLflow to import first.
+    """
     until = time.monotonic() + seconds
     while left := orphans():
-        if time.monotonic() > until:
-            return [f"{one.pid} {' '.join(one.cmdline()[:6])}" for one in left]
+        late = time.monotonic() - until
+        names = [f"{one.pid} {' '.join(words_of(one))}" for one in left]
+        if late > 60 or (late > 0 and not all("pipeline.tracking.outbox" in name for name in names)):
+            return names
         time.sleep(0.02)
     return []
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from http.client import IncompleteRead
@@ -230,6 +231,25 @@ def test_what_a_kill_left_half_published_is_removed_by_the_next_start(tmp_path, 
     )
     runner.run_stage("data", root=tmp_path, params_file=ROOT / "params.yaml")
     assert [path.name for path in (tmp_path / "artifacts").rglob("*.tmp")] == ["keep.tmp"]
+
+
+def test_a_stage_stops_when_its_dvc_is_gone(tmp_path, monkeypatch, capfd):
+    import psutil
+
+    from pipeline import runner
+
+    dvc = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    stopped = threading.Event()
+    monkeypatch.setattr(runner, "_WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(runner, "pass_identity", lambda _: ("a run", "at noon", psutil.Process(dvc.pid)))
+    monkeypatch.setattr(
+        os, "kill", lambda *what: what == (os.getpid(), signal.SIGTERM) and stopped.set()
+    )
+    runner._end_with_dvc(tmp_path)
+    assert not stopped.wait(0.1)
+    dvc.stdin.close()
+    assert stopped.wait(30) and f"dvc (process {dvc.pid}) is gone" in capfd.readouterr().err
+    dvc.wait()
 
 
 def test_a_pipeline_of_somebody_else_is_not_run(tmp_path):
