@@ -108,7 +108,7 @@ class WholeRun:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """What `dpar-cli cost` prints: models and other work by name, disk space by artifact. memory_gb: of a known GPU."""
 
     tokens_per_image: int
@@ -213,7 +213,7 @@ def other_work(
 
 def costs(
     params: Any, *, prices: Prices, patches: float | None = None, images: int | None = None, classes: int | None = None
-) -> Estimate:
+) -> CostEstimate:
     """Return what a run costs.
 
     params: the whole of a params file. patches, images, classes: M, training images and classes where the defaults
@@ -310,7 +310,7 @@ def costs(
     others = other_work(params, prices, views=images * views, gate=gate, forward=forward)
     hours = sum(one.gpu_hours for one in priced.values()) + sum(one.gpu_hours for one in others.values())
     workers = params.train.workers
-    return Estimate(
+    return CostEstimate(
         tokens,
         patches,
         images,
@@ -397,7 +397,7 @@ def _params_file(preset: str | None) -> Path:
     return preset_file(Path.cwd(), preset)
 
 
-def _table(name: str, estimate: Estimate) -> str:
+def _table(name: str, estimate: CostEstimate) -> str:
     """Lay the costs out for reading, for the terminal's width."""
     from pipeline.terminal import table, wrapped
 

@@ -21,7 +21,7 @@ from dpar_core.training.optim import adamw, clip_gradients
 from dpar_core.training.parallel import Ranks
 from dpar_core.turns import take_turns
 from stages import params as P
-from stages.shared.jobs import JobData, JobObjective, ModelKind, TrainJob, build, copy_whole
+from stages.shared.jobs import ModelKind, TrainData, TrainJob, TrainObjective, build, copy_whole
 from stages.shared.pace import SECONDS, Pace, machine_words, wait_for_helpers, write_pace
 from stages.tracker import Tracker
 
@@ -120,10 +120,10 @@ def training_step(job: TrainJob, device: torch.device) -> Callable[[], None]:
     if training.activation_checkpointing:
         parallel.checkpoint_activations(model)
     model.train()
-    settings, objective = job.settings(), JobObjective(job.config)
+    settings, objective = job.settings(), TrainObjective(job.config)
     optimizer = adamw(model.named_parameters(), settings.optim)
     parameters = list(model.parameters())
-    data = JobData(job, Ranks(0, training.workers, device))
+    data = TrainData(job, Ranks(0, training.workers, device))
     batches = [[data.micro_batch(step, micro).to(device) for micro in range(training.accumulate)] for step in range(BATCHES)]
     taken = 0
 

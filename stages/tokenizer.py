@@ -88,7 +88,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     rows = manifest.split("validation")
     held_out = CenterCrops(rows, opener, params.data.image_size)
     chosen = fixed_subset(len(rows), MEASURED_IMAGES)
-    metrics, originals, copies, usable = measure(model, held_out, chosen, device=device)
+    metrics, originals, copies, usable = measure_reconstruction(model, held_out, chosen, device=device)
     tracker.log_metrics(metrics)
     by_class = _one_a_class([rows[index] for index in usable], manifest.classes)
     titles = [manifest.classes[rows[usable[which]].label] for which in by_class]
@@ -189,7 +189,7 @@ def _load_optimizer(model: VQ, optimizer: torch.optim.Optimizer, tensors: dict[s
             optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
 
 
-def measure(
+def measure_reconstruction(
     model: VQ, images: CenterCrops, chosen: np.ndarray, *, device: str
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray, list[int]]:
     """Reconstruct images and measure PSNR, SSIM and how the codebook is used.

@@ -99,7 +99,7 @@ class Lanes:
         self.taken += len(free)
         self.position[free] = self.first[free] = self.index[free] = 0
         self.waits[free] = self.decided[free] = True
-        self.boundaries.last_gate[free] = 0
+        self.boundaries.last_cut[free] = 0
         free = free.to(self.device)
         self.state[free], self.peak[free] = self.stepper.start, float("-inf")
 

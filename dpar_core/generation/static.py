@@ -215,7 +215,7 @@ class StaticDPAR(Static):
     """DPAR in steps of fixed shape.
 
     begins: (B,) bool, images whose next token begins a patch. lanes: (B,) int64, those first. count: (1,) int32, how many.
-    first, index: (B,) int64, first token and number of the open patch. last_gate: (B,) int64, as in BoundaryState.
+    first, index: (B,) int64, first token and number of the open patch. last_cut: (B,) int64, as in BoundaryState.
     entropies, starts: (B, T + 1), the gate's entropies and where patches begin. state: (B or 2 B, D), x' of the last token,
     once per half. peak: (B, D), maximum of x' in the open patch. copied: (B or 2 B, layers D), what decoder layers add from
     the patch's state.
@@ -263,10 +263,10 @@ class StaticDPAR(Static):
         self.count = whole(images, 1, dtype=torch.int32)
         self.count_host = torch.full((1,), -1, dtype=torch.int32, pin_memory=self.capture)
         self.side = torch.cuda.Stream() if device.type == "cuda" else None
-        self.first, self.index, self.last_gate = (whole(0, images) for _ in range(3))
+        self.first, self.index, self.last_cut = (whole(0, images) for _ in range(3))
         self.entropies = torch.full((images, tokens + 1), float("nan"), device=device)
         self.starts = whole(0, images, tokens + 1, dtype=torch.bool)
-        self.fixed = torch.from_numpy(rule.fixed_gates(tokens + 1)).to(device)
+        self.fixed = torch.from_numpy(rule.fixed_cuts(tokens + 1)).to(device)
         threshold = float("nan") if rule.threshold is None else rule.threshold
         self.threshold = torch.full((1,), threshold, dtype=torch.float32, device=device)
         self.state, self.peak = torch.zeros(rows, width, device=device), torch.zeros(images, width, device=device)
@@ -428,7 +428,7 @@ class StaticDPAR(Static):
         self.count_host.fill_(-1)
         self.first.zero_()
         self.index.fill_(-1)
-        self.last_gate.zero_()
+        self.last_cut.zero_()
         self.entropies.fill_(float("nan"))
         self.starts.zero_()
         self.starts[:, 0] = True

@@ -228,21 +228,21 @@ class TorchOps:
         """
         rule, at = engine.rule, engine.position + ahead
         fixed = engine.fixed.index_select(0, at)
-        gate = fixed
+        cut = fixed
         if logits is not None:
             entropies = next_token_entropies(logits)
             if ahead == 0:
                 certain = fixed
                 if rule.max_patch_length is not None:
-                    certain = certain | ((at - torch.where(fixed, at, engine.last_gate)) % rule.max_patch_length == 0)
+                    certain = certain | ((at - torch.where(fixed, at, engine.last_cut)) % rule.max_patch_length == 0)
                 entropies = torch.where(certain, float("nan"), entropies)
             engine.entropies.index_copy_(1, at, entropies.unsqueeze(1))
-            gate = gate | (entropies > engine.threshold)
-        torch.where(gate, at, engine.last_gate, out=engine.last_gate)
+            cut = cut | (entropies > engine.threshold)
+        torch.where(cut, at, engine.last_cut, out=engine.last_cut)
         if rule.max_patch_length is None:
-            engine.begins.copy_(gate.expand_as(engine.begins))
+            engine.begins.copy_(cut.expand_as(engine.begins))
         else:
-            torch.eq((at - engine.last_gate) % rule.max_patch_length, 0, out=engine.begins)
+            torch.eq((at - engine.last_cut) % rule.max_patch_length, 0, out=engine.begins)
         engine.starts.index_copy_(1, at, engine.begins.unsqueeze(1))
         if engine.reads_count:
             torch.sum(engine.begins, 0, keepdim=True, dtype=torch.int32, out=engine.count)

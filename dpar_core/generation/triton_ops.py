@@ -572,7 +572,7 @@ def _decide(
     fixed_ptr,
     threshold_ptr,
     position_ptr,
-    last_gate_ptr,
+    last_cut_ptr,
     begins_ptr,
     entropies_ptr,
     starts_ptr,
@@ -595,7 +595,7 @@ def _decide(
     total = tl.sum(tl.sum(e, axis=1), axis=0)
     entropy = tl.log(total) - tl.sum(tl.sum(e * less, axis=1), axis=0) / total
     fixed = tl.load(fixed_ptr + at)
-    last = tl.load(last_gate_ptr + b)
+    last = tl.load(last_cut_ptr + b)
     if AHEAD == 0:
         certain = fixed
         if LONGEST > 0:
@@ -606,7 +606,7 @@ def _decide(
     begins = gate
     if LONGEST > 0:
         begins = (at - last) % LONGEST == 0
-    tl.store(last_gate_ptr + b, last)
+    tl.store(last_cut_ptr + b, last)
     tl.store(begins_ptr + b, begins)
     tl.store(entropies_ptr + b * stride + at, entropy)
     tl.store(starts_ptr + b * stride + at, begins)
@@ -1068,7 +1068,7 @@ class TritonOps:
             engine.fixed,
             engine.threshold,
             engine.position,
-            engine.last_gate,
+            engine.last_cut,
             engine.begins,
             engine.entropies,
             engine.starts,

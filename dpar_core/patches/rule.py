@@ -21,9 +21,11 @@ from dpar_core.choices import PatchMode
 class PatchRule:
     """How an image is cut into patches.
 
-    mode: "entropy_rows" (DPAR: gates at tokens 0 and 1, at row starts and where e_t > threshold), "entropy" (no row
-    gates), "static" (runs of static_length), "token" (one token per patch). threshold: nats, compared in float32,
-    strictly. max_patch_length: runs longer than this are cut from the left; None: no maximum.
+    mode: "entropy_rows" (DPAR: cuts before tokens 0 and 1, at row starts and where e_t > threshold), "entropy" (no cuts at
+    row starts), "static" (runs of static_length), "token" (one token per patch).
+    threshold: nats, compared in float32, strictly.
+    max_patch_length: runs longer than this are cut from the left; None: no maximum.
+
     Raises ValueError for values that make no rule.
     """
 
@@ -49,22 +51,22 @@ class PatchRule:
         """Whether the plan of an image depends on its entropies."""
         return self.mode in ("entropy_rows", "entropy")
 
-    def fixed_gates(self, tokens: int) -> np.ndarray:
-        """Return the gates that hold whatever the entropies are: (tokens,) bool."""
+    def fixed_cuts(self, tokens: int) -> np.ndarray:
+        """Return the tokens before which a cut is made whatever the entropies are: (tokens,) bool."""
         position = np.arange(tokens)
         if self.mode == "token":
             return np.ones(tokens, bool)
         if self.mode == "static":
             return position % self.static_length == 0
-        gates = position <= 1
-        return gates | (position % self.row_width == 0) if self.mode == "entropy_rows" else gates
+        cuts = position <= 1
+        return cuts | (position % self.row_width == 0) if self.mode == "entropy_rows" else cuts
 
 
 def patch_starts(entropies: Tensor, rule: PatchRule) -> Tensor:
     """Return which tokens begin a patch.
 
-    A token is a gate at a fixed position (see `PatchRule.fixed_gates`) or when its entropy is above the threshold; it
-    begins a patch when it is a gate or lies a multiple of max_patch_length after the last gate (DPAR, Sec. 3.2).
+    A cut is made before a token at a fixed position (see `PatchRule.fixed_cuts`) or with an entropy above the threshold. A
+    patch begins at each cut, and after every max_patch_length tokens without one (DPAR, Sec. 3.2).
 
     entropies: (B, T) float32 nats, entries 0 ignored (may be nan); any prefix of an image is allowed.
     Returns (B, T) bool. Raises ValueError for another dtype.
@@ -72,13 +74,13 @@ def patch_starts(entropies: Tensor, rule: PatchRule) -> Tensor:
     if entropies.dtype != torch.float32:
         raise ValueError(f"entropies must be float32, as rounding moves boundaries; got {entropies.dtype}")
     position = torch.arange(entropies.shape[1], device=entropies.device)
-    gates = torch.from_numpy(rule.fixed_gates(entropies.shape[1])).to(entropies.device).expand(entropies.shape)
+    cuts = torch.from_numpy(rule.fixed_cuts(entropies.shape[1])).to(entropies.device).expand(entropies.shape)
     if rule.reads_entropies:
-        gates = gates | (entropies > torch.tensor(rule.threshold, dtype=torch.float32))
+        cuts = cuts | (entropies > torch.tensor(rule.threshold, dtype=torch.float32))
     if rule.max_patch_length is None:
-        return gates.clone()
-    last_gate = torch.where(gates, position, 0).cummax(dim=1).values
-    return (position - last_gate) % rule.max_patch_length == 0
+        return cuts.clone()
+    last_cut = torch.where(cuts, position, 0).cummax(dim=1).values
+    return (position - last_cut) % rule.max_patch_length == 0
 
 
 def patch_starts_numpy(entropies: np.ndarray, rule: PatchRule, *, chunk: int = 4096) -> np.ndarray:
@@ -86,7 +88,7 @@ def patch_starts_numpy(entropies: np.ndarray, rule: PatchRule, *, chunk: int = 4
     if entropies.dtype != np.float32:
         raise ValueError(f"entropies must be float32, as rounding moves boundaries; got {entropies.dtype}")
     tokens = entropies.shape[1]
-    fixed = rule.fixed_gates(tokens)
+    fixed = rule.fixed_cuts(tokens)
     starts = np.empty(entropies.shape, bool)
     position = np.arange(tokens, dtype=np.int16 if tokens < 2**15 else np.int32)
     for first in range(0, len(entropies), chunk):
@@ -105,12 +107,12 @@ def patch_starts_numpy(entropies: np.ndarray, rule: PatchRule, *, chunk: int = 4
 class BoundaryState:
     """The rule token by token, as generation needs it; all rows of a batch at once, or some at places of their own.
 
-    last_gate: (B,) int64, position of the last gate of each row.
+    last_cut: (B,) int64, position of the token after the last cut of each row.
     """
 
     def __init__(self, rule: PatchRule, rows: int, *, device: torch.device | str | None = None) -> None:
         self.rule = rule
-        self.last_gate = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.last_cut = torch.zeros(rows, dtype=torch.int64, device=device)
         self._fixed = torch.zeros(0, dtype=torch.bool)
 
     def step(self, position: int | Tensor, entropies: Tensor, *, rows: Tensor | None = None) -> Tensor:
@@ -119,22 +121,22 @@ class BoundaryState:
         position: one for all rows, or (A,) int64, one per row. rows: (A,) int64, the rows meant (None: all). Positions
         of a row must come in order from 0; entropies at position 0 are ignored.
         """
-        rule, device = self.rule, self.last_gate.device
+        rule, device = self.rule, self.last_cut.device
         if isinstance(position, int):
             position = torch.full(entropies.shape, position, device=device)
         if len(position) and int(position.max()) >= len(self._fixed):
-            self._fixed = torch.from_numpy(rule.fixed_gates(2 * int(position.max()) + 2)).to(device)
-        gate = self._fixed[position]
+            self._fixed = torch.from_numpy(rule.fixed_cuts(2 * int(position.max()) + 2)).to(device)
+        cut = self._fixed[position]
         if rule.reads_entropies:
-            gate = gate | (entropies > torch.tensor(rule.threshold, dtype=torch.float32))
-        last_gate = torch.where(gate, position, self.last_gate if rows is None else self.last_gate[rows])
+            cut = cut | (entropies > torch.tensor(rule.threshold, dtype=torch.float32))
+        last_cut = torch.where(cut, position, self.last_cut if rows is None else self.last_cut[rows])
         if rows is None:
-            self.last_gate = last_gate
+            self.last_cut = last_cut
         else:
-            self.last_gate[rows] = last_gate
+            self.last_cut[rows] = last_cut
         if rule.max_patch_length is None:
-            return gate
-        return (position - last_gate) % rule.max_patch_length == 0
+            return cut
+        return (position - last_cut) % rule.max_patch_length == 0
 
 
 class FlatLengths(NamedTuple):

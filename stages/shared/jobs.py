@@ -121,7 +121,7 @@ def recipe(training: Training) -> dict[str, Any]:
     return {name: value for name, value in training.model_dump(mode="json").items() if name not in _PLACEMENT}
 
 
-class JobData:
+class TrainData:
     """Batches of a job for one rank, read from token shards and joined with their patch lengths."""
 
     def __init__(self, job: TrainJob, ranks: Ranks) -> None:
@@ -169,7 +169,7 @@ class _SplitBatches:
 
 
 @dataclass(frozen=True)
-class JobObjective:
+class TrainObjective:
     """Cross-entropy in nats per token: over T tokens, or T - 1 for the entropy model."""
 
     config: GPTConfig | DPARConfig
@@ -193,14 +193,14 @@ def build(config: GPTConfig | DPARConfig, seed: int) -> nn.Module:
 
 def train_job(job: TrainJob, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[str, Any]:
     """Train on one rank, inside a Ray worker."""
-    data = JobData(job, ranks)
+    data = TrainData(job, ranks)
     if ranks.first and ranks.device.type == "cuda":
         device = torch.cuda.get_device_properties(ranks.device)
         if (line := memory_line(job, data, device.total_memory)) is not None:
             print(line, flush=True)
     progress = train(
         build(job.config, job.seed),
-        JobObjective(job.config),
+        TrainObjective(job.config),
         data,
         job.settings(),
         _store(job, root),
@@ -210,7 +210,7 @@ def train_job(job: TrainJob, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[s
     return {"step": progress.step}
 
 
-def memory_line(job: TrainJob, data: JobData, device_bytes: float) -> str | None:
+def memory_line(job: TrainJob, data: TrainData, device_bytes: float) -> str | None:
     """Return what to expect when a micro-batch is estimated not to fit a worker's GPU, None when it is.
 
     An estimate does not stop a run; and `accumulate` is not raised by itself, as that changes the dropout masks.

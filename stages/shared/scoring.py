@@ -18,8 +18,7 @@ from dpar_core.data.images import BadImage, center_crop
 from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.evaluation.features import FeatureNetwork, open_network
 from dpar_core.evaluation.image_sets import ImageSet
-from dpar_core.evaluation.measure import Measured, merged, pieces
-from dpar_core.evaluation.measure import measure as measure_here
+from dpar_core.evaluation.measure import Measured, measure, merged, pieces
 from dpar_core.evaluation.metrics import ScoreError
 from dpar_core.evaluation.reference import Measure, Reference, reference_of_file, reference_of_images
 from dpar_core.evaluation.scores import ScoreSettings
@@ -36,7 +35,7 @@ def settings_of(section: P.Score) -> ScoreSettings:
     return ScoreSettings(**{name: getattr(section, name) for name in names})
 
 
-def measure(
+def measure_images(
     network: FeatureNetwork, images: np.ndarray, *, workers: int = 0, done: Callable[[int], None] | None = None
 ) -> Measured:
     """Return features and moments of images (n, h, w, 3) uint8, n > 1.
@@ -47,7 +46,7 @@ def measure(
     """
     cut = list(pieces(len(images)))
     if workers == 0 or len(cut) == 1:
-        return measure_here(network, images, done=done)
+        return measure(network, images, done=done)
     identity = (network.name, str(network.file.resolve()), network.digest, network.device)
     build = partial(_PieceMeasurer, *identity)
     units = [(number, images[piece]) for number, piece in enumerate(cut)]
@@ -64,7 +63,7 @@ def measure_with_progress(network: FeatureNetwork, tracker: Tracker, what: str, 
 
     def measured(images: np.ndarray) -> Measured:
         with tracker.progress(len(images), what, unit="images") as progress:
-            return measure(network, images, workers=workers, done=progress.advance)
+            return measure_images(network, images, workers=workers, done=progress.advance)
 
     return measured
 

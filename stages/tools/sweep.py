@@ -33,7 +33,7 @@ from stages import params as P
 from stages import sample, score
 from stages.artifacts import artifact_digest
 from stages.shared.sampler import Files
-from stages.shared.scoring import make_reference, measure, settings_of
+from stages.shared.scoring import make_reference, measure_images, settings_of
 from stages.tracker import NullTracker, Progress, Tracker
 from stages.workers import cluster
 from stages.workers.tasks import KeptLast
@@ -241,7 +241,7 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> Trial
     network, rule = _network(subject), sampler.settings.rule
     scored, settings = subject.score, settings_of(subject.score.score)
     reference = make_reference(scored.score, scored.data, subject.manifest, network, NullTracker(), cache=work)
-    measured = measure(network, images)
+    measured = measure_images(network, images)
     values, intervals = compare(measured, reference, settings, seed=scored.seed)
     protocol = protocol_of(network, reference, settings, ImageSet(images))
     sampled = sample.protocol(sampler, section)

@@ -36,16 +36,16 @@ NEEDED = ("sources", "data", "tokenizer", "tokenize_images", "entropy_model", "e
 
 def slow() -> None:
     """Let every step take a second; called in the process of a stage."""
-    from stages.shared.jobs import JobData
+    from stages.shared.jobs import TrainData
 
     hurry()
-    quick = JobData.micro_batch
+    quick = TrainData.micro_batch
 
     def micro_batch(self: Any, step: int, micro: int) -> Any:
         time.sleep(STEP_SECONDS)
         return quick(self, step, micro)
 
-    JobData.micro_batch = micro_batch  # type: ignore[method-assign]
+    TrainData.micro_batch = micro_batch  # type: ignore[method-assign]
 
 
 class Away(threading.Thread):

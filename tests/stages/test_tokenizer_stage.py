@@ -277,7 +277,9 @@ class Shifted(VQ):
 def test_the_measures_are_those_of_their_definitions():
     """Images of grey 90 and 106 come back as 100 and 101: errors 10 and 5. Unreadable ones are left out."""
     pictures = Pictures([np.full((8, 8, 3), 90, np.uint8), None, np.full((8, 8, 3), 106, np.uint8)])
-    metrics, originals, copies, usable = stage.measure(Shifted(CONFIG).eval(), pictures, np.arange(3), device="cpu")
+    metrics, originals, copies, usable = stage.measure_reconstruction(
+        Shifted(CONFIG).eval(), pictures, np.arange(3), device="cpu"
+    )
     assert usable == [0, 2] and len(originals) == len(copies) == 2
     by_hand = (10 * math.log10(255**2 / 100) + 10 * math.log10(255**2 / 25)) / 2
     assert metrics["tokenizer/psnr_db"] == pytest.approx(by_hand)
@@ -292,7 +294,7 @@ def test_the_measures_are_those_of_their_definitions():
 def test_a_perfect_copy_counts_as_one_that_is_right_to_the_rounding():
     """One black image that comes back black must not lift the mean without limit."""
     pictures = Pictures([np.full((8, 8, 3), 100, np.uint8)])
-    metrics, *_ = stage.measure(Shifted(CONFIG).eval(), pictures, np.arange(1), device="cpu")
+    metrics, *_ = stage.measure_reconstruction(Shifted(CONFIG).eval(), pictures, np.arange(1), device="cpu")
     assert metrics["tokenizer/psnr_db"] == pytest.approx(10 * math.log10(255**2 * 12))
 
 

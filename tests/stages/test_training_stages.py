@@ -21,7 +21,7 @@ from dpar_core.training.parallel import Ranks
 from stages import entropy_model, train
 from stages.params import select
 from stages.shared import jobs as training
-from stages.shared.jobs import JobData, TrainJob, train_job
+from stages.shared.jobs import TrainData, TrainJob, train_job
 from stages.tracker import NullTracker
 from stages.workers.fit import Event
 from tests.helpers.processes import gone
@@ -172,8 +172,8 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_be
 
 @pytest.mark.parametrize("kind", ["entropy_model", "dpar", "llamagen"])
 def test_two_ranks_see_together_what_one_would(data, kind):
-    one = JobData(job(data, kind), Ranks())
-    two = [JobData(job(data, kind, workers=2), Ranks(rank, 2)) for rank in (0, 1)]
+    one = TrainData(job(data, kind), Ranks())
+    two = [TrainData(job(data, kind, workers=2), Ranks(rank, 2)) for rank in (0, 1)]
     whole = one.micro_batch(7, 0)
     parts = [half.micro_batch(7, 0) for half in two]
     assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
@@ -186,7 +186,7 @@ def test_two_ranks_see_together_what_one_would(data, kind):
 
 
 def test_labels_and_patches_belong_to_the_tokens(data):
-    batch = JobData(job(data), Ranks()).micro_batch(0, 0)
+    batch = TrainData(job(data), Ranks()).micro_batch(0, 0)
     shards = TokenShards(data / "tokens", "train")
     known = {tuple(view): label for i, label in enumerate(shards.labels) for view in shards.all_views(i).tolist()}
     assert [known[tuple(row)] for row in batch.tokens.tolist()] == batch.labels.tolist()

@@ -21,19 +21,19 @@ from dpar_core.patches.rule import (
 
 def walked(entropies, rule):
     """The rule as a person would say it, token by token."""
-    starts, last_gate = [], 0
+    starts, last_cut = [], 0
     for t, e in enumerate(entropies):
         if rule.mode == "token":
-            gate = True
+            cut = True
         elif rule.mode == "static":
-            gate = t % rule.static_length == 0
+            cut = t % rule.static_length == 0
         else:
             row = rule.mode == "entropy_rows" and t % rule.row_width == 0
-            gate = t in (0, 1) or row or bool(e > np.float32(rule.threshold))
-        if gate:
-            last_gate = t
-        full = rule.max_patch_length is not None and (t - last_gate) % rule.max_patch_length == 0
-        starts.append(gate or full)
+            cut = t in (0, 1) or row or bool(e > np.float32(rule.threshold))
+        if cut:
+            last_cut = t
+        full = rule.max_patch_length is not None and (t - last_cut) % rule.max_patch_length == 0
+        starts.append(cut or full)
     return np.array(starts)
 
 

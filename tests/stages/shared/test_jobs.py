@@ -8,7 +8,7 @@ from dpar_core.data.shards import TokenMeta, TokenSample, write_index, write_sha
 from dpar_core.models.gpt import GPTConfig
 from dpar_core.models.memory import TRAINING_SHARE, training_memory
 from dpar_core.training.parallel import Ranks
-from stages.shared.jobs import JobData, TrainJob, memory_line
+from stages.shared.jobs import TrainData, TrainJob, memory_line
 from tests.helpers.tiny_shards import CODES, GRID, tiny_params, write_tokens
 
 
@@ -17,7 +17,7 @@ def test_a_micro_batch_that_is_estimated_not_to_fit_is_announced_with_the_way_ou
     training = tiny_params().train.model_copy(update={"batch_size": 8, "accumulate": 1, "precision": "fp32"})
     job = TrainJob("llamagen", GPTConfig(CODES, GRID, 32, 2, 1, num_classes=2), training, 0, tokens)
     estimate = training_memory(job.config, None, bf16=False)
-    data = JobData(job, Ranks())
+    data = TrainData(job, Ranks())
     assert memory_line(job, data, 1.01 * estimate.total(8) / TRAINING_SHARE) is None
     line = memory_line(job, data, estimate.total(5) / TRAINING_SHARE)
     assert "training 8 images at a time" in line and "raise `accumulate` to 2" in line
@@ -36,5 +36,5 @@ def test_validation_sees_the_centre_crop_of_every_view_set(tmp_path, name):
     meta = TokenMeta(2, 32, name, count, 8, ("one",), "t" * 16, "m" * 16)
     write_index(tmp_path, meta, shards)
     job = TrainJob("entropy_model", GPTConfig(32, 2, 32, 2, 1), tiny_params().entropy_model.train, 0, tmp_path)
-    seen = np.concatenate([batch.tokens.numpy() for batch, _ in JobData(job, Ranks()).validation()])
+    seen = np.concatenate([batch.tokens.numpy() for batch, _ in TrainData(job, Ranks()).validation()])
     assert len(seen) and (seen == CENTER_VIEWS[name]).all()

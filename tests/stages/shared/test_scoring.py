@@ -5,7 +5,7 @@ import pytest
 
 from dpar_core.evaluation.measure import PIECE
 from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
-from stages.shared.scoring import measure
+from stages.shared.scoring import measure_images
 
 
 def pictures(count):
@@ -23,7 +23,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("count", [2, PIECE + 1, 2 * PIECE + 1])
 def test_merged_moments_are_those_of_all_images(network, count):
-    found = measure(network, pictures(count))
+    found = measure_images(network, pictures(count))
     whole = network(pictures(count))
     np.testing.assert_array_equal(found.features.pool, whole.pool)
     for moments, features in ((found.pool, whole.pool), (found.spatial, whole.spatial)):
@@ -36,9 +36,9 @@ def test_merged_moments_are_those_of_all_images(network, count):
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_images_have_no_moments(network, count):
     with pytest.raises(ScoreError, match=f"at least two images, got {count}"):
-        measure(network, pictures(count))
+        measure_images(network, pictures(count))
 
 
 def test_more_workers_than_the_cluster_has_are_refused(network):
     with pytest.raises(ValueError, match=r"`score.workers` asks for 1000 workers"):
-        measure(network, pictures(PIECE + 70), workers=1000)
+        measure_images(network, pictures(PIECE + 70), workers=1000)

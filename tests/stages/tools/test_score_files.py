@@ -15,7 +15,7 @@ from dpar_core.evaluation.reference import Reference
 from dpar_core.evaluation.scores import Protocol, Scores, compare, protocol_of, read_scores, refuse_mixed
 from stages import params as P
 from stages.data import builtin_manifest
-from stages.shared.scoring import measure, reference_of
+from stages.shared.scoring import measure_images, reference_of
 from stages.tools import score_files
 from stages.tracker import NullTracker
 from tests.helpers.tiny_data import ROOT
@@ -212,7 +212,7 @@ def test_statistics_of_another_network_are_refused(tmp_path, network):
     path = npz(tmp_path / "s.npz", mu=np.zeros(10), sigma=np.eye(10))
     against = reference_of(path, network, NullTracker(), cache=tmp_path)
     with pytest.raises(ScoreError, match=r"the reference s\.npz has 10 features per image, these images 64"):
-        compare(measure(network, pictures(0)), against, settings(24), seed=0)
+        compare(measure_images(network, pictures(0)), against, settings(24), seed=0)
     with pytest.raises(ScoreError, match="do not fit"):
         path = npz(tmp_path / "t.npz", mu=np.zeros(10), sigma=np.eye(9))
         reference_of(path, network, NullTracker(), cache=tmp_path)

@@ -13,7 +13,7 @@ from dpar_core.files import save_weights
 from stages import params as P
 from stages import score
 from stages.data import builtin_manifest
-from stages.shared.scoring import make_reference, measure, settings_of
+from stages.shared.scoring import make_reference, measure_images, settings_of
 from stages.tools import sweep
 from stages.tools.sweep import Point, Subject, SweepPlan, Trial
 from stages.tracker import NullTracker
@@ -134,7 +134,7 @@ def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_pat
     network = sweep._network(subject)
     scored = subject.score
     reference = make_reference(scored.score, scored.data, subject.manifest, network, NullTracker(), cache=tmp_path)
-    measured = measure(network, np.concatenate(images))
+    measured = measure_images(network, np.concatenate(images))
     scores, _ = compare(measured, reference, settings_of(scored.score), seed=scored.seed)
     assert result.value("eval/fd_demo") == pytest.approx(scores["eval/fd_demo"], rel=1e-9)
     assert result.patches_per_image == pytest.approx(np.mean(counts))

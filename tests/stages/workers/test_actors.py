@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpar_core.evaluation.measure import PIECE
-from stages.shared.scoring import measure
+from stages.shared.scoring import measure_images
 from stages.workers import cluster
 from tests.helpers.sample_artifacts import write_artifacts
 from tests.helpers.tiny_data import copy_of, make_project
@@ -41,8 +41,8 @@ def test_ray_workers_draw_the_same_bytes(tmp_path):
 
 def test_workers_give_the_features_that_one_process_gives_and_end_with_their_own_sentence(network):
     images, done = pictures(2 * PIECE + 70), []
-    alone, spread = measure(network, images), measure(network, images, workers=1, done=done.append)
+    alone, spread = measure_images(network, images), measure_images(network, images, workers=1, done=done.append)
     same_features(alone, spread)
     assert sorted(done) == [70, PIECE, PIECE]
     with pytest.raises(ValueError, match=r"^\S+ is another network on this machine .*: share one file$"):
-        measure(replace(network, digest="0" * 16), images, workers=1)
+        measure_images(replace(network, digest="0" * 16), images, workers=1)
