@@ -250,9 +250,12 @@ def save_weights(
 ) -> str:
     """Write weights as safetensors, whole or not at all, and return the file's digest (16 hex digits).
 
-    state: tensors by name, any device (written contiguous, from the CPU). kind: what they are, as "dpar" or "gpt".
-    config, meta: JSON data. The same input gives the same bytes: one metadata entry, as the header's order of several
-    is not fixed. The entry holds the digest of the tensors and one of itself, which readers check.
+    state: tensors by name, any device (written contiguous, from the CPU).
+    kind: what they are, as "dpar" or "gpt".
+    config, meta: JSON data.
+
+    The same input gives the same bytes: one metadata entry, as the header's order of several is not fixed. The entry holds
+    the digest of the tensors and one of itself, which readers check.
     """
     import safetensors.torch
 

@@ -59,7 +59,9 @@ class Patches(NamedTuple):
 class Run:
     """The trained models of a run, which belong together. Make one with `load_run`.
 
-    dpar, llamagen: None where that model has not been trained. image_size: S. class_names: of labels 0, 1, ...
+    dpar, llamagen: None where that model has not been trained.
+    image_size: S.
+    class_names: of labels 0, 1, ...
     entropy_precision: of the entropy model's products, as the run's patches were made with.
     """
 
@@ -123,9 +125,12 @@ class Run:
     ) -> Generated:
         """Sample an image per label.
 
-        labels: class ids. seeds: as many integers; an image depends on its own label and seed, not on its neighbours.
-        model: "dpar" or "llamagen". cfg_scale: guidance, 1 is off. rule: to sample with another patch rule than the
-        model was trained with. Returns tokens (n, T), patch lengths, and the entropies (n, T) that decided them.
+        labels: class ids.
+        seeds: as many integers; an image depends on its own label and seed, not on its neighbours.
+        model: "dpar" or "llamagen".
+        cfg_scale: guidance, 1 is off.
+        rule: to sample with another patch rule than the model was trained with.
+        Returns tokens (n, T), patch lengths, and the entropies (n, T) that decided them.
         Raises ValueError for a class, a number of seeds or a model that does not fit.
         """
         settings = SampleSettings(
@@ -163,7 +168,8 @@ class Run:
 def load_run(artifacts: Path | str = RUN_FOLDER, *, device: str | None = None) -> Run:
     """Load the trained models of a run.
 
-    artifacts: the folder that `dpar-cli run` fills. device: "cpu", "cuda"; None: CUDA where there is a GPU.
+    artifacts: the folder that `dpar-cli run` fills.
+    device: "cpu", "cuda"; None: CUDA where there is a GPU.
     Raises FileNotFoundError for a missing tokenizer, entropy model or patch rule, and ValueError when files do not belong
     together; both name the stage to run.
     """
@@ -201,8 +207,10 @@ def patch_lengths(entropies: Tensor, rule: PatchRule) -> list[npt.NDArray[np.uin
 class ImageScores(NamedTuple):
     """How two sets of images compare by one feature network; a number is valid beside others of the same network only.
 
-    features: name and digest of the network. images, reference: how many of each. frechet: Frechet distance of the pooled
-    features (FID for Inception). inception_score: of the images; None where the network gives no class probabilities.
+    features: name and digest of the network.
+    images, reference: how many of each.
+    frechet: Frechet distance of the pooled features (FID for Inception).
+    inception_score: of the images; None where the network gives no class probabilities.
     precision, recall: shares in [0, 1].
     """
 
@@ -220,9 +228,11 @@ def score_images(
 ) -> ImageScores:
     """Compare images with a reference set as the ADM evaluator does.
 
-    images, reference: (n, S, S, 3) uint8 of the same S. network: see `feature_network`. neighbours: whose distance is
-    the radius of precision and recall. Raises ValueError when shapes differ, and ScoreError when a set has no more images
-    than the network has features (its covariance is singular and the distance too large), unless `allow_singular`.
+    images, reference: (n, S, S, 3) uint8 of the same S.
+    network: see `feature_network`.
+    neighbours: whose distance is the radius of precision and recall.
+    Raises ValueError when shapes differ, and ScoreError when a set has no more images than the network has features (its
+    covariance is singular and the distance too large), unless `allow_singular`.
     """
     if images.shape[1:] != reference.shape[1:]:
         raise ValueError(f"images are {images.shape[1:]}, the reference is {reference.shape[1:]}: resize one of them first")

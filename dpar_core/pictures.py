@@ -129,8 +129,11 @@ def patch_overview(
 ) -> Image.Image:
     """Show an image, its entropy map, and its patches side by side, with a scale in nats and the counts.
 
-    image: (h, w, 3) uint8, square. entropies: (T,) float32 nats, entry 0 ignored. lengths: patch lengths that sum to T.
-    threshold: nats, marked on the scale. decoded: (S, S, 3) uint8, what the tokens alone show; a panel of its own.
+    image: (h, w, 3) uint8, square.
+    entropies: (T,) float32 nats, entry 0 ignored.
+    lengths: patch lengths that sum to T.
+    threshold: nats, marked on the scale.
+    decoded: (S, S, 3) uint8, what the tokens alone show; a panel of its own.
     Returns an RGB picture, with `side` rounded to whole tokens.
     """
     side = row_width * max(side // row_width, 2)

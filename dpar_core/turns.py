@@ -96,7 +96,8 @@ def take_turns(
     Each is called once to warm up and once to see how often it has to be repeated for a turn of SHORTEST. Who goes first
     alternates. Ends after `seconds` (PATIENCE times as many where the interval is still WIDE, and not before LEAST turns),
     after `most` turns, or when the interval is NARROW.
-    wait: returns when the device has finished what was asked of it. progress: called with the seconds of each pair of turns.
+    wait: returns when the device has finished what was asked of it.
+    progress: called with the seconds of each pair of turns.
     """
     both = (first, second)
 

@@ -22,7 +22,11 @@ _OTHER_NUMBER = re.compile(
 
 
 class Classes(NamedTuple):
-    """names: unique, in label order. labels: an index into it for each image. See `Listing` for the flags."""
+    """Classes of a source, and the label of each image. See `Listing` for the flags.
+
+    names: unique, in label order.
+    labels: an index into names for each image.
+    """
 
     names: list[str]
     labels: list[int]
@@ -80,9 +84,10 @@ def resolve_labels(
 ) -> Classes:
     """Find the classes that labels stand for.
 
-    values: a label per image, from `checked_label`. names: what the source calls its classes, in label order, or None.
-    beside: a classes.txt that may exist, and is then what counts. written: labels come as text, numbers as well. Text labels
-    without a list are numbered in sorted order (by code point).
+    values: a label per image, from `checked_label`.
+    names: what the source calls its classes, in label order, or None.
+    beside: a classes.txt that may exist, and is then what counts.
+    written: labels come as text, numbers as well. Text labels without a list are numbered in sorted order (by code point).
 
     Raises ValueError, beginning with `where`, for labels that are partly text, or in no list, or that may be numbers and
     names alike.

@@ -29,8 +29,9 @@ def content_digest(content: bytes) -> str:
 def contents_of(manifest: Manifest, opener: ImageOpener, cache: Path, advance: Callable[[int], object]) -> list[str | None]:
     """Return the digest of every row's image file, None where it cannot be read (tokenizing lists it as a bad image).
 
-    cache: file of digests that earlier calls found, by source and by the size and times of the file it lies in, so that
-    only what changed is read. advance: receives how many more images are done.
+    cache: file of digests that earlier calls found, by source and by the size and times of the file it lies in, so that only
+        what changed is read.
+    advance: receives how many more images are done.
     """
     known = _read_cache(cache)
     signatures: dict[Path, str] = {}

@@ -79,9 +79,10 @@ def list_webdataset(root: Path, split: str, *, label_key: str | None = None, ima
     what stands before the first point of its name; its ending may have several parts (KEY.img.jpg, KEY.target.cls). Labels
     are numbers or text. classes.txt beside the shards names the classes of numbers, or gives the order of those in text.
 
-    label_key: the key in KEY.json that holds the class, or the ending of the file that does. image_key: the ending of the
-    image, where a key has several. Raises FileNotFoundError, BadTar, or ValueError for a key without its pair, a key that
-    occurs twice, or labels that are not classes.
+    label_key: the key in KEY.json that holds the class, or the ending of the file that does.
+    image_key: the ending of the image, where a key has several.
+    Raises FileNotFoundError, BadTar, or ValueError for a key without its pair, a key that occurs twice, or labels that are
+    not classes.
     """
     require(root, split, folder=None, expected="a folder of webdataset shards (*.tar)")
     listing, seen, values = Listing(), set(), []

@@ -29,7 +29,8 @@ class Listing:
     left_out: what was found and not taken, by name, with the reason.
     notes: choices made while listing that a person should see, a sentence each.
     given: what the source itself calls its classes, whatever classes.txt says.
-    numbered: classes are known by number alone. doubles: a name occurs twice, so that names do not identify classes.
+    numbered: classes are known by number alone.
+    doubles: a name occurs twice, so that names do not identify classes.
     empty: why a class has no images, by its name, where that is known.
     base: the folder in which the class folders lie, where there are some.
     files: the files that images are read from, below the root, where several images share one.

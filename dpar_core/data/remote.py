@@ -34,9 +34,9 @@ def cache_folder() -> Path:
 class Folder:
     """A folder whose files are read through paths on this machine.
 
-    address: a path, or an address with a scheme. cache: where copies of remote files are kept, and notes of what was found
-    sound (default: see `cache_folder`); it grows to the size of what is read from
-    elsewhere, and may be emptied at any time.
+    address: a path, or an address with a scheme.
+    cache: where copies of remote files are kept, and notes of what was found sound (default: see `cache_folder`); it grows
+        to the size of what is read from elsewhere, and may be emptied at any time.
     """
 
     def __init__(self, address: Path | str, *, cache: Path | None = None) -> None:

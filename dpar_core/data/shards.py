@@ -47,7 +47,9 @@ _ENDINGS = ("tokens.npy", "cls", "json")
 class TokenMeta:
     """What the tokens of a data set are.
 
-    tokenizer: digest of the weights. manifest: digest of the image list. precision: of the tokenizer's network.
+    tokenizer: digest of the weights.
+    manifest: digest of the image list.
+    precision: of the tokenizer's network.
     """
 
     row_width: int

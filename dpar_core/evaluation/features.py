@@ -32,8 +32,9 @@ SFID_CHANNELS = 7
 
 
 class Features(NamedTuple):
-    """pool: (n, d) float32; probabilities: (n, c) float32, or None; spatial: (n, s) float32, or None, in the order row,
-    column, channel (see `flatten_spatial`).
+    """pool: (n, d) float32.
+    probabilities: (n, c) float32, or None.
+    spatial: (n, s) float32, or None, in the order row, column, channel (see `flatten_spatial`).
     """
 
     pool: np.ndarray
@@ -43,7 +44,11 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A feature network and what its scores carry. name: "demo", "inception", "dinov2"; digest: of the weights in file."""
+    """A feature network and what its scores carry.
+
+    name: "demo", "inception", "dinov2".
+    digest: of the weights in file.
+    """
 
     name: str
     digest: str

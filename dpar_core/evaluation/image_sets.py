@@ -39,9 +39,10 @@ class Shape(NamedTuple):
 class ImageSet:
     """Images, and notes on how they were read.
 
-    images: (n, height, width, 3) uint8. formats: how pixels were stored, sorted: "lossless" for an npz, PNG, BMP and PPM,
-    else the format's name; what decoding did to pixels stands behind a comma (alpha over white, 16 bits cut to 8). Scores
-    of other formats are scores of another protocol. left_out: files that cannot be used as images.
+    images: (n, height, width, 3) uint8.
+    formats: how pixels were stored, sorted: "lossless" for an npz, PNG, BMP and PPM, else the format's name; what decoding
+        did to pixels stands behind a comma (alpha over white, 16 bits cut to 8). Other formats make another protocol.
+    left_out: files that cannot be used as images.
     """
 
     images: np.ndarray

@@ -81,7 +81,8 @@ def _root(sigma: np.ndarray) -> np.ndarray:
 def inception_score(probabilities: np.ndarray, *, splits: int | None = None, split_size: int = 5000) -> float:
     """Return exp of the mean KL of the rows against their mean, averaged over splits.
 
-    probabilities: (n, c), rows sum to 1. splits: that many parts, or None: parts of `split_size` rows.
+    probabilities: (n, c), rows sum to 1.
+    splits: that many parts, or None: parts of `split_size` rows.
     """
     p = np.asarray(probabilities, np.float64)
     if not np.isfinite(p).all() or len(p) < 1:

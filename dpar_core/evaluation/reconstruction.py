@@ -17,7 +17,9 @@ ROUNDING_ERROR = 1 / 12  # mean squared error of rounding to whole grey levels
 
 
 class Reconstructed(NamedTuple):
-    """images: (n, S, S, 3) uint8; codes: (n * T,) int64, on the CPU."""
+    """images: (n, S, S, 3) uint8.
+    codes: (n * T,) int64, on the CPU.
+    """
 
     images: np.ndarray
     codes: Tensor
@@ -46,7 +48,10 @@ def psnr_db(originals: np.ndarray, copies: np.ndarray) -> float:
 
 
 class CodebookUse(NamedTuple):
-    """codes: how many entries are used; share: of the codebook; perplexity: exp of the entropy of their frequencies."""
+    """codes: how many entries are used.
+    share: of the codebook.
+    perplexity: exp of the entropy of their frequencies.
+    """
 
     codes: int
     share: float

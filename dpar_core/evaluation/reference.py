@@ -23,7 +23,8 @@ Measure: TypeAlias = Callable[[np.ndarray], Measured]
 class Reference:
     """A reference that a network has seen.
 
-    name: for people; digest: of its content, for protocols.
+    name: for people.
+    digest: of its content, for protocols.
     images: how many; 0 where published statistics do not say.
     pool, spatial: moments; spatial features in the order row, column, channel.
     features: pooled features for precision and recall, where images are at hand.
@@ -44,9 +45,11 @@ class Reference:
 def reference_of_file(path: Path, network: FeatureNetwork, measure: Measure, *, cache: Path) -> Reference:
     """Return a reference from an npz or a folder of image files.
 
-    path: an npz of images (`arr_0`), an npz of statistics as ADM publishes it (`mu`, `sigma`, optionally `mu_s`,
-    `sigma_s`, and `arr_0` for precision and recall), or a folder. measure: computes features and moments of images.
-    cache: folder where they stay, named by digests. Raises ScoreError, FileNotFoundError.
+    path: an npz of images (`arr_0`), an npz of statistics as ADM publishes it (`mu`, `sigma`, optionally `mu_s`, `sigma_s`,
+        and `arr_0` for precision and recall), or a folder.
+    measure: computes features and moments of images.
+    cache: folder where they stay, named by digests.
+    Raises ScoreError, FileNotFoundError.
     """
     digest = digest_of_images(path)
     if path.is_dir():

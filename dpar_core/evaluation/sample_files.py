@@ -29,8 +29,9 @@ def _header(shape: tuple[int, ...], dtype: str) -> bytes:
 def write_samples(path: Path | str, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
     """Write samples.npz, whole or not at all, holding one batch in memory at a time.
 
-    batches: arrays (n, S, S, 3) uint8, N images together. labels: (N,) integers. Raises ValueError when the images do
-    not number N or differ in size.
+    batches: arrays (n, S, S, 3) uint8, N images together.
+    labels: (N,) integers.
+    Raises ValueError when the images do not number N or differ in size.
     """
     count, written, shape = len(labels), 0, None
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -61,7 +62,9 @@ def write_arrays(path: Path | str, **arrays: np.ndarray) -> None:
 
 
 class Samples(NamedTuple):
-    """images: (N, S, S, 3) uint8; labels: (N,) int64."""
+    """images: (N, S, S, 3) uint8.
+    labels: (N,) int64.
+    """
 
     images: np.ndarray
     labels: np.ndarray

@@ -34,8 +34,14 @@ SPATIAL_ORDER = "row, column, channel"
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How to score. features: name of the network; neighbours: k of precision and recall; splits: of the inception score;
-    bootstrap: resamples for intervals, 0 for none; allow_singular: give distances of fewer images than features."""
+    """How to score.
+
+    features: name of the network.
+    neighbours: k of precision and recall.
+    splits: of the inception score.
+    bootstrap: resamples for intervals, 0 for none.
+    allow_singular: give distances of fewer images than features.
+    """
 
     features: str
     images: int
@@ -49,8 +55,10 @@ class ScoreSettings:
 class Protocol:
     """What scores must have in common to be compared.
 
-    reference names the reference for people; its digest counts. image_height, image_width: pixels of the samples.
-    formats: how the samples were stored, see `ImageSet`. spatial_order: how spatial features were flattened.
+    reference names the reference for people; its digest counts.
+    image_height, image_width: pixels of the samples.
+    formats: how the samples were stored, see `ImageSet`.
+    spatial_order: how spatial features were flattened.
     """
 
     features: str

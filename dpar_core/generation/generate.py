@@ -34,9 +34,11 @@ OnTokens = Callable[[int], None]  # called with the number of tokens just settle
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens: (B, T) int64. patch_lengths: for each image (M_b,) uint16 that sum to T (the baseline: none). entropies:
-    (B, T) float32 nats by which the gate decided, nan where it was not asked, on the host. logits: (B, T, V) float32,
-    guided, where they were asked for."""
+    """tokens: (B, T) int64.
+    patch_lengths: for each image (M_b,) uint16 that sum to T (the baseline: none).
+    entropies: (B, T) float32 nats by which the gate decided, nan where it was not asked, on the host.
+    logits: (B, T, V) float32, guided, where they were asked for.
+    """
 
     tokens: Tensor
     patch_lengths: list[np.ndarray]
@@ -134,8 +136,10 @@ class GPTGenerator:
     ) -> Generated:
         """Generate an image of each label.
 
-        labels: (B,) int64 in [0, classes] (the last is "no class"). seeds: B integers. given: (B, n) int64, the first
-        n tokens of each image. Raises ValueError in a sentence.
+        labels: (B,) int64 in [0, classes] (the last is "no class").
+        seeds: B integers.
+        given: (B, n) int64, the first n tokens of each image.
+        Raises ValueError in a sentence.
         """
         config, stepper, images = self.config, self.stepper, len(labels)
         device = stepper.tokens.device

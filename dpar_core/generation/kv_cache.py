@@ -30,8 +30,9 @@ def capacity(positions: int, limit: int) -> int:
 class CachePlan(NamedTuple):
     """Which rows take part, where they write, and how to read: shared by all layers of one step.
 
-    rows, positions: (A,) int64; each row writes at its position and sees all up to it. mask: (A, 1, C) float32 of
-    0 and -inf, None when every row sees all C positions. longest: largest count of positions seen.
+    rows, positions: (A,) int64; each row writes at its position and sees all up to it.
+    mask: (A, 1, C) float32 of 0 and -inf, None when every row sees all C positions.
+    longest: largest count of positions seen.
     key_index, key_offsets, value_index, value_offsets: rows of the tables below, for the CPU form.
     """
 

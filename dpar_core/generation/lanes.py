@@ -51,9 +51,11 @@ class Lanes:
     """The state of the images that are being generated, each at a position of its own.
 
     image: (B,) which of the sampler's images is in each lane; a lane whose image is finished takes the next one.
-    position: (B,) next token to be sampled. first, index: (B,) first token and number of the patch that holds it.
-    waits: (B,) whether that patch still needs its state from the patch transformer. decided: (B,) whether it is known
-    to which patch that token belongs. All of these, and lanes and positions in arguments below, are on the host.
+    position: (B,) next token to be sampled.
+    first, index: (B,) first token and number of the patch that holds it.
+    waits: (B,) whether that patch still needs its state from the patch transformer.
+    decided: (B,) whether it is known to which patch that token belongs.
+    All of these, and lanes and positions in arguments below, are on the host.
     """
 
     def __init__(self, networks: Networks, labels: Tensor, sampler: TokenSampler, *, lanes: int) -> None:

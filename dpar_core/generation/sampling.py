@@ -20,11 +20,15 @@ from dpar_core.patches.rule import PatchRule
 class SampleSettings:
     """Everything but model, label and seed that an image depends on.
 
-    cfg_scale: guided logits are uncond + s (cond - uncond); 1 is off. cfg_schedule: "constant" (s = cfg_scale),
-    "linear" (from 1 at the first token to cfg_scale at the last), "interval" (cfg_scale for tokens whose share t / T
-    of the image lies in [cfg_interval[0], cfg_interval[1]), else 1). temperature above 0; top_k 0 is off; top_p 1 is
-    off; greedy: take the likeliest token. gate: whose entropy cuts patches, "entropy_model" or "decoder".
-    rule: the patch rule while sampling (DPAR only). Raises ValueError for values that make no sense.
+    cfg_scale: guided logits are uncond + s (cond - uncond); 1 is off.
+    cfg_schedule: "constant" (s = cfg_scale), "linear" (from 1 at the first token to cfg_scale at the last), "interval"
+        (cfg_scale for tokens whose share t / T of the image lies in [cfg_interval[0], cfg_interval[1]), else 1).
+    temperature: above 0.
+    top_k, top_p: 0 and 1 are off.
+    greedy: take the likeliest token.
+    gate: whose entropy cuts patches, "entropy_model" or "decoder".
+    rule: the patch rule while sampling (DPAR only).
+    Raises ValueError for values that make no sense.
     """
 
     cfg_scale: float = 1.0
@@ -110,7 +114,9 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
 def sample_tokens(logits: Tensor, uniform: Tensor, settings: SampleSettings) -> Tensor:
     """Sample a token for each row by inverting the cumulative distribution.
 
-    logits: (A, V) float32, guided. uniform: (A,) float64 in [0, 1). Returns (A,) int64. No row depends on another.
+    logits: (A, V) float32, guided.
+    uniform: (A,) float64 in [0, 1).
+    Returns (A,) int64. No row depends on another.
     """
     if settings.greedy:
         return logits.argmax(-1)
@@ -152,8 +158,10 @@ class TokenSampler:
         return lanes if self.last_guided == len(self.scales) - 1 else lanes[positions <= self.last_guided]
 
     def __call__(self, lanes: Tensor, positions: Tensor, logits: Tensor) -> Tensor:
-        """lanes, positions: (A,) int64, on the host; logits: (A + U, V), conditional ones over those of `half`.
-        Returns tokens (A,) int64."""
+        """lanes, positions: (A,) int64, on the host.
+        logits: (A + U, V), conditional ones over those of `half`.
+        Returns tokens (A,) int64.
+        """
         guided = torch.nonzero(positions <= self.last_guided).flatten().to(self.device)
         lanes, positions = lanes.to(self.device), positions.to(self.device)
         logits, uncond = logits[: len(lanes)], logits[len(lanes) :]

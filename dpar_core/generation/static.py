@@ -62,8 +62,10 @@ def ops_for(device: torch.device) -> Any:
 class Static:
     """What both models share: state of a batch, the loop, and the captured parts.
 
-    images: B. position: (1,) int64, the token that is sampled next. current: (B,) int64, the last token. given: (B, T)
-    int64, -1 where nothing is given.
+    images: B.
+    position: (1,) int64, the token that is sampled next.
+    current: (B,) int64, the last token.
+    given: (B, T) int64, -1 where nothing is given.
     """
 
     def __init__(
@@ -214,11 +216,15 @@ class StaticGPT(Static):
 class StaticDPAR(Static):
     """DPAR in steps of fixed shape.
 
-    begins: (B,) bool, images whose next token begins a patch. lanes: (B,) int64, those first. count: (1,) int32, how many.
-    first, index: (B,) int64, first token and number of the open patch. last_cut: (B,) int64, as in BoundaryState.
-    entropies, starts: (B, T + 1), the gate's entropies and where patches begin. state: (B or 2 B, D), x' of the last token,
-    once per half. peak: (B, D), maximum of x' in the open patch. copied: (B or 2 B, layers D), what decoder layers add from
-    the patch's state.
+    begins: (B,) bool, images whose next token begins a patch.
+    lanes: (B,) int64, those first.
+    count: (1,) int32, how many.
+    first, index: (B,) int64, first token and number of the open patch.
+    last_cut: (B,) int64, as in BoundaryState.
+    entropies, starts: (B, T + 1), the gate's entropies and where patches begin.
+    state: (B or 2 B, D), x' of the last token, once per half.
+    peak: (B, D), maximum of x' in the open patch.
+    copied: (B or 2 B, layers D), what decoder layers add from the patch's state.
     """
 
     def __init__(

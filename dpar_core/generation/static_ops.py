@@ -53,10 +53,12 @@ def static_cache_bytes(*, layers: int, rows: int, width: int, positions: int, dt
 class LaunchPlan(NamedTuple):
     """Where the rows of a launch write and what they see; shared by all layers of a stack.
 
-    slots: (1,) or (A,) int64, each row writes there and sees all positions up to it. table: (n, hd / 2, 2) float32, cos and
-    sin; row `slots + shift` of it belongs to a row of the launch, or with shift None the row of the same number. rows: (A,)
-    int64 rows of the cache, None: row i is row i. active: (A,) bool, rows that count, None: all. seen, turn: the same as
-    the plain operations use them: (1 or A, C) float32 of 0 and -inf, (1 or A, 3, 1, hd / 2) complex.
+    slots: (1,) or (A,) int64, each row writes there and sees all positions up to it.
+    table: (n, hd / 2, 2) float32, cos and sin; row `slots + shift` of it belongs to a row of the launch, or with shift None
+        the row of the same number.
+    rows: (A,) int64 rows of the cache, None: row i is row i.
+    active: (A,) bool, rows that count, None: all.
+    seen, turn: the same as the plain operations use them: (1 or A, C) float32 of 0 and -inf, (1 or A, 3, 1, hd / 2) complex.
     """
 
     slots: Tensor
@@ -71,8 +73,10 @@ class LaunchPlan(NamedTuple):
 class Opened(NamedTuple):
     """A launch of the patch transformer for k images.
 
-    lanes: (k,) int64 images, None: all. begins: (k,) bool, those that begin a patch; the others are computed and dropped.
-    lengths: (k,) int64, tokens of the patch that ends, at least 1. plan: of the k or 2 k rows in the patch transformer.
+    lanes: (k,) int64 images, None: all.
+    begins: (k,) bool, those that begin a patch; the others are computed and dropped.
+    lengths: (k,) int64, tokens of the patch that ends, at least 1.
+    plan: of the k or 2 k rows in the patch transformer.
     may_be_first: whether these can be the first patches of their images, which are made of the class.
     """
 

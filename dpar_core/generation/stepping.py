@@ -95,7 +95,10 @@ class BlockStepper:
         self.w13, self.w2 = Matrix(w13, dtype), Matrix(ffn.w2.weight, dtype)
 
     def __call__(self, x: Tensor, table: Tensor, cache: KVCache, layer: int, plan: CachePlan) -> Tensor:
-        """x: (A, D); table: (A, hd / 2) complex; writes and reads layer `layer` of the cache. Returns (A, D)."""
+        """x: (A, D).
+        table: (A, hd / 2) complex; writes and reads layer `layer` of the cache.
+        Returns (A, D).
+        """
         qkv = self.wqkv(normalized(x)).unflatten(-1, (3 * self.heads, -1))  # (A, 3 H, hd)
         qk = rotate_pairs(qkv[:, : 2 * self.heads], table)
         cache.write(layer, plan, qk[:, self.heads :], qkv[:, 2 * self.heads :])

@@ -192,9 +192,10 @@ class DPAR(nn.Module):
         """Predict every token from the tokens before it.
 
         tokens: (B, n) or (B, n - 1) int64 for a layout over n <= T tokens (the last one is never read).
-        labels: (B,) int64 in [0, classes]. layout: the patches of the n tokens.
-        Returns logits (B, n, V), where position t predicts token t; with targets, (B, n) int64, their mean cross-entropy
-        in nats per token instead: () float32.
+        labels: (B,) int64 in [0, classes].
+        layout: the patches of the n tokens.
+        Returns logits (B, n, V), where position t predicts token t; with targets, (B, n) int64, their mean cross-entropy in
+        nats per token instead: () float32.
         """
         fed = tokens[:, : layout.tokens - 1]
         x_BnD, patches_KD = self.encode(fed, layout)

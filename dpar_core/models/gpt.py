@@ -92,9 +92,10 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor | None = None, *, targets: Tensor | None = None) -> Tensor:
         """Predict the next token at every position.
 
-        tokens: (B, n) int64, n <= T. labels: (B,) int64, or None without class token.
-        Returns logits (B, n + 1, V) where position i predicts token i, or without class token (B, n, V) where position
-        i predicts token i + 1; with targets, int64 (B, n + 1) or (B, n), their mean cross-entropy instead: () float32.
+        tokens: (B, n) int64, n <= T.
+        labels: (B,) int64, or None without class token.
+        Returns logits (B, n + 1, V) where position i predicts token i, or without class token (B, n, V) where position i
+        predicts token i + 1; with targets, int64 (B, n + 1) or (B, n), their mean cross-entropy instead: () float32.
         Raises ValueError when labels and class token do not go together.
         """
         x = F.dropout(self.embed(tokens, labels), self.config.dropout, self.training)
@@ -115,7 +116,8 @@ def next_token_entropies(logits: Tensor) -> Tensor:
 def entropies_of(model: GPT, tokens: Tensor, precision: GatePrecision = "fp32") -> Tensor:
     """Return e_t = H(x_t | x_<t) of every token under an entropy model.
 
-    tokens: (B, T) int64. precision: of the products, under autocast; softmax and entropy are float32 in each of them.
+    tokens: (B, T) int64.
+    precision: of the products, under autocast; softmax and entropy are float32 in each of them.
     Returns (B, T) float32 nats; entry 0 is nan, as nothing predicts the first token.
     """
     with torch.autocast(tokens.device.type, dtype_of(precision), enabled=precision != "fp32"):

@@ -75,12 +75,15 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class PackedCausal:
     """Causal attention inside each image for positions packed without padding: (N, H, hd), and spare rows after them.
 
-    offsets: (B + 1,) int64, where each image's positions begin; rows: N; longest: the largest count (both given, as
-    reading them from the device would wait for it); limit: what no count ever exceeds, so that compiled code is the same
-    for all batches (default: longest). Where the device has attention over lists of different lengths (CUDA
-    in half precision), no row is padded or spare. On a CPU large images attend one after the other, without padding.
-    Elsewhere, and for small images, whose calls cost more than padding in bfloat16 (docs/log.md), attention alone sees
-    padded rows (right padding is harmless under a causal mask). All other layers run on the N packed rows.
+    offsets: (B + 1,) int64, where each image's positions begin.
+    rows: N.
+    longest: the largest count (both given, as reading them from the device would wait for it).
+    limit: what no count ever exceeds, so that compiled code is the same for all batches (default: longest).
+
+    Where the device has attention over lists of different lengths (CUDA in half precision), no row is padded or spare. On a
+    CPU large images attend one after the other, without padding. Elsewhere, and for small images, whose calls cost more than
+    padding in bfloat16 (docs/log.md), attention alone sees padded rows (right padding is harmless under a causal mask). All
+    other layers run on the N packed rows.
     """
 
     def __init__(self, offsets: Tensor, *, rows: int, longest: int, limit: int | None = None) -> None:
@@ -183,7 +186,11 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, table: Rotary, attend: Attend = causal) -> Tensor:
-        """x: (..., n, D); table: (..., n, hd / 2), the positions of x; attend: see `Attend`. Returns x's shape."""
+        """x: (..., n, D).
+        table: (..., n, hd / 2), the positions of x.
+        attend: see `Attend`.
+        Returns x's shape.
+        """
         x = x + F.dropout(self.attention(self.attention_norm(x), table, attend), self.dropout, self.training)
         return x + F.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
 

@@ -89,9 +89,10 @@ class Trained:
 def read_trained(path: Path, role: Role, *, made_with: Mapping[str, Any] | None = None, stage: str | None = None) -> Trained:
     """Read a trained model and check that it belongs to what it is used with.
 
-    made_with: what the reader has, by name: the digests of the `tokenizer`, the `tokens`, the `entropy_model`, or the
-    `rule` as plain data; each is compared with what the file says. stage: of dvc.yaml, named as the way out (default: the
-    one that trains the role). Raises FileNotFoundError, Damaged, or ValueError in a sentence.
+    made_with: what the reader has, by name: the digests of the `tokenizer`, the `tokens`, the `entropy_model`, or the `rule`
+        as plain data; each is compared with what the file says.
+    stage: of dvc.yaml, named as the way out (default: the one that trains the role).
+    Raises FileNotFoundError, Damaged, or ValueError in a sentence.
     """
     kind = _KINDS[role]
     stage = stage or kind.stage

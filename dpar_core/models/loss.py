@@ -20,8 +20,11 @@ LOGITS_AT_ONCE = 2**25  # 2,048 positions of 16,384 codes, 128 MB in float32; ba
 def output_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy, in nats per token, of logits x W^T: () float32.
 
-    x: (..., D) states after the last norm. weight: (V, D) of the output layer. targets: (...) int64 in [0, V). Under
-    autocast the product is computed in its precision, the softmax always in float32. A batch of at most LOGITS_AT_ONCE
+    x: (..., D) states after the last norm.
+    weight: (V, D) of the output layer.
+    targets: (...) int64 in [0, V).
+
+    Under autocast the product is computed in its precision, the softmax always in float32. A batch of at most LOGITS_AT_ONCE
     logits takes F.cross_entropy, a larger one gives the same up to rounding.
     """
     rows = max(LOGITS_AT_ONCE // len(weight), 1)

@@ -20,8 +20,13 @@ CACHE_SHARE = 0.7  # of the free memory that caches may take while sampling
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of one worker. state: weights, gradients, moments and the half-precision copy of weights; activations: what
-    the forward pass of one image keeps; loss: of a micro-batch, whatever its size; fixed: the rest."""
+    """Bytes of one worker.
+
+    state: weights, gradients, moments and the half-precision copy of weights.
+    activations: what the forward pass of one image keeps.
+    loss: of a micro-batch, whatever its size.
+    fixed: the rest.
+    """
 
     state: float
     activations: float
@@ -39,7 +44,9 @@ class TrainingMemory:
     def micro_batches(self, images: int, memory: float, *, at_least: int = 1) -> int | None:
         """Return the fewest micro-batches, `at_least` or more, that a worker's share of a batch can be cut into to fit.
 
-        images: of a step on this worker. memory: bytes of its device. None where not even single images fit.
+        images: of a step on this worker.
+        memory: bytes of its device.
+        Returns None where not even single images fit.
         """
         largest = self.largest_batch(memory)
         counts = (count for count in range(at_least, images + 1) if images % count == 0 and images // count <= largest)
@@ -97,7 +104,8 @@ def dpar_cache_bytes(
     """Return the most bytes that caches of a batch can take with DPAR: every token may be a patch of its own.
 
     Encoder and entropy model do not see the class, so guidance doubles the rows of patch transformer and decoder alone.
-    longest_patch: tokens. gate: the entropy model asked while sampling, its caches of `gate_bytes` per value.
+    longest_patch: tokens.
+    gate: the entropy model asked while sampling, its caches of `gate_bytes` per value.
     """
     rows = (2 if guided else 1) * images
 

@@ -57,8 +57,9 @@ def patch_rotary(
 ) -> Rotary:
     """Return the table of patches: (M, hd / 2).
 
-    rows, first_cols, last_cols, index: (M,) integers: row of the patch's first token, column of its first and of its
-    last token, number of the patch in its image. encoding: see choices.ENCODED.
+    rows, first_cols, last_cols, index: (M,) integers: row of the patch's first token, column of its first and of its last
+        token, number of the patch in its image.
+    encoding: see choices.ENCODED.
     Raises ValueError for another encoding or a head dimension it does not divide.
     """
     known = {"row": rows, "first_column": first_cols, "last_column": last_cols, "number": index}

@@ -51,7 +51,10 @@ class VQConfig:
 
 
 class Quantized(NamedTuple):
-    """codes: (B, G, G) int64; latents: (B, c, G, G), straight-through; loss: () codebook plus weighted commitment term."""
+    """codes: (B, G, G) int64.
+    latents: (B, c, G, G), straight-through.
+    loss: () codebook plus weighted commitment term.
+    """
 
     codes: Tensor
     latents: Tensor
@@ -59,7 +62,10 @@ class Quantized(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """images: (B, 3, S, S), not clamped; codes: (B, G, G) int64; loss: () of the quantizer."""
+    """images: (B, 3, S, S), not clamped.
+    codes: (B, G, G) int64.
+    loss: () of the quantizer.
+    """
 
     images: Tensor
     codes: Tensor

@@ -36,8 +36,9 @@ EXPECTED = "expected weights, as a .safetensors file or a PyTorch checkpoint"
 class TensorFile:
     """Tensors of a file. state: by name without wrappers' prefixes, float32, on the CPU, none sharing memory.
 
-    holder: the key that held them, None where they are bare. others: keys beside it that hold whole sets of weights too, as
-    "ema" beside "model". stored: the names of the dtypes that they had.
+    holder: the key that held them, None where they are bare.
+    others: keys beside it that hold whole sets of weights too, as "ema" beside "model".
+    stored: the names of the dtypes that they had.
     """
 
     state: dict[str, Tensor]

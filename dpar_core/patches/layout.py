@@ -18,10 +18,13 @@ from torch import Tensor
 class PatchLayout:
     """Which token belongs to which patch, and where each patch lies.
 
-    patch_ids: (B, T) int64, packed number of the patch that holds each token. offsets: (B + 1,) int64, first packed
-    patch of each image. index, lengths, rows, first_cols, last_cols: (P,) int64: number in its image, tokens, row of
-    the first token, columns of the first and of the last token. starts: (P,) int64, first token in its image.
-    most_patches, longest: largest M_b, largest length. complete_tokens: tokens of all patches but the last of each image.
+    patch_ids: (B, T) int64, packed number of the patch that holds each token.
+    offsets: (B + 1,) int64, first packed patch of each image.
+    index, lengths, rows, first_cols, last_cols: (P,) int64: number in its image, tokens, row of the first token, columns of
+        the first and of the last token.
+    starts: (P,) int64, first token in its image.
+    most_patches, longest: largest M_b, largest length.
+    complete_tokens: tokens of all patches but the last of each image.
     """
 
     patch_ids: Tensor

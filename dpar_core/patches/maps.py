@@ -96,7 +96,8 @@ def write_entropies(
 ) -> None:
     """Write the entropies (samples * views, T) float32 of the samples `part` of a shard, whole or not at all.
 
-    entropy_model: digest of the model. precision: what its products were computed in.
+    entropy_model: digest of the model.
+    precision: what its products were computed in.
     """
     flat = pa.array(np.ascontiguousarray(entropies, dtype=np.float32).reshape(-1))
     values = pa.FixedSizeListArray.from_arrays(flat, entropies.shape[1])
@@ -158,7 +159,12 @@ def check_tokens(summary: dict[str, Any], shards: TokenShards, folder: object, *
 
 @dataclass(frozen=True)
 class EntropySample:
-    """Some stored entropies. entropies: (n, T) float32; labels: (n,) int64, the class of each; whole: whether it is all."""
+    """Some stored entropies.
+
+    entropies: (n, T) float32.
+    labels: (n,) int64, the class of each.
+    whole: whether it is all.
+    """
 
     entropies: np.ndarray
     labels: np.ndarray

@@ -118,8 +118,9 @@ class BoundaryState:
     def step(self, position: int | Tensor, entropies: Tensor, *, rows: Tensor | None = None) -> Tensor:
         """Return which rows begin a patch at `position`, given e_position (A,) float32 nats: (A,) bool.
 
-        position: one for all rows, or (A,) int64, one per row. rows: (A,) int64, the rows meant (None: all). Positions
-        of a row must come in order from 0; entropies at position 0 are ignored.
+        position: one for all rows, or (A,) int64, one per row.
+        rows: (A,) int64, the rows meant (None: all).
+        Positions of a row must come in order from 0; entropies at position 0 are ignored.
         """
         rule, device = self.rule, self.last_cut.device
         if isinstance(position, int):
@@ -140,7 +141,11 @@ class BoundaryState:
 
 
 class FlatLengths(NamedTuple):
-    """Patch lengths of many images, one after another. lengths: (M_0 + M_1 + ...,) uint16; counts: (B,) int64, the M_b."""
+    """Patch lengths of many images, one after another.
+
+    lengths: (M_0 + M_1 + ...,) uint16.
+    counts: (B,) int64, the M_b.
+    """
 
     lengths: np.ndarray
     counts: np.ndarray
@@ -182,9 +187,12 @@ def mean_patch_length(entropies: np.ndarray, rule: PatchRule) -> float:
 def threshold_for_mean_length(entropies: np.ndarray, rule: PatchRule, target: float) -> float:
     """Return the threshold whose mean patch length comes nearest to `target` tokens, exact in float32.
 
-    entropies: (B, T) float32 nats of the data the threshold is measured on; rule: everything but the threshold.
-    Merging runs never adds a patch, so the mean grows with the threshold and bisection over the values that occur
-    finds the best one; of two equally near ones the smaller. Raises ValueError when no threshold comes within 5 %.
+    entropies: (B, T) float32 nats of the data the threshold is measured on.
+    rule: everything but the threshold.
+    Raises ValueError when no threshold comes within 5 %.
+
+    Merging runs never adds a patch, so the mean grows with the threshold and bisection over the values that occur finds the
+    best one; of two equally near ones the smaller.
     """
     candidates = np.unique(entropies[:, 1:])
 

@@ -90,7 +90,8 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run, in a folder or at an fsspec/pyarrow address (s3://bucket/path).
 
-    keep_last: newest checkpoints that stay. keep_best: how many stay besides them for their score (lowest first).
+    keep_last: newest checkpoints that stay.
+    keep_best: how many stay besides them for their score (lowest first).
     warn: receives one sentence for every damaged checkpoint that is passed over.
     """
 
@@ -158,7 +159,9 @@ class CheckpointStore:
     ) -> str:
         """Write a checkpoint, then delete those beyond keep_last and keep_best, and return its address.
 
-        model, optimizer: full (unsharded) tensors by name. state: JSON data. score: for keep_best, lower is better.
+        model, optimizer: full (unsharded) tensors by name.
+        state: JSON data.
+        score: for keep_best, lower is better.
         Raises CheckpointError when it cannot be written (earlier checkpoints are untouched then) or others not dropped.
         """
         name = _folder_name(step)

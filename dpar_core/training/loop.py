@@ -92,8 +92,9 @@ class TrainSettings:
 class RunProgress:
     """What a run has to show so far; it travels in every checkpoint. Losses in nats per token, seconds of pure training.
 
-    curve: a row (step, train loss since the row before, validation loss) for each validation. timings: rows (step,
-    seconds, images/s since the row before). Sums are over the steps since the last log line or curve row.
+    curve: a row (step, train loss since the row before, validation loss) for each validation.
+    timings: rows (step, seconds, images/s since the row before).
+    Sums are over the steps since the last log line or curve row.
     """
 
     step: int = 0

@@ -15,7 +15,12 @@ from dpar_core.patches.layout import PatchLayout
 
 
 class Batch(NamedTuple):
-    """Images of one micro-batch. tokens: (b, T) int64; labels: (b,) int64 or None; layout: their patches, for DPAR."""
+    """Images of one micro-batch.
+
+    tokens: (b, T) int64.
+    labels: (b,) int64 or None.
+    layout: their patches, for DPAR.
+    """
 
     tokens: Tensor
     labels: Tensor | None = None

@@ -242,9 +242,7 @@ def test_a_stage_stops_when_its_dvc_is_gone(tmp_path, monkeypatch, capfd):
     stopped = threading.Event()
     monkeypatch.setattr(runner, "_WATCH_SECONDS", 0.02)
     monkeypatch.setattr(runner, "pass_identity", lambda _: ("a run", "at noon", psutil.Process(dvc.pid)))
-    monkeypatch.setattr(
-        os, "kill", lambda *what: what == (os.getpid(), signal.SIGTERM) and stopped.set()
-    )
+    monkeypatch.setattr(os, "kill", lambda *what: what == (os.getpid(), signal.SIGTERM) and stopped.set())
     runner._end_with_dvc(tmp_path)
     assert not stopped.wait(0.1)
     dvc.stdin.close()
