@@ -185,8 +185,9 @@ def other_work(
 ) -> dict[str, WorkCost]:
     """Return what a whole run does besides training DPAR, its baseline and the entropy model.
 
-    views: encoded views of the training images. gate, forward: FLOPs of one image through the entropy model, through each
-    model. The baseline is sampled twice, at equal steps and at equal training time.
+    views: encoded views of the training images.
+    gate, forward: FLOPs of one image through the entropy model, through each model.
+    The baseline is sampled twice, at equal steps and at equal training time.
     """
     from stages.tokenizer import vq_config
 
@@ -216,8 +217,9 @@ def costs(
 ) -> CostEstimate:
     """Return what a run costs.
 
-    params: the whole of a params file. patches, images, classes: M, training images and classes where the defaults
-    (published or measured M; ImageNet's, or the built-in photographs') do not fit.
+    params: the whole of a params file.
+    patches, images, classes: M, training images and classes where the defaults (published or measured M; ImageNet's, or the
+        built-in photographs') do not fit.
     """
     from dpar_core.data.images import VIEW_COUNTS
     from dpar_core.models.flops import (

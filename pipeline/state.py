@@ -20,10 +20,13 @@ LAST = "last.json"  # work/STAGE/last.json: when a stage last ended here, and ho
 class StageState:
     """One stage of dvc.yaml.
 
-    needs: stages whose outputs it reads. why: what is not as DVC recorded it; empty for a fresh stage.
-    finished: seconds since 1970; seconds: its last run took; both None when it has not run on this machine.
-    size: bytes of its outputs, as recorded. changes: whether values of params are what differs, so that its last run
-    says little about how long the next takes. code: digest of the sources that ran it last here, empty when not known.
+    needs: stages whose outputs it reads.
+    why: what is not as DVC recorded it; empty for a fresh stage.
+    finished: seconds since 1970.
+    seconds: its last run took; both None when it has not run on this machine.
+    size: bytes of its outputs, as recorded.
+    changes: whether values of params are what differs, so that its last run says little about how long the next takes.
+    code: digest of the sources that ran it last here, empty when not known.
     """
 
     name: str

@@ -22,7 +22,11 @@ METRICS, TIMINGS, CURVE, WEIGHTS = "metrics.json", "timings.json", "curve.csv", 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One file or folder. name: its path below artifacts/, in POSIX form; stage: the stage of dvc.yaml that makes it."""
+    """One file or folder.
+
+    name: its path below artifacts/, in POSIX form.
+    stage: the stage of dvc.yaml that makes it.
+    """
 
     name: str
     stage: str

@@ -56,7 +56,11 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Histograms:
-    """How often each value occurs. lengths: (T + 1,) int64, patches of each length; counts: images with so many patches."""
+    """How often each value occurs.
+
+    lengths: (T + 1,) int64, patches of each length.
+    counts: images with so many patches.
+    """
 
     lengths: np.ndarray
     counts: np.ndarray

@@ -98,8 +98,11 @@ def label_of(index: int, *, plan: str, seed: int, num_classes: int) -> int:
 
 @dataclass(frozen=True)
 class SampleJob:
-    """What a worker needs to sample any batch. content: digest of the files. work: where batches are put, on storage that
-    all workers see."""
+    """What a worker needs to sample any batch.
+
+    content: digest of the files.
+    work: where batches are put, on storage that all workers see.
+    """
 
     files: Files
     content: str
@@ -157,8 +160,9 @@ SMALLER_BATCH = "set sample.batch_size to {} or less, the images stay the same"
 def check_memory(sampler: Sampler, images: int, *, workers: int = 1, way_out: str = SMALLER_BATCH) -> None:
     """Refuse caches that cannot fit, before anything is sampled.
 
-    images: sampled at a time by each of the workers that share this machine's memory. way_out: what to do about it; {} is
-    replaced by the number that fits. Raises ValueError in a sentence.
+    images: sampled at a time by each of the workers that share this machine's memory.
+    way_out: what to do about it; {} is replaced by the number that fits.
+    Raises ValueError in a sentence.
     """
     wanted = sampler.generator.cache_bytes(images) * workers
     free = psutil.virtual_memory().available

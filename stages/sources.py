@@ -91,8 +91,9 @@ def photograph_file(name: str) -> Path:
 def check_file(record: Path, name: str, path: Path) -> str:
     """Return the SHA-256 of a source file that is about to be used.
 
-    record: what stage sources wrote about it; name: its name in params.yaml. Raises ValueError when the file has changed
-    since, FileNotFoundError when it is missing.
+    record: what stage sources wrote about it.
+    name: its name in params.yaml.
+    Raises ValueError when the file has changed since, FileNotFoundError when it is missing.
     """
     if not path.exists():
         raise FileNotFoundError(f"{name} {path} is missing: check params.yaml")

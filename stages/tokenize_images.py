@@ -84,7 +84,11 @@ class Finished(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """An image that is ready to be encoded. views: (n, S, S, 3) uint8. pixels: see `pixel_name`."""
+    """An image that is ready to be encoded.
+
+    views: (n, S, S, 3) uint8.
+    pixels: see `pixel_name`.
+    """
 
     row: Row
     views: np.ndarray

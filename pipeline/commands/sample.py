@@ -53,8 +53,10 @@ def sample_grid(
 ) -> str:
     """Sample `count` images of each class into one PNG and return a line that describes it.
 
-    classes: ids or names, separated by commas. borders: draw the patches (DPAR). given, keep_rows: an image file of the
-    model's size whose first token rows stay. Raises ValueError or FileNotFoundError in a sentence.
+    classes: ids or names, separated by commas.
+    borders: draw the patches (DPAR).
+    given, keep_rows: an image file of the model's size whose first token rows stay.
+    Raises ValueError or FileNotFoundError in a sentence.
     """
     if model not in STAGES:
         raise ValueError(f"--model is {model!r}, expected dpar or llamagen")

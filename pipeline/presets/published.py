@@ -9,7 +9,13 @@ from typing import Literal, NamedTuple
 
 
 class Published(NamedTuple):
-    """One row. name: B to XXL; size: pixels of a side; steps: of the large transformer per image; cfg: guidance scale."""
+    """One row.
+
+    name: B to XXL.
+    size: pixels of a side.
+    steps: of the large transformer per image.
+    cfg: guidance scale.
+    """
 
     family: Literal["LlamaGen", "DPAR"]
     name: str

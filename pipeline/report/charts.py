@@ -18,7 +18,11 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 290, 46, 16, 12, 42
 
 @dataclass(frozen=True)
 class Series:
-    """A curve. style: its class; points: (x, y) in order of x."""
+    """A curve.
+
+    style: its class.
+    points: (x, y) in order of x.
+    """
 
     name: str
     style: str
@@ -86,7 +90,11 @@ def line_chart(series: Sequence[Series], *, x: str, y: str, marks: Mapping[str, 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points (x, y) with their labels; front: numbers of those on the Pareto front, in order. x, y: names of the axes."""
+    """Points (x, y) with their labels.
+
+    front: numbers of those on the Pareto front, in order.
+    x, y: names of the axes.
+    """
 
     points: Sequence[tuple[float, float]]
     front: Sequence[int]
@@ -228,7 +236,10 @@ def dot_chart(dots: Sequence[tuple[str, float, Dot]], *, x: str, y: str) -> str:
 
 
 def graph(edges: Mapping[str, Sequence[str]], lanes: Mapping[str, float]) -> str:
-    """Draw a directed graph from top to bottom. edges: node -> nodes it needs; lanes: node -> lane from left, 0..2.
+    """Draw a directed graph from top to bottom.
+
+    edges: node -> nodes it needs.
+    lanes: node -> lane from left, 0..2.
 
     A node stands right above the first that needs it; needs that others imply are left out.
     """

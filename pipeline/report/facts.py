@@ -127,7 +127,9 @@ def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> Pat
 class Costs:
     """FLOPs of an image, by the formulas of the method.
 
-    forward: one forward pass. sampling: one sampled image, guidance and entropy model included. gate: the entropy model.
+    forward: one forward pass.
+    sampling: one sampled image, guidance and entropy model included.
+    gate: the entropy model.
     parts: where the FLOPs of a sampled image go in DPAR, by name.
     """
 
@@ -210,10 +212,13 @@ def held_out_losses(weights: Path, shards: TokenShards, maps: PatchMaps, *, devi
 class EqualTime:
     """What "equal training time" means in this run, by the pace that both models had in turns.
 
-    steps: DPAR's. model: which of the baseline's models is compared: its last, or the one kept for equal time.
-    step: when that was. needed: the step at which the baseline had trained as long as DPAR.
+    steps: DPAR's.
+    model: which of the baseline's models is compared: its last, or the one kept for equal time.
+    step: when that was.
+    needed: the step at which the baseline had trained as long as DPAR.
     spread: by how much the interval of the speed ratio reaches from the ratio, as a share.
-    at: both steps at which the shorter of the two trainings ended; losses: both validation curves read there.
+    at: both steps at which the shorter of the two trainings ended.
+    losses: both validation curves read there.
     """
 
     steps: int
@@ -273,7 +278,9 @@ def contests(
 ) -> tuple[Contest, Contest]:
     """Compare DPAR with its baseline at equal steps and at equal training time.
 
-    losses: by model (see held_out_losses). seen: images in all training batches; images: in the training set.
+    losses: by model (see held_out_losses).
+    seen: images in all training batches.
+    images: in the training set.
     """
     found = {name: scores_of(scores, name) for name in MODELS}
     short = too_little_training(steps=times.steps, seen=seen, images=images)

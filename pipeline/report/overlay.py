@@ -25,8 +25,13 @@ from stages.artifacts import ENTROPY_MODEL, PATCH_RULE, TOKENIZER
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """An image as DPAR sees it. decoded: (S, S, 3) uint8, what its tokens show; entropies: (T,) float32 nats, entry 0
-    nan; lengths: (M,) uint16, patch lengths that sum to T; rule: what cut them, row_width G."""
+    """An image as DPAR sees it.
+
+    decoded: (S, S, 3) uint8, what its tokens show.
+    entropies: (T,) float32 nats, entry 0 nan.
+    lengths: (M,) uint16, patch lengths that sum to T.
+    rule: what cut them, row_width G.
+    """
 
     decoded: np.ndarray
     entropies: np.ndarray

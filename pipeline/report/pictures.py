@@ -56,8 +56,13 @@ def border_path(lengths: np.ndarray, row_width: int) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A validation image. photo: at its own resolution; decoded: (S, S, 3) uint8, what its tokens show; entropies:
-    (T,) float32 nats; lengths: patch lengths."""
+    """A validation image.
+
+    photo: at its own resolution.
+    decoded: (S, S, 3) uint8, what its tokens show.
+    entropies: (T,) float32 nats.
+    lengths: patch lengths.
+    """
 
     class_name: str
     photo: Image.Image

@@ -16,7 +16,12 @@ UNSEEN = ("sources", "report")  # one looks every time, the other is being made
 
 @dataclass(frozen=True)
 class LastRun:
-    """A stage's last run. finished: seconds since 1970; seconds: it took; code: version and digest of the sources."""
+    """A stage's last run.
+
+    finished: seconds since 1970.
+    seconds: it took.
+    code: version and digest of the sources.
+    """
 
     finished: float
     seconds: float

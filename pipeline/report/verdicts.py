@@ -32,7 +32,9 @@ class Estimate:
 class Comparison:
     """One quantity of both models.
 
-    words: what it is. better: which direction is good. winner: None when there is none.
+    words: what it is.
+    better: which direction is good.
+    winner: None when there is none.
     why: what the verdict rests on, or why there is none.
     judged: whether a difference could have been distinguished from chance.
     difference: DPAR minus baseline, for quantities that are compared pair by pair.
@@ -52,7 +54,8 @@ class Comparison:
 class Contest:
     """A comparison under one condition.
 
-    when: the condition, as in "at equal steps". obstacles: why this comparison can have no verdict at all.
+    when: the condition, as in "at equal steps".
+    obstacles: why this comparison can have no verdict at all.
     """
 
     when: str
@@ -122,7 +125,8 @@ def capitalised(sentence: str) -> str:
 def too_little_training(*, steps: int, seen: int, images: int) -> tuple[str, ...]:
     """Return why models were trained too little to be compared; nothing when they were not.
 
-    seen: images in all batches together. images: in the training set.
+    seen: images in all batches together.
+    images: in the training set.
     """
     if steps < FEWEST_STEPS:
         return (f"{steps} optimizer steps are too few to compare trained models (at least {FEWEST_STEPS})",)

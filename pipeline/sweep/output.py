@@ -28,7 +28,11 @@ plots:
 
 @dataclass(frozen=True)
 class Facts:
-    """A finished sweep. distance: name of the score that was to become small. command: reproduces the winner."""
+    """A finished sweep.
+
+    distance: name of the score that was to become small.
+    command: reproduces the winner.
+    """
 
     name: str
     model: str

@@ -30,11 +30,12 @@ Operation = Literal["run", "params", "metrics", "input", "model", "artifact", "t
 class Event:
     """Something to do in MLflow. Doing it twice gives what doing it once gives.
 
-    run: key of the run it belongs to, which the run carries as a tag. time: milliseconds since 1970. data: of "run" {name,
-    tags, parent (a key or None), once (leave it alone where it is finished already)}; of "params" and "tags" names and
-    values; of "metrics" {values, step}; of "input" {name, path, digest}; of "model" the fields of LoggedModel, dataset (name
-    and digest, or None) and metrics, each as [name, value, step, time], which the run has as well; of "artifact" {file,
-    below the journal's folder}; of "end" {status}.
+    run: key of the run it belongs to, which the run carries as a tag.
+    time: milliseconds since 1970.
+    data: of "run" {name, tags, parent (a key or None), once (leave it alone where it is finished already)}; of "params" and
+        "tags" names and values; of "metrics" {values, step}; of "input" {name, path, digest}; of "model" the fields of
+        LoggedModel, dataset (name and digest, or None) and metrics, each as [name, value, step, time], which the run has as
+        well; of "artifact" {file, below the journal's folder}; of "end" {status}.
     """
 
     op: Operation

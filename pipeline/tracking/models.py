@@ -17,7 +17,11 @@ EQUAL_TIME_PREFIX = "equal_time/"  # of metrics that stages write of the baselin
 
 @dataclass(frozen=True)
 class LoggedModel:
-    """A file of weights. made: by this stage, else used by it. prefix: of the stage's metrics that are this model's."""
+    """A file of weights.
+
+    made: by this stage, else used by it.
+    prefix: of the stage's metrics that are this model's.
+    """
 
     name: str
     digest: str

@@ -388,7 +388,8 @@ def opened(root: Path) -> tuple[Any, str]:
 def launch(root: Path, key: str, process: Any) -> None:
     """Start the process that delivers the journals of a pipeline run, where it is not at work already.
 
-    key: of the pipeline run. process: psutil's, at whose end the run is over; None where its journals are all there is.
+    key: of the pipeline run.
+    process: psutil's, at whose end the run is over; None where its journals are all there is.
     """
     with open(lock_file(root, key), "ab") as log:  # locked as long as the other process has it, as its standard error
         if lock_descriptor(log.fileno(), blocking=False):

@@ -242,7 +242,12 @@ def _store(job: TrainJob, root: str) -> CheckpointStore:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run. checkpoint: its last step; store: where snapshots are; images: in the training set."""
+    """A finished run.
+
+    checkpoint: its last step.
+    store: where snapshots are.
+    images: in the training set.
+    """
 
     job: TrainJob
     checkpoint: Checkpoint
@@ -254,8 +259,9 @@ class Result:
 def run_job(job: TrainJob, inputs: dict[str, str], tracker: Tracker, *, section: str, device: str, work: Path) -> Result:
     """Train a job to its end through Ray Train, going on from where an earlier call was interrupted.
 
-    inputs: digests of what is read. section: of params.yaml, for sentences. work: the stage's resumable folder, the same
-    as long as `recipe` and inputs are.
+    inputs: digests of what is read.
+    section: of params.yaml, for sentences.
+    work: the stage's resumable folder, the same as long as `recipe` and inputs are.
     """
     images = len(TokenShards(job.tokens, "train"))
     view = CENTER_VIEWS[TokenShards(job.tokens, "validation").meta.views]
@@ -301,7 +307,8 @@ class _Reporter:
 def publish(result: Result, outputs: Any, meta: dict[str, Any], tracker: Tracker) -> None:
     """Write the outputs that all three stages have: curve, timings, metrics and, last, the model.
 
-    outputs: has the paths model, metrics, curve, timings. meta: what the model was made from, goes into its file.
+    outputs: has the paths model, metrics, curve, timings.
+    meta: what the model was made from, goes into its file.
     """
     progress, job = result.progress, result.job
     write_curve(outputs.curve, progress.curve)

@@ -40,9 +40,10 @@ def measure_images(
 ) -> Measured:
     """Return features and moments of images (n, h, w, 3) uint8, n > 1.
 
-    workers: Ray actors, each with its share of the CPUs or a GPU of its own; 0: in this process. done: called with
-    how many more images are finished. Raises ScoreError for fewer than two images or features that are not finite,
-    ValueError when the cluster has no room for the workers.
+    workers: Ray actors, each with its share of the CPUs or a GPU of its own; 0: in this process.
+    done: called with how many more images are finished.
+    Raises ScoreError for fewer than two images or features that are not finite, ValueError when the cluster has no room for
+    the workers.
     """
     cut = list(pieces(len(images)))
     if workers == 0 or len(cut) == 1:
@@ -92,7 +93,9 @@ def reference_of(
     """Return a reference from a file or folder.
 
     path: an npz or a folder, see `reference_of_file`, or a manifest.parquet, whose training images are taken at
-    `image_size`. cache: folder where features stay, named by digests. Raises ScoreError, FileNotFoundError.
+        `image_size`.
+    cache: folder where features stay, named by digests.
+    Raises ScoreError, FileNotFoundError.
     """
     if not path.exists():
         raise FileNotFoundError(

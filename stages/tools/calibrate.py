@@ -34,7 +34,9 @@ class ScoreCheck:
 def import_checkpoint(gpt: Path, vq: Path, *, heads: int, grid: int, folder: Path) -> Files:
     """Write published weights as files that the sampler reads, once for each pair of them; return these.
 
-    gpt: class-conditional LlamaGen weights; vq: its tokenizer's. Raises ValueError when names or shapes do not fit.
+    gpt: class-conditional LlamaGen weights.
+    vq: its tokenizer's.
+    Raises ValueError when names or shapes do not fit.
     """
     state, config = read_gpt(gpt, heads=heads, row_width=grid)
     if config.num_classes is None:

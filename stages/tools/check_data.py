@@ -37,9 +37,13 @@ from stages.tracker import NullTracker, Tracker
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with an artifact. file: below artifacts/; what: a sentence; folder: whose file it is, for repairs.
+    """Something wrong with an artifact.
 
-    repairable: whether that file alone can be made again; expected: the digest it must then have, None where none is known.
+    file: below artifacts/.
+    what: a sentence.
+    folder: whose file it is, for repairs.
+    repairable: whether that file alone can be made again.
+    expected: the digest it must then have, None where none is known.
     """
 
     file: str

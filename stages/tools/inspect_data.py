@@ -33,8 +33,14 @@ _SIDE = 208  # pixels of a panel
 class Inspection:
     """What is known of an image; what later stages have not made is None.
 
-    image: (h, w, 3) uint8; views: (n, S, S, 3) uint8; shard: where its tokens are; tokens: (n, T) uint16; decoded:
-    (n, S, S, 3) uint8; entropies: (n, T) float32 nats; lengths: patch lengths of each view; missing: sentences.
+    image: (h, w, 3) uint8.
+    views: (n, S, S, 3) uint8.
+    shard: where its tokens are.
+    tokens: (n, T) uint16.
+    decoded: (n, S, S, 3) uint8.
+    entropies: (n, T) float32 nats.
+    lengths: patch lengths of each view.
+    missing: sentences.
     """
 
     row: Row

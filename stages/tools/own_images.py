@@ -21,7 +21,11 @@ _LONGEST_LIST = 5
 
 @dataclass(frozen=True)
 class OwnImages:
-    """What was found and made. counts: class -> (training images, validation images); sides: shorter sides, in pixels."""
+    """What was found and made.
+
+    counts: class -> (training images, validation images).
+    sides: shorter sides, in pixels.
+    """
 
     counts: dict[str, tuple[int, int]]
     bad: dict[str, str]

@@ -46,7 +46,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class PatchStats:
-    """A table of rules. maps: how many were looked at; whole: whether these are all; tokens: T."""
+    """A table of rules.
+
+    maps: how many were looked at.
+    whole: whether these are all.
+    tokens: T.
+    """
 
     cells: tuple[Cell, ...]
     maps: int
@@ -66,8 +71,10 @@ def patch_stats(
 ) -> PatchStats:
     """Return what every threshold with every maximum gives on at most `limit` evenly spaced maps.
 
-    thresholds: nats, None for quantiles of the entropies. max_lengths: tokens, None for no maximum. Raises
-    FileNotFoundError or ValueError when entropies are missing or belong to other shards, ValueError for a rule that is none.
+    thresholds: nats, None for quantiles of the entropies.
+    max_lengths: tokens, None for no maximum.
+    Raises FileNotFoundError or ValueError when entropies are missing or belong to other shards, ValueError for a rule that
+    is none.
     """
     shards = TokenShards(tokens, split)
     sample = EntropyMaps(entropies, shards).sample(limit)

@@ -70,7 +70,8 @@ class TrialResult:
     key: see `Subject.key`.
     scores: with intervals, protocol and how the images were sampled.
     patches: metrics of the sampled patches, as "patch/mean_length".
-    images_per_s: sampling alone, without decoding. seconds: of the whole trial.
+    images_per_s: sampling alone, without decoding.
+    seconds: of the whole trial.
     """
 
     key: str
@@ -129,9 +130,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What to try. points: of a grid, or the corners of the box that a search stays inside. trials: of a search.
+    """What to try.
 
-    images, final_images: images per trial, in the search and for the best `finalists`. concurrency: trials at once.
+    points: of a grid, or the corners of the box that a search stays inside.
+    trials: of a search.
+    images, final_images: images per trial, in the search and for the best `finalists`.
+    concurrency: trials at once.
     """
 
     points: tuple[Point, ...]
@@ -299,7 +303,8 @@ def sweep(
 ) -> Outcome:
     """Run a plan: search, then the best few again with more images and fresh seeds.
 
-    folder: where results of trials are and go. finished: called in this process with each result, old and new.
+    folder: where results of trials are and go.
+    finished: called in this process with each result, old and new.
     Raises ValueError before the first trial when settings make no sense or the cluster has no room for one.
     """
     check_points(plan.points, subject.models[None])

@@ -32,7 +32,8 @@ def retrain(
     """Cut patches and train a DPAR at each threshold; return threshold -> its files, None -> those given.
 
     folder: a model stays there as THRESHOLD-DIGEST/ and is taken from there when params and data are the same.
-    An interrupted training goes on from its last checkpoint in `work`. track: opens a tracker for a stage.
+    work: an interrupted training goes on from its last checkpoint in it.
+    track: opens a tracker for a stage.
     """
     models: dict[float | None, Files] = {None: files}
     for threshold in thresholds:

@@ -265,7 +265,8 @@ def _refusal(address: str | None, kind: str, text: str, *, reached: bool = False
 def require(nodes: list[Node], *, workers: int, cpus: float, gpus: float, section: str, option: str | None = None) -> None:
     """Refuse what the cluster can never place, before anything waits for it. Raises ValueError in one sentence.
 
-    section: the params section that asked, as "train" or "entropy_model.train". option: the option that asked instead.
+    section: the params section that asked, as "train" or "entropy_model.train".
+    option: the option that asked instead.
     """
     room = sum(node.fits(cpus=cpus, gpus=gpus) for node in nodes)
     if room >= workers or _autoscales():

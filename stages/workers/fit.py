@@ -48,7 +48,11 @@ Returned = dict[str, Any]  # what a worker's function returned, or {"error", per
 
 @dataclass(frozen=True)
 class Event:
-    """What a run reports on its way. metrics: of a log line; address: of a checkpoint."""
+    """What a run reports on its way.
+
+    metrics: of a log line.
+    address: of a checkpoint.
+    """
 
     kind: Literal["begin", "log", "checkpoint"]
     step: int
@@ -99,9 +103,11 @@ def fit(
     """Run `function(ranks=, hooks=)` on every rank and return what rank 0 returned, which has to be plain data.
 
     function: importable by name on the workers (a module-level function or a partial of one), reports by `hooks`.
-    root: folder or address of the run, on storage that all nodes see. work: local folder of this stage. on_event: called
-    here, in order. Raises TrainingFailed with a worker's
-    sentence, ValueError when the cluster is too small, RuntimeError when too many workers were lost.
+    root: folder or address of the run, on storage that all nodes see.
+    work: local folder of this stage.
+    on_event: called here, in order.
+    Raises TrainingFailed with a worker's sentence, ValueError when the cluster is too small, RuntimeError when too many
+    workers were lost.
     """
     work.mkdir(parents=True, exist_ok=True)
     events = work / EVENTS

@@ -26,7 +26,11 @@ from stages.workers.child import command
 
 @dataclass(frozen=True)
 class Call:
-    """What the process is asked for. function: importable by name, without arguments. returned: JSON file for its result."""
+    """What the process is asked for.
+
+    function: importable by name, without arguments.
+    returned: JSON file for its result.
+    """
 
     name: str
     function: Callable[[], Any]
