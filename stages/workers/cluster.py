@@ -151,11 +151,35 @@ def _started(address: str | None) -> Iterator[None]:
             raise _refusal(address, type(error).__name__, str(error)) from error
         finally:
             slow.cancel()
-        yield
+        with contextlib.nullcontext() if address else _agents_end_with_us():
+            yield
     finally:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _agents_end_with_us() -> Iterator[None]:
+    """Let the agents of an own cluster end with this process where that is killed.
+
+    Ray's other processes do so by themselves; its agents would first try for a minute to report it to a server that is gone.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import psutil
+
+    raylets = [one for one in psutil.Process().children() if one.name() == "raylet"]
+    agents = [str(agent.pid) for one in raylets for agent in one.children()]
+    # Without a line, and so with an error, `read` ends when this process does.
+    words = ["sh", "-c", 'read line || kill -9 "$@"', "sh", *agents]
+    nothing = subprocess.DEVNULL
+    waiting = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True)
+    try:
+        yield
+    finally:
+        waiting.communicate(b"\n")
 
 
 def _own_folder() -> Path | None:

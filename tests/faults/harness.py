@@ -340,8 +340,8 @@ def _kill_of_ray(whom: str, process: psutil.Process) -> None:
         for child in process.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 words = " ".join(child.cmdline())
-                if words.startswith("ray::Actor") if whom == "worker" else f"/{whom}" in words.split(" ")[0]:
-                    child.kill()
+                if f"/{whom}" in words.split(" ")[0] or (whom in ("worker", "driver") and words.startswith("ray::Actor")):
+                    (process if whom == "driver" else child).kill()
                     return
         if process.status() == psutil.STATUS_ZOMBIE:
             return

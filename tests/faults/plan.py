@@ -119,5 +119,5 @@ def _chosen(world: World, kind: str, stage: str, dice: random.Random) -> tuple[s
     if kind == "dvc":
         how, share = dice.choice(OF_DVC), dice.random()
         return f"{how} at {share:.0%} of the stage's time", Injection(), {"how": how, "share": share}
-    whom = dice.choice(["worker", "raylet", "gcs_server"])
+    whom = dice.choice(["worker", "raylet", "gcs_server", "driver"])
     return f"kill -9 of Ray's {whom}", Injection(), {"whom": whom}
