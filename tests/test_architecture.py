@@ -209,3 +209,12 @@ def test_every_module_of_the_core_has_a_test_of_its_name_or_a_stated_home():
 
     lost = {name: home for name, home in HOMES.items() if f"dpar_core.{name}" not in reached(ROOT / "tests" / home, 2)}
     assert not lost
+
+
+def test_contributing_names_files_that_are_there_and_quotes_a_diff_that_applies():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    paths = set(re.findall(r"`(\w+(?:/[\w.]*)+)`", text))
+    assert len(paths) > 10 and not [path for path in paths if not (ROOT / path).exists()]
+    before = [line[1:] for line in re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1].splitlines() if line[0] in " -"]
+    source = (ROOT / before[0].removeprefix("-- a/")).read_text("utf-8").splitlines()
+    assert len(before) > 4 and not [line for line in before[1:] if line not in source]
