@@ -140,6 +140,7 @@ def _started(address: str | None) -> Iterator[None]:
     notice = f"Ray is still starting after {SLOW_SECONDS:g} s, and gives up soon if it cannot: {_WAY_OUT}"
     slow = threading.Timer(SLOW_SECONDS, partial(print, notice, file=sys.stderr, flush=True))
     slow.daemon = True
+    agents = None
     try:
         if address is None:  # another cluster has answered already
             slow.start()
@@ -151,35 +152,30 @@ def _started(address: str | None) -> Iterator[None]:
             raise _refusal(address, type(error).__name__, str(error)) from error
         finally:
             slow.cancel()
-        with contextlib.nullcontext() if address else _agents_end_with_us():
-            yield
+        agents = None if address else _agents_of_own()
+        yield
     finally:
         ray.shutdown()
+        if agents is not None:
+            agents.communicate()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _agents_end_with_us() -> Iterator[None]:
-    """Let the agents of an own cluster end with this process where that is killed.
+def _agents_of_own() -> subprocess.Popen[bytes] | None:
+    """Return a process that ends the agents of an own cluster when its input closes, as where this process is killed.
 
-    Ray's other processes do so by themselves; its agents would first try for a minute to report it to a server that is gone.
+    Ray's other processes end by themselves then; its agents would first try for a minute to report it to a server that is
+    gone. None on Windows.
     """
     if sys.platform == "win32":
-        yield
-        return
+        return None
     import psutil
 
     raylets = [one for one in psutil.Process().children() if one.name() == "raylet"]
     agents = [str(agent.pid) for one in raylets for agent in one.children()]
-    # Without a line, and so with an error, `read` ends when this process does.
-    words = ["sh", "-c", 'read line || kill -9 "$@"', "sh", *agents]
-    nothing = subprocess.DEVNULL
-    waiting = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True)
-    try:
-        yield
-    finally:
-        waiting.communicate(b"\n")
+    words, nothing = ["sh", "-c", 'read line; kill -9 "$@"', "sh", *agents], subprocess.DEVNULL
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True)
 
 
 def _own_folder() -> Path | None:

@@ -39,7 +39,7 @@ def main() -> None:
     from pipeline.runner import STAGES
 
     stages = options.stages.split(",") if options.stages else list(STAGES)
-    processes.import_everything(stages, mlflow="mlflow" in kinds)
+    processes.import_everything(stages, mlflow=bool({"mlflow", "beside"} & {*kinds}))
     processes.adopt_orphans()
     from tests.faults.harness import Harness, as_json
     from tests.faults.plan import fault

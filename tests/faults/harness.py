@@ -24,7 +24,7 @@ import psutil
 
 from tests.faults.injection import SIGNALS
 from tests.faults.plan import Fault
-from tests.faults.processes import ORPHAN_SECONDS, Ended, run_dvc, run_stage, wait_for_orphans
+from tests.faults.processes import ORPHAN_SECONDS, Ended, leaving, run_dvc, run_stage, wait_for_orphans
 from tests.faults.project import World, contents, hurry, timed, walk, whole_record
 
 SENTENCE_NEEDED = (1, 70, 130, 143)
@@ -181,6 +181,9 @@ class Harness:
                 outcome.problems.append(f"{path} has rights {mode:03o} under umask {how['umask']:03o}")
 
     def _beside(self, fault: Fault, outcome: Outcome) -> None:
+        if fault.details["processes"] == 4:
+            self._fresh_store(outcome)
+            return
         root, both = self.world.copy(self.folder, fault.stage), []
 
         def second(_: psutil.Process) -> None:
@@ -192,6 +195,27 @@ class Harness:
         if fault.stage != "sources" and not any("is running already in process" in one.said for one in both):
             outcome.problems.append("not a word about the wait")
         self._again(fault, outcome)
+
+    def _fresh_store(self, outcome: Outcome) -> None:
+        from pipeline.tracking.store import connect
+
+        self.folder.mkdir(parents=True)
+        children = []
+        for number in range(4):
+            if not (child := os.fork()):
+                with leaving():
+                    _write_to_store(self.folder, f"run {number}")
+            children.append(child)
+        status = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        outcome.effect = "finished"
+        if status != [0] * 4:
+            outcome.problems.append(f"they ended with status {status}")
+        client, experiment = connect(self.folder)
+        found = {run.info.run_name: run for run in client.search_runs([experiment])}
+        for name in (f"run {number}" for number in range(4)):
+            rows = client.get_metric_history(found[name].info.run_id, "loss") if name in found else []
+            if [row.value for row in rows] != [0.0, 1.0, 2.0] or found[name].info.status != "FINISHED":
+                outcome.problems.append(f"{name}: {rows}")
 
     def _dvc(self, fault: Fault, outcome: Outcome) -> None:
         root, how = self.world.copy(self.folder, fault.stage), fault.details
@@ -294,6 +318,21 @@ def harm(path: Path, fault: Fault) -> None:
     path.write_bytes(content)
     if fault.details.get("keep_time"):
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _write_to_store(root: Path, name: str) -> None:
+    """Write a run of three rows into the store of a project, which others make at the same time."""
+    from pipeline.tracking.journal import Journal
+    from pipeline.tracking.outbox import SENT, Outbox, journal_folder
+
+    os.chdir(root)
+    journal = Journal(journal_folder(root), name)
+    journal.write("run", name, {"name": name, "tags": {}, "parent": None, "once": False})
+    for step in range(3):
+        journal.write("metrics", name, {"values": {"loss": float(step)}, "step": step})
+    journal.write("end", name, {"status": "FINISHED"})
+    (journal.folder / SENT).touch()
+    Outbox(root, print).deliver(journal.folder)
 
 
 def _elsewhere(how: dict[str, Any]) -> None:

@@ -115,7 +115,8 @@ def _chosen(world: World, kind: str, stage: str, dice: random.Random) -> tuple[s
         words = f"in {found['zone']}, umask {found['umask']:03o}, {found['cores']} cores, locale {found['locale']}, "
         return f"{words}home {found['home']}, folder {found['folder']}", Injection(), found
     if kind == "beside":
-        return "the same stage twice at once", Injection(), {}
+        how = "four processes write to a fresh store" if dice.random() < 0.2 else "the same stage twice at once"
+        return how, Injection(), {"processes": 4 if how.startswith("four") else 2}
     if kind == "dvc":
         how, share = dice.choice(OF_DVC), dice.random()
         return f"{how} at {share:.0%} of the stage's time", Injection(), {"how": how, "share": share}
