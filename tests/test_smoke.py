@@ -128,3 +128,33 @@ def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(proje
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
     assert len(children) == 16
     assert {run.info.status for run in children} == {"FINISHED"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dvc_runs_shows_and_compares_experiments_once_the_project_is_under_git(project):
+    """What docs/experiments.md shows, on the project that the test above has finished."""
+    if not (project / "artifacts" / "report").exists():
+        dvc(project, "repro")
+    shutil.copy(ROOT / ".gitignore", project)
+    for words in ("init -q", "config user.name a", "config user.email a@b", "add -A", "commit -qm one"):
+        run(project, "git", *words.split(), cwd=project)
+    check = (sys.executable, "-c", "from pipeline.cli import main; main()", "params", "check")
+    assert "under git now: removed core.no_scm" in run(project, *check, cwd=project).replace("\n  ", " ")
+
+    printed = dvc(project, "exp", "run", "--name", "two", "-S", "report.examples=2", "-S", "score.splits=2")
+    ran = [line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")]
+    assert ran == ["sources", "score_dpar", "score_llamagen", "report"]
+    table = dvc(project, "exp", "show", "--only-changed", "--csv").splitlines()
+    assert {"report.examples", "score.splits"} <= set(table[0].split(",")) and "train.steps" not in table[0]
+    assert any(",two," in line for line in table)
+
+    metrics = project / "artifacts" / "metrics.json"
+    found = json.loads(metrics.read_text())
+    metrics.write_text(json.dumps(found | {"dpar_loss": found["dpar_loss"] + 1}))
+    (line,) = [line for line in dvc(project, "metrics", "diff", "two").splitlines() if "dpar_loss" in line]
+    assert line.split()[-1] == "1.0" or line.split()[-1] == "1"
+    metrics.write_text(json.dumps(found))
+    dvc(project, "plots", "diff", "HEAD", "two")
+    page = (project / "dvc_plots" / "index.html").read_text()
+    assert "losses.svg" in page and "patch_lengths.svg" in page and "https://" not in page

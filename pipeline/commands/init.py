@@ -46,10 +46,8 @@ def init(
     atomic_write(root / "params.yaml", text)
     load_params(root / "params.yaml")
     if values.get("score.allow_singular"):
-        few = (
-            f"{found.training} training images are few for {_FEATURES} features: distances will be rough, without a verdict"
-        )
-        print(wrapped(few, rest="  "))
+        few = f"{found.training} training images are few: distances will be rough, and a verdict on them needs more than"
+        print(wrapped(f"{few} {_FEATURES}", rest="  "))
     duration = {"demo": "a quarter of an hour", "smoke": "two minutes, for pictures of noise"}.get(
         preset, "as its preset says"
     )

@@ -84,7 +84,7 @@ def headline_metrics(headline: Mapping[str, Any]) -> dict[str, float]:
         what = "loss" if row["words"] == "validation loss" else "distance" if row["words"].startswith(("FID", "fd_")) else ""
         if what:
             found |= {f"{name}_{what}": row[name]["value"] for name in ("dpar", "baseline")}
-    return found
+    return {name: float(f"{value:.4g}") for name, value in found.items()}  # as in artifacts/metrics.json
 
 
 def note(preset: str, headline: Mapping[str, Any]) -> str:
