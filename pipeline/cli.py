@@ -71,7 +71,7 @@ def stage(name: Annotated[str, typer.Argument(help="Stage of dvc.yaml, as data, 
     """Run one stage, as `dvc repro` does.
 
     Reads params.yaml and the artifacts of earlier stages; writes the stage's outputs under artifacts/ (dvc.yaml lists
-    them). Long work goes on where an interrupted run stopped. To go on: `dvc repro`, which runs what is out of date.
+    them). Long work continues where an interrupted run stopped. Next: `dvc repro`, which runs what is out of date.
     """
     from pipeline.runner import run_stage
 
@@ -195,7 +195,7 @@ def params_use(
 ) -> None:
     """Write a preset to params.yaml.
 
-    A params.yaml that you have changed is kept as params.yaml.bak. To go on: `dpar-cli run`.
+    A params.yaml that you have changed is kept as params.yaml.bak. Next: `dpar-cli run`.
     """
     from pipeline.presets.use import use_preset
     from pipeline.terminal import fitted

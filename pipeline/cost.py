@@ -378,7 +378,7 @@ def cost(
 
     Reads a params file only. Prints parameters, FLOPs with and without the entropy model, memory, checkpoints, disk,
     GPU-hours and wall time for DPAR, its LlamaGen baseline and the entropy model, then the rest of a run: tokenizing,
-    entropies, sampling, scoring. To go on: `dpar-cli params use PRESET`.
+    entropies, sampling, scoring. Next: `dpar-cli params use PRESET`.
     """
     from stages.params import load_params
 

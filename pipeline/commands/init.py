@@ -20,7 +20,7 @@ def init(
     """Look at your own images, split them, and write a params.yaml for them.
 
     Reads every image below --images and changes none; writes links to them below --into, and params.yaml. A params.yaml that
-    you have changed is kept as params.yaml.bak with --force. To go on: `dpar-cli run`. docs/own-images.md is the recipe.
+    you have changed is kept as params.yaml.bak with --force. Next: `dpar-cli run`. docs/own-images.md is the recipe.
     """
     from dpar_core.files import atomic_write
     from pipeline.presets.use import with_values

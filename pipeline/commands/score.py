@@ -38,7 +38,7 @@ def score(
     features_file: FeaturesFile = None,
     sha256: Sha256 = None,
     images: Annotated[
-        int | None, typer.Option(min=2, help="Images of each set; else all. Fewer there are is an error.")
+        int | None, typer.Option(min=2, help="Images of each set, all when left out; fewer are an error.")
     ] = None,
     neighbours: Neighbours = 3,
     bootstrap: Bootstrap = 200,
@@ -52,7 +52,7 @@ def score(
     Reads images and reference; writes nothing but --out and the reference's features, kept in work/references. With
     `--features inception` the distance is FID; names of other networks say which. Example: `dpar-cli score samples.npz
     --reference VIRTUAL_imagenet256_labeled.npz --features inception --features-file inception-2015-12-05.pt
-    --images 50000 --out mine.json`. To go on: `dpar-cli compare mine.json theirs.json`.
+    --images 50000 --out mine.json`. Next: `dpar-cli compare mine.json theirs.json`.
     """
     from dpar_core.data.splits import counted
     from dpar_core.files import write_record
@@ -101,7 +101,7 @@ def compare(
         bool, typer.Option("--force", help="Print scores of different protocols side by side all the same.")
     ] = False,
 ) -> None:
-    """Set score files beside each other; those of different protocols are refused, as their numbers do not compare.
+    """Compare score files; those of different protocols are refused, as their numbers are not comparable.
 
     Reads score files, writes nothing. Example: `dpar-cli compare artifacts/scores/dpar.json artifacts/scores/llamagen.json`.
     """
@@ -125,9 +125,9 @@ def fetch(
     url: Annotated[str | None, typer.Option(help="Address to read; else the publisher's.")] = None,
     sha256: Sha256 = None,
 ) -> None:
-    """Download a feature network, saying from where and to where; its SHA-256 is checked and printed.
+    """Download a feature network; prints source and target, and checks the SHA-256.
 
-    The file appears when it is whole. To go on: set score.features and score.features_file in params.yaml, or give them
+    The file appears when it is whole. Next: set score.features and score.features_file in params.yaml, or give them
     to `dpar-cli score`.
     """
     from dpar_core.evaluation.features import INCEPTION_SHA256, INCEPTION_URL
@@ -146,7 +146,7 @@ def calibrate(
     gpt: Annotated[Path, typer.Option(help="Published class-conditional LlamaGen weights (.pt or .safetensors).")],
     vq: Annotated[Path, typer.Option(help="Published VQ weights of its tokenizer.")],
     size: Annotated[str, typer.Option(help="B | L | XL | XXL: which published row to expect, and the heads.")],
-    cfg: Annotated[float, typer.Option(min=1, help="Guidance scale the published figures were made with.")],
+    cfg: Annotated[float, typer.Option(min=1, help="Guidance scale of the published figures.")],
     reference: Annotated[
         str, typer.Option(help="As for `dpar-cli score`; published figures: VIRTUAL_imagenet256_labeled.npz.")
     ],
@@ -163,11 +163,11 @@ def calibrate(
     allow_singular: AllowSingular = False,
     out: Annotated[Path, typer.Option(help="Folder for samples and scores.")] = Path("calibration"),
 ) -> None:
-    """Draw from a published LlamaGen checkpoint, score it, and say whether the published figures come out.
+    """Sample from a published LlamaGen checkpoint, score the images, and compare with the published figures.
 
     Do this before any number of your own is trusted: it tests tokens to pixels, sampling, features and reference at once.
     Reads the weights you have and the sample section of params.yaml (batch size, precision, workers); writes samples and
-    scores under --out. Stopped, it goes on. Exit 1 when a score is outside its tolerance.
+    scores under --out. An interrupted one continues. Exit 1 when a score is outside its tolerance.
     """
     from dpar_core.files import digest_of, write_record
     from pipeline.runner import device_of

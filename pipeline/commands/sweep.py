@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 sweep_app = typer.Typer(
     no_args_is_help=True,
-    help="Try sampling settings of the trained models with Ray Tune, score them, and take the best over into params.yaml.",
+    help="Try sampling settings of the trained models with Ray Tune, score them, and write the best into params.yaml.",
 )
 
 Cfg = Annotated[str, typer.Option(help="Guidance scales: FIRST:LAST:STEP, or numbers with commas.")]
@@ -27,7 +27,7 @@ Finalists = Annotated[int, typer.Option(min=1, help="Best trials of the search t
 Concurrency = Annotated[int, typer.Option(min=1, help="Trials at once. They share CPUs evenly; a GPU serves one.")]
 SearchName = Annotated[str, typer.Option("--search", help="grid, or within its corners: random | optuna.")]
 Trials = Annotated[int, typer.Option(min=1, help="Trials of a random or optuna search.")]
-Name = Annotated[str | None, typer.Option(help="Folder under sweeps/. The same name again goes on where it stopped.")]
+Name = Annotated[str | None, typer.Option(help="Folder under sweeps/. The same name again continues where it stopped.")]
 Apply = Annotated[bool, typer.Option("--apply", help="Write the winner into the sample section of params.yaml.")]
 
 
@@ -55,7 +55,7 @@ def sweep_threshold(
 
     Reads the models under artifacts/ (made by `dpar-cli run`) and params.yaml; without --retrain nothing is trained.
     Writes sweeps/NAME/: index.html, results.parquet, pictures; and an MLflow run with one run per trial (`dpar-cli ui`).
-    Stopped or killed, the same command goes on. Example: `dpar-cli sweep threshold --thresholds 7.6:8.2:0.1
+    After an interruption the same command continues. Example: `dpar-cli sweep threshold --thresholds 7.6:8.2:0.1
     --cfg 1.0:3.0:0.25 --apply`, then `dvc repro` for the final scores.
     """
     from stages.tools.sweep import Point
@@ -83,7 +83,7 @@ def sweep_cfg(
 ) -> None:
     """Sweep the guidance scale alone, of DPAR at its threshold or of its LlamaGen baseline.
 
-    Reads, writes and goes on as `dpar-cli sweep threshold` does; the folder is sweeps/cfg-MODEL/ unless named.
+    Reads, writes and continues as `dpar-cli sweep threshold` does; the folder is sweeps/cfg-MODEL/ unless named.
     """
     from stages.tools.sweep import Point
 

@@ -382,7 +382,7 @@ def _verdict(root: Path) -> str:
 def status(
     graph: Annotated[bool, typer.Option("--graph", help="Show what each stage reads, instead of results.")] = False,
 ) -> None:
-    """Show every stage: up to date or not and why, when it ran, how long it took, what came out.
+    """Show every stage: whether and why it is out of date, when it ran, how long it took, its result.
 
     Reads dvc.yaml, dvc.lock, params.yaml and the metrics under artifacts/; hashes nothing (`dvc status` does). To bring
     stages up to date: `dpar-cli run`.
@@ -444,7 +444,7 @@ def graph_lines(states: list[StageState]) -> list[str]:
 
 
 def metrics() -> None:
-    """Print the dozen numbers of the last run, a line each, with what each is.
+    """Print the dozen numbers of the last run, one per line, with their meaning.
 
     Reads artifacts/metrics.json; a speed is absent where the machine was busy while it was measured. Other versions
     beside it: `dvc metrics diff`. Earlier runs: `dpar-cli runs`.
@@ -458,7 +458,7 @@ def doctor() -> None:
     """Check this machine and this project: everything that a run depends on, with a way out for what is wrong.
 
     Looks at Python, packages, git, CPU, GPU, precision, memory, disk, Ray, the MLflow store, params.yaml and every path
-    in it. Changes nothing. Exit 1 when something stands in the way of a run. To go on: `dpar-cli run`.
+    in it. Changes nothing. Exit 1 when something stands in the way of a run. Next: `dpar-cli run`.
     """
     from pipeline.doctor import examine, lines
     from pipeline.terminal import wrapped
