@@ -48,9 +48,9 @@ def fault(world: World, seed: int, index: int, *, kinds: tuple[str, ...] = tuple
     elif kind == "ray":
         stage = "tokenize_images"
     elif kind == "mlflow":
-        stage = dice.choice(["data", "patch_maps", "score_dpar"])
+        stage = dice.choice([stage for stage in ("data", "patch_maps", "score_dpar") if stage in stages])
     elif kind == "dvc":
-        stage = dice.choice(CHEAP)
+        stage = dice.choice([stage for stage in CHEAP if stage in stages])
     elif kind == "input":
         stage = dice.choice([stage for stage in stages if world.inputs(stage)])
     else:

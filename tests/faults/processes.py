@@ -39,6 +39,7 @@ IMPORTED = (
     "pyarrow.parquet",
     "safetensors.torch",
     "scipy.linalg",
+    "stages.time_sampling",  # and time_training, whose seconds `hurry` shortens
 )
 ORPHAN_SECONDS = 30.0
 PATIENCE = 120.0  # seconds until a stage counts as hanging
