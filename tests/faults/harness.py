@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,9 +181,10 @@ class Harness:
                 outcome.problems.append(f"{path} has rights {mode:03o} under umask {how['umask']:03o}")
 
     def _beside(self, fault: Fault, outcome: Outcome) -> None:
-        if fault.details["processes"] == 4:
-            self._fresh_store(outcome)
-            return
+        if fault.details["how"].startswith("four"):
+            return self._fresh_store(outcome)
+        if fault.details["how"].startswith("the report"):
+            return self._report_while_training(fault, outcome)
         root, both = self.world.copy(self.folder, fault.stage), []
 
         def second(_: psutil.Process) -> None:
@@ -195,6 +196,23 @@ class Harness:
         if fault.stage != "sources" and not any("is running already in process" in one.said for one in both):
             outcome.problems.append("not a word about the wait")
         self._again(fault, outcome)
+
+    def _report_while_training(self, fault: Fault, outcome: Outcome) -> None:
+        self.world.copy(self.folder, "train_dpar")
+        shutil.rmtree(self.folder / "artifacts")
+        shutil.copytree(self.world.whole / "artifacts", self.folder / "artifacts")
+        reports: list[Ended] = []
+
+        def report(_: psutil.Process) -> None:
+            time.sleep(fault.chance * self.world.seconds["train_dpar"])
+            reports.append(run_stage("report", self.folder, prepare=hurry))
+
+        ended = run_stage("train_dpar", self.folder, prepare=hurry, during=report)
+        self._judge(replace(fault, stage="train_dpar"), outcome, ended, allowed=(0,))
+        # Its page shows the seconds of training, of before or of now; a mixture of both is refused in a sentence.
+        said = reports[0].said
+        if reports[0].status not in (0, 1) or "Traceback (most recent call last)" in said:
+            outcome.problems.append(f"the report ended with status {reports[0].status}: {said[-500:]}")
 
     def _fresh_store(self, outcome: Outcome) -> None:
         from pipeline.tracking.store import connect

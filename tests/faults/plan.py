@@ -115,8 +115,9 @@ def _chosen(world: World, kind: str, stage: str, dice: random.Random) -> tuple[s
         words = f"in {found['zone']}, umask {found['umask']:03o}, {found['cores']} cores, locale {found['locale']}, "
         return f"{words}home {found['home']}, folder {found['folder']}", Injection(), found
     if kind == "beside":
-        how = "four processes write to a fresh store" if dice.random() < 0.2 else "the same stage twice at once"
-        return how, Injection(), {"processes": 4 if how.startswith("four") else 2}
+        hows = ["the same stage twice at once"] * 3 + ["four processes write to a fresh store"]
+        hows += ["the report while a model trains"] if "report" in world.counts else []
+        return (how := dice.choice(hows)), Injection(), {"how": how}
     if kind == "dvc":
         how, share = dice.choice(OF_DVC), dice.random()
         return f"{how} at {share:.0%} of the stage's time", Injection(), {"how": how, "share": share}

@@ -150,7 +150,7 @@ def run_dvc(stage: str, root: Path, during: Callable[[psutil.Process], None] | N
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            words, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            words, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
         )
         if during is not None:
             during(psutil.Process(process.pid))
@@ -247,7 +247,7 @@ class Forked:
         self.pid = os.fork()
         if not self.pid:
             with leaving():
-                os.setsid()
+                os.setpgid(0, 0)  # as Ctrl-C sees it, what a new session is; and it has its share of a busy machine
                 os.dup2(reading, 0)
                 os.dup2(os.open(os.devnull, os.O_WRONLY) if told is None else told, 1)
                 if (log := how.get("stderr")) is not None:
