@@ -53,15 +53,19 @@ def test_the_image_has_every_package_that_the_project_asks_for(torch):
     assert not LOCKS["image.lock"].keys() & LOCKS[f"torch-{torch}.lock"].keys()
 
 
-def test_the_image_installs_nothing_without_hashes_but_this_project_itself():
-    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+@pytest.mark.parametrize("name", ["Dockerfile", "docs/cluster/Dockerfile"])
+def test_images_install_nothing_without_hashes_but_this_project_itself(name):
+    text = (ROOT / name).read_text().replace("\\\n", " ").replace("$TORCH", "cpu")
     installs = re.findall(r"pip install[^&\n]*", text)
-    assert len(installs) == 3
     for words in installs[:2]:
         assert "--require-hashes" in words and "--no-deps" in words
-    assert installs[2].split()[2:] == ["--no-deps", "--no-build-isolation", "--no-index", "-e", "."]
-    assert set(re.findall(r"[\w-]+\.lock", text.replace("$TORCH", "cpu"))) == {"build.lock", "image.lock", "torch-cpu.lock"}
-    assert f"python:{'.'.join(map(str, _lock().PYTHON))}-slim" in text
+    assert len(installs) == 3 and {"--no-deps", "--no-build-isolation", "--no-index"} <= set(installs[2].split())
+    locks = re.findall(r"requirements/([\w-]+\.lock)", text)
+    assert locks[:2] == ["build.lock", "image.lock"] and locks[2] in LOCKS and len(locks) == 3
+    major, minor = _lock().PYTHON
+    assert re.search(
+        rf"^FROM (python:{major}\.{minor}-slim|rayproject/ray:[\d.]+-py{major}{minor}-gpu)$", text, re.MULTILINE
+    )
 
 
 def _lock():

@@ -62,7 +62,7 @@ def test_every_process_of_ray_asks_for_a_token():
     assert load("rayjob.yaml")["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}  # KubeRay makes and mounts it
     up = load("ray-up.yaml")
     starts = [line for key in ("head", "worker") for line in up[f"{key}_start_ray_commands"] if "ray start" in line]
-    assert len(starts) == 2 and all(line.startswith("export RAY_AUTH_MODE=token; ") for line in starts)
+    assert len(starts) == 2 and all(line.startswith("export RAY_AUTH_MODE=token ") for line in starts)
     assert up["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     assert any("chmod 600 ~/.ray/auth_token" in line for line in up["setup_commands"])
     commands = [line for line in (FOLDER / "ray-up.yaml").read_text().splitlines() if "ray exec" in line]
@@ -72,3 +72,12 @@ def test_every_process_of_ray_asks_for_a_token():
     exports = [line for line in slurm[:first].splitlines() if line.startswith("export ")]
     assert any("RAY_AUTH_MODE=token" in line.split() for line in exports)
     assert "(umask 077; ray get-auth-token --generate" in slurm and "chmod 600 ~/.ray/auth_token" in slurm
+
+
+def test_no_head_of_ray_reports_usage():
+    starts = [line for line in load("ray-up.yaml")["head_start_ray_commands"] if "ray start" in line]
+    assert starts and all("RAY_USAGE_STATS_ENABLED=0; " in line for line in starts)
+    (head,) = load("rayjob.yaml")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in head["env"]
+    slurm = (FOLDER / "slurm.sh").read_text()
+    assert "RAY_USAGE_STATS_ENABLED=0" in slurm[: slurm.index("ray start")]
