@@ -142,7 +142,7 @@ def _work(
     before = {words(target.read(folder))}
     if target.older is not None:
         before.add(words(target.older(folder)))
-    everything = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    everything = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     os.chdir(folder)
     worst, number = 0.0, at
     for number in range(at, end):
@@ -170,16 +170,19 @@ def limit_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _restore(folder: Path, everything: dict[Path, bytes]) -> None:
+def _restore(folder: Path, everything: dict[str, bytes]) -> None:
     """Remove what a reader left, and bring back what it changed, as the journal's does."""
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder) not in everything:
-            path.unlink()
+    present: dict[str, int] = {}
+    for at, _, names in os.walk(folder):
+        for path in (os.path.join(at, name) for name in names):
+            if path in everything:
+                present[path] = os.stat(path).st_size
+            else:
+                os.unlink(path)
     for path, content in everything.items():
-        file = folder / path
-        if not file.exists() or file.stat().st_size != len(content):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
+        if present.get(path) != len(content):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            Path(path).write_bytes(content)
 
 
 def judge(
