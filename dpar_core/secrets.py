@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# s3://KEY:SECRET@bucket, postgresql://user:password@host. A password may hold "/" and "@" that nobody escaped.
-_CREDENTIALS = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s@/?#\"'<>]*:[^\s\"'<>]*@")
-_TOKEN = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s:@/?#\"'<>]+@(?=[^\s/]*)")
+# s3://KEY:SECRET@bucket, postgresql://user:password@host. A password may hold "/" and "@" that nobody escaped; an address
+# that was taken for a path has one "/".
+_CREDENTIALS = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^\s@/?#\"'<>]*:[^\s\"'<>]*@")
+_TOKEN = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^\s:@/?#\"'<>]+@(?=[^\s/]*)")
 _QUERY = re.compile(
     r"(?P<name>[?&;](?:[\w.-]*(?:password|passwd|pwd|secret|token|signature|credential|access_?key|api_?key|sig)[\w.-]*)=)"
     r"[^&;\s\"'<>#]*",

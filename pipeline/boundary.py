@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 UNEXPECTED, INTERRUPTED, TERMINATED, PIPE_CLOSED = 70, 130, 143, 141
@@ -89,6 +90,7 @@ def _carrying(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(**values: Any) -> Any:
         try:
+            _refuse_pipes(values)
             return function(**values)
         except (ValueError, OSError, RuntimeError, EOFError, KeyboardInterrupt) as error:
             if not _guarded:  # typer's own test runner calls commands without an edge around them
@@ -99,6 +101,14 @@ def _carrying(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.carries_errors = True  # type: ignore[attr-defined]
     return call
+
+
+def _refuse_pipes(values: Mapping[str, Any]) -> None:
+    """Raise OSError for a path of the command line that is a device, a pipe or a socket: reading one may never end."""
+    paths = [one for value in values.values() for one in (value if isinstance(value, list | tuple) else [value])]
+    for path in paths:
+        if isinstance(path, Path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError(f"{path} is a device, a pipe or a socket, expected a file or a folder")
 
 
 def verdict(error: BaseException) -> tuple[str, int]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -341,12 +342,20 @@ def precision_lines(name: str, section: Section, device: str) -> list[str]:
     return lines
 
 
+_NESTED = 50  # brackets within brackets
+
+
 def load_params(path: Path) -> Params:
     """Read a params file. Raises ParamsError with every fault in it, FileNotFoundError with the way out."""
     if not path.exists():
         raise FileNotFoundError(f"no params file at {path}: go to the project folder, or `dpar-cli params use demo`")
     try:
-        raw = YAML(typ="safe").load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        if max(accumulate((one in "[{") - (one in "]}") for one in text), default=0) > _NESTED:
+            raise ParamsError(
+                [f"{path.name} is nested more than {_NESTED} brackets deep, as no params are"]
+            )  # would take minutes
+        raw = YAML(typ="safe").load(text)
     except YAMLError as error:
         raise ParamsError([f"{path.name} is not YAML: {' '.join(str(error).split())}"]) from None
     return parse_params(raw, where=path.name)

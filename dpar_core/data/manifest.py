@@ -210,7 +210,12 @@ def read_manifest(path: Path) -> Manifest:
     try:
         loaded = {name: json.loads(header[name]) for name in ("classes", "roots", "notes")}
         rows = Rows(table.replace_schema_metadata(None))
-        sound = seal in (None, digest_of(header)) and _digest(rows, loaded["classes"]) == header["digest"]
+        sound = (
+            seal in (None, digest_of(header))
+            and table.schema.types == SCHEMA.types
+            and _digest(rows, loaded["classes"]) == header["digest"]
+            and table["class_name"].equals(pc.take(pa.chunked_array([loaded["classes"]], pa.string()), table["label"]))
+        )
     except (ValueError, TypeError, RecursionError, pa.ArrowException):  # TypeError: columns of another type
         raise damaged from None
     if not sound:

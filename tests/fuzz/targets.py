@@ -233,10 +233,14 @@ def _read_entropies(folder: Path) -> Any:
     return EntropyMaps(folder / "entropies", TokenShards(folder / "tokens", "train")).all()
 
 
-def _manifest(folder: Path) -> None:
+def _manifest(folder: Path, contents: str | None = "0123") -> None:
     from dpar_core.data.manifest import Manifest, Row, write_manifest
 
-    rows = [Row(f"train-{n:03d}", "train", f"train:{n}.png", None, n % 2, "ab"[n % 2]) for n in range(4)]
+    names = [None] * 4 if contents is None else [one * 16 for one in contents]
+    box = (0, 1, 8, 9)
+    rows = [
+        Row(f"train-{n:03d}", "train", f"train:{n}.png", box if n else None, n % 2, "ab"[n % 2], names[n]) for n in range(4)
+    ]
     write_manifest(folder / "manifest.parquet", Manifest.of(rows, ("a", "b"), roots={"train": "x"}))
 
 
@@ -499,6 +503,13 @@ TARGETS = {
         Target("webdataset", _webdataset, _read_webdataset, {"train/000.tar": TAR}),
         Target("Parquet of images", _parquet, _read_parquet, {"train/a.parquet": BLIND}),
         Target("manifest", _manifest, _read_manifest, {"manifest.parquet": BLIND}, sealed=True),
+        Target(
+            "manifest without contents",  # as version 0.1.0 wrote them
+            partial(_manifest, contents=None),
+            _read_manifest,
+            {"manifest.parquet": BLIND},
+            sealed=True,
+        ),
         Target(
             "token shards",
             _tokens,

@@ -171,6 +171,7 @@ def test_sigterm_ends_a_command_with_a_sentence(tmp_path):
         ("https://hunter2@host/x", "https://***@host/x"),
         ("read http://a:hunter2@c/d, then s3://e:hunter2@g: why", "read http://***@c/d, then s3://***@g: why"),
         ("https://host/x?X-Amz-Signature=hunter2&part=1", "https://host/x?X-Amz-Signature=***&part=1"),
+        ("no file at s3:/KEY:hunter2@bucket/x", "no file at s3:/***@bucket/x"),
         ("http://127.0.0.1:5000/#/runs", "http://127.0.0.1:5000/#/runs"),
         ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
         ("git@github.com:a/b", "git@github.com:a/b"),
@@ -178,6 +179,22 @@ def test_sigterm_ends_a_command_with_a_sentence(tmp_path):
 )
 def test_credentials_of_addresses_are_redacted_and_nothing_else(text, shown):
     assert redacted(text) == shown
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_a_path_whose_reading_never_ends_is_refused(project, capsys, monkeypatch, make):
+    make(project / "params.yaml")
+    app = typer.Typer()
+
+    @app.command()
+    def read(params: Path) -> None:
+        params.read_bytes()
+
+    boundary.carry_errors(app)
+    monkeypatch.setattr(sys, "argv", ["dpar-cli", "params.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        boundary.guarded(app)
+    assert ended.value.code == 1 and "params.yaml is a device, a pipe or a socket" in capsys.readouterr().err
 
 
 def test_names_with_brackets_are_printed_as_they_are():

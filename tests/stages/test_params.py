@@ -110,6 +110,12 @@ def test_broken_yaml_and_a_missing_file_get_one_sentence(tmp_path):
         P.load_params(tmp_path / "none.yaml")
 
 
+def test_params_nested_beyond_all_sense_are_refused_at_once(tmp_path):
+    (tmp_path / "params.yaml").write_text("data: " + "[" * 20_000)
+    with pytest.raises(P.ParamsError, match="nested more than 50 brackets deep"):
+        P.load_params(tmp_path / "params.yaml")
+
+
 def test_settled_params_have_no_auto_left_and_differ_by_device(monkeypatch):
     params = P.load_params(ROOT / "params" / "demo.yaml")
     monkeypatch.setattr("stages.params.settle", lambda choice, device: "fp32" if choice == "auto" else choice)

@@ -22,6 +22,7 @@ from dpar_core.data.shards import TokenSample, write_shard
 from dpar_core.data.sources import ImageOpener, block_of
 from dpar_core.data.synsets import IMAGENET_SYNSETS, check_imagenet_classes
 from dpar_core.data.tars import BadTar
+from dpar_core.files import Damaged
 
 
 def photo(number: int) -> np.ndarray:
@@ -143,6 +144,20 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
     )
     assert found.find("b") == rows[1] and found.find("c") is None
     assert [found.rows[-1], *found.rows[0:1], *found.rows[::-1]] == [rows[1], rows[0], rows[1], rows[0]]
+
+
+@pytest.mark.parametrize(
+    "content", ["0" * 16, None], ids=["of today", "of version 0.1.0, which names no classes in its digest"]
+)
+def test_a_class_name_that_is_not_its_labels_is_damage(tmp_path, content):
+    rows = [Row("a", "train", "builtin:x", None, 0, "x", content), Row("b", "train", "builtin:y", None, 1, "y", content)]
+    write_manifest(tmp_path / "m.parquet", Manifest.of(rows, ["x", "y"]))
+    table = pq.read_table(tmp_path / "m.parquet")
+    for other in (pa.array(["x", "x"]), pa.array([b"x", b"y"])):
+        changed = table.set_column(5, "class_name", other)
+        pq.write_table(changed, tmp_path / "changed.parquet")
+        with pytest.raises(Damaged, match=r"is damaged or was edited"):
+            read_manifest(tmp_path / "changed.parquet")
 
 
 def test_a_key_for_two_images_is_refused():
