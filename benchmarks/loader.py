@@ -26,7 +26,7 @@ import numpy as np
 from dpar_core.data.shards import TokenMeta, TokenSample, TokenShards, write_index, write_shard
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.flops import PUBLISHED_PEAKS, dpar_forward_flops, training_flops
-from dpar_core.patches.maps import starts_name, write_lengths, write_rule, write_summary
+from dpar_core.patches.maps import MadeBy, starts_name, write_lengths, write_rule, write_summary
 from dpar_core.patches.rule import PatchRule
 
 CODES, GRID, CLASSES, SHARD = 16384, 16, 1000, 5000
@@ -90,10 +90,10 @@ def make(folder: Path, samples: int, views: int) -> tuple[Path, Path]:
     gates = rng.random((samples, views, TOKENS), dtype=np.float32) < 0.5
     gates[:, :, ::GRID] = True
     np.save(maps / starts_name("train"), np.packbits(gates, axis=2))
-    write_rule(maps / "rule.json", PatchRule("entropy_rows", GRID, 7.8, None), made_by={})
+    made_by = MadeBy(shards.digest, "made", "made")
+    write_rule(maps / "rule.json", PatchRule("entropy_rows", GRID, 7.8, None), made_by=made_by)
     part = slice(0, min(SHARD, samples))
-    write_lengths(maps / "train-000000.parquet", shards, part, gates[part].reshape(-1, TOKENS), made_by={})
-    made_by = {"tokens": shards.digest, "entropies": "made", "entropy_model": "made"}
+    write_lengths(maps / "train-000000.parquet", shards, part, gates[part].reshape(-1, TOKENS), made_by=made_by)
     write_summary(maps, ["rule.json", starts_name("train"), "train-000000.parquet"], made_by=made_by)
     return tokens, maps
 

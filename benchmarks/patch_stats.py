@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.loader import SHARD, TOKENS, make
 from dpar_core.data.shards import TokenShards
-from dpar_core.patches.maps import parquet_name, write_entropies, write_summary
+from dpar_core.patches.maps import MadeBy, parquet_name, write_entropies, write_summary
 from stages.tools.patch_stats import patch_stats
 
 SHARDS = 16
@@ -39,7 +39,7 @@ def make_entropies(folder: Path, tokens: Path, views: int) -> Path:
         values[:, 0] = np.nan
         write_entropies(folder / parquet_name(name), shards, part, values, entropy_model="made")
     files = [parquet_name(name) for name, _ in shards.shards()]
-    write_summary(folder, files, made_by={"tokens": shards.digest, "entropy_model": "made"})
+    write_summary(folder, files, made_by=MadeBy(shards.digest, "made"))
     return folder
 
 

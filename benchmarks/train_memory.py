@@ -25,7 +25,7 @@ from dpar_core.data.shards import TokenMeta, TokenSample, TokenShards, write_ind
 from dpar_core.files import atomic_folder
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.memory import RUNTIME, training_memory
-from dpar_core.patches.maps import RULE, pack_starts, write_rule, write_summary
+from dpar_core.patches.maps import RULE, MadeBy, pack_starts, write_rule, write_summary
 from dpar_core.patches.rule import PatchRule, patch_starts_numpy
 from dpar_core.training.parallel import Ranks
 from stages.params import load_params, settled
@@ -54,15 +54,14 @@ def make_data(folder: Path, images: int) -> None:
     write_index(folder / "tokens", meta, shards)
     rule = PatchRule("entropy_rows", GRID, 0.63, 4)
     with atomic_folder(folder / "maps") as place:
-        made_by = {"entropy_model": "e" * 16, "entropies": "e" * 16}
         for split in ("train", "validation"):
             held = TokenShards(folder / "tokens", split)
-            made_by["tokens"] = held.digest
             starts = [
                 pack_starts(patch_starts_numpy(random.random((2 * n, GRID**2), dtype=np.float32), rule), views=2)
                 for n in [min(10_000, len(held) - first) for first in range(0, len(held), 10_000)]
             ]
             np.save(place / f"{split}.starts.npy", np.concatenate(starts))
+        made_by = MadeBy(held.digest, "e" * 16, "e" * 16)
         write_rule(place / RULE, rule, made_by=made_by)
         write_summary(place, [RULE, "train.starts.npy", "validation.starts.npy"], made_by=made_by)
 

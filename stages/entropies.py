@@ -17,7 +17,7 @@ from dpar_core.data.shards import TokenShards
 from dpar_core.files import atomic_folder
 from dpar_core.models.gpt import GPT, entropies_of
 from dpar_core.models.load import read_trained
-from dpar_core.patches.maps import parquet_name, stated, write_entropies, write_summary
+from dpar_core.patches.maps import MadeBy, parquet_name, write_entropies, write_summary
 from stages import params as P
 from stages.tracker import Tracker
 from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, move_into_place, remove_leftovers, run_units
@@ -73,7 +73,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     )
     workers = params.entropies.workers
     facts: dict[str, Any] = {"precision": precision}
-    made_by = {"tokens": splits[0].digest, "entropy_model": digest, **stated(precision)}
+    made_by = MadeBy(splits[0].digest, digest, precision=precision)
     if precision != "fp32":
         facts["moved_share"] = build().moved_share(plan)
         tracker.log_metrics({f"entropy/{precision}_moved_share": facts["moved_share"]})
@@ -129,9 +129,9 @@ class ShardEntropies:
         total = float(known.sum(dtype=np.float64))
         finish_unit(self.work, unit.name, [unit.name], sum=total, count=known.size)
 
-    def made_by(self) -> dict[str, str]:
-        """Return what the folder of entropies says it was made with."""
-        return {"tokens": self.shards["train"].digest, "entropy_model": self.digest, **stated(self.settings.precision)}
+    def made_by(self) -> MadeBy:
+        """Return what the folder of entropies says it was made by."""
+        return MadeBy(self.shards["train"].digest, self.digest, precision=self.settings.precision)
 
     def moved_share(self, plan: Sequence[Unit]) -> float:
         """Return the share of tokens that are on the other side of a threshold than in fp32, on some images of some shards.
@@ -180,7 +180,7 @@ class ShardEntropies:
         return found.cpu().numpy()
 
 
-def publish(plan: Sequence[Unit], work: Path, entropies: Path, *, made_by: dict[str, str], facts: dict[str, Any]) -> float:
+def publish(plan: Sequence[Unit], work: Path, entropies: Path, *, made_by: MadeBy, facts: dict[str, Any]) -> float:
     """Put all finished files in place at once; return the mean entropy in nats."""
     records = [facts_of_unit(work, unit.name) for unit in plan]
     mean = sum(record["sum"] for record in records) / sum(record["count"] for record in records)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from dpar_core.files import Damaged, atomic_folder, atomic_path, atomic_write, s
 from dpar_core.patches.maps import (
     RULE,
     EntropyMaps,
+    MadeBy,
     join_starts,
     pack_starts,
     parquet_name,
@@ -90,8 +90,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     maps = {split: EntropyMaps(inputs.entropies, TokenShards(inputs.tokens, split)) for split in SPLITS}
     train = maps["train"]
     tracker.log_input("entropies", inputs.entropies, train.digest)
-    made_by = train.made_by()
-    rule = _kept_rule(work / RULE, train.entropy_model)
+    made_by = train.maps_made_by()
+    rule = _kept_rule(work / RULE, train.made_by.entropy_model)
     if rule is None:
         rule, measured_on = make_rule(params.patching, train)
         write_rule(work / RULE, rule, made_by=made_by, facts={"threshold_measured_on_maps": measured_on})
@@ -149,7 +149,7 @@ def make_rule(patching: P.Patching, maps: EntropyMaps) -> tuple[PatchRule, int]:
     return rule, len(sample.entropies)
 
 
-def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict[str, Any], tracker: Tracker) -> Histograms:
+def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: MadeBy, tracker: Tracker) -> Histograms:
     """Write the maps of a split into the work folder, as far as they are missing; return how long patches are."""
     parts = dict(maps.shards.shards())
     todo = [name for name in parts if finished_unit(work, name) is None]
@@ -171,7 +171,7 @@ def _make_maps(maps: EntropyMaps, rule: PatchRule, work: Path, made_by: dict[str
     return total
 
 
-def make_map(maps: EntropyMaps, name: str, part: slice, rule: PatchRule, work: Path, made_by: dict[str, Any]) -> None:
+def make_map(maps: EntropyMaps, name: str, part: slice, rule: PatchRule, work: Path, made_by: MadeBy) -> None:
     """Write the maps of one shard: lengths, boundaries as bits, and last how long its patches are."""
     starts = patch_starts_numpy(maps.shard(name), rule)
     write_lengths(work / parquet_name(name), maps.shards, part, starts, made_by=made_by)

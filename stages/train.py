@@ -100,9 +100,9 @@ def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: 
         **read,
         "tokenizer": shards.meta.tokenizer,
         "classes": list(shards.meta.classes),
-        "entropy_model": maps.entropy_model_digest,
+        "entropy_model": maps.made_by.entropy_model,
         "rule": vars(maps.rule),
-        **stated(maps.entropy_precision),
+        **stated(maps.made_by.precision),
     }
     publish(result, outputs, made_from, tracker)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,38 @@ def stated(precision: GatePrecision) -> dict[str, str]:
 
 
 def precision_in(record: Mapping[str, Any]) -> GatePrecision:
-    """Return the precision of the entropies that something was made with: of what `made_by`, or a model's meta, says."""
+    """Return the precision of the entropies that something was made with, as its `made_by` or a model's meta states it."""
     found: GatePrecision = record.get("entropy_precision", "fp32")
     return found
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """What entropies, patch lengths or a rule were made from, by digest: `made_by` in their files.
+
+    tokens: of the token shards.
+    entropy_model: of its weights.
+    entropies: of the stored entropies; None in the files of these themselves.
+    precision: of the entropy model's products.
+    """
+
+    tokens: str
+    entropy_model: str
+    entropies: str | None = None
+    precision: GatePrecision = "fp32"
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> MadeBy:
+        """Return the record that `to_json` gave. Raises KeyError, TypeError for what is none."""
+        made_by = cls(found["tokens"], found["entropy_model"], found.get("entropies"), precision_in(found))
+        if made_by.to_json() != found:
+            raise TypeError("names something else than what maps are made by")
+        return made_by
+
+    def to_json(self) -> dict[str, str]:
+        """Return the record as JSON data."""
+        entropies = {} if self.entropies is None else {"entropies": self.entropies}
+        return {"tokens": self.tokens, "entropy_model": self.entropy_model, **entropies, **stated(self.precision)}
 
 
 def parquet_name(shard_name: str) -> str:
@@ -76,11 +105,11 @@ def _check_order(table: pa.Table, keys: pa.Array, views: pa.Array, path: str, sh
 
 
 def _write(
-    path: Path, shards: TokenShards, part: slice, name: str, values: pa.Array, *, made_by: dict[str, Any], **encoding: Any
+    path: Path, shards: TokenShards, part: slice, name: str, values: pa.Array, *, made_by: MadeBy, **encoding: Any
 ) -> None:
     keys, views = _expected(shards, part)
     table = pa.table({"key": keys, "view": views, name: values})
-    metadata = {"dpar": json.dumps({"tokens": shards.digest, **made_by}, sort_keys=True)}
+    metadata = {"dpar": json.dumps(made_by.to_json(), sort_keys=True)}
     with atomic_path(path) as temporary:
         pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", **encoding)
 
@@ -103,11 +132,11 @@ def write_entropies(
     values = pa.FixedSizeListArray.from_arrays(flat, entropies.shape[1])
     # The bytes of floats compress when those of equal place stand together; dictionaries of floats do not pay.
     encoding = {"use_dictionary": ["key"], "use_byte_stream_split": ["entropies.list.element"]}
-    made_by = {"entropy_model": entropy_model, **stated(precision)}
+    made_by = MadeBy(shards.digest, entropy_model, precision=precision)
     _write(path, shards, part, "entropies", values, made_by=made_by, **encoding)
 
 
-def write_lengths(path: Path, shards: TokenShards, part: slice, starts: np.ndarray, *, made_by: dict[str, Any]) -> None:
+def write_lengths(path: Path, shards: TokenShards, part: slice, starts: np.ndarray, *, made_by: MadeBy) -> None:
     """Write the patch lengths of boundaries (samples * views, T) bool of the samples `part` of a shard."""
     lengths, counts = flat_lengths(starts)
     offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
@@ -115,14 +144,12 @@ def write_lengths(path: Path, shards: TokenShards, part: slice, starts: np.ndarr
     _write(path, shards, part, "lengths", values, made_by=made_by)
 
 
-def write_summary(
-    folder: Path, files: Iterable[str], *, made_by: dict[str, Any], facts: dict[str, Any] | None = None
-) -> str:
+def write_summary(folder: Path, files: Iterable[str], *, made_by: MadeBy, facts: dict[str, Any] | None = None) -> str:
     """Record the digests of a folder's files and of what made them; return the digest of the whole.
 
     facts: numbers about the content for readers, no part of its identity.
     """
-    content = {"made_by": made_by, "files": {name: sha256_file(folder / name) for name in sorted(files)}}
+    content = {"made_by": made_by.to_json(), "files": {name: sha256_file(folder / name) for name in sorted(files)}}
     digest = digest_of(content)
     whole = {**content, **({"facts": facts} if facts else {}), "digest": digest}
     write_json(folder / SUMMARY, {**whole, "seal": digest_of(whole)})
@@ -139,7 +166,7 @@ def read_summary(folder: Path | Folder, *, stage: str) -> dict[str, Any]:
         summary = json.loads(content)
         made_by, files = summary["made_by"], summary["files"]
         sound = digest_of({"made_by": made_by, "files": files}) == summary["digest"] and seal_holds(summary)
-        sound &= all(isinstance(one, str) for one in (made_by["tokens"], made_by["entropy_model"], *files.values()))
+        sound &= all(isinstance(one, str) for one in (*MadeBy.read(made_by).to_json().values(), *files.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
@@ -179,14 +206,12 @@ class EntropyMaps:
         self.folder, self.shards = self._source.address, shards
         self.summary = read_summary(self._source, stage="entropies")
         check_tokens(self.summary, shards, self._source, stage="entropies")
-        self.entropy_model: str = self.summary["made_by"]["entropy_model"]
-        self.precision = precision_in(self.summary["made_by"])
+        self.made_by = MadeBy.read(self.summary["made_by"])
         self.digest: str = self.summary["digest"]
 
-    def made_by(self) -> dict[str, str]:
-        """Return what patch maps made of these entropies are made with."""
-        digests = {"tokens": self.shards.digest, "entropies": self.digest, "entropy_model": self.entropy_model}
-        return {**digests, **stated(self.precision)}
+    def maps_made_by(self) -> MadeBy:
+        """Return what patch maps of these entropies are made by."""
+        return replace(self.made_by, entropies=self.digest)
 
     def shard(self, shard_name: str) -> np.ndarray:
         """Return the entropies of a shard: (samples * views, T) float32, in the order of the shard.
@@ -197,11 +222,11 @@ class EntropyMaps:
         name = parquet_name(shard_name)
         table = _read_parquet(self._source, name, self.summary, columns=["key", "view", "entropies"], stage="entropies")
         made_by = json.loads((table.schema.metadata or {}).get(b"dpar", b"{}"))
-        if made_by != self.summary["made_by"]:
+        if made_by != self.made_by.to_json():
             found, precision = made_by.get("entropy_model"), precision_in(made_by)
             raise ValueError(
                 f"entropies {name} were made with entropy model {found} in {precision} on tokens {made_by.get('tokens')}, "
-                f"this run has {self.entropy_model} in {self.precision} on {self.shards.digest}: "
+                f"this run has {self.made_by.entropy_model} in {self.made_by.precision} on {self.shards.digest}: "
                 "run `dvc repro -f entropies`"
             )
         part = next(part for found, part in self.shards.shards() if found == shard_name)
@@ -274,9 +299,9 @@ def rule_precision(path: Path) -> GatePrecision:
     return precision_in(read_record(path, way_out="run `dvc repro -f patch_maps`")["made_by"])
 
 
-def write_rule(path: Path, rule: PatchRule, *, made_by: dict[str, Any], facts: dict[str, Any] | None = None) -> None:
+def write_rule(path: Path, rule: PatchRule, *, made_by: MadeBy, facts: dict[str, Any] | None = None) -> None:
     """Write a rule, the digests of what it was made with, and what was found with it (facts), as a record with a digest."""
-    write_record(path, {"rule": asdict(rule), "made_by": made_by, **(facts or {})})
+    write_record(path, {"rule": asdict(rule), "made_by": made_by.to_json(), **(facts or {})})
 
 
 class PatchMaps:
@@ -295,11 +320,10 @@ class PatchMaps:
         self.summary = summary = read_summary(self._source, stage="patch_maps")
         check_tokens(summary, shards, self._source, stage="patch_maps")
         self.digest: str = summary["digest"]
-        self.entropy_model_digest: str = summary["made_by"]["entropy_model"]
-        self.entropy_precision = precision_in(summary["made_by"])
-        if entropy_model is not None and entropy_model != self.entropy_model_digest:
+        self.made_by = MadeBy.read(summary["made_by"])
+        if entropy_model is not None and entropy_model != self.made_by.entropy_model:
             raise ValueError(
-                f"patch maps in {self._source} were made with entropy model {self.entropy_model_digest}, this run has "
+                f"patch maps in {self._source} were made with entropy model {self.made_by.entropy_model}, this run has "
                 f"{entropy_model}: run `dvc repro patch_maps`"
             )
         name = starts_name(shards.split)

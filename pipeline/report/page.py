@@ -470,7 +470,7 @@ def digests(
         ("manifest", manifest.digest, "data"),
         ("tokenizer", shards.meta.tokenizer, "tokenizer"),
         ("token shards", shards.digest, "tokenize_images"),
-        ("entropy model", maps.entropy_model_digest, "entropy_model"),
+        ("entropy model", maps.made_by.entropy_model, "entropy_model"),
         ("patch maps", maps.digest, "patch_maps"),
         *((words, artifact_digest(inputs.models / MODELS[name]), makers[name]) for name, words in labels.items()),
         *(

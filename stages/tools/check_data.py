@@ -20,6 +20,7 @@ from dpar_core.files import sha256_file, write_json
 from dpar_core.patches.maps import (
     RULE,
     EntropyMaps,
+    MadeBy,
     join_starts,
     parquet_name,
     read_rule,
@@ -205,12 +206,12 @@ def _relations(
         yield from compare(tokens, "tokenizer", meta["tokenizer"], weights[paths.tokenizer], "tokenize_images")
     for stage, content in made.items():
         if content:
-            path, made_by = paths.root / stage / SUMMARY, content["made_by"]
-            yield from compare(path, "token shards", made_by["tokens"], summary["digest"] if summary else None, stage)
+            path, made_by = paths.root / stage / SUMMARY, MadeBy.read(content["made_by"])
+            yield from compare(path, "token shards", made_by.tokens, summary["digest"] if summary else None, stage)
             model = weights[paths.entropy_model]
-            yield from compare(path, "entropy model", made_by["entropy_model"], model, stage)
-            if stage == "patch_maps" and made.get("entropies"):
-                yield from compare(path, "entropies", made_by["entropies"], made["entropies"]["digest"], stage)
+            yield from compare(path, "entropy model", made_by.entropy_model, model, stage)
+            if made_by.entropies is not None and made.get("entropies"):
+                yield from compare(path, "entropies", made_by.entropies, made["entropies"]["digest"], stage)
 
 
 def _weights_digest(path: Path) -> str | None:
@@ -319,8 +320,7 @@ def _try_again(
 
 def _entropies(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
     make = entropies.ShardEntropies(paths.tokens, paths.entropy_model, params.entropies, work, device)
-    made_by = read_maps_summary(paths.entropies, stage="entropies")["made_by"]
-    if made_by != make.made_by():
+    if MadeBy.read(read_maps_summary(paths.entropies, stage="entropies")["made_by"]) != make.made_by():
         raise ValueError(
             f"{paths.entropies} was made with other tokens, another model or precision: run `dvc repro entropies`"
         )
@@ -331,10 +331,10 @@ def _entropies(paths: Artifacts, params: P.Params, broken: dict[str, Any], work:
 
 
 def _maps(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
-    made_by = read_maps_summary(paths.patch_maps, stage="patch_maps")["made_by"]
+    made_by = MadeBy.read(read_maps_summary(paths.patch_maps, stage="patch_maps")["made_by"])
     maps = {split: EntropyMaps(paths.entropies, TokenShards(paths.tokens, split)) for split in SPLITS}
     train = maps["train"]
-    if made_by != train.made_by():
+    if made_by != train.maps_made_by():
         raise ValueError(f"{paths.patch_maps} was made with other tokens or entropies: run `dvc repro patch_maps`")
     if RULE in broken:
         rule, measured_on = patch_maps.make_rule(params.patching, train)

@@ -109,7 +109,7 @@ def _add_patches(found: Inspection, shards: TokenShards, index: int, artifacts: 
     count = shards.meta.num_views
     first = (index - part.start) * count
     found.entropies = entropies.shard(shard)[first : first + count]
-    maps = PatchMaps(PATCH_MAPS.below(artifacts), shards, entropy_model=entropies.entropy_model)
+    maps = PatchMaps(PATCH_MAPS.below(artifacts), shards, entropy_model=entropies.made_by.entropy_model)
     found.lengths = maps.lengths(np.full(count, index), np.arange(count))
     found.threshold = maps.rule.threshold
 

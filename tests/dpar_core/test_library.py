@@ -14,7 +14,7 @@ import dpar_core
 from dpar_core import library
 from dpar_core.evaluation.features import DemoClassifier
 from dpar_core.files import load_weights, save_weights
-from dpar_core.patches.maps import write_rule
+from dpar_core.patches.maps import MadeBy, write_rule
 from stages import artifacts
 from tests.helpers.paths import ROOT
 from tests.helpers.sample_artifacts import CLASSES, GRID, write_artifacts
@@ -27,7 +27,7 @@ def project(tmp_path_factory):
     made = write_artifacts(folder)
     rule = json.loads(made.rule.read_text())["rule"]
     gate = load_weights(made.entropy_model, kind="gpt").digest
-    write_rule(made.rule, dpar_core.PatchRule(**rule), made_by={"entropy_model": gate})
+    write_rule(made.rule, dpar_core.PatchRule(**rule), made_by=MadeBy("0" * 16, gate))
     for source, name in zip((made.tokenizer, made.entropy_model, made.dpar, made.baseline, made.rule), library.RUN_FILES):
         target = folder / "artifacts" / library.RUN_FILES[name]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def test_a_rule_of_another_entropy_model_is_refused(project, tmp_path):
 
     copy = shutil.copytree(project / "artifacts", tmp_path / "artifacts")
     rule = json.loads((copy / library.RUN_FILES["rule"]).read_text())["rule"]
-    write_rule(copy / library.RUN_FILES["rule"], dpar_core.PatchRule(**rule), made_by={"entropy_model": "another"})
+    write_rule(copy / library.RUN_FILES["rule"], dpar_core.PatchRule(**rule), made_by=MadeBy("0" * 16, "another"))
     with pytest.raises(ValueError, match="dvc repro patch_maps"):
         dpar_core.load_run(copy, device="cpu")
 

@@ -208,12 +208,12 @@ def _read_maps(folder: Path) -> Any:
     from dpar_core.patches.maps import PatchMaps
 
     maps = PatchMaps(folder / "maps", TokenShards(folder / "tokens", "train"))
-    return [maps.starts(np.arange(6), np.zeros(6, int)), asdict(maps.rule), maps.entropy_model_digest]
+    return [maps.starts(np.arange(6), np.zeros(6, int)), asdict(maps.rule), maps.made_by.entropy_model]
 
 
 def _entropies(folder: Path) -> None:
     from dpar_core.data.shards import TokenShards
-    from dpar_core.patches.maps import parquet_name, write_entropies, write_summary
+    from dpar_core.patches.maps import MadeBy, parquet_name, write_entropies, write_summary
 
     _tokens(folder)
     shards, files = TokenShards(folder / "tokens", "train"), []
@@ -222,8 +222,7 @@ def _entropies(folder: Path) -> None:
         values = np.random.default_rng(3).random((2 * (part.stop - part.start), shards.meta.tokens)).astype(np.float32)
         files.append(parquet_name(name))
         write_entropies(folder / "entropies" / files[-1], shards, part, values, entropy_model="e" * 16)
-    made_by = {"tokens": shards.digest, "entropy_model": "e" * 16}
-    write_summary(folder / "entropies", files, made_by=made_by)
+    write_summary(folder / "entropies", files, made_by=MadeBy(shards.digest, "e" * 16))
 
 
 def _read_entropies(folder: Path) -> Any:
@@ -252,10 +251,10 @@ def _read_manifest(folder: Path) -> Any:
 
 
 def _rule(folder: Path) -> None:
-    from dpar_core.patches.maps import write_rule
+    from dpar_core.patches.maps import MadeBy, write_rule
     from dpar_core.patches.rule import PatchRule
 
-    write_rule(folder / "rule.json", PatchRule("entropy_rows", 4, 1.8, 4), made_by={"entropy_model": "e" * 16})
+    write_rule(folder / "rule.json", PatchRule("entropy_rows", 4, 1.8, 4), made_by=MadeBy("0" * 16, "e" * 16))
 
 
 def _read_rule(folder: Path) -> Any:

@@ -135,7 +135,7 @@ def write_artifacts(root: Path, params: Params, *, ratio: float = 1.04, snapshot
     write_curves(made / "entropy_model", [(50, 2.7), (100, 2.6)], seconds=3.0)
     run_stage("entropies", root, params)
     run_stage("patch_maps", root, params)
-    assert PatchMaps(made / "patch_maps", shards).entropy_model_digest
+    assert PatchMaps(made / "patch_maps", shards).made_by.entropy_model
     classes = len(shards.meta.classes)
     dpar = DPARConfig(CODES, GRID, 32, 2, 1, 1, 1, classes, 32)
     baseline = GPTConfig(CODES, GRID, 32, 2, 3, ffn_multiple=32, num_classes=classes)

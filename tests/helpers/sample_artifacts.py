@@ -11,7 +11,7 @@ from dpar_core.files import load_weights, save_weights
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.models.vq import VQ, VQConfig
-from dpar_core.patches.maps import write_rule
+from dpar_core.patches.maps import MadeBy, write_rule
 from dpar_core.patches.rule import PatchRule
 from stages import params as P
 from stages.shared.sampler import Files
@@ -58,7 +58,7 @@ def write_artifacts(folder: Path, *, gate_trained_on: str | None = None, dpar_me
     baseline = GPTConfig(CODES, GRID, 32, 2, 3, ffn_multiple=32, num_classes=CLASSES)
     dpar = DPAR(DPARConfig(CODES, GRID, 32, 2, 1, 1, 1, CLASSES, 32))
     gate_file = save("gate.safetensors", gate, "gpt", 2, {"tokenizer": gate_trained_on or tokenizer})
-    made_by = {"entropy_model": load_weights(gate_file, kind="gpt").digest}
+    made_by = MadeBy("0" * 16, load_weights(gate_file, kind="gpt").digest)
     write_rule(folder / "rule.json", PatchRule("entropy_rows", GRID, 1.8, 4), made_by=made_by)
     return Artifacts(
         folder / "tokenizer.safetensors",

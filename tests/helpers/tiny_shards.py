@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from dpar_core.data.shards import TokenMeta, TokenSample, TokenShards, write_index, write_shard
 from dpar_core.files import atomic_folder
-from dpar_core.patches.maps import RULE, pack_starts, write_rule, write_summary
+from dpar_core.patches.maps import RULE, MadeBy, pack_starts, write_rule, write_summary
 from dpar_core.patches.rule import PatchRule, patch_starts_numpy
 from stages.params import Params, parse_params
 from tests.helpers.paths import ROOT
@@ -45,14 +45,13 @@ def write_maps(folder: Path, tokens: Path) -> Path:
     rule = PatchRule("entropy_rows", GRID, 0.5, 4)
     random = np.random.default_rng(12)
     with atomic_folder(folder) as place:
-        made_by = {"entropy_model": ENTROPY_MODEL, "entropies": "e" * 16}
         files = [RULE]
         for split in ("train", "validation"):
             shards = TokenShards(tokens, split)
-            made_by["tokens"] = shards.digest
             starts = patch_starts_numpy(random.random((2 * len(shards), GRID**2)).astype(np.float32), rule)
             np.save(place / f"{split}.starts.npy", pack_starts(starts, views=2))
             files.append(f"{split}.starts.npy")
+        made_by = MadeBy(shards.digest, ENTROPY_MODEL, "e" * 16)
         write_rule(place / RULE, rule, made_by=made_by)
         write_summary(place, files, made_by=made_by)
     return folder

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dpar_core.evaluation.sample_files import read_samples
-from dpar_core.patches.maps import stated, write_rule
+from dpar_core.patches.maps import MadeBy, stated, write_rule
 from dpar_core.patches.rule import PatchRule
 from stages import sample as stage
 from stages.shared.sampler import Files, Sampler
@@ -180,7 +180,7 @@ def test_an_edited_rule_is_refused_and_so_is_one_of_another_entropy_model(tmp_pa
     made.rule.write_text(text.replace("1.8", "1.7"))
     with pytest.raises(ValueError, match=r"rule\.json is damaged or was edited .* run `dvc repro -f patch_maps`"):
         Sampler(made.dpar_files, sample_section(), device="cpu")
-    write_rule(made.rule, PatchRule("entropy_rows", 4, 1.8, 4), made_by={"entropy_model": "0" * 16})
+    write_rule(made.rule, PatchRule("entropy_rows", 4, 1.8, 4), made_by=MadeBy("0" * 16, "0" * 16))
     with pytest.raises(ValueError, match=r"with entropy model 0{16}, but this run has .* run `dvc repro patch_maps`"):
         Sampler(made.dpar_files, sample_section(), device="cpu")
 
@@ -189,8 +189,8 @@ def test_an_edited_rule_is_refused_and_so_is_one_of_another_entropy_model(tmp_pa
 def test_the_gate_has_the_precision_of_the_entropies_that_dpar_was_trained_on(tmp_path, trained_on):
     rule = PatchRule("entropy_rows", GRID, 1.8, 4)
     made = write_artifacts(tmp_path, dpar_meta={"rule": asdict(rule), **stated(trained_on)})
-    made_by = json.loads(made.rule.read_text())["made_by"]
-    write_rule(made.rule, rule, made_by={**made_by, **stated("fp16")})
+    made_by = MadeBy.read(json.loads(made.rule.read_text())["made_by"])
+    write_rule(made.rule, rule, made_by=replace(made_by, precision="fp16"))
     if trained_on == "fp16":
         sampler = Sampler(made.dpar_files, sample_section(), device="cpu")
         assert sampler.generator.gate_dtype == torch.float16 and sampler.generator.dtype == torch.float32

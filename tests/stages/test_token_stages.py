@@ -14,7 +14,7 @@ import torch
 from dpar_core.data.shards import TokenShards
 from dpar_core.files import save_weights
 from dpar_core.models.gpt import entropies_of
-from dpar_core.patches.maps import EntropyMaps, PatchMaps, rule_precision, write_summary
+from dpar_core.patches.maps import EntropyMaps, MadeBy, PatchMaps, rule_precision, write_summary
 from dpar_core.patches.rule import PatchRule, starts_from_lengths
 from stages import entropies, patch_maps, tokenize_images
 from stages.tracker import NullTracker
@@ -35,7 +35,7 @@ def test_entropies_are_those_of_each_view_alone(project):
     for split in ("train", "validation"):
         shards = TokenShards(project.root / "tokens", split)
         maps = EntropyMaps(project.root / "entropies", shards)
-        assert maps.entropy_model == digest
+        assert maps.made_by.entropy_model == digest
         found = maps.all()
         assert found.dtype == np.float32 and np.isnan(found[:, 0]).all()
         for index in range(len(shards)):
@@ -70,7 +70,7 @@ def test_entropies_of_a_lower_precision_say_so_and_how_many_tokens_change_sides(
     assert 0 < summary["facts"]["moved_share"] < 0.2
     assert [rule_precision(one.root / "patch_maps" / "rule.json") for one in (other, project)] == ["fp16", "fp32"]
     shards = TokenShards(project.root / "tokens", "train")
-    assert PatchMaps(other.root / "patch_maps", shards).entropy_precision == "fp16"
+    assert PatchMaps(other.root / "patch_maps", shards).made_by.precision == "fp16"
     mine, exact = (EntropyMaps(one.root / "entropies", shards).all()[:, 1:] for one in (other, project))
     assert 0 < np.abs(mine - exact).max() < 0.01
     name = "train-000001.parquet"
@@ -233,7 +233,7 @@ def test_shards_of_another_tokenizer_are_refused(project, tmp_path):
 def sign_again(folder):
     """Give a folder's summary the digests of its files as they are now."""
     summary = json.loads((folder / "summary.json").read_text())
-    write_summary(folder, summary["files"], made_by=summary["made_by"])
+    write_summary(folder, summary["files"], made_by=MadeBy.read(summary["made_by"]))
 
 
 def test_maps_of_another_entropy_model_are_refused(project, tmp_path):
@@ -330,3 +330,19 @@ def test_who_computes_is_no_part_of_what_is_computed():
             chosen = {field: getattr(params, field) for field in module.Params.__dataclass_fields__}
             found.append(module.identity(module.Params(**chosen)))
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("made_by", "stored"),
+    [
+        (MadeBy("t", "m"), {"tokens": "t", "entropy_model": "m"}),
+        (
+            MadeBy("t", "m", "e", "fp16"),
+            {"tokens": "t", "entropy_model": "m", "entropies": "e", "entropy_precision": "fp16"},
+        ),
+    ],
+)
+def test_what_maps_are_made_by_is_stored_as_it_always_was(made_by, stored):
+    assert made_by.to_json() == stored and MadeBy.read(stored) == made_by
+    with pytest.raises(TypeError):
+        MadeBy.read({**stored, "manifest": "x"})

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dpar_core.files import load_weights, read_weights_header, save_weights
-from dpar_core.patches.maps import write_rule
+from dpar_core.patches.maps import MadeBy, write_rule
 from dpar_core.patches.rule import PatchRule
 from pipeline.report.overlay import Patcher, draw_patches, middle_square
 from stages import artifacts as catalog
@@ -29,7 +29,7 @@ def made(tmp_path_factory):
     gate = load_weights(folder / ENTROPY_MODEL, kind="gpt")
     rule = {"mode": "entropy_rows", "row_width": 4, "threshold": 1.8, "max_patch_length": 4, "static_length": 2}
     (folder / RULE).parent.mkdir()
-    write_rule(folder / RULE, PatchRule(**rule), made_by={"entropy_model": gate.digest})
+    write_rule(folder / RULE, PatchRule(**rule), made_by=MadeBy("0" * 16, gate.digest))
     return folder
 
 

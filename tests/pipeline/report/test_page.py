@@ -17,7 +17,7 @@ from dpar_core.evaluation.sample_files import read_samples
 from dpar_core.files import load_weights
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.patches.layout import PatchLayout
-from dpar_core.patches.maps import PatchMaps, write_summary
+from dpar_core.patches.maps import MadeBy, PatchMaps, write_summary
 from dpar_core.turns import Turns
 from pipeline.presets.published import PUBLISHED
 from pipeline.report import page as report
@@ -271,7 +271,8 @@ def test_a_static_rule_and_a_decoder_gate_are_shown_as_what_they_are(inputs, par
     rule = {"mode": "static", "row_width": 4, "threshold": None, "max_patch_length": None, "static_length": 2}
     edit_json(inputs.patch_maps / "rule.json", rule=rule)
     summary = json.loads((inputs.patch_maps / "summary.json").read_text())
-    write_summary(inputs.patch_maps, summary["files"], made_by=summary["made_by"], facts=summary.get("facts"))
+    made_by = MadeBy.read(summary["made_by"])
+    write_summary(inputs.patch_maps, summary["files"], made_by=made_by, facts=summary.get("facts"))
     edit_json(inputs.samples / "dpar" / "samples.json", gate="decoder", cfg_scale=1.0)
     text = Page(render(inputs, tmp_path / "r", params)).text
     assert "patches are cut by rule (static)" in text and "threshold" not in text.split("What it costs")[0]
