@@ -151,17 +151,25 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
 
 
 def _end_with_dvc(root: Path) -> None:
-    """Let this process stop, as on SIGTERM, once the `dvc repro` that started it is gone: nobody would take its result."""
+    """Let this process stop, as on SIGTERM, once the `dvc repro` that started it, or the `dpar-cli run` above it, is gone.
+
+    Nobody would take its result.
+    """
     dvc = pass_identity(root)[2]
+    if dvc.pid == os.getpid():
+        return
+    above = dvc.parent()
+    watched = {"dvc repro": dvc}
+    if above is not None and any(Path(word).name == "dpar-cli" for word in above.cmdline()):
+        watched["dpar-cli run"] = above
 
     def watch() -> None:
-        while lives(dvc):
+        while not (gone := [name for name, process in watched.items() if not lives(process)]):
             time.sleep(_WATCH_SECONDS)
-        note(f"dvc (process {dvc.pid}) is gone: its stage stops as well")
+        note(f"{gone[0]} (process {watched[gone[0]].pid}) is gone: its stage stops as well")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if dvc.pid != os.getpid():
-        threading.Thread(target=watch, name="dvc", daemon=True).start()
+    threading.Thread(target=watch, name="dvc", daemon=True).start()
 
 
 def _print_precisions(params: Any, device: str) -> None:

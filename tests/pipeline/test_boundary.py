@@ -1,5 +1,6 @@
 """No traceback above dpar-cli: a sentence, an exit status, and the details in a file."""
 
+import contextlib
 import errno
 import json
 import os
@@ -250,21 +251,36 @@ def test_what_a_kill_left_half_published_is_removed_by_the_next_start(tmp_path, 
     assert [path.name for path in (tmp_path / "artifacts").rglob("*.tmp")] == ["keep.tmp"]
 
 
-def test_a_stage_stops_when_its_dvc_is_gone(tmp_path, monkeypatch, capfd):
+STARTS_DVC = """
+import subprocess, sys
+dvc = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(dvc.pid, flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("killed", ["dvc repro", "dpar-cli run"])
+def test_a_stage_stops_when_its_dvc_or_what_started_that_is_gone(tmp_path, monkeypatch, capfd, killed):
     import psutil
 
     from pipeline import runner
 
-    dvc = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    stopped = threading.Event()
+    above = subprocess.Popen(
+        [sys.executable, "-c", STARTS_DVC, "/bin/dpar-cli"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    dvc, stopped = psutil.Process(int(above.stdout.readline())), threading.Event()
+    kill = os.kill
     monkeypatch.setattr(runner, "_WATCH_SECONDS", 0.02)
-    monkeypatch.setattr(runner, "pass_identity", lambda _: ("a run", "at noon", psutil.Process(dvc.pid)))
+    monkeypatch.setattr(runner, "pass_identity", lambda _: ("a run", "at noon", dvc))
     monkeypatch.setattr(os, "kill", lambda *what: what == (os.getpid(), signal.SIGTERM) and stopped.set())
     runner._end_with_dvc(tmp_path)
     assert not stopped.wait(0.1)
-    dvc.stdin.close()
-    assert stopped.wait(30) and f"dvc (process {dvc.pid}) is gone" in capfd.readouterr().err
-    dvc.wait()
+    kill(dvc.pid if killed == "dvc repro" else above.pid, signal.SIGKILL)
+    assert stopped.wait(30) and f"{killed} (process" in capfd.readouterr().err
+    for process in (above, dvc):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            kill(process.pid, signal.SIGKILL)
+    above.communicate()
 
 
 def test_a_pipeline_of_somebody_else_is_not_run(tmp_path):
