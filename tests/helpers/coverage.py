@@ -13,7 +13,7 @@ def shares(found: dict) -> dict[str, float]:
         package = Path(name).parts[0]
         reached[package] += len(one["executed_lines"])
         lines[package] += len(one["executed_lines"]) + len(one["missing_lines"])
-    return {package: reached[package] / count for package, count in lines.items()}
+    return {package: reached[package] / count for package, count in sorted(lines.items())}
 
 
 if __name__ == "__main__":
