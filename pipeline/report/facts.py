@@ -27,7 +27,7 @@ from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.training.order import fixed_subset
 from pipeline.report.speeds import Speed, Speeds, read_speeds
-from pipeline.report.verdicts import Comparison, Contest, judge_losses, judge_scores, too_little_training
+from pipeline.report.verdicts import Comparison, Contest, judge_losses, judge_scores, nothing_learned, too_little_training
 from stages import artifacts
 from stages.artifacts import CURVE, METRICS, MODELS_FOLDER, SAMPLE_PROTOCOL, TIMINGS, WEIGHTS, maker_of
 
@@ -274,16 +274,18 @@ def equal_time(trainings: dict[str, TrainingFacts], models: Path, training: Spee
 
 
 def contests(
-    losses: dict[str, np.ndarray], scores: Path, times: EqualTime, training: Speed, *, seen: int, images: int
+    losses: dict[str, np.ndarray], scores: Path, times: EqualTime, training: Speed, *, seen: int, images: int, chance: float
 ) -> tuple[Contest, Contest]:
     """Compare DPAR with its baseline at equal steps and at equal training time.
 
     losses: by model (see held_out_losses).
     seen: images in all training batches.
     images: in the training set.
+    chance: loss of a model that knows nothing, ln V nats per token.
     """
     found = {name: scores_of(scores, name) for name in MODELS}
     short = too_little_training(steps=times.steps, seen=seen, images=images)
+    short = short or nothing_learned(float(losses["dpar"].mean()), float(losses["llamagen"].mean()), chance)
 
     def rows(baseline: str) -> tuple[Comparison, ...]:
         loss = judge_losses("validation loss", losses["dpar"], losses[baseline])

@@ -132,7 +132,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     labels = model_labels(inputs.models)
     losses = {name: held_out_losses(inputs.models / file, held_out, maps, device=device) for name, file in MODELS.items()}
     seen = trainings["dpar"].steps * params.train.batch_size
-    rounds = contests(losses, inputs.scores, times, speeds.training, seen=seen, images=len(train))
+    chance = math.log(train.meta.codebook_size)
+    rounds = contests(losses, inputs.scores, times, speeds.training, seen=seen, images=len(train), chance=chance)
     entropies = EntropyMaps(inputs.entropies, held_out)
     shown = examples(
         manifest, inputs.tokenizer / Path(TOKENIZER.name).name, held_out, entropies, maps, count=params.report.examples

@@ -135,6 +135,20 @@ def too_little_training(*, steps: int, seen: int, images: int) -> tuple[str, ...
     return ()
 
 
+def nothing_learned(dpar: float, baseline: float, chance: float) -> tuple[str, ...]:
+    """Return why two models that are both worse on held-out images than a uniform guess are not compared.
+
+    dpar, baseline: validation losses in nats per token.
+    chance: ln V, the loss of a uniform guess.
+    """
+    if min(dpar, baseline) < chance:
+        return ()
+    return (
+        f"the validation losses of both models ({dpar:.2f} and {baseline:.2f} nats per token) are above the {chance:.2f} of "
+        "a uniform guess: they memorised the training images, or learned nothing",
+    )
+
+
 def judge(
     words: str, better: Literal["lower", "higher"], dpar: Estimate, baseline: Estimate, *, doubt: str = ""
 ) -> Comparison:

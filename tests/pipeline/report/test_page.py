@@ -158,9 +158,17 @@ def test_the_page_holds_no_path_and_no_place_left_empty(page, made):
 
 
 def judged(inputs, folder, params):
-    """Render the page; return its text, its headline and headline.json."""
-    page = render(inputs, folder, params)
+    """Render the page as if its random weights knew something; return its text, its headline and headline.json."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.report.facts.nothing_learned", lambda *_: ())
+        page = render(inputs, folder, params)
     return Page(page).text, re.search(r"<h1>(.*?)</h1>", page).group(1), json.loads((folder / "headline.json").read_text())
+
+
+def test_random_weights_are_worse_than_a_guess_and_get_no_verdict(page):
+    text = Page(page).text
+    assert "<h1>No verdict at equal steps and at equal training time.</h1>" in page
+    assert "The validation losses of both models (" in text and "are above the 2.77 of a uniform guess" in text
 
 
 def test_the_verdict_is_the_headline(inputs, params, tmp_path):

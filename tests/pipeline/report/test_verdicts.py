@@ -12,6 +12,7 @@ from pipeline.report.verdicts import (
     judge_losses,
     judge_scores,
     listed,
+    nothing_learned,
     score_columns,
     together,
     too_few_images,
@@ -116,6 +117,12 @@ def test_too_little_training_is_no_ground_for_a_verdict():
         "training saw 3,200 images, less than one epoch of 4,500",
     )
     assert too_little_training(steps=480, seen=15360, images=2250) == ()
+
+
+def test_models_that_are_both_worse_than_a_guess_are_not_compared():
+    (why,) = nothing_learned(8.38, 6.65, 6.24)
+    assert why.startswith("the validation losses of both models (8.38 and 6.65 nats per token) are above the 6.24 of a")
+    assert nothing_learned(8.38, 6.2, 6.24) == nothing_learned(3.1, 3.5, 6.24) == ()
 
 
 def test_both_verdicts_make_one_headline():
