@@ -31,6 +31,7 @@ from tests.faults.processes import run_stage, wait_for_orphans
 from tests.faults.project import World, contents, hurry, params, timed, walk
 
 STAGE, STEP_SECONDS, LOG_EVERY = "train_dpar", 1.0, 5
+LONGEST = 90.0  # seconds from one fault to the next
 NEEDED = ("sources", "data", "tokenizer", "tokenize_images", "entropy_model", "entropies", "patch_maps")
 
 
@@ -69,7 +70,7 @@ class Away(threading.Thread):
 
 def disturbed(root: Path, dice: random.Random, log: Counter[str]) -> int | None:
     """Train until a fault or the end; return the exit status."""
-    moment = dice.uniform(30, 90)
+    moment = dice.uniform(30, LONGEST)
     kind = dice.choice(["kill", "term", "int", "kill the child", "ENOSPC", "EIO", "damage"])
     injection, timers = Injection(), []
     if kind in ("ENOSPC", "EIO"):
@@ -79,11 +80,11 @@ def disturbed(root: Path, dice: random.Random, log: Counter[str]) -> int | None:
         def send() -> None:
             with contextlib.suppress(psutil.Error, ProcessLookupError, IndexError):
                 target = process.children()[-1] if kind == "kill the child" else process
-                os.kill(target.pid, SIGNALS["kill" if kind in ("kill the child", "damage") else kind])
+                os.kill(target.pid, SIGNALS.get(kind, SIGNALS["kill"]))
 
-        if not injection.what:
-            timers.append(threading.Timer(moment, send))
-            timers[0].start()
+        # An error of the disk may be one that training survives: then it is killed after LONGEST.
+        timers.append(threading.Timer(LONGEST if injection.what else moment, send))
+        timers[0].start()
 
     environment = {"FAULTS_MLFLOW": "1"}
     ended = run_stage(STAGE, root, injection, environment=environment, prepare=slow, during=during, patience=1e9)
