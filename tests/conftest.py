@@ -3,10 +3,14 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 from tests.helpers.paths import ROOT
 
 LONGEST = ("test_smoke.py", "test_fit.py", "test_training_stages.py", "test_faults.py")
+
+settings.register_profile("dpar", deadline=None)  # another process on the machine is no fault of what is tested
+settings.load_profile("dpar")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,7 +46,7 @@ def units(lines):
 CASES = st.integers(2, 5).flatmap(lambda g: st.tuples(st.just(g), st.sets(st.integers(1, g * g - 1))))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(CASES)
 def test_borders_run_exactly_between_tokens_of_different_patches(case):
     width, cuts = case

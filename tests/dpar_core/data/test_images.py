@@ -214,7 +214,7 @@ def test_what_holds_no_usable_image_is_a_bad_image(content, reason):
         decode_image(content)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     place=st.integers(0, 10**9),
     value=st.integers(0, 255),
@@ -249,7 +249,7 @@ def slow_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(height=st.integers(1, 150), width=st.integers(1, 150), size=st.sampled_from([1, 8, 16, 17, 32]))
 def test_the_centre_crop_is_adms(height, width, size):
     image = picture(height, width)

@@ -65,7 +65,7 @@ def test_every_view_of_every_sample_is_read_as_written(tmp_path):
         assert shards.find("nobody") is None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(picks=st.lists(st.tuples(st.integers(0, 8), st.integers(0, VIEWS - 1)), max_size=12))
 def test_random_access_equals_walking_the_tar(folder_of_two_shards, picks):
     shards = TokenShards(folder_of_two_shards, "train")

@@ -40,7 +40,7 @@ def test_neighbours_in_the_order_are_independent_of_neighbours_on_disk():
     assert abs(np.corrcoef(np.arange(5000), indices)[0, 1]) < 0.06
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     images=st.integers(1, 40),
     views=st.integers(1, 5),
