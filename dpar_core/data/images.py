@@ -26,6 +26,18 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF"
 ENDINGS = frozenset(
     (".avif", ".bmp", ".dib", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+_OTHER_FORMATS = {  # by their first bytes, in ISO media after a length of four bytes
+    b"ftyphei": "HEIC",
+    b"ftyphev": "HEIC",
+    b"ftypmif": "HEIF",
+    b"8BPS": "Photoshop",
+    b"v/1\x01": "OpenEXR",
+    b"\xff\x0a": "JPEG XL",
+    b"JXL ": "JPEG XL",
+    b"II\xbc\x01": "JPEG XR",
+    b"%PDF": "PDF",
+    b"<svg": "SVG",
+}
 LARGEST_FILE = 1 << 29  # bytes; a longer file is not a photograph
 
 
@@ -57,8 +69,8 @@ def decode_image(content: bytes) -> np.ndarray:
     """Decode a file to RGB, the one way in which pixels come in here: for training, scoring and pictures alike.
 
     EXIF rotation is applied, other colour modes are converted, alpha is laid over white, of an animation the first frame
-    is taken. Of 16 bits the upper eight are kept, grey and colour alike. Float pixels are read as 0..1 where none is larger
-    than 1, else as 0..255; integers of 32 bits have no such range and are refused.
+    is taken. Of 10 to 16 bits the upper eight are kept, grey and colour alike. Float pixels are read as 0..1 where none is
+    larger than 1, else as 0..255; integers of 32 bits or with a sign have no such range and are refused.
 
     Safe to call from many threads. Returns (height, width, 3) uint8. Raises BadImage for anything that is not a whole
     image of at most MOST_PIXELS pixels in one of FORMATS.
@@ -73,14 +85,14 @@ def decode_image(content: bytes) -> np.ndarray:
                 raise BadImage(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
             if "transparency" in image.info and any(tile[3] == "RGB;16B" for tile in image.tile):
                 return np.array(_to_rgb(_clear_16_bit_colour(image, content)))
+            _scale_clear_grey(image)
+            bits, zero_is_white = _grey_of_tiff(image) if image.format == "TIFF" else (16, False)
             image.load()
-            if image.mode == "I" and image.format == "TIFF":
-                raise BadImage("integer pixels of 32 bits, whose range nobody states: store 8 or 16 bits")
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.array(_to_rgb(ImageOps.exif_transpose(image), bits=bits, zero_is_white=zero_is_white))
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"not an image (begins with {content[:8]!r})") from None
+        raise BadImage(_unknown(content)) from None
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large: {error}") from None
     except Exception as error:  # Pillow's plug-ins raise anything on damaged files: struct.error, SyntaxError, KeyError ...
@@ -104,6 +116,38 @@ def looks_like_image(head: bytes) -> bool:
     return head[4:12] in (b"ftypavif", b"ftypavis") or (head[:2] == b"BM" and head[6:10] == b"\0\0\0\0")
 
 
+def _unknown(content: bytes) -> str:
+    """Return what a file is whose pixels nobody here can read, in a few words."""
+    head = content[:16]
+    for start, name in _OTHER_FORMATS.items():
+        if head.startswith(start) or head[4:].startswith(start):
+            return f"{name}, a format that is not read here: store it as PNG or JPEG"
+    if looks_like_image(head):
+        return "damaged, or pixels of a kind that is not read here: store them as 8 or 16 bits per channel"
+    return f"not an image (begins with {content[:8]!r})"
+
+
+def _scale_clear_grey(image: Image.Image) -> None:
+    """Scale the transparent grey of a PNG of 2 or 4 bits as Pillow scales its pixels, so that they can be compared."""
+    step = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args)) if image.format == "PNG" and image.tile else None
+    if step and isinstance(image.info.get("transparency"), int):
+        image.info["transparency"] *= step
+
+
+def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:
+    """Return the bits of a TIFF's samples and whether 0 is white, both of which Pillow heeds up to eight bits alone.
+
+    Raises BadImage for integers whose range nobody states.
+    """
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
+    if image.mode == "I" and bits[0] == 32:
+        raise BadImage("integer pixels of 32 bits, whose range nobody states: store 8 or 16 bits")
+    if 2 in kinds:
+        raise BadImage("signed integer pixels, whose range nobody states: store 8 or 16 bits without a sign")
+    return max(bits[0], 8), tags.get(262) == 0
+
+
 def _clear_16_bit_colour(image: Image.Image, content: bytes) -> Image.Image:
     """Return a PNG with one transparent colour of 3 x 16 bits as RGBA: Pillow keeps 8 bits, too few to compare."""
     with Image.open(io.BytesIO(content), formats=("PNG",)) as low:
@@ -114,7 +158,8 @@ def _clear_16_bit_colour(image: Image.Image, content: bytes) -> Image.Image:
     return Image.fromarray(np.dstack([halves[0], 255 * opaque]).astype(np.uint8))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, *, bits: int = 16, zero_is_white: bool = False) -> Image.Image:
+    """bits, zero_is_white: of grey pixels of more than eight bits."""
     if image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         if not (values >= 0).all() or values.max() > 255:  # NaN is refused as well
@@ -122,7 +167,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((values * (255.0 if values.max() <= 1.0 else 1.0)).round().astype(np.uint8))
     elif image.mode == "I" or image.mode.startswith("I;16"):
         values, clear = np.asarray(image).astype(np.int64), image.info.get("transparency")
-        image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+        grey = values.clip(0, 2**bits - 1) >> bits - 8
+        image = Image.fromarray((255 - grey if zero_is_white else grey).astype(np.uint8))
         if clear is not None:
             image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

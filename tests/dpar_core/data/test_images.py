@@ -149,6 +149,37 @@ def test_float_pixels_are_read_by_their_range_and_integers_without_one_refused()
         decode_image(encoded(Image.fromarray(np.array([[3, 200]], np.int32)), "TIFF"))
 
 
+def png_of_bits(bits: int, row: bytes, clear: int) -> bytes:
+    """A grey PNG of one row with a transparent grey, of which Pillow writes no other than 8 and 16 bits."""
+    head = struct.pack(">IIBBBBB", 8 * len(row) // bits, 1, bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"tRNS", struct.pack(">H", clear)), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*part) for part in parts)
+
+
+def tiff_of(bits: int, content: bytes, *, zero_is_white: bool = False, signed: bool = False) -> bytes:
+    """A grey TIFF of one row of two pixels, of kinds that Pillow reads and does not write."""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: int(not zero_is_white), 273: 8 + 2 + 12 * 10 + 4, 277: 1, 278: 1}
+    tags |= {279: len(content), 339: 2 if signed else 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0\0\0\0" + content
+
+
+def test_a_transparent_grey_of_two_or_four_bits_becomes_white():
+    assert decode_image(png_of_bits(2, b"\x1b", clear=1))[0, :, 0].tolist() == [0, 255, 170, 255]
+    assert decode_image(png_of_bits(4, b"\x3c", clear=3))[0, :, 0].tolist() == [255, 204]
+
+
+def test_grey_tiffs_of_over_eight_bits_are_scaled_by_their_bits_whichever_end_is_white():
+    assert decode_image(tiff_of(12, b"\xff\xf8\x00"))[0, :, 0].tolist() == [255, 128]
+    wide = struct.pack("<HH", 0x0000, 0x8000)
+    assert decode_image(tiff_of(16, wide))[0, :, 0].tolist() == [0, 128]
+    assert decode_image(tiff_of(16, wide, zero_is_white=True))[0, :, 0].tolist() == [255, 127]
+    assert decode_image(tiff_of(8, b"\0\x80", zero_is_white=True))[0, :, 0].tolist() == [255, 127]
+    for bits in (8, 16):
+        with pytest.raises(BadImage, match="signed integer pixels"):
+            decode_image(tiff_of(bits, b"\0" * (bits // 4), signed=True))
+
+
 def test_a_format_that_this_pillow_lacks_keeps_no_other_from_being_read(monkeypatch):
     images._formats.cache_clear()
     monkeypatch.setattr(images, "FORMATS", ("NO_SUCH_FORMAT", *images.FORMATS))
@@ -199,14 +230,15 @@ def bomb(width: int, height: int) -> bytes:
     [
         (b"", "the file is empty"),
         (b"<html><body>404</body></html>", "not an image"),
-        (b"\xff\xd8\xff\xe0", "not an image"),
+        (b"\xff\xd8\xff\xe0", "^damaged"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "^HEIC, a format that is not read here"),
         (encoded(Image.fromarray(picture(40, 40)), "JPEG")[:500], "damaged|not an image"),
         (encoded(Image.fromarray(picture(40, 40)))[:-500], "damaged"),
         (bomb(30_000, 30_000), "more than|too large"),
         (bomb(10_000, 10_000), "more than"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "not an image"),
     ],
-    ids=["empty", "html", "four bytes", "cut jpeg", "cut png", "huge bomb", "bomb", "postscript"],
+    ids=["empty", "html", "four bytes", "heic", "cut jpeg", "cut png", "huge bomb", "bomb", "postscript"],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_holds_no_usable_image_is_a_bad_image(content, reason):
