@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -62,16 +61,21 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     with tracker.progress(settings.steps, "features", unit="steps") as progress:
         for step in range(settings.steps):
             picks = order.batch(step)
-            batch = torch.from_numpy(images.batch(picks.indices, picks.views)).to(device).permute(0, 3, 1, 2).float()
-            loss = F.cross_entropy(model(batch), torch.from_numpy(labels[picks.indices]).to(device))
+            crops = images.batch(picks.indices, picks.views)
+            batch = torch.from_numpy(crops.images).to(device).permute(0, 3, 1, 2).float()
+            loss = F.cross_entropy(model(batch), torch.from_numpy(labels[crops.indices]).to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             progress.advance(1, loss=loss.item())
             if (step + 1) % 20 == 0:
                 tracker.log_metrics({"train/loss": loss.item()}, step=step + 1)
+    if (note := images.note("training")) is not None:
+        print(note)
     metrics = {
-        f"features/{split}_accuracy": _accuracy(model, manifest.split(split)[:1000], opener, size, device=device)
+        f"features/{split}_accuracy": _accuracy(
+            model, CenterCrops(manifest.split(split)[:1000], opener, size), device=device
+        )
         for split in ("train", "validation")
     }
     tracker.log_metrics(metrics)
@@ -83,12 +87,12 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
 
 
 @torch.inference_mode()
-def _accuracy(model: DemoClassifier, rows: Any, opener: ManifestOpener, size: int, *, device: str) -> float:
+def _accuracy(model: DemoClassifier, images: CenterCrops, *, device: str) -> float:
+    """Return the share of the readable images whose class is found."""
     model.eval()
-    images, right = CenterCrops(rows, opener, size), 0
-    for first in range(0, len(rows), 64):
-        indices = np.arange(first, min(first + 64, len(rows)))
-        batch = torch.from_numpy(images.batch(indices, np.zeros(len(indices)))).to(device).permute(0, 3, 1, 2).float()
-        labels = torch.tensor([rows[i].label for i in indices], device=device)
-        right += int((model(batch).argmax(dim=1) == labels).sum())
-    return right / len(rows)
+    crops, right = images.readable(range(len(images))), 0
+    labels = np.array([images.rows[index].label for index in crops.indices])
+    for first in range(0, len(labels), 64):
+        batch = torch.from_numpy(crops.images[first : first + 64]).to(device).permute(0, 3, 1, 2).float()
+        right += int((model(batch).argmax(dim=1).cpu().numpy() == labels[first : first + 64]).sum())
+    return right / len(labels)

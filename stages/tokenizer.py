@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpar_core.data.images import BadImage
-from dpar_core.data.manifest import Row, read_manifest
+from dpar_core.data.manifest import read_manifest
 from dpar_core.evaluation.reconstruction import codebook_use, psnr_db, reconstruct
 from dpar_core.files import atomic_path, save_weights, write_json
 from dpar_core.models.published import read_vq
@@ -27,7 +26,7 @@ from dpar_core.training.optim import OptimSettings, adamw, learning_rate, set_le
 from dpar_core.training.order import DataOrder, fixed_subset
 from stages import params as P
 from stages.data import ManifestOpener
-from stages.shared.crops import CenterCrops
+from stages.shared.crops import CenterCrops, Crops
 from stages.sources import check_file
 from stages.tracker import Tracker
 
@@ -80,6 +79,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         keep_freed_blocks()
         images = CenterCrops(manifest.split("train"), opener, params.data.image_size)
         state = train(config, settings, images, tracker, seed=params.seed, device=device, work=work)
+        if (note := images.note("training")) is not None:
+            print(note)
     else:
         source = check_file(inputs.weights_seen, "tokenizer.weights", Path(settings.weights))
         state = read_vq(Path(settings.weights), expected=config, holder=settings.weights_key)
@@ -88,11 +89,16 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     rows = manifest.split("validation")
     held_out = CenterCrops(rows, opener, params.data.image_size)
     chosen = fixed_subset(len(rows), MEASURED_IMAGES)
-    metrics, originals, copies, usable = measure_reconstruction(model, held_out, chosen, device=device)
+    metrics, originals, copies = measure_reconstruction(model, held_out, chosen, device=device)
+    if (note := held_out.note("validation")) is not None:
+        print(f"{note}: {metrics['tokenizer/measured_images']} of {len(chosen)} are measured")
     tracker.log_metrics(metrics)
-    by_class = _one_a_class([rows[index] for index in usable], manifest.classes)
-    titles = [manifest.classes[rows[usable[which]].label] for which in by_class]
-    picture = labelled_grid([originals[by_class], copies[by_class]], ["original", "decoded"], columns=titles, factor=4)
+    labels = [rows[int(index)].label for index in originals.indices]
+    by_class = _one_a_class(labels)
+    titles = [manifest.classes[labels[which]] for which in by_class]
+    picture = labelled_grid(
+        [originals.images[by_class], copies[by_class]], ["original", "decoded"], columns=titles, factor=4
+    )
     with atomic_path(outputs.picture) as temporary:
         save_png(picture, temporary)
     write_json(outputs.metrics, metrics)
@@ -163,7 +169,7 @@ def train(
 
 def _batch(images: CenterCrops, order: DataOrder, step: int, device: str) -> Tensor:
     picks = order.batch(step)
-    return to_float(torch.from_numpy(images.batch(picks.indices, picks.views)).to(device))
+    return to_float(torch.from_numpy(images.batch(picks.indices, picks.views).images).to(device))
 
 
 def _jsonable(config: VQConfig) -> dict[str, Any]:
@@ -191,39 +197,31 @@ def _load_optimizer(model: VQ, optimizer: torch.optim.Optimizer, tensors: dict[s
 
 def measure_reconstruction(
     model: VQ, images: CenterCrops, chosen: np.ndarray, *, device: str
-) -> tuple[dict[str, float], np.ndarray, np.ndarray, list[int]]:
+) -> tuple[dict[str, float], Crops, np.ndarray]:
     """Reconstruct images and measure PSNR, SSIM and how the codebook is used.
 
-    Returns metrics, originals and reconstructions (n, size, size, 3) uint8, and which of `chosen` could be read. Raises
-    ValueError when none could.
+    Returns metrics, the originals of `chosen` that could be read, and their reconstructions (n, size, size, 3) uint8.
+    Raises ValueError when none could.
     """
     from skimage.metrics import structural_similarity
 
-    usable, originals = [], []
-    for index in chosen:
-        try:
-            originals.append(images[int(index)])
-            usable.append(int(index))
-        except BadImage:
-            continue
-    if not usable:
-        raise ValueError("no validation image can be read: check data.validation")
-    stack = np.stack(originals)
-    copies = reconstruct(model, stack, device=device)
+    originals = images.readable(chosen)
+    copies = reconstruct(model, originals.images, device=device)
     use = codebook_use(copies.codes, model.config.codebook_size)
-    similarity = [structural_similarity(a, b, channel_axis=2) for a, b in zip(stack, copies.images)]
+    similarity = [structural_similarity(a, b, channel_axis=2) for a, b in zip(originals.images, copies.images)]
     metrics = {
-        "tokenizer/psnr_db": psnr_db(stack, copies.images),
+        "tokenizer/psnr_db": psnr_db(originals.images, copies.images),
         "tokenizer/ssim": float(np.mean(similarity)),
         "tokenizer/codes_used": use.codes,
         "tokenizer/codebook_use": use.share,
         "tokenizer/perplexity": use.perplexity,
+        "tokenizer/measured_images": len(originals.indices),
     }
-    return metrics, stack, copies.images, usable
+    return metrics, originals, copies.images
 
 
-def _one_a_class(rows: list[Row], classes: Sequence[str], most: int = 12) -> np.ndarray:
+def _one_a_class(labels: Sequence[int], most: int = 12) -> np.ndarray:
     first: dict[int, int] = {}
-    for which, row in enumerate(rows):
-        first.setdefault(row.label, which)
+    for which, label in enumerate(labels):
+        first.setdefault(label, which)
     return np.array([first[label] for label in sorted(first)][:most])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,7 +206,8 @@ def test_the_metrics_file_the_tracker_and_the_weights_agree(tmp_path, manifest, 
     tracker = NullTracker()
     outputs = run_stage(tmp_path, manifest, settings(), tracker)
     metrics = json.loads(outputs.metrics.read_text())
-    assert set(metrics) == {f"tokenizer/{name}" for name in ("psnr_db", "ssim", "codes_used", "codebook_use", "perplexity")}
+    names = ("psnr_db", "ssim", "codes_used", "codebook_use", "perplexity", "measured_images")
+    assert set(metrics) == {f"tokenizer/{name}" for name in names}
     assert metrics == {name: value for name, value in tracker.metrics.items() if name in metrics}
     assert "train/loss" in tracker.metrics and tracker.pictures == [outputs.picture]
     weights = load_weights(outputs.weights, kind="vq")
@@ -251,16 +253,21 @@ def test_published_weights_of_another_shape_are_refused(tmp_path, manifest):
         run_stage(tmp_path / "out", manifest, settings(weights=str(tmp_path / "vq.safetensors"), norm_groups=4))
 
 
-class Pictures:
-    """Stands in for decoded rows: a list of (8, 8, 3) uint8 arrays; None cannot be read."""
+class Rows:
+    """Manifest rows and their opener in one: row i opens picture i, (8, 8, 3) uint8; None cannot be read."""
 
     def __init__(self, pictures):
         self.pictures = pictures
+        self.opened = []
 
-    def __getitem__(self, index):
-        if self.pictures[index] is None:
+    def crops(self):
+        return CenterCrops([SimpleNamespace(number=i, source=f"row {i}") for i in range(len(self.pictures))], self, 8)
+
+    def __call__(self, row):
+        self.opened.append(row.number)
+        if self.pictures[row.number] is None:
             raise BadImage("damaged")
-        return self.pictures[index]
+        return self.pictures[row.number]
 
 
 class Shifted(VQ):
@@ -276,11 +283,12 @@ class Shifted(VQ):
 
 def test_the_measures_are_those_of_their_definitions():
     """Images of grey 90 and 106 come back as 100 and 101: errors 10 and 5. Unreadable ones are left out."""
-    pictures = Pictures([np.full((8, 8, 3), 90, np.uint8), None, np.full((8, 8, 3), 106, np.uint8)])
-    metrics, originals, copies, usable = stage.measure_reconstruction(
-        Shifted(CONFIG).eval(), pictures, np.arange(3), device="cpu"
+    pictures = Rows([np.full((8, 8, 3), 90, np.uint8), None, np.full((8, 8, 3), 106, np.uint8)]).crops()
+    metrics, originals, copies = stage.measure_reconstruction(Shifted(CONFIG).eval(), pictures, np.arange(3), device="cpu")
+    assert originals.indices.tolist() == [0, 2] and len(copies) == metrics["tokenizer/measured_images"] == 2
+    assert pictures.note("validation") == (
+        "warning: 1 validation image cannot be read and is left out (first: row 1: damaged)"
     )
-    assert usable == [0, 2] and len(originals) == len(copies) == 2
     by_hand = (10 * math.log10(255**2 / 100) + 10 * math.log10(255**2 / 25)) / 2
     assert metrics["tokenizer/psnr_db"] == pytest.approx(by_hand)
     assert metrics["tokenizer/codes_used"] == 4 and metrics["tokenizer/codebook_use"] == 4 / 16
@@ -293,41 +301,24 @@ def test_the_measures_are_those_of_their_definitions():
 
 def test_a_perfect_copy_counts_as_one_that_is_right_to_the_rounding():
     """One black image that comes back black must not lift the mean without limit."""
-    pictures = Pictures([np.full((8, 8, 3), 100, np.uint8)])
+    pictures = Rows([np.full((8, 8, 3), 100, np.uint8)]).crops()
     metrics, *_ = stage.measure_reconstruction(Shifted(CONFIG).eval(), pictures, np.arange(1), device="cpu")
     assert metrics["tokenizer/psnr_db"] == pytest.approx(10 * math.log10(255**2 * 12))
 
 
-class Rows:
-    """Manifest rows and their opener in one: row i is the number i."""
-
-    source = "nowhere"
-
-    def __init__(self, pictures):
-        self.pictures = pictures
-        self.opened = []
-
-    def rows(self):
-        return list(range(len(self.pictures)))
-
-    def __call__(self, row):
-        self.opened.append(row)
-        if self.pictures[row] is None:
-            raise BadImage("damaged")
-        return self.pictures[row]
-
-
 def test_an_unreadable_training_image_is_replaced_by_the_next():
     rows = Rows([photograph(0, 8), None, photograph(2, 8)])
-    images = CenterCrops(rows.rows(), rows, 8)
+    images = rows.crops()
     batch = images.batch(np.array([1, 0]), np.array([0, 1]))
-    assert np.array_equal(batch[0], rows.pictures[2])
-    assert np.array_equal(batch[1], rows.pictures[0][:, ::-1])
+    assert np.array_equal(batch.images[0], rows.pictures[2])
+    assert np.array_equal(batch.images[1], rows.pictures[0][:, ::-1])
+    assert batch.indices.tolist() == [2, 0]  # a label belongs to the image that was taken
+    assert images.note("training").startswith("warning: 1 training image cannot be read") and rows.opened == [1, 2, 0]
 
 
 def test_an_image_is_decoded_once():
     rows = Rows([photograph(0, 8), photograph(1, 8)])
-    images = CenterCrops(rows.rows(), rows, 8)
+    images = rows.crops()
     for _ in range(3):
         images.batch(np.array([0, 1]), np.array([0, 1]))
     assert rows.opened == [0, 1]
@@ -336,17 +327,17 @@ def test_an_image_is_decoded_once():
 def tiny_training():
     torch.manual_seed(0)
     rows = Rows([photograph(seed, 8) for seed in range(8)])
-    images = CenterCrops(rows.rows(), rows, 8)
+    images = rows.crops()
     return VQ(CONFIG), images, DataOrder(images=8, views=2, batch_size=4, seed=0)
 
 
 def test_placed_codes_lie_among_the_latents():
     """After k-means every code is the mean direction of the latents nearest to it, and the loss of quantizing falls."""
     model, images, order = tiny_training()
-    batch = to_float(torch.from_numpy(images.batch(np.arange(8), np.zeros(8, int))))
+    batch = to_float(torch.from_numpy(images.batch(np.arange(8), np.zeros(8, int)).images))
     before = model(batch).loss.item()
     batches = (order.batch(step) for step in range(64))
-    place_codes(model, (to_float(torch.from_numpy(images.batch(one.indices, one.views))) for one in batches))
+    place_codes(model, (to_float(torch.from_numpy(images.batch(one.indices, one.views).images)) for one in batches))
     assert model(batch).loss.item() < 0.5 * before
     latents = latents_on_sphere(model, batch)
     assert len(torch.unique((latents @ model.quantize.codebook().T).argmax(1))) > 8
@@ -355,7 +346,7 @@ def test_placed_codes_lie_among_the_latents():
 def test_only_codes_that_nothing_chose_are_restarted():
     model, images, _ = tiny_training()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batch = to_float(torch.from_numpy(images.batch(np.arange(8), np.zeros(8, int))))
+    batch = to_float(torch.from_numpy(images.batch(np.arange(8), np.zeros(8, int)).images))
     (model(batch).images.square().mean() + model(batch).loss).backward()
     optimizer.step()
     table = model.quantize.embedding.weight
