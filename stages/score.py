@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpar_core.evaluation.features import feature_network
-from dpar_core.evaluation.image_sets import read_image_set
-from dpar_core.evaluation.metrics import ScoreError
-from dpar_core.evaluation.scores import Scores, check_images, compare, protocol_of
-from dpar_core.files import read_json, write_json, write_record
+from dpar_core.files import write_json, write_record
 from stages import params as P
-from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL, artifact_digest
-from stages.shared.scoring import make_reference, measure_with_progress, settings_of
-from stages.sources import check_file
+from stages.artifacts import SAMPLE_IMAGES, artifact_digest
+from stages.shared.scoring import make_reference, score_images, settings_of
+from stages.sources import SPLIT_NAMES, check_file
 from stages.tracker import Tracker
 
 
@@ -80,29 +77,18 @@ def _score_all(
     file = inputs.features if section.features_file is None else Path(section.features_file)
     if section.features_file is not None:
         check_file(inputs.seen, "score.features_file", file)
-    if Path(section.reference).is_file():
-        check_file(inputs.seen, "score.reference", Path(section.reference))
+    against = inputs.manifest if section.reference in SPLIT_NAMES else Path(section.reference)
+    if against != inputs.manifest and against.is_file():
+        check_file(inputs.seen, "score.reference", against)
     network = feature_network(section.features, file, device)
     settings = settings_of(section)
     reference = make_reference(section, params.data, inputs.manifest, network, tracker, cache=work)
     tracker.log_input("features", file, network.digest[:16])
-    tracker.log_input("reference", inputs.manifest, reference.digest)
+    tracker.log_input("reference", against, reference.digest)
     for samples, target, metrics in work_list:
-        found = read_image_set(samples / SAMPLE_IMAGES)
         tracker.log_input(f"samples {samples.name}", samples, artifact_digest(samples / SAMPLE_IMAGES))
-        if len(found.images) < section.images:
-            raise ScoreError(
-                f"{samples} holds {len(found.images)} images, the protocol asks for {section.images}: raise "
-                "sample.images or lower score.images"
-            )
-        chosen = replace(found, images=found.images[: section.images])
-        check_images(chosen.images, reference, samples)
-        measured = measure_with_progress(network, tracker, f"score {samples.name}", workers=section.workers)(chosen.images)
-        values, intervals = compare(measured, reference, settings, seed=params.seed)
-        protocol = protocol_of(network, reference, settings, chosen)
-        made_by = read_json(samples / SAMPLE_PROTOCOL, way_out="run `dvc repro -f sample_dpar sample_llamagen`")
-        scores = Scores(values, intervals, protocol, made_by, measured.features.pool.shape[1])
-        write_record(target, scores.to_json())
-        write_json(metrics, values)
+        found = score_images(samples, reference, network, settings, tracker, seed=params.seed, workers=section.workers)
+        write_record(target, found.to_json())
+        write_json(metrics, found.values)
         prefix = "" if samples == work_list[0][0] else "equal_time/"
-        tracker.log_metrics({prefix + name: value for name, value in values.items()})
+        tracker.log_metrics({prefix + name: value for name, value in found.values.items()})

@@ -119,10 +119,10 @@ def _identity(file: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def first_few(names: Iterable[str], count: int = 3) -> str:
+def first_few(names: Iterable[str], count: int = 3, *, joined: str = ", ") -> str:
     """Return the first names as text, with an ellipsis where there are more."""
     found = list(names)
-    return ", ".join(found[:count]) + (", ..." if len(found) > count else "")
+    return joined.join([*found[:count], *(["..."] if len(found) > count else [])])
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -5,10 +5,13 @@ Shapes: n images (n, height, width, 3) uint8.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import struct
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -40,8 +43,9 @@ class ImageSet:
     """Images, and notes on how they were read.
 
     images: (n, height, width, 3) uint8.
-    formats: how pixels were stored, sorted: "lossless" for an npz, PNG, BMP and PPM, else the format's name; what decoding
-        did to pixels stands behind a comma (alpha over white, 16 bits cut to 8). Other formats make another protocol.
+    formats: how pixels were stored, sorted: "lossless" for an npz, PNG, BMP, PPM and lossless WebP, else the format's name,
+        for JPEG with its quality and subsampling (other formats do not state theirs); what decoding did to pixels stands
+        behind a comma (alpha over white, 16 bits cut to 8). Other formats make another protocol.
     left_out: files that cannot be used as images.
     """
 
@@ -54,7 +58,7 @@ class ImageSet:
         """Return sentences for people: formats other than lossless ones, and files that were left out."""
         notes = []
         if self.formats != (LOSSLESS,):
-            notes.append(f"images are stored as {' and '.join(self.formats)}, which is part of the protocol")
+            notes.append(f"images are stored as {first_few(self.formats, 9, joined=' and ')}, which belongs to the protocol")
         if self.left_out:
             shown = first_few(self.left_out)
             verb = "was" if len(self.left_out) == 1 else "were"
@@ -77,9 +81,16 @@ def read_image_set(path: Path) -> ImageSet:
         with open_npz(path) as content:
             _images_header(content)
             found = ImageSet(content.array("arr_0", kinds="u"))
-    if found.images.max(initial=0) == 1:
-        raise ScoreError(f"{path} holds no value above 1, as images from 0 to 1 cast to uint8: scale them to 0..255 first")
+    if not any(((one > 1) & (one < 255)).any() for one in found.images) and (found.images == 1).any():
+        raise ScoreError(
+            f"{path} holds no value from 2 to 254, as images from 0 or -1 to 1 cast to uint8: scale them to 0..255 first"
+        )
     return found
+
+
+def repeats(images: np.ndarray) -> int:
+    """Return how many images are the same as an earlier one, pixel by pixel: (n, height, width, 3) uint8."""
+    return len(images) - len({hashlib.sha256(np.ascontiguousarray(one)).digest() for one in images})
 
 
 def refuse_same(images: np.ndarray, where: Path | str) -> None:
@@ -110,18 +121,22 @@ def _images_header(content: Npz) -> Header:
     """Return the header of arr_0, which holds images. Raises ScoreError with the way out."""
     path = content.path
     if not content.names:
+        if any(name.endswith("/data.pkl") for name in content.archive.namelist()):
+            raise ScoreError(
+                f"{path} is a file of torch.save, which is never read: store it with numpy.savez(FILE, arr_0=X)"
+            )
         raise ScoreError(f"{path} is a zip archive without NumPy arrays: unpack pictures and give their folder")
     if "arr_0" not in content:
         held = ", ".join(content.names)
         raise ScoreError(f"{path} has no arr_0 (it holds {held}): {EXPECTED} under that name")
     header = content.header("arr_0")
     shape, found = header.shape, f"{path}: arr_0 is {header}"
-    if header.dtype != np.uint8:
+    if header.dtype != np.uint8 and shape[3:] == (3,):
         how = ": round and cast integers that are from 0 to 255 yourself" if header.dtype.kind in "iu" else ""
         if header.dtype.kind == "f":
             how = ": from [-1, 1] they are clip(127.5 * x + 128, 0, 255), from [0, 1] clip(255 * x + 0.5, 0, 255), as uint8"
         raise ScoreError(f"{found}, {EXPECTED}{how}")
-    if len(shape) == 4 and shape[3] == 3:
+    if shape[3:] == (3,):
         if 0 in shape[1:]:
             raise ScoreError(f"{found}, which has no pixels: {EXPECTED}")
         return header
@@ -179,6 +194,10 @@ def _format_of(content: bytes) -> str:
     """Return how an image that can be decoded is stored, and what decoding changes."""
     with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
         stored = LOSSLESS if image.format in _LOSSLESS_FORMATS else str(image.format)
+        if hasattr(image, "quantization"):
+            stored += f" {_jpeg_quality(image)}"
+        if image.format == "WEBP":
+            stored = LOSSLESS if _webp_is_lossless(content) else "WEBP lossy"
         if image.format == "TIFF":  # a container: of pixels as they are, or of a JPEG
             stored += f" {image.info.get('compression', 'raw')}"
         if getattr(image, "n_frames", 1) > 1:
@@ -194,3 +213,44 @@ def _format_of(content: bytes) -> str:
         if image.getexif().get(0x0112) in range(2, 9):
             stored += ", rotated as EXIF says"
     return stored
+
+
+@cache
+def _tables_of_qualities() -> dict[str, int]:
+    """Return the quality, 1 to 100, by the digest of the quantization tables that libjpeg writes for it."""
+    tables = {}
+    for quality in range(100, 0, -1):
+        stream = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(stream, "JPEG", quality=quality)
+        for count in (1, 2):  # grey images have one table
+            tables[_digest_of_tables(Image.open(stream), count)] = quality
+    return tables
+
+
+def _digest_of_tables(image: Any, count: int) -> str:
+    return digest_of([list(image.quantization[number]) for number in sorted(image.quantization)[:count]])
+
+
+def _jpeg_quality(image: Any) -> str:
+    """Return what a JPEG lost: the quality of libjpeg's tables, or a digest of others, and how colours are subsampled."""
+    digest = _digest_of_tables(image, len(image.quantization))
+    quality = _tables_of_qualities().get(digest)
+    how = f"with tables {digest[:8]}" if quality is None else f"quality {quality}"
+    factors = [(across, down) for _, across, down, _ in image.layer]
+    if len(factors) == 1:
+        return how
+    if len(set(factors)) == 1:
+        return f"{how}, 4:4:4"
+    known = {(2, 1): "4:2:2", (2, 2): "4:2:0"}.get(factors[0]) if set(factors[1:]) == {(1, 1)} else None
+    return f"{how}, {known or 'sampled ' + ' '.join(f'{across}x{down}' for across, down in factors)}"
+
+
+def _webp_is_lossless(content: bytes) -> bool:
+    """Return whether the first frame of a WebP file is a lossless one (chunk VP8L)."""
+    at = 12
+    while at + 8 <= len(content):
+        kind, size = struct.unpack_from("<4sI", content, at)
+        if kind in (b"VP8L", b"VP8 "):
+            return kind == b"VP8L"
+        at += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame of an animation holds chunks after 16 bytes
+    return False

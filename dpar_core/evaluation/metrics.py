@@ -82,12 +82,13 @@ def inception_score(probabilities: np.ndarray, *, splits: int | None = None, spl
     """Return exp of the mean KL of the rows against their mean, averaged over splits.
 
     probabilities: (n, c), rows sum to 1.
-    splits: that many parts, or None: parts of `split_size` rows.
+    splits: that many parts of equal size; None, or as many as there are parts of `split_size` rows: those, the last one
+        shorter, as the ADM evaluator has them.
     """
     p = np.asarray(probabilities, np.float64)
     if not np.isfinite(p).all() or len(p) < 1:
         raise ScoreError("class probabilities are missing or not finite: check the images and the feature network")
-    size = split_size if splits is None else -(-len(p) // splits)
+    size = split_size if splits in (None, -(-len(p) // split_size)) else -(-len(p) // splits)
     scores = []
     for first in range(0, len(p), size):
         part = p[first : first + size]

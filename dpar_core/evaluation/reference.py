@@ -11,7 +11,7 @@ import numpy as np
 
 from dpar_core.evaluation.arrays import Npz, open_npz
 from dpar_core.evaluation.features import FeatureNetwork
-from dpar_core.evaluation.image_sets import ImageSet, digest_of_images, read_image_set, refuse_same
+from dpar_core.evaluation.image_sets import ImageSet, digest_of_images, read_image_set, refuse_same, repeats
 from dpar_core.evaluation.measure import Measured
 from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
 from dpar_core.files import atomic_path
@@ -82,6 +82,9 @@ def reference_of_images(
         return replace(kept, name=name, digest=digest)
     pictures = images()
     refuse_same(pictures.images, f"reference {name}")
+    notes = list(pictures.notes)
+    if again := repeats(pictures.images):
+        notes.append(f"{again:,} of {len(pictures.images):,} images repeat earlier ones, pixel by pixel")
     found = measure(pictures.images)
     size = pictures.images.shape[1:3]
     arrays: dict[str, Any] = {
@@ -89,15 +92,16 @@ def reference_of_images(
         "mu": found.pool.mean,
         "sigma": found.pool.covariance,
         "size": np.array(size),
-        "notes": np.array(pictures.notes, dtype=np.str_),
+        "notes": np.array(notes, dtype=np.str_),
     }
     if found.spatial is not None:
         arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
     cache.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as temporary, open(temporary, "wb") as stream:
         np.savez(stream, **arrays)
-    features, notes = found.features.pool, tuple(pictures.notes)
-    return Reference(name, digest, len(features), found.pool, found.spatial, features, (int(size[0]), int(size[1])), notes)
+    features = found.features.pool
+    shape = int(size[0]), int(size[1])
+    return Reference(name, digest, len(features), found.pool, found.spatial, features, shape, tuple(notes))
 
 
 def _cached(file: Path) -> Reference | None:

@@ -25,7 +25,7 @@ from dpar_core.evaluation.metrics import (
     precision_recall,
 )
 from dpar_core.evaluation.reference import Reference
-from dpar_core.files import digest_of, read_json
+from dpar_core.files import digest_of, read_record
 
 # What scores are called: names of the field only where the field's own network was used.
 DISTANCE_NAMES = {"demo": "fd_demo", "inception": "fid", "dinov2": "fd_dinov2"}
@@ -203,7 +203,10 @@ def _distance(a: FeatureMoments, b: FeatureMoments) -> float:
 
 
 def read_scores(path: Path) -> Scores:
-    """Read a score file and check that its protocol has the id that it names. Raises FileNotFoundError, ScoreError."""
+    """Read a score file: it must be what its digest says, and its protocol have the id that it names.
+
+    Raises FileNotFoundError, ScoreError, Damaged.
+    """
     if not path.exists():
         raise FileNotFoundError(f"no scores at {path}: make them with `dpar-cli score --out {path}`")
     try:
@@ -212,9 +215,7 @@ def read_scores(path: Path) -> Scores:
         found = None
     if not isinstance(found, dict) or not {"protocol", "protocol_id", "intervals"} <= found.keys():
         raise ScoreError(f"{path} is not a score file: expected one that `dpar-cli score` or `dvc repro` has written")
-    if "digest" in found:  # read_json compares it
-        found = read_json(path, way_out="score the images again")
-    return scores_in(found, path)
+    return scores_in(read_record(path, way_out="score the images again"), path)
 
 
 def scores_in(found: Mapping[str, Any], path: Path) -> Scores:

@@ -58,7 +58,8 @@ def score(
     from dpar_core.files import write_record
     from pipeline.terminal import fitted, note
     from stages.params import load_params
-    from stages.tools.score_files import score_images, settings_for, shape_in, spread
+    from stages.shared.scoring import score_images
+    from stages.tools.score_files import settings_for, shape_in, spread
     from stages.tracker import PrintTracker
 
     if out is not None and len(samples) > 1:
@@ -173,8 +174,9 @@ def calibrate(
     from pipeline.runner import device_of
     from stages.params import load_params, settled
     from stages.sample import sample_images
+    from stages.shared.scoring import images_in, score_images
     from stages.tools import calibrate as calibration
-    from stages.tools.score_files import images_in, score_images, settings_for, shape_in
+    from stages.tools.score_files import settings_for, shape_in
     from stages.tracker import PrintTracker
 
     if size not in calibration.HEADS and heads is None:

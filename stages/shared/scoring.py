@@ -1,4 +1,4 @@
-"""What the score stage and the tools around it share: features on Ray workers, and references.
+"""What the score stage and the tools around it share: features on Ray workers, references, scoring one set.
 
 Images are cut into pieces of a fixed size, whoever computes them. Means and covariances are those of the pieces, merged in
 the order of the images. So the number of workers changes nothing but the time, as far as the network's own rounding does
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dpar_core.data.images import BadImage, center_crop
 from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.evaluation.features import FeatureNetwork, open_network
-from dpar_core.evaluation.image_sets import ImageSet
+from dpar_core.evaluation.image_sets import ImageSet, read_image_set, repeats
 from dpar_core.evaluation.measure import Measured, measure, merged, pieces
 from dpar_core.evaluation.metrics import ScoreError
 from dpar_core.evaluation.reference import Measure, Reference, reference_of_file, reference_of_images
-from dpar_core.evaluation.scores import ScoreSettings
-from dpar_core.files import digest_of
+from dpar_core.evaluation.scores import DISTANCE_NAMES, Scores, ScoreSettings, check_images, compare, protocol_of
+from dpar_core.files import digest_of, read_json
 from stages import params as P
+from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL
 from stages.data import ManifestOpener
 from stages.tracker import Tracker
 from stages.workers.tasks import run_units
@@ -33,6 +36,59 @@ def settings_of(section: P.Score) -> ScoreSettings:
     """Return what of a score section decides the numbers, beside network and reference."""
     names = ("features", "images", "neighbours", "splits", "bootstrap", "allow_singular")
     return ScoreSettings(**{name: getattr(section, name) for name in names})
+
+
+def images_in(samples: Path) -> Path:
+    """Return where the images of `samples` are: samples.npz in a folder that the sample stage wrote, else itself."""
+    inside = samples / SAMPLE_IMAGES
+    return inside if samples.is_dir() and inside.exists() else samples
+
+
+def score_images(
+    samples: Path,
+    reference: Reference,
+    network: FeatureNetwork,
+    settings: ScoreSettings,
+    tracker: Tracker,
+    *,
+    seed: int,
+    workers: int = 0,
+    say: Callable[[str], None] = print,
+) -> Scores:
+    """Score one set of images.
+
+    samples: an npz, a folder of pictures, or a folder with samples.npz. say: called with what a reader of the scores has to
+    know of the files, as formats that lose pixels, and files that were left out. Raises ScoreError when there are fewer
+    images than asked for, when they differ in size from the reference's, or all of them are the same.
+    """
+    file = images_in(samples)
+    made_by: dict[str, Any] = {"source": samples.name}
+    if file != samples:
+        made_by = read_json(samples / SAMPLE_PROTOCOL, way_out="sample the images again")
+    found = read_image_set(file)
+    for note in found.notes:
+        say(f"{samples}: {note}")
+    if len(found.images) < settings.images:
+        raise ScoreError(
+            f"{file} holds {len(found.images)} images, the protocol asks for {settings.images}: sample more "
+            "(sample.images), or ask for fewer (score.images, --images), which is another protocol"
+        )
+    if len(found.images) > settings.images:
+        say(f"{samples}: of {len(found.images):,} images the first {settings.images:,} are scored")
+    chosen = replace(found, images=found.images[: settings.images])
+    check_images(chosen.images, reference, file)
+    if again := repeats(chosen.images):
+        say(f"{samples}: {again:,} of {len(chosen.images):,} images repeat earlier ones, pixel by pixel")
+    measured = measure_with_progress(network, tracker, f"score {samples.name}", workers=workers)(chosen.images)
+    values, intervals = compare(measured, reference, settings, seed=seed)
+    spatial = f"eval/s{DISTANCE_NAMES[settings.features]}"
+    if measured.spatial is not None and reference.spatial is not None and spatial not in values:
+        say(
+            f"{samples}: no spatial distance: the covariance of its {len(reference.spatial.mean):,} features has full "
+            "rank only with more images than that"
+        )
+    protocol = protocol_of(network, reference, settings, chosen)
+    return Scores(values, intervals, protocol, made_by, measured.features.pool.shape[1])
 
 
 def measure_images(

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from dpar_core.evaluation.arrays import open_npz
-from dpar_core.evaluation.image_sets import read_image_set, shape_of
+from dpar_core.evaluation.image_sets import read_image_set, repeats, shape_of
 from dpar_core.evaluation.metrics import ScoreError
+from dpar_core.files import digest_of
 
 
 def pictures(count=3, height=8, width=8):
@@ -34,6 +35,7 @@ U8, F32 = pictures(), pictures().astype(np.float32)
         ({"arr_0": np.dstack([U8[0], U8[0, ..., :1]])[None]}, "four channels, probably with alpha"),
         ({"arr_0": U8[0]}, "one image: a set has several"),
         ({"arr_0": np.uint8(3)}, "not a set of images"),
+        ({"arr_0": np.arange(70), "arr_1": U8}, r"arr_0 is int64 \(70,\).*; this is not a set of images"),
         ({"arr_0": U8[:, :0]}, "has no pixels"),
         ({"arr_0": np.array([{"a": 1}], dtype=object)}, "pickled objects, which are never read"),
         ({"arr_0": np.zeros(3, "S4")}, r"arr_0 is \|S4"),
@@ -136,8 +138,10 @@ def test_a_folder_of_mixed_formats_is_used_whole_and_names_them(tmp_path):
     (tmp_path / "._0.png").write_bytes(b"\0\5\x16\7")  # of macOS
     found = read_image_set(tmp_path)
     assert len(found.images) == 4 and shape_of(tmp_path) == (4, 8, 8)
-    assert found.formats == ("JPEG", "lossless") and found.left_out == ("labels.txt",)
-    assert len(found.notes) == 2 and "JPEG and lossless" in found.notes[0] and "labels.txt" in found.notes[1]
+    assert found.formats == ("JPEG quality 75, 4:2:0", "lossless") and found.left_out == ("labels.txt",)
+    assert (
+        len(found.notes) == 2 and "JPEG quality 75, 4:2:0 and lossless" in found.notes[0] and "labels.txt" in found.notes[1]
+    )
 
 
 def test_pictures_go_through_the_projects_one_decoder_and_what_it_did_is_named(tmp_path):
@@ -161,7 +165,20 @@ def test_pictures_go_through_the_projects_one_decoder_and_what_it_did_is_named(t
     [
         ("png", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}, "lossless, first frame"),
         ("gif", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}, "GIF, first frame"),
-        ("jpg", "CMYK", {}, "JPEG, CMYK converted"),
+        ("jpg", "RGB", {"quality": 75}, "JPEG quality 75, 4:2:0"),
+        ("jpg", "RGB", {"quality": 95, "subsampling": 0}, "JPEG quality 95, 4:4:4"),
+        ("jpg", "RGB", {"quality": 95, "subsampling": 1, "progressive": True}, "JPEG quality 95, 4:2:2"),
+        ("jpg", "L", {"quality": 90}, "JPEG quality 90"),
+        ("jpg", "RGB", {"qtables": [[7] * 64]}, "JPEG with tables {}, 4:2:0"),
+        ("jpg", "CMYK", {}, "JPEG quality 75, 4:4:4, CMYK converted"),
+        ("webp", "RGB", {"quality": 80}, "WEBP lossy"),
+        ("webp", "RGB", {"lossless": True}, "lossless"),
+        (
+            "webp",
+            "RGB",
+            {"lossless": True, "save_all": True, "append_images": [Image.new("RGB", (8, 8))]},
+            "lossless, first frame",
+        ),
         ("tif", "RGB", {"compression": "jpeg"}, "TIFF jpeg"),
         ("tif", "RGB", {}, "TIFF raw"),
         ("png", "P", {}, "lossless"),
@@ -171,19 +188,28 @@ def test_what_a_file_holds_beside_the_pixels_that_are_scored_is_named(tmp_path, 
     for number, image in enumerate(U8[:2]):
         Image.fromarray(image).convert(mode).save(tmp_path / f"{number}.{ending}", **options)
     found = read_image_set(tmp_path)
-    assert found.formats == (expected,) and len(found.images) == 2
+    assert found.formats == (expected.format(digest_of([[7] * 64])[:8]),) and len(found.images) == 2
 
 
-def test_images_from_0_to_1_in_whole_numbers_are_refused(tmp_path):
+def test_images_from_0_to_1_or_from_minus_1_to_1_in_whole_numbers_are_refused(tmp_path):
     ones = (U8 > 127).astype(np.uint8)
+    signed = np.clip(np.rint(U8 / 100.0 - 1.3), -1, 1).astype(np.int8).astype(np.uint8)  # -1 becomes 255
+    assert set(np.unique(signed)) == {0, 1, 255}
     np.savez(tmp_path / "x.npz", arr_0=ones)
+    np.savez(tmp_path / "y.npz", arr_0=signed)
     (tmp_path / "folder").mkdir()
     Image.fromarray(ones[0]).save(tmp_path / "folder" / "a.png")
-    for path in (tmp_path / "x.npz", tmp_path / "folder"):
-        with pytest.raises(ScoreError, match=rf"{path} holds no value above 1, .*scale them to 0..255 first"):
+    for path in (tmp_path / "x.npz", tmp_path / "y.npz", tmp_path / "folder"):
+        with pytest.raises(ScoreError, match=rf"{path} holds no value from 2 to 254, .*scale them to 0..255 first"):
             read_image_set(path)
-    np.savez(tmp_path / "x.npz", arr_0=ones * 2)
-    assert read_image_set(tmp_path / "x.npz").images.max() == 2
+    for factor in (2, 255):  # dark ones, and pictures in black and white
+        np.savez(tmp_path / "x.npz", arr_0=ones * factor)
+        assert read_image_set(tmp_path / "x.npz").images.max() == factor
+
+
+def test_images_that_repeat_are_counted():
+    assert repeats(U8) == 0
+    assert repeats(np.concatenate([U8, U8[1:], U8[1:2]])) == 3
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):

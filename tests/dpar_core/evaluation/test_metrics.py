@@ -83,6 +83,15 @@ def test_inception_score_of_certain_and_even_classes_is_their_number():
     assert inception_score(np.full((50, 7), 1 / 7)) == pytest.approx(1)
 
 
+def test_as_many_splits_as_there_are_parts_of_5000_are_those_parts(rng):
+    """The ADM evaluator cuts 5 rows in parts of 2 into 2, 2 and 1, not into thirds."""
+    p = rng.dirichlet(np.ones(3), size=5)
+    whole = [inception_score(p[part], splits=1) for part in (slice(2), slice(2, 4), slice(4, 5))]
+    assert inception_score(p, splits=3, split_size=2) == inception_score(p, split_size=2) == pytest.approx(np.mean(whole))
+    halves = [inception_score(p[part], splits=1) for part in (slice(3), slice(3, 5))]
+    assert inception_score(p, splits=2, split_size=2) == pytest.approx(np.mean(halves))
+
+
 def test_kid_is_nought_in_the_mean_for_one_distribution_and_grows_with_a_shift(rng):
     a, b = rng.normal(0, 1, (400, 6)), rng.normal(0, 1, (400, 6))
     assert abs(kernel_distance(a, b, size=200)) < 0.05

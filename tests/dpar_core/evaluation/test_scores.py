@@ -12,6 +12,7 @@ from dpar_core.evaluation.measure import measure
 from dpar_core.evaluation.metrics import Interval, ScoreError
 from dpar_core.evaluation.reference import reference_of_file, reference_of_images
 from dpar_core.evaluation.scores import Scores, ScoreSettings, check_images, protocol_of, read_scores, refuse_mixed
+from dpar_core.files import Damaged, write_record
 
 
 def pictures(height, width, count=6):
@@ -99,7 +100,7 @@ def scored(tmp_path, network):
 
 def test_a_score_file_gives_back_its_scores(tmp_path, network):
     scores = scored(tmp_path, network)
-    (tmp_path / "a.json").write_text(json.dumps(scores.to_json()))
+    write_record(tmp_path / "a.json", scores.to_json())
     assert read_scores(tmp_path / "a.json") == scores
     other = replace(scores, protocol=replace(scores.protocol, image_width=7))
     with pytest.raises(ScoreError, match="they differ in image_width 8 / 7"):
@@ -113,7 +114,6 @@ def test_a_score_file_gives_back_its_scores(tmp_path, network):
         (lambda found: found["protocol"].update(images="six"), "damaged protocol"),
         (lambda found: found["protocol"].pop("image_width"), "another version of this project .*image_width"),
         (lambda found: found.update(protocol=[1]), "another version"),
-        (lambda found: found.update({"eval/fd_demo": float("nan")}), "not finite"),
         (lambda found: found.update({"eval/fd_demo": "1.5"}), "not finite"),
         (lambda found: found.update(intervals=[1, 2]), "not finite"),
         (lambda found: found.update(intervals={"eval/fd_demo": [1]}), "not finite"),
@@ -123,9 +123,19 @@ def test_a_score_file_gives_back_its_scores(tmp_path, network):
 def test_a_changed_score_file_is_refused(tmp_path, network, change, words):
     found = scored(tmp_path, network).to_json()
     change(found)
-    (tmp_path / "a.json").write_text(json.dumps(found))
+    write_record(tmp_path / "a.json", found)
     with pytest.raises(ScoreError, match=words):
         read_scores(tmp_path / "a.json")
+
+
+def test_a_score_without_its_digest_or_with_another_is_refused(tmp_path, network):
+    found = scored(tmp_path, network).to_json()
+    write_record(tmp_path / "a.json", found)
+    whole = json.loads((tmp_path / "a.json").read_text())
+    for edited in (found, {**found, "eval/fd_demo": float("nan")}, {**whole, "eval/fd_demo": 1.4}):
+        (tmp_path / "a.json").write_text(json.dumps(edited))
+        with pytest.raises(Damaged, match=r"is damaged, or|was edited"):
+            read_scores(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"PK\x03\x04", b"[]"])

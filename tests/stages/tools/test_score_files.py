@@ -1,7 +1,5 @@
 """Scores outside the workflow: references of every kind, one protocol a column, planted truths, bad input."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,9 +11,10 @@ from dpar_core.evaluation.measure import Measured
 from dpar_core.evaluation.metrics import FeatureMoments, ScoreError, frechet_distance
 from dpar_core.evaluation.reference import Reference
 from dpar_core.evaluation.scores import Protocol, Scores, compare, protocol_of, read_scores, refuse_mixed
+from dpar_core.files import write_record
 from stages import params as P
 from stages.data import builtin_manifest
-from stages.shared.scoring import measure_images, reference_of
+from stages.shared.scoring import measure_images, reference_of, score_images
 from stages.tools import score_files
 from stages.tracker import NullTracker
 from tests.helpers.tiny_data import ROOT
@@ -51,7 +50,7 @@ def test_the_same_images_give_the_same_reference_from_npz_folder_and_statistics(
         for name in ("a.npz", "folder", "s.npz")
     ]
     samples = npz(tmp_path / "mine.npz", arr_0=pictures(1))
-    scores = [score_files.score_images(samples, one, network, settings(24), NullTracker(), seed=0) for one in against]
+    scores = [score_images(samples, one, network, settings(24), NullTracker(), seed=0) for one in against]
     names = list(scores[0].values)
     assert {"eval/fd_demo", "eval/sfd_demo", "eval/is_demo", "eval/precision", "eval/recall", "eval/kid_demo"} <= set(names)
     for other in scores[1:]:
@@ -79,7 +78,7 @@ def test_the_first_of_more_images_than_asked_for_are_scored_and_that_is_said(tmp
     against = reference_of(npz(tmp_path / "r.npz", arr_0=pictures(1)), network, NullTracker(), cache=tmp_path)
     said = []
     samples = npz(tmp_path / "a.npz", arr_0=pictures(0))
-    score_files.score_images(samples, against, network, settings(20), NullTracker(), seed=0, say=said.append)
+    score_images(samples, against, network, settings(20), NullTracker(), seed=0, say=said.append)
     assert said == [f"{samples}: of 24 images the first 20 are scored"]
 
 
@@ -98,7 +97,7 @@ def test_features_of_a_reference_are_computed_once(tmp_path, network):
 def test_identical_sets_have_distance_zero_and_precision_and_recall_one(tmp_path, network):
     path = npz(tmp_path / "a.npz", arr_0=pictures(0, 80))
     against = reference_of(path, network, NullTracker(), cache=tmp_path)
-    found = score_files.score_images(path, against, network, settings(80), NullTracker(), seed=0).values
+    found = score_images(path, against, network, settings(80), NullTracker(), seed=0).values
     assert found["eval/fd_demo"] == pytest.approx(0, abs=1e-9)
     assert found["eval/precision"] == found["eval/recall"] == 1
 
@@ -150,8 +149,8 @@ def test_scores_of_different_protocols_are_not_compared(tmp_path, network):
     for count in (20, 24):
         path = npz(tmp_path / f"{count}.npz", arr_0=pictures(1, count))
         against = reference_of(npz(tmp_path / "r.npz", arr_0=pictures(0)), network, NullTracker(), cache=tmp_path)
-        found = score_files.score_images(path, against, network, settings(count), NullTracker(), seed=0)
-        (tmp_path / f"{count}.json").write_text(json.dumps(found.to_json()))
+        found = score_images(path, against, network, settings(count), NullTracker(), seed=0)
+        write_record(tmp_path / f"{count}.json", found.to_json())
         files.append(read_scores(tmp_path / f"{count}.json"))
     refuse_mixed([files[0], files[0]], ["a", "b"])
     with pytest.raises(ScoreError, match=r"different protocols .*they differ in images 20 / 24"):
@@ -181,7 +180,7 @@ def test_bad_input_gets_one_sentence(tmp_path, network):
 
     def refused(path, words, images=24):
         with pytest.raises(ScoreError, match=words) as caught:
-            score_files.score_images(path, against, network, settings(images), NullTracker(), seed=0)
+            score_images(path, against, network, settings(images), NullTracker(), seed=0)
         assert "\n" not in str(caught.value)
 
     whole = npz(tmp_path / "a.npz", arr_0=pictures(1))
