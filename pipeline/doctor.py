@@ -147,7 +147,8 @@ def _device(params: Params | None) -> Iterator[Check]:
         lines = precision_lines(name, section, device) if isinstance(section, Section) else []
         for line in lines:
             if "emulates: " in line:
-                yield Check("precision", "warn", line, "set it to auto or fp32")
+                found, _, fix = line.partition("; ")
+                yield Check("precision", "warn", found, fix)
 
 
 def _memory() -> Check:

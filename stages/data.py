@@ -326,6 +326,10 @@ def builtin_manifest(settings: P.BuiltinData, *, seed: int) -> Manifest:
     """
     rng = np.random.default_rng([seed, 1])
     classes = tuple(PHOTOGRAPHS)
+    if settings.train_crops < len(classes):
+        raise ValueError(
+            f"data.builtin.train_crops {settings.train_crops} leaves some of {len(classes)} classes without images"
+        )
     rows = []
     for split, count in (("train", settings.train_crops), ("validation", settings.validation_crops)):
         for index in range(count):

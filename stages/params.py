@@ -30,12 +30,6 @@ from dpar_core.choices import (
 from dpar_core.models.sizes import FFN_MULTIPLE, GATE_SIZES
 from dpar_core.precision import PrecisionChoice, multiplies_bf16, settle, slowdown
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-OrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
-
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
@@ -44,6 +38,14 @@ def _finite(value: float) -> float:
 
 
 Finite = Annotated[float, AfterValidator(_finite)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+OrZero = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**62)]  # image i is sampled with seed + i
+Positive = Annotated[Finite, Field(gt=0)]
+NotNegative = Annotated[Finite, Field(ge=0)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+PathName = Annotated[str, Field(min_length=1)]  # an empty one would be the current folder
 
 
 class ParamsError(ValueError):
@@ -75,8 +77,8 @@ class BuiltinData(Section):
 
 class Data(Section):
     source: Literal["builtin", "imagefolder", "ilsvrc", "webdataset", "parquet"]
-    train: str | None
-    validation: str | None
+    train: PathName | None
+    validation: PathName | None
     classes: Literal["any", "imagenet"]
     empty_classes: Literal["refuse", "keep"]
     image_key: str | None
@@ -88,7 +90,7 @@ class Data(Section):
 
 
 class Tokenizer(Section):
-    weights: str | None
+    weights: PathName | None
     weights_key: str | None
     codebook_size: Annotated[int, Field(ge=2, le=65536)]
     codebook_dim: Count
@@ -97,7 +99,7 @@ class Tokenizer(Section):
     z_channels: Count
     residual_blocks: Count
     norm_groups: Count
-    commitment: Annotated[float, Field(ge=0)]
+    commitment: NotNegative
     steps: Count
     batch_size: Count
     lr: Positive
@@ -127,8 +129,8 @@ class Training(Section):
     lr_schedule: LearningRateSchedule
     warmup_steps: OrZero
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    clip_norm: Annotated[float, Field(ge=0)]
+    weight_decay: NotNegative
+    clip_norm: NotNegative
     precision: PrecisionChoice
     compile: bool
     activation_checkpointing: bool
@@ -142,7 +144,7 @@ class Training(Section):
     keep_last: Count
     keep_best: OrZero
     log_every: Count
-    storage: str | None
+    storage: PathName | None
 
 
 class Train(Training):
@@ -159,6 +161,7 @@ class Train(Training):
         return () if self.equal_time_step is None else (self.equal_time_step,)
 
 
+FEATURE_COUNTS = {"demo": 64, "inception": 2048}  # pooled features per image, where every network of the name has as many
 ENTROPY_MODEL_SIZES: dict[str, dict[str, int]] = {
     name: {**size._asdict(), "ffn_multiple": FFN_MULTIPLE} for name, size in GATE_SIZES.items()
 }
@@ -182,7 +185,7 @@ class Entropies(Section):
 
 class Patching(Section):
     mode: PatchMode
-    threshold: Annotated[Finite, Field(ge=0)] | None
+    threshold: NotNegative | None
     target_mean_length: Annotated[Finite, Field(ge=1)] | None
     max_patch_length: Count | None
     static_length: Count
@@ -210,7 +213,7 @@ class Sample(Section):
     plan: Literal["balanced", "random"]
     batch_size: Count
     precision: PrecisionChoice
-    seed: OrZero
+    seed: Seed
     cfg_scale: Annotated[Finite, Field(ge=1)]
     cfg_schedule: GuidanceSchedule
     cfg_interval: Annotated[list[Share], Field(min_length=2, max_length=2)]
@@ -218,7 +221,7 @@ class Sample(Section):
     top_k: OrZero
     top_p: Annotated[float, Field(gt=0, le=1)]
     gate: Gate
-    threshold: Annotated[Finite, Field(ge=0)] | None
+    threshold: NotNegative | None
     max_patch_length: Count | None
     resize: Count | None
     workers: OrZero
@@ -232,8 +235,8 @@ class DemoClassifier(Section):
 
 class Score(Section):
     features: FeatureName
-    features_file: str | None
-    reference: str
+    features_file: PathName | None
+    reference: PathName
     images: Annotated[int, Field(ge=2)]
     neighbours: Count
     splits: Count
@@ -250,7 +253,7 @@ class Report(Section):
 class Params(Section):
     """The whole of params.yaml."""
 
-    seed: OrZero
+    seed: Seed
     compute: Compute
     data: Data
     tokenizer: Tokenizer
@@ -324,8 +327,12 @@ def precision_lines(name: str, section: Section, device: str) -> list[str]:
     """Return a line for each precision in a section that a person should know of.
 
     That is what `auto` means here, and by which factor an explicit bf16 is slower on a CPU that emulates it. Sampling is
-    not named then: on a CPU it rounds values to bfloat16 and multiplies in float32 (dpar_core/generation/stepping.py).
+    not named then: on a CPU it rounds values to bfloat16 and multiplies in float32 (dpar_core/generation/stepping.py). Nor
+    is a tokenizer whose weights are read from a file: nothing is trained.
     """
+    if isinstance(section, Tokenizer) and section.weights is not None:
+        return []
+    known = "fp32" if isinstance(section, Entropies) else "auto or fp32"
     lines = []
     for key in type(section).model_fields:
         value = getattr(section, key)
@@ -337,7 +344,7 @@ def precision_lines(name: str, section: Section, device: str) -> list[str]:
         elif key == "precision" and value == "bf16" and not isinstance(section, Sample) and not multiplies_bf16(device):
             lines.append(
                 f"{name}.precision is bf16, which this machine emulates: a matrix product takes {slowdown(device):.0f} "
-                "times as long as in fp32; set it to auto or fp32"
+                f"times as long as in fp32; set it to {known}"
             )
     return lines
 
@@ -396,6 +403,8 @@ def _sentence(fault: Mapping[str, Any], where: str) -> str:
         return f"{where}: `{name}` is missing: every value is written out, see `dpar-cli params show demo`"
     if kind == "literal_error":
         return f"{where}: `{name}` is {found!r}, expected one of {context['expected']}"
+    if kind == "string_too_short":
+        return f"{where}: `{name}` is empty, expected a path"
     bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
     if kind in bounds:
         words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}[bounds[kind]]
@@ -413,6 +422,11 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
     sample, score = sections.get("sample"), sections.get("score")
     if data:
         yield from _data_contradictions(data)
+    if model and sample and sample.cfg_scale > 1 and not model.class_dropout:
+        yield (
+            f"`sample.cfg_scale` {sample.cfg_scale} guides by the null class, which `model.class_dropout` 0 never trains: "
+            "set cfg_scale to 1, or train with class_dropout above 0"
+        )
     if data and tokenizer and data.image_size % tokenizer.downsample:
         yield (
             f"`data.image_size` {data.image_size} is not a multiple of the tokenizer's downsampling "
@@ -443,7 +457,12 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
                 "it to auto, which takes the step from the measured speeds"
             )
     if patching:
-        yield from _patching_contradictions(patching)
+        row = data.image_size // tokenizer.downsample if data and tokenizer else None
+        yield from _patching_contradictions(patching, row_width=row)
+    if patching and sample and patching.mode in ("static", "token"):
+        for name in ("threshold", "max_patch_length"):
+            if getattr(sample, name) is not None:
+                yield f"`sample.{name}` is set, but patching.mode {patching.mode} reads no entropies: set it to null"
     if tokenizer:
         largest = math.log(tokenizer.codebook_size)
         for name, section in (("patching", patching), ("sample", sample)):
@@ -456,6 +475,14 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
             yield f"`sample.top_k` {sample.top_k} is above the codebook size {tokenizer.codebook_size}"
     if sample and sample.cfg_interval[0] > sample.cfg_interval[1]:
         yield f"`sample.cfg_interval` {sample.cfg_interval} ends before it begins"
+    if sample and sample.cfg_schedule == "interval" and sample.cfg_interval[0] == sample.cfg_interval[1]:
+        yield f"`sample.cfg_interval` {sample.cfg_interval} is empty, so nothing is guided: set cfg_scale to 1 for that"
+    of_split = data and sample and score and score.reference in ("train", "validation")
+    if of_split and sample.resize not in (None, data.image_size):
+        yield (
+            f"`sample.resize` {sample.resize} gives images of another size than the {score.reference} images, of "
+            f"`data.image_size` {data.image_size}, that they are scored against: set it to null, or name another reference"
+        )
     if sample and score and score.images > sample.images:
         yield f"`score.images` {score.images} asks for more images than `sample.images` {sample.images} provides"
     if score:
@@ -463,6 +490,15 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
             yield f"`score.features` {score.features} needs `score.features_file`, the TorchScript file of the network"
         if score.features == "demo" and score.features_file is not None:
             yield "`score.features_file` is set, but features `demo` trains its own classifier: set it to null"
+        for name in ("splits", "neighbours"):
+            if getattr(score, name) >= score.images:
+                yield f"`score.{name}` {getattr(score, name)} needs more images than `score.images` {score.images}"
+        features = FEATURE_COUNTS.get(score.features, 0)
+        if score.images <= features and not score.allow_singular:
+            yield (
+                f"`score.images` {score.images} are too few for a covariance of {features} features: ask for more, "
+                "or set `score.allow_singular` for a number to be compared with others of as few images only"
+            )
 
 
 def _data_contradictions(data: Data) -> Iterator[str]:
@@ -474,6 +510,10 @@ def _data_contradictions(data: Data) -> Iterator[str]:
         for name in ("train", "validation"):
             if getattr(data, name) is None:
                 yield f"`data.{name}` is null, but source {data.source} needs the path of its {name} images"
+    if data.source not in ("webdataset", "parquet"):
+        for name in ("image_key", "label_key"):
+            if getattr(data, name) is not None:
+                yield f"`data.{name}` is set, but source {data.source} reads no such key: set it to null"
     if data.builtin.crop_min > data.builtin.crop_max:
         yield f"`data.builtin.crop_min` {data.builtin.crop_min} is above crop_max {data.builtin.crop_max}"
 
@@ -514,13 +554,17 @@ def _training_contradictions(name: str, training: Training) -> Iterator[str]:
         )
 
 
-def _patching_contradictions(patching: Patching) -> Iterator[str]:
+def _patching_contradictions(patching: Patching, *, row_width: int | None) -> Iterator[str]:
+    """row_width: tokens of a row, where it is known."""
     target = patching.target_mean_length
     measured = target is not None
     if patching.mode in ("entropy_rows", "entropy"):
         if measured == (patching.threshold is not None):
             found = "both are set" if measured else "both are null"
             yield f"`patching.threshold` and `patching.target_mean_length`: {found}, expected exactly one of them"
-        limit = patching.max_patch_length
-        if target is not None and limit is not None and target > limit:
-            yield (f"`patching.target_mean_length` {target} is above max_patch_length {limit}: no threshold can reach it")
+        limits = {"max_patch_length": patching.max_patch_length}
+        if patching.mode == "entropy_rows":
+            limits["the tokens of a row,"] = row_width
+        for what, limit in limits.items():
+            if target is not None and limit is not None and target > limit:
+                yield f"`patching.target_mean_length` {target} is above {what} {limit}: no threshold can reach it"

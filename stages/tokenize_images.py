@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     """Write the shards, one at a time; those that an interrupted run finished are kept."""
     remove_leftovers(work, outputs.tokens, outputs.metrics)
     manifest = read_manifest(inputs.manifest)
-    settings, total = params.tokenize_images, len(manifest.rows)
+    settings, share = params.tokenize_images, params.data.max_bad_share
     if settings.precision == "tf32" and device != "cuda":
         raise ValueError(f"tokenize_images.precision tf32 needs an NVIDIA GPU, and this run is on {device}: set it to fp32")
     tracker.log_input("manifest", inputs.manifest, manifest.digest)
@@ -122,15 +122,24 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     counts: dict[str, float] = {}
     if settings.precision != "fp32":
         counts[f"tokens/{settings.precision}_moved_share"] = build(1).moved_share(plan)
-    bad = [one for shard in done for one in read_contents(shard, work).bad]
-    _check_share(bad, total, params.data.max_bad_share)
+    total = {split: sum(len(shard.indices) for shard in plan if shard.split == split) for split in SPLITS}
+    bad = {
+        split: [one for shard in done if shard.split == split for one in read_contents(shard, work).bad] for split in SPLITS
+    }
+    _check_shares(bad, total, share)
     ready = sum(len(shard.indices) for shard in done)
-    with tracker.progress(total, "tokenize_images", done=ready, unit="images") as progress:
+    with tracker.progress(len(manifest.rows), "tokenize_images", done=ready, unit="images") as progress:
         todo = [shard for shard in plan if shard.name not in names]
         for shard, _ in run_units(todo, build, workers=settings.workers, device=device, section="tokenize_images"):
             progress.advance(len(shard.indices))
-            bad += read_contents(shard, work).bad
-            _check_share(bad, total, params.data.max_bad_share)
+            bad[shard.split] += read_contents(shard, work).bad
+            _check_shares(bad, total, share)
+    for split, ones in bad.items():
+        if ones:
+            print(
+                f"warning: left out: {counted(len(ones), f'{split} image')} (first: {ones[0].source}: {ones[0].reason}); "
+                f"see {outputs.tokens / BAD_IMAGES}"
+            )
     _refuse_lost_classes(plan, manifest, work, params.data)
     summary = publish(plan, token_meta(manifest, inputs.tokenizer, params), work, outputs.tokens)
     counts |= {"tokens/images": summary["images"], "tokens/shards": len(plan), "tokens/bad_images": summary["bad"]}
@@ -336,13 +345,15 @@ class ShardTokenizer:
         return images, pixel_name(images)
 
 
-def _check_share(bad: Sequence[Bad], total: int, allowed: float) -> None:
-    if len(bad) > allowed * total:
-        shown = "; ".join(f"{one.source}: {one.reason}" for one in bad[:3])
-        raise ValueError(
-            f"{len(bad)} of {total} images cannot be read, more than data.max_bad_share {allowed:g} allows "
-            f"(first: {shown}): mend or remove them, or raise data.max_bad_share"
-        )
+def _check_shares(bad: Mapping[str, Sequence[Bad]], total: Mapping[str, int], allowed: float) -> None:
+    """Refuse too many bad images of a split: a small one may lack most of its images where few are bad in all."""
+    for split, ones in bad.items():
+        if len(ones) > allowed * total[split]:
+            shown = "; ".join(f"{one.source}: {one.reason}" for one in ones[:3])
+            raise ValueError(
+                f"{len(ones)} of {total[split]} {split} images cannot be read, more than data.max_bad_share {allowed:g} "
+                f"allows (first: {shown}): mend or remove them, or raise data.max_bad_share"
+            )
 
 
 def _refuse_lost_classes(plan: Sequence[Shard], manifest: Manifest, work: Path, data: P.Data) -> None:

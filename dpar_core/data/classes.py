@@ -16,6 +16,7 @@ MOST_CLASSES = 1 << 20  # a larger number is not a class
 _LONGEST_NAME = 1000  # characters
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 # Text that is a number of another kind, as 1.0 or nan. Padded ones (007) are names, which sort as their numbers do.
+_SEVERAL_NUMBERS = re.compile(r"[\[(]?\s*-?[0-9]+(\s*[\s,;|]\s*-?[0-9]+)+\s*[\])]?")  # as "3 17" or "[0, 1, 0]"
 _OTHER_NUMBER = re.compile(
     r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|0x[0-9a-f]+|[+-]?(nan|inf|infinity)", re.IGNORECASE
 )
@@ -63,7 +64,9 @@ def checked_label(value: object, where: str) -> int | str:
     if isinstance(value, str):
         text = normal_name(value)
         if not text or len(text) > _LONGEST_NAME:
-            raise ValueError(f"{where} has the label {text[:60]!r} ({len(text):,} characters), expected a class")
+            raise ValueError(f"{where} has the label {value[:60]!r} ({len(value):,} characters), expected a class")
+        if _SEVERAL_NUMBERS.fullmatch(text):
+            raise ValueError(f"{where} has the label {text[:60]!r}, several numbers, expected one class")
         shown = value.strip()
         odd = not shown.isprintable() and any(unicodedata.category(one) == "Cc" for one in shown)
         if _NUMBER.fullmatch(text):
@@ -151,7 +154,7 @@ def _places(found: Sequence[str], order: Sequence[str]) -> list[int]:
 def read_class_names(path: Path) -> list[str]:
     """Read classes.txt: a name per line, in label order. Raises ValueError when lines are empty or it is not text."""
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = re.split(r"\r\n?|\n", path.read_bytes().decode("utf-8-sig"))  # splitlines cuts at form feeds as well
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
     names = [normal_name(line) for line in lines]

@@ -65,31 +65,32 @@ def list_folder(root: Path, split: str) -> Listing:
 
 
 def _classes_of(walk: _Walk, split: str, listing: Listing) -> tuple[str, list[str], list[os.DirEntry[str]]]:
-    """Return where the class folders lie below the root ("" or "train/"), their names, and the files beside them."""
-    folders, files = walk.entries("", top=True)
-    named = {folder: splits_said(folder) for folder in folders}
-    if folders and all(named.values()) and all(walk.has_folders_only(folder) for folder in folders):
-        fitting = [folder for folder in folders if named[folder] == {split}]
+    """Return where the class folders lie below the root ("", "train/", "train/train/"), their names, files beside them."""
+    base = ""
+    while True:
+        folders, files = walk.entries(base.rstrip("/"), top=True)
+        if not (folders and all(map(splits_said, folders)) and all(walk.has_folders_only(base + name) for name in folders)):
+            break
+        fitting = [folder for folder in folders if splits_said(folder) == {split}]
         if not fitting and split == "validation":
-            fitting = [folder for folder in folders if named[folder] == {TEST}]
+            fitting = [folder for folder in folders if splits_said(folder) == {TEST}]
         if len(fitting) != 1:
             raise ValueError(
-                f"data.{split} {walk.root} holds the folders {first_few(folders)} and no classes: expected class folders, "
-                f"or one folder named {split} in which they lie; set data.{split} to the folder that holds them"
+                f"data.{split} {walk.root / base} holds the folders {first_few(folders)} and no classes: expected class "
+                f"folders, or one folder named {split} in which they lie; set data.{split} to the folder that holds them"
             )
-        base = fitting[0]
+        walk.left_out |= {base + folder: "of another split by its name" for folder in folders if folder != fitting[0]}
+        walk.left_out |= {base + file.name: "beside the class folders" for file in files}
+        base += f"{fitting[0]}/"
+    if base:
         listing.notes.append(f"the class folders are those in {walk.root / base}")
-        walk.left_out |= {folder: "of another split by its name" for folder in folders if folder != base}
-        walk.left_out |= {file.name: "beside the class folders" for file in files}
-        folders, files = walk.entries(base, top=True)
-        return f"{base}/", folders, files
-    if len(folders) == 1 and len(walk.folders_with_images(folders[0])) > 1:
-        inner = walk.root / folders[0]
+    if len(folders) == 1 and len(walk.folders_with_images(base + folders[0])) > 1:
+        inner = walk.root / base / folders[0]
         raise ValueError(
-            f"data.{split} {walk.root} holds one folder, {folders[0]}, with images in folders below it alone: if those are "
-            f"the classes, set data.{split} to {inner}; if they are one class, put its images into {inner} itself"
+            f"data.{split} {walk.root / base} holds one folder, {folders[0]}, with images in folders below it: if those "
+            f"are the classes, set data.{split} to {inner}; if they are one class, put its images into {inner} itself"
         )
-    return "", folders, files
+    return base, folders, files
 
 
 def _class_names(folders: list[str], root: Path, split: str) -> dict[str, str]:
@@ -103,8 +104,8 @@ def _class_names(folders: list[str], root: Path, split: str) -> dict[str, str]:
     if double:
         same = [folder for folder in folders if names[folder] == double[0]]
         raise ValueError(
-            f"data.{split} {root} has {len(same)} folders whose names are all {double[0]!r} in one Unicode form "
-            f"({', '.join(ascii(folder) for folder in same)}): rename or join them"
+            f"data.{split} {root} has {len(same)} folders whose names are all {double[0]!r} in one Unicode form and without "
+            f"outer spaces ({', '.join(ascii(folder) for folder in same)}): rename or join them"
         )
     return names
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from dpar_core.data.classes import CLASSES, MOST_CLASSES, checked_label, normal_name, resolve_labels
 from dpar_core.data.images import LARGEST_FILE, BadImage
 from dpar_core.data.listing import Listing, find_files, key_of, require
-from dpar_core.data.splits import splits_said
+from dpar_core.data.splits import first_few, splits_said
 
 IMAGE_COLUMN = "image"  # where a source names none
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "img_bytes", "bytes")
@@ -34,7 +34,8 @@ _LABEL_COLUMNS = (
     "synset",
     "wnid",
 )
-_SPLIT_COLUMNS = ("split", "subset", "partition")
+_SPLIT_COLUMNS = frozenset(("split", "splits", "subset", "partition", "set", "data_split", "split_name", "phase"))
+_MOST_SPLITS = 5  # a number with more values says something else
 _FIRST_CHOICES = ("image", "label")  # taken where others of the lists are there as well
 _KEPT_GROUPS = 8  # row groups that stay in memory, as long as they take no more than
 _KEPT_BYTES = 2 << 30
@@ -58,6 +59,7 @@ def list_parquet(root: Path, split: str, *, label_key: str | None = None, image_
     listing.files = find_files(root, split, ".parquet", listing)
     beside = (root if root.is_dir() else root.parent) / CLASSES
     columns: set[tuple[str, str]] = set()
+    splits: dict[str, dict[object, str]] = {}
     written = False
     for number, name in enumerate(listing.files):
         path = root / name if root.is_dir() else root
@@ -67,7 +69,8 @@ def list_parquet(root: Path, split: str, *, label_key: str | None = None, image_
         label = _label_column(file.schema_arrow, label_key, where)
         columns.add((image, label))
         written |= _holds_text(file.schema_arrow.field(label).type)
-        _refuse_several_splits(file, where)
+        for column, value in _split_values(file, where):
+            splits.setdefault(column, {}).setdefault(value, name)
         mine = _feature_names(file.schema_arrow.metadata or {}, label)
         if number == 0:
             names = mine
@@ -102,7 +105,7 @@ def list_parquet(root: Path, split: str, *, label_key: str | None = None, image_
     if columns != {("image", "label")}:
         shown = "; ".join(f"{image!r} and {label!r}" for image, label in sorted(columns))
         listing.notes.append(f"images and labels are read from the columns {shown}")
-    listing.notes += found.notes
+    listing.notes += [*found.notes, *_split_notes(splits, split, f"data.{split} {root}")]
     return listing
 
 
@@ -161,18 +164,36 @@ def _holds_label(kind: pa.DataType) -> bool:
     return _holds_text(kind) or pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
-def _refuse_several_splits(file: pq.ParquetFile, where: str) -> None:
-    """Raise ValueError where a column says of some rows that they are of another split than others."""
+def _split_values(file: pq.ParquetFile, where: str) -> Iterator[tuple[str, object]]:
+    """Yield (column, value) once for each value in columns that may say which split a row is of, as split or is_train."""
     for field in file.schema_arrow:
-        if field.name.casefold() in _SPLIT_COLUMNS and _holds_text(field.type):
+        number = pa.types.is_integer(field.type) or pa.types.is_boolean(field.type)
+        named = field.name.casefold() in _SPLIT_COLUMNS
+        if (named and _holds_text(field.type)) or (number and (named or splits_said(field.name))):
             groups = range(file.num_row_groups)
-            values = {str(value) for group in groups for value in _column(file, group, field.name, where)}
-            said = sorted(set().union(*map(splits_said, values)))
-            if len(said) > 1:
-                raise ValueError(
-                    f"{where} holds rows of several splits by its column {field.name!r} ({', '.join(said)}): write the rows "
-                    "of each split to files of their own"
-                )
+            yield from {(field.name, value) for group in groups for value in _column(file, group, field.name, where)}
+
+
+def _split_notes(found: Mapping[str, Mapping[object, str]], split: str, where: str) -> list[str]:
+    """Return what a person should know of columns that say a split. found: by column and value, a file that has it.
+
+    Raises ValueError where text says of some rows that they are of another split than others.
+    """
+    notes = []
+    for column, values in found.items():
+        said = {name: file for value, file in values.items() if isinstance(value, str) for name in splits_said(value)}
+        if len(said) > 1:
+            raise ValueError(
+                f"{where} holds rows of several splits by the column {column!r} ({first_few(sorted(said))}, in "
+                f"{first_few(sorted(set(said.values())))}): write the rows of each split to files of their own"
+            )
+        number = not any(isinstance(value, str) for value in values)
+        if said and set(said) != {split}:
+            notes.append(f"the column {column!r} says {next(iter(said))}, and its rows are taken")
+        elif 1 < len(values) <= _MOST_SPLITS and (said or number):
+            shown = first_few(sorted(map(str, values)), _MOST_SPLITS)
+            notes.append(f"the column {column!r} holds {shown}, and all rows are taken")
+    return notes
 
 
 def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:

@@ -54,6 +54,11 @@ def test_no_pixel_of_a_photograph_is_in_both_splits(tmp_path):
         assert not (seen["train"] & seen["validation"]).any()
 
 
+def test_fewer_crops_than_photographs_are_refused():
+    with pytest.raises(ValueError, match="train_crops 8 leaves some of 9 classes without images"):
+        data.builtin_manifest(params().data.builtin.model_copy(update={"train_crops": 8}), seed=0)
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_crops(tmp_path):
     first, second = run(tmp_path / "a"), run(tmp_path / "b")
     assert first.manifest.read_bytes() == second.manifest.read_bytes()

@@ -68,6 +68,38 @@ def test_a_wrong_value_gets_a_sentence_that_names_it(demo, name, value, words):
     assert any(words in sentence for sentence in caught.value.sentences), caught.value.sentences
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.class_dropout": 0.0}, "guides by the null class, which `model.class_dropout` 0 never trains"),
+        ({"model.class_dropout": 0.0, "sample.cfg_scale": 1.0}, None),
+        ({"patching.max_patch_length": None, "patching.target_mean_length": 9.0}, "above the tokens of a row, 8"),
+        ({"patching.mode": "static", "sample.threshold": 3.0}, "`sample.threshold` is set, but patching.mode static"),
+        ({"patching.mode": "token", "sample.max_patch_length": 2}, "`sample.max_patch_length` is set, but"),
+        ({"sample.cfg_schedule": "interval", "sample.cfg_interval": [0.5, 0.5]}, "is empty, so nothing is guided"),
+        ({"sample.resize": 16}, "another size than the train images"),
+        ({"sample.resize": 16, "score.reference": "refs.npz"}, None),
+        ({"score.splits": 450}, "`score.splits` 450 needs more images"),
+        ({"score.neighbours": 450}, "`score.neighbours` 450 needs more images"),
+        ({"score.images": 64}, "64 are too few for a covariance of 64 features"),
+        ({"score.images": 64, "score.allow_singular": True}, None),
+        ({"data.label_key": "cls"}, "`data.label_key` is set, but source builtin reads no such key"),
+        ({"score.reference": ""}, "`score.reference` is empty, expected a path"),
+        ({"train.lr": float("inf")}, "`train.lr` is inf, expected a finite number"),
+        ({"sample.seed": 2**63}, "`sample.seed`"),
+    ],
+)
+def test_params_that_would_give_wrong_numbers_or_fail_after_training_are_refused(demo, changes, words):
+    for name, value in changes.items():
+        set_value(demo, name, value)
+    if words is None:
+        P.parse_params(demo)
+        return
+    with pytest.raises(P.ParamsError) as caught:
+        P.parse_params(demo)
+    assert any(words in sentence for sentence in caught.value.sentences), caught.value.sentences
+
+
 def test_checkpoints_need_a_validation_loss_only_where_the_best_are_kept(demo):
     for name in ("entropy_model.train", "train"):
         for changes in ({"keep_best": 0, "checkpoint_every": 75}, {"checkpoint_every": 100}, {"checkpoint_every": 10**6}):
@@ -137,4 +169,8 @@ def test_a_choice_and_an_emulated_precision_get_a_line_each(monkeypatch):
     (line,) = P.precision_lines("entropy_model", explicit, "cpu")
     assert line.startswith("entropy_model.train.precision is bf16") and "170 times as long as in fp32" in line
     assert P.precision_lines("sample", params.sample.model_copy(update={"precision": "bf16"}), "cpu") == []
+    imported = params.tokenizer.model_copy(update={"precision": "bf16", "weights": "vq.pt"})
+    assert P.precision_lines("tokenizer", imported, "cpu") == []  # nothing is trained
+    (line,) = P.precision_lines("entropies", params.entropies.model_copy(update={"precision": "bf16"}), "cpu")
+    assert line.endswith("; set it to fp32")  # it knows no auto
     assert P.precision_lines("train", params.train.model_copy(update={"precision": "fp32"}), "cpu") == []

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -86,7 +87,7 @@ def test_too_many_bad_images_fail_and_mended_ones_are_read_again(tmp_path):
     good = {path: path.read_bytes() for path in (images / "a").iterdir()}
     for path in good:
         path.write_bytes(good[path][:50])
-    with pytest.raises(ValueError, match=r"of 19 images cannot be read, more than data.max_bad_share 0.1 allows"):
+    with pytest.raises(ValueError, match=r"of 14 train images cannot be read, more than data.max_bad_share 0.1 allows"):
         project.data().tokenize()
     for path, content in good.items():
         path.write_bytes(content)
@@ -94,6 +95,22 @@ def test_too_many_bad_images_fail_and_mended_ones_are_read_again(tmp_path):
     assert json.loads((tmp_path / "p" / "tokens.json").read_text())["tokens/bad_images"] == 0
     clean = make_project(tmp_path / "q").tokenize()
     assert project.bytes("tokens").keys() == clean.bytes("tokens").keys()
+
+
+def test_bad_images_are_printed_and_a_small_split_may_not_lose_more_than_its_share(tmp_path, capsys):
+    project = make_project(tmp_path / "p", data={"max_bad_share": 0.2})
+    images = tmp_path / "p" / "images"
+    (images / "train" / "a" / "000.png").write_bytes(b"damaged")
+    (images / "validation" / "b" / "001.png").write_bytes(b"damaged")
+    project.data().tokenize()
+    said = [line for line in capsys.readouterr().out.splitlines() if "left out: " in line]
+    assert len(said) == 2 and said[1].startswith(
+        "warning: left out: 1 validation image (first: validation:b/001.png: not an image"
+    )
+    shutil.rmtree(project.work)
+    (images / "validation" / "a" / "000.png").write_bytes(b"damaged")  # 3 of 19 images, but 2 of 5
+    with pytest.raises(ValueError, match=r"^2 of 5 validation images cannot be read, more than data.max_bad_share 0.2"):
+        project.data().tokenize()
 
 
 def test_bad_neighbours_do_not_change_the_tokens_of_an_image(project, tmp_path):

@@ -40,7 +40,10 @@ def test_names_that_are_empty_or_hold_line_ends_can_be_shown_and_none_is_lost():
     assert unique_names(["", "a\nb", "a b", " "]) == ["(0)", "a b (1)", "a b (2)", "(3)"]
 
 
-@pytest.mark.parametrize("label", ["1.0", "nan", "-Inf", "0x1", "-0", "+3", "1e3", ".5", "9" * 30, "a\x07b", "\0" * 8, ""])
+@pytest.mark.parametrize(
+    "label",
+    ["3 17", "[0, 1]", "3,4;5", "1.0", "nan", "-Inf", "0x1", "-0", "+3", "1e3", ".5", "9" * 30, "a\x07b", "\0" * 8, ""],
+)
 def test_text_that_is_another_number_or_holds_control_characters_is_no_label(label):
     with pytest.raises(ValueError, match=r"^here has the label"):
         checked_label(label, "here")
@@ -276,6 +279,9 @@ def test_a_list_of_classes_with_gaps_is_refused(tmp_path, content, words):
         read_class_names(tmp_path / "classes.txt")
     (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfa b\r\nc\r\n\r\n")
     assert read_class_names(tmp_path / "classes.txt") == ["a b", "c"]
+    # Characters that Python's splitlines cuts at are part of a name: a name in two would move all labels after it.
+    (tmp_path / "classes.txt").write_bytes("a\x0cb\nc\u2028d\ne\x85f\rg\x1ch".encode())
+    assert read_class_names(tmp_path / "classes.txt") == ["a b", "c d", "e f", "g h"]
 
 
 def test_names_in_metadata_that_are_no_list_of_text_are_passed_over(tmp_path):

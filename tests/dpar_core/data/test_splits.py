@@ -134,16 +134,39 @@ def test_files_of_other_splits_are_left_out_and_the_choice_is_said(tmp_path):
     assert own.files == ["train-7.tar"] and own.notes == ["files whose names say train are taken, as none says validation"]
 
 
-def test_a_parquet_file_with_rows_of_several_splits_is_refused(tmp_path):
-    write_parquet(tmp_path / "all.parquet", [0, 1, 2], [0, 1, 0])
+@pytest.mark.parametrize(
+    ("column", "values", "expected"),
+    [
+        ("Split", ["train", "valid", "train"], r"rows of several splits by the column 'Split' \(train, validation, in all"),
+        ("set", ["train", "test", None], "rows of several splits by the column 'set'"),
+        ("split", ["train"] * 3, []),
+        ("split", ["val"] * 3, ["the column 'split' says validation, and its rows are taken"]),
+        ("subset", ["train", "extra", None], ["the column 'subset' holds None, extra, train, and all rows are taken"]),
+        ("is_train", [True, False, True], ["the column 'is_train' holds False, True, and all rows are taken"]),
+        ("is_training_image", [1, 1, 0], ["the column 'is_training_image' holds 0, 1, and all rows are taken"]),
+        ("is_train", [True] * 3, []),
+        ("train_id", list(range(6)), []),
+        ("subset", ["cats", "dogs", "cats"], []),
+    ],
+)
+def test_columns_that_say_the_split_of_a_row_are_heeded(tmp_path, column, values, expected):
+    write_parquet(tmp_path / "all.parquet", list(range(len(values))), [0, 1, 0] * (len(values) // 3))
     table = pq.read_table(tmp_path / "all.parquet")
-    pq.write_table(table.append_column("Split", pa.array(["train", "valid", "train"])), tmp_path / "all.parquet")
-    with pytest.raises(
-        ValueError, match=r"all.parquet holds rows of several splits by its column 'Split' .train, validation."
-    ):
-        list_parquet(tmp_path / "all.parquet", "train")
-    pq.write_table(table.append_column("split", pa.array(["train"] * 3)), tmp_path / "all.parquet")
-    assert len(list_parquet(tmp_path / "all.parquet", "train").keys) == 3
+    pq.write_table(table.append_column(column, pa.array(values)), tmp_path / "all.parquet")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            list_parquet(tmp_path / "all.parquet", "train")
+    else:
+        assert list_parquet(tmp_path / "all.parquet", "train").notes == expected
+
+
+def test_files_of_one_folder_whose_columns_say_different_splits_are_refused(tmp_path):
+    for number, split in enumerate(("train", "test")):
+        write_parquet(tmp_path / f"{number}.parquet", [2 * number, 2 * number + 1], [0, 1])
+        table = pq.read_table(tmp_path / f"{number}.parquet")
+        pq.write_table(table.append_column("split", pa.array([split] * 2)), tmp_path / f"{number}.parquet")
+    with pytest.raises(ValueError, match=r"several splits by the column 'split' \(test, train, in 0.parquet, 1.parquet\)"):
+        list_parquet(tmp_path, "train")
 
 
 @pytest.mark.parametrize("ending", LISTERS)
@@ -181,6 +204,10 @@ def test_a_doubled_level_is_recognised_and_named(tmp_path):
     put_tree(tmp_path, "train/train/cat", "train/train/dog")
     listing = list_folder(tmp_path / "train", "train")
     assert listing.classes == ["cat", "dog"] and listing.notes == [f"the class folders are those in {tmp_path}/train/train"]
+    put_tree(tmp_path, "three/train/train/train/cat", "three/train/train/train/dog", "three/train/train/val/cat")
+    listing = list_folder(tmp_path / "three", "train")
+    assert listing.classes == ["cat", "dog"] and listing.base == tmp_path / "three/train/train/train"
+    assert listing.left_out == {"train/train/val": "of another split by its name"}
     put_tree(tmp_path, "x/images/cat", "x/images/dog")
     with pytest.raises(ValueError, match=rf"holds one folder, images, .* set data.train to {tmp_path}/x/images"):
         list_folder(tmp_path / "x", "train")
