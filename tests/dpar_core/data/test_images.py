@@ -181,12 +181,12 @@ def test_grey_tiffs_of_over_eight_bits_are_scaled_by_their_bits_whichever_end_is
 
 
 def test_a_format_that_this_pillow_lacks_keeps_no_other_from_being_read(monkeypatch):
-    images._formats.cache_clear()
+    images.readable_formats.cache_clear()
     monkeypatch.setattr(images, "FORMATS", ("NO_SUCH_FORMAT", *images.FORMATS))
     try:
         assert decode_image(encoded(Image.new("RGB", (2, 1), (1, 2, 3)))).tolist() == [[[1, 2, 3]] * 2]
     finally:
-        images._formats.cache_clear()
+        images.readable_formats.cache_clear()
 
 
 def test_postscript_starts_no_program_whatever_its_name(tmp_path, monkeypatch):
