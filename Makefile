@@ -6,6 +6,7 @@
 # make faults    COUNT=300 SEED=1 faults in copies of a tiny project, 15 to 60 minutes; a dozen are part of `make test`
 # make faults-hour  a training run of MINUTES=60 with a fault a minute and MLflow away a third of the time
 # make fuzz      COUNT=10000 SEED=1 mutated files for every reader, about an hour; some are part of `make test`
+# make fuzz-coverage  TARGET=tar (or names) SECONDS=60 guided by coverage, with atheris (Linux), which is installed for it
 # make audit     the pinned packages against the advisories of PyPI, which needs a network
 # make lock      requirements/*.lock anew, the hashes that the image is built with, from pyproject.toml and constraints.txt
 # make browser   the report in Chromium, which has to be installed; not part of `make test`
@@ -32,7 +33,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 COMPILE     := $(BIN)/python -c "import torch._dynamo, torch.distributed.checkpoint, ray.train.torch, ray.tune" & \
                first=$$!; $(BIN)/python -c "import mlflow.store.tracking.sqlalchemy_store, matplotlib.pyplot, skimage.data, dvc.cli" && wait $$first
-.PHONY: demo test lint format types coverage docs faults faults-hour fuzz audit lock browser pictures environment clean
+.PHONY: demo test lint format types coverage docs faults faults-hour fuzz fuzz-coverage audit lock browser pictures environment clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -72,6 +73,10 @@ faults-hour: $(VENV)/.tested
 
 fuzz: $(VENV)/.tested
 	@$(BIN)/python -m tests.fuzz --count $(or $(COUNT),10000) --seed $(or $(SEED),1)
+
+fuzz-coverage: $(VENV)-tools/.installed
+	@$(VENV)-tools/bin/python -m pip --disable-pip-version-check install -q $(PIP_OPTIONS) atheris
+	@$(VENV)-tools/bin/python -P tests/fuzz/coverage.py $(or $(TARGET),tar) $(or $(SECONDS),60)
 
 audit: $(VENV)-tools/.installed
 	@$(VENV)-tools/bin/python requirements/audit.py $(VENV)-tools/bin/pip-audit

@@ -6,13 +6,15 @@ Shapes: n images (n, height, width, 3) uint8; d pooled features, c classes, s fl
 from __future__ import annotations
 
 import os
+import pickletools
 import subprocess
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -200,6 +202,10 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
     names = check_zip(path)
     if not any(name.endswith("/constants.pkl") for name in names):
         raise ValueError(f"{path} is a zip archive without a TorchScript program: export the network with torch.jit.save")
+    try:
+        _check_records(path)
+    except Exception as error:  # of as many kinds as there are ways to damage a pickle
+        raise ValueError(f"{path} is damaged ({str(error) or type(error).__name__}): fetch it again") from None
     _rehearse(path)
     try:
         model = torch.jit.load(str(path), map_location=device).eval()
@@ -208,6 +214,45 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
         raise ValueError(f"{path} is not a TorchScript file that can be read ({reason[:200]}): fetch it again") from None
     check_finite(dict([*model.named_parameters(), *model.named_buffers()]), path)
     return model
+
+
+_WIDTHS = {  # bytes of a value, by the name of the storage
+    **{"Bool": 1, "Byte": 1, "Char": 1, "QInt8": 1, "QUInt8": 1, "Half": 2, "BFloat16": 2, "Short": 2, "Float": 4, "Int": 4},
+    **{"QInt32": 4, "Double": 8, "Long": 8, "ComplexFloat": 8, "ComplexDouble": 16},
+}
+_PUSHED = {"BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "GLOBAL", "BININT", "BININT1", "BININT2", "LONG1", "LONG4"}
+
+
+def _check_records(path: Path) -> None:
+    """Raise ValueError where a tensor's record in a TorchScript file is shorter than the tensor.
+
+    libtorch takes the length that the pickle names and reads on behind a shorter record. The pickle's operations are looked
+    at one by one and never run.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            folder, _, file = name.rpartition("/")
+            if file not in ("data.pkl", "constants.pkl"):
+                continue
+            for kind, record, count in _storages(archive.read(name)):
+                held = archive.getinfo(f"{folder}/{file.removesuffix('.pkl')}/{record}").file_size
+                if count * _WIDTHS[kind.removeprefix("torch ").removesuffix("Storage")] > held:
+                    raise ValueError(f"its tensor {record} has {count} values, and {held} bytes are stored for them")
+
+
+def _storages(content: bytes) -> Iterator[tuple[str, str, int]]:
+    """Yield (class, record, values) of every tensor's storage that a pickle of libtorch names."""
+    values: list[Any] = []
+    memo: dict[int, Any] = {}
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in _PUSHED:
+            values.append(argument)
+        elif operation.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = values[-1] if values else None
+        elif operation.name in ("BINGET", "LONG_BINGET"):
+            values.append(memo.get(argument))
+        elif operation.name == "BINPERSID":  # of ("storage", class, record, device, values)
+            yield values[-4], values[-3], values[-1]
 
 
 # How the network's input follows from images of 0..255: the TensorFlow graph has the first, some exports the second.

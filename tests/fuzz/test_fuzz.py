@@ -20,6 +20,8 @@ FOUND = (
     ("scores", 11, 180),
     ("journal of tracking", 1, 30),
     ("journal of tracking", 2, 152),
+    ("TorchScript", 1, 982),
+    ("params", 1, 440),
 )
 
 

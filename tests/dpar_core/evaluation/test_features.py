@@ -60,6 +60,26 @@ def test_damage_is_found_before_libtorch_reads_the_file(tmp_path, script, monkey
         load_script(tmp_path / "x.pt", "cpu")
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["parameters", "constants"])
+@pytest.mark.parametrize("left", [0, 24], ids=["empty", "short"])
+def test_a_tensor_that_is_longer_than_what_is_stored_for_it_is_refused(tmp_path, monkeypatch, frozen, left):
+    model = torch.jit.script(torch.nn.Linear(4, 2).eval())
+    model = torch.jit.freeze(model) if frozen else model
+    model.save(str(tmp_path / "x.pt"))
+    load_script(tmp_path / "x.pt", "cpu")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        entries = {one.filename: archive.read(one) for one in archive.infolist()}
+    name = next(name for name, content in entries.items() if len(content) == 32 and name[-1].isdigit())
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        for one, content in entries.items():
+            archive.writestr(one, content[:left] if one == name else content)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("libtorch met a damaged file"))
+    with pytest.raises(
+        ValueError, match=rf"is damaged \(its tensor \d has 8 values, and {left} bytes are stored for them\)"
+    ):
+        load_script(tmp_path / "x.pt", "cpu")
+
+
 def test_a_program_that_kills_its_reader_ends_in_a_sentence(tmp_path, script, rehearse, monkeypatch):
     (tmp_path / "x.pt").write_bytes(script)
     rehearse(tmp_path / "x.pt")
