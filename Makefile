@@ -76,7 +76,7 @@ fuzz: $(VENV)/.tested
 
 fuzz-coverage: $(VENV)-tools/.installed
 	@$(VENV)-tools/bin/python -m pip --disable-pip-version-check install -q $(PIP_OPTIONS) atheris
-	@$(VENV)-tools/bin/python -P tests/fuzz/coverage.py $(or $(TARGET),tar) $(or $(SECONDS),60)
+	@PYTHONPATH="$(CURDIR)" $(VENV)-tools/bin/python -P tests/fuzz/coverage.py $(or $(TARGET),tar) $(or $(SECONDS),60)
 
 audit: $(VENV)-tools/.installed
 	@$(VENV)-tools/bin/python requirements/audit.py $(VENV)-tools/bin/pip-audit

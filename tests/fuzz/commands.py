@@ -395,6 +395,10 @@ def main() -> None:
                 shutil.copytree(base, project, symlinks=True, copy_function=_copy)
             tried += 1
             ended = call(project, words, environment)
+            if (
+                ended.status is None
+            ):  # a fork may hold a lock that its parent's threads held: what hangs by itself hangs again
+                ended = call(project, words, environment)
             if (what := problem(ended)) is not None:
                 found += 1
                 shown = [one if len(one) < 60 else f"{one[:30]}... ({len(one)})" for one in words]

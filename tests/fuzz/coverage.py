@@ -18,7 +18,6 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # ours is not installed where atheris is
 with atheris.instrument_imports(include=["dpar_core"]):
     from dpar_core.data import classes, tars
 
