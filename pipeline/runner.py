@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,16 @@ def _end_with_dvc(root: Path) -> None:
 
     Nobody would take its result.
     """
+    import psutil
+
     dvc = pass_identity(root)[2]
     if dvc.pid == os.getpid():
         return
-    above = dvc.parent()
     watched = {"dvc repro": dvc}
-    if above is not None and any(Path(word).name == "dpar-cli" for word in above.cmdline()):
-        watched["dpar-cli run"] = above
+    with suppress(psutil.Error):  # of another user, or gone
+        above = dvc.parent()
+        if above is not None and any(Path(word).name == "dpar-cli" for word in above.cmdline()):
+            watched["dpar-cli run"] = above
 
     def watch() -> None:
         while not (gone := [name for name, process in watched.items() if not lives(process)]):
