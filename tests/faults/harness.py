@@ -168,7 +168,7 @@ class Harness:
     def _surroundings(self, fault: Fault, outcome: Outcome) -> None:
         how = fault.details
         there = Harness(self.world, self.folder / how["folder"])
-        root = self.world.copy(there.folder, fault.stage, compute={"threads": 0})
+        root = self.world.copy(there.folder, fault.stage)
         environment = {"TZ": how["zone"], "TMPDIR": str(self.folder)}
         if how["home"] == "missing":
             environment["HOME"] = str(root / "params.yaml" / "below a file")
@@ -217,18 +217,21 @@ class Harness:
     def _fresh_store(self, outcome: Outcome) -> None:
         from pipeline.tracking.store import connect
 
-        self.folder.mkdir(parents=True)
+        root = (
+            self.folder / f"of fault {outcome.index}"
+        )  # MLflow keeps connections by address, which forked processes inherit
+        root.mkdir(parents=True)
         children = []
         for number in range(4):
             if not (child := os.fork()):
                 with leaving():
-                    _write_to_store(self.folder, f"run {number}")
+                    _write_to_store(root, f"run {number}")
             children.append(child)
         status = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         outcome.effect = "finished"
         if status != [0] * 4:
             outcome.problems.append(f"they ended with status {status}")
-        client, experiment = connect(self.folder)
+        client, experiment = connect(root)
         found = {run.info.run_name: run for run in client.search_runs([experiment])}
         for name in (f"run {number}" for number in range(4)):
             rows = client.get_metric_history(found[name].info.run_id, "loss") if name in found else []
