@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="show all that a disturbed stage said")
     options = parser.parse_args()
     began = time.monotonic()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script ignores it for what it starts in the background
     root = Path(tempfile.mkdtemp(prefix="dpar-faults-"))
     os.environ |= {"OMP_NUM_THREADS": "1", "DPAR_CACHE": str(root / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.pop("MLFLOW_TRACKING_URI", None)
