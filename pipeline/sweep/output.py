@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -260,7 +261,9 @@ def table(facts: Facts) -> str:
         lines.append(terminal.wrapped(words, rest="  "))
     lines += [terminal.wrapped(f"failed: {one_line(one)}", rest="  ") for one in facts.outcome.failed]
     if facts.command:
-        lines.append(f"reproduce       {facts.command}")
+        room = terminal.columns() - len(f"{'reproduce':16} \\")
+        words = textwrap.wrap(facts.command, room, break_long_words=False, break_on_hyphens=False)
+        lines.append(f"{'reproduce':16}" + f" \\\n{'':16}".join(words))
     return "\n".join(lines)
 
 

@@ -88,6 +88,10 @@ def test_files_tell_the_winner_of_the_second_round(facts, tmp_path):
     assert yaml.safe_load((tmp_path / "dvc.yaml").read_text())["metrics"] == ["metrics.json"]
     assert json.loads((tmp_path / "sweep.json").read_text())["failed"][0]["error"] == "no room"
     assert "4.2" in sweep_output.table(facts)
+    long = "dpar-cli sweep threshold --thresholds 3.0 --cfg 3.0 --images 60 --final-images 60 --name threshold-winner"
+    text = sweep_output.table(sweep_output.Facts(**{**vars(facts), "command": long}))
+    assert max(map(len, text.splitlines())) <= 80
+    assert " ".join(text.partition("reproduce")[2].replace("\\\n", " ").split()) == long, "it can be copied"
 
 
 def test_a_sweep_without_any_result_still_says_what_failed(facts, tmp_path):
