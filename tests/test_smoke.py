@@ -142,18 +142,18 @@ def test_dvc_runs_shows_and_compares_experiments_once_the_project_is_under_git(p
     check = (sys.executable, "-c", "from pipeline.cli import main; main()", "params", "check")
     assert "under git now: removed core.no_scm" in run(project, *check, cwd=project).replace("\n  ", " ")
 
-    printed = dvc(project, "exp", "run", "--name", "two", "-S", "report.examples=2", "-S", "score.splits=2")
+    printed = dvc(project, "exp", "run", "--name", "two", "-S", "report.examples=2")
     ran = [line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")]
-    assert ran == ["sources", "score_dpar", "score_llamagen", "report"]
+    assert ran == ["sources", "report"]
     table = dvc(project, "exp", "show", "--only-changed", "--csv").splitlines()
-    assert {"report.examples", "score.splits"} <= set(table[0].split(",")) and "train.steps" not in table[0]
-    assert any(",two," in line for line in table)
+    assert "report.examples" in table[0].split(",") and "train.steps" not in table[0]
+    assert any(line.startswith("two,") for line in table)
 
     metrics = project / "artifacts" / "metrics.json"
     found = json.loads(metrics.read_text())
     metrics.write_text(json.dumps(found | {"dpar_loss": found["dpar_loss"] + 1}))
     (line,) = [line for line in dvc(project, "metrics", "diff", "two").splitlines() if "dpar_loss" in line]
-    assert line.split()[-1] == "1.0" or line.split()[-1] == "1"
+    assert float(line.split()[-1]) == pytest.approx(1.0)
     metrics.write_text(json.dumps(found))
     dvc(project, "plots", "diff", "HEAD", "two")
     page = (project / "dvc_plots" / "index.html").read_text()
