@@ -183,15 +183,16 @@ def _writable(root: Path) -> Iterator[Check]:
 
 
 def _ray() -> Check:
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not address:
+    from dpar_core.secrets import redacted
+    from stages.workers.cluster import foreign_address
+
+    address = foreign_address()
+    if address is None:
         return Check("ray", "ok", "a cluster of its own on this machine, where one is needed")
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    if address == "auto" or _answers(parts.hostname, parts.port):
-        return Check("ray", "ok", f"RAY_ADDRESS {address}")
-    return Check(
-        "ray", "fail", f"RAY_ADDRESS is {address}, where nothing answers", "start that cluster, or unset RAY_ADDRESS"
-    )
+    shown = redacted(address)
+    if address == "auto" or _answers(address if "://" in address else f"ray://{address}", 6379):
+        return Check("ray", "ok", f"RAY_ADDRESS {shown}")
+    return Check("ray", "fail", f"RAY_ADDRESS is {shown}, where nothing answers", "start that cluster, or unset RAY_ADDRESS")
 
 
 def _store(root: Path) -> Check:
@@ -199,22 +200,18 @@ def _store(root: Path) -> Check:
     from pipeline.tracking.store import tracking_uri
 
     uri = tracking_uri(root)
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        if not _answers(parts.hostname, port):
-            fix = "start that server, or unset MLFLOW_TRACKING_URI; a run goes on without it and sends its records later"
-            return Check("mlflow", "warn", f"{redacted(uri)} does not answer", fix)
+    if uri.startswith(("http:", "https:")) and not _answers(uri, 443 if uri.startswith("https:") else 80):
+        fix = "start that server, or unset MLFLOW_TRACKING_URI; a run goes on without it and sends its records later"
+        return Check("mlflow", "warn", f"{redacted(uri)} does not answer", fix)
     return Check("mlflow", "ok", redacted(uri))
 
 
-def _answers(host: str | None, port: int | None) -> bool:
-    if host is None:
-        return False
+def _answers(address: str, default_port: int) -> bool:
     try:
-        with socket.create_connection((host, port or 6379), timeout=REMOTE_SECONDS):
-            return True
-    except OSError:
+        parts = urlsplit(address)
+        with socket.create_connection((parts.hostname or "", parts.port or default_port), timeout=REMOTE_SECONDS):
+            return bool(parts.hostname)
+    except (OSError, ValueError):  # ValueError: no address
         return False
 
 

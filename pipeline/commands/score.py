@@ -132,13 +132,14 @@ def fetch(
     to `dpar-cli score`.
     """
     from dpar_core.evaluation.features import INCEPTION_SHA256, INCEPTION_URL
+    from dpar_core.secrets import redacted
     from pipeline.download import download
     from pipeline.terminal import fitted
 
     if what != "inception":
         raise ValueError(f"no address known for {what!r}: expected inception (DINOv2: export it to TorchScript yourself)")
     address = url or INCEPTION_URL
-    print(fitted(f"from {address}\nto   {to.resolve()}"))
+    print(fitted(f"from {redacted(address)}\nto   {to.resolve()}"))
     digest = download(address, to, sha256=sha256 or INCEPTION_SHA256)
     print(f"SHA-256 {digest}")
 

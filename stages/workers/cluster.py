@@ -58,10 +58,16 @@ class Node:
         return int(min(by_cpus, by_gpus))
 
 
+def foreign_address() -> str | None:
+    """Return the RAY_ADDRESS to join, None for a cluster of our own: without one, or with `local`, Ray's word for that."""
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") else address
+
+
 def expected() -> list[Node] | None:
     """Return the nodes of the cluster that `connected` would start here, None when it would join another."""
     _quiet()
-    if os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+    if foreign_address() or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
         return None
     import torch
 
@@ -82,7 +88,7 @@ def connected() -> Iterator[list[Node]]:
     if ray.is_initialized():
         yield _nodes()
         return
-    with _started(os.environ.get("RAY_ADDRESS")):
+    with _started(foreign_address()):
         yield _nodes()
 
 
@@ -97,7 +103,7 @@ def _quiet() -> None:
     """Set what Ray reads; before it is imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if not os.environ.get("RAY_ADDRESS"):
+    if foreign_address() is None:
         _keep_token_private()
 
 

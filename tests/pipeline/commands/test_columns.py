@@ -23,6 +23,7 @@ from pipeline.terminal import columns, table, wrapped
 from tests.helpers.paths import ROOT
 from tests.helpers.report_artifacts import SIZE, tiny_params, write_artifacts
 
+SECRET = "s3://AKIA:hunter2@bucket"
 CASES = [Case("a network of the published code, logits, largest difference", 1.2e-6, 1e-5), Case("another", 3.0, 0.0)]
 
 
@@ -140,6 +141,47 @@ def test_what_commands_print_fits_a_pipe_and_a_narrow_terminal(printed, monkeypa
         # A path or an address that is longer than the line stands alone on it, so that it can be copied.
         wide = [line for line in text.splitlines() if len(line) > width]
         assert not [line for line in wide if re.search(r"\s", line.strip())], "\n".join(wide)
+
+
+WITH_PASSWORDS = [
+    *(f"{words} --params secret.yaml" for words in ("params show", "params list", "params check")),
+    "status",
+    "doctor",
+    "data check",
+    "run nothing",
+    "stage sources",
+    "cost demo",
+    f"fetch inception --url {SECRET}/a.pt --to a.pt",
+    f"init --images {SECRET}",
+    f"patches image {SECRET}/a.png",
+    f"sample --classes 1 --out {SECRET}",
+    f"score {SECRET}/a.npz --reference {SECRET}/b.npz",
+    f"compare {SECRET}/a.json {SECRET}/b.json",
+    f"data inspect {SECRET}",
+    f"verify {SECRET}",
+    f"calibrate --gpt {SECRET}/a.pt --vq b.pt --size B --cfg 2 --reference c.npz",
+]
+
+
+@pytest.mark.parametrize("words", WITH_PASSWORDS)
+def test_no_command_prints_a_password(made, printed, monkeypatch, words):
+    params = json.loads((made / "params.yaml").read_text())
+    params["data"] |= {"train": f"{SECRET}/train", "validation": f"{SECRET}/val"}
+    params["tokenizer"] |= {"weights": f"{SECRET}/vq.pt"}
+    params["train"] |= {"storage": f"{SECRET}/models"}
+    params["score"] |= {"reference": f"{SECRET}/reference.npz"}
+    (made / "secret.yaml").write_text(json.dumps(params))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{SECRET}/mlflow")
+    monkeypatch.setenv("RAY_ADDRESS", f"{SECRET}/ray")
+    text = printed(*words.split())[1]
+    if "--params" not in words:
+        before = (made / "params.yaml").read_bytes()
+        (made / "params.yaml").write_text(json.dumps(params))
+        try:
+            text += printed(*words.split())[1]
+        finally:
+            (made / "params.yaml").write_bytes(before)
+    assert "hunter2" not in text and text
 
 
 def test_every_command_is_looked_at():

@@ -120,6 +120,16 @@ def test_doctor_tells_what_is_wrong_with_the_surroundings(project, monkeypatch):
     assert max(map(len, "\n".join(health.lines(list(found.values()))).splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    ("address", "verdict"),
+    [("", "ok"), ("local", "ok"), ("auto", "ok"), ("host:abc", "fail"), ("ray://[::1", "fail"), (":9", "fail")],
+)
+def test_doctor_takes_addresses_as_ray_does_and_refuses_what_is_none(monkeypatch, address, verdict):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert health._ray().verdict == verdict
+    assert not health._answers(f"http://{address}", 9)
+
+
 def test_the_plan_says_how_long_by_runs_on_this_machine_or_by_what_the_preset_takes(project, monkeypatch):
     monkeypatch.setattr(workflow, "EXPECTED", {"demo": {"data": 20.0, "train": 880.0}})
     first = RunPlan(project, [state("data"), state("train")])

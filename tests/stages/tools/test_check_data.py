@@ -188,7 +188,7 @@ def test_a_file_that_cannot_be_read_is_damaged_and_the_check_goes_on(project, ar
 
 
 def test_the_list_of_bad_images_is_checked_and_repaired_to_the_same_bytes(tmp_path):
-    project = make_project(tmp_path / "project")
+    project = make_project(tmp_path / "project", data={"max_bad_share": 0.3})
     images = project.root / "images" / "train"
     for name, content in (("a/000.png", b""), ("b/001.png", b"<html>gone</html>"), ("a/004.png", b"x" * 99)):
         (images / name).write_bytes(content)

@@ -42,6 +42,12 @@ def test_a_dead_address_is_a_sentence_at_once(address, words):
     assert "unset RAY_ADDRESS" in str(caught.value) and "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("value", "address"), [("", None), (" ", None), ("local", None), ("auto", "auto"), ("h:1", "h:1")])
+def test_no_address_and_rays_word_for_this_machine_mean_a_cluster_of_our_own(monkeypatch, value, address):
+    monkeypatch.setenv("RAY_ADDRESS", value)
+    assert cluster.foreign_address() == address
+
+
 def test_an_address_that_never_answers_is_a_sentence_within_seconds(monkeypatch):
     monkeypatch.setattr(cluster, "ANSWER_SECONDS", 3.0)
     words = r"no answer within 3 s.*set RAY_AUTH_MODE=token.*unset RAY_ADDRESS"
