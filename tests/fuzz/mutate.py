@@ -112,6 +112,11 @@ def json_values(content: bytes, dice: Dice) -> bytes:
     data = json.loads(content)
     for _ in range(int(dice.integers(1, 3))):
         data = changed(data, dice)
+    return sealed(data)
+
+
+def sealed(data: Any) -> bytes:
+    """Return JSON data as a file whose digest and seal hold, where it has them."""
     if isinstance(data, dict) and "files" in data and "made_by" in data:  # a folder's summary
         data["digest"] = _digest({name: data[name] for name in ("made_by", "files")})
     elif isinstance(data, dict) and "digest" in data:
