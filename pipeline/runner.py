@@ -170,7 +170,8 @@ def _end_with_dvc(root: Path) -> None:
     def watch() -> None:
         while not (gone := [name for name, process in watched.items() if not lives(process)]):
             time.sleep(_WATCH_SECONDS)
-        note(f"{gone[0]} (process {watched[gone[0]].pid}) is gone: its stage stops as well")
+        with suppress(OSError):  # nobody reads the pipe any more
+            note(f"{gone[0]} (process {watched[gone[0]].pid}) is gone: its stage stops as well")
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="dvc", daemon=True).start()
