@@ -477,8 +477,8 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
         yield f"`sample.cfg_interval` {sample.cfg_interval} ends before it begins"
     if sample and sample.cfg_schedule == "interval" and sample.cfg_interval[0] == sample.cfg_interval[1]:
         yield f"`sample.cfg_interval` {sample.cfg_interval} is empty, so nothing is guided: set cfg_scale to 1 for that"
-    of_split = data and sample and score and score.reference in ("train", "validation")
-    if of_split and sample.resize not in (None, data.image_size):
+    own = bool(score and score.reference in ("train", "validation"))
+    if data and sample and score and own and sample.resize not in (None, data.image_size):
         yield (
             f"`sample.resize` {sample.resize} gives images of another size than the {score.reference} images, of "
             f"`data.image_size` {data.image_size}, that they are scored against: set it to null, or name another reference"

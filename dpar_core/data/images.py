@@ -129,7 +129,8 @@ def _unknown(content: bytes) -> str:
 
 def _scale_clear_grey(image: Image.Image) -> None:
     """Scale the transparent grey of a PNG of 2 or 4 bits as Pillow scales its pixels, so that they can be compared."""
-    step = {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args)) if image.format == "PNG" and image.tile else None
+    tiles = getattr(image, "tile", None)  # of images read from files
+    step = {"L;2": 85, "L;4": 17}.get(str(tiles[0].args)) if image.format == "PNG" and tiles else None
     if step and isinstance(image.info.get("transparency"), int):
         image.info["transparency"] *= step
 

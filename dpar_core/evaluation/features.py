@@ -243,7 +243,7 @@ def _check_records(path: Path) -> None:
 def _storages(content: bytes) -> Iterator[tuple[str, str, int]]:
     """Yield (class, record, values) of every tensor's storage that a pickle of libtorch names."""
     values: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     for operation, argument, _ in pickletools.genops(content):
         if operation.name in _PUSHED:
             values.append(argument)

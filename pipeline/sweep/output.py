@@ -262,8 +262,8 @@ def table(facts: Facts) -> str:
     lines += [terminal.wrapped(f"failed: {one_line(one)}", rest="  ") for one in facts.outcome.failed]
     if facts.command:
         room = terminal.columns() - len(f"{'reproduce':16} \\")
-        words = textwrap.wrap(facts.command, room, break_long_words=False, break_on_hyphens=False)
-        lines.append(f"{'reproduce':16}" + f" \\\n{'':16}".join(words))
+        parts = textwrap.wrap(facts.command, room, break_long_words=False, break_on_hyphens=False)
+        lines.append(f"{'reproduce':16}" + f" \\\n{'':16}".join(parts))
     return "\n".join(lines)
 
 
