@@ -17,7 +17,11 @@ CACHED_IMAGES = 20_000
 
 
 class Crops(NamedTuple):
-    """images: (n, size, size, 3) uint8. indices: (n,) int64, the rows they are of."""
+    """Crops of some rows.
+
+    images: (n, size, size, 3) uint8.
+    indices: (n,) int64, the rows they are of.
+    """
 
     images: np.ndarray
     indices: np.ndarray

@@ -57,9 +57,11 @@ def score_images(
 ) -> Scores:
     """Score one set of images.
 
-    samples: an npz, a folder of pictures, or a folder with samples.npz. say: called with what a reader of the scores has to
-    know of the files, as formats that lose pixels, and files that were left out. Raises ScoreError when there are fewer
-    images than asked for, when they differ in size from the reference's, or all of them are the same.
+    samples: an npz, a folder of pictures, or a folder with samples.npz.
+    say: called with what a reader of the scores has to know of the files, as formats that lose pixels, and files that were
+        left out.
+    Raises ScoreError when there are fewer images than asked for, when they differ in size from the reference's, or all of
+    them are the same.
     """
     file = images_in(samples)
     made_by: dict[str, Any] = {"source": samples.name}

@@ -4,9 +4,11 @@ import copy
 from dataclasses import dataclass
 
 import pytest
+import torch
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+from dpar_core.evaluation.features import DemoClassifier
 from stages import params as P
 from tests.helpers.paths import ROOT
 
@@ -174,3 +176,8 @@ def test_a_choice_and_an_emulated_precision_get_a_line_each(monkeypatch):
     (line,) = P.precision_lines("entropies", params.entropies.model_copy(update={"precision": "bf16"}), "cpu")
     assert line.endswith("; set it to fp32")  # it knows no auto
     assert P.precision_lines("train", params.train.model_copy(update={"precision": "fp32"}), "cpu") == []
+
+
+def test_the_features_that_params_count_are_those_of_the_demo_network():
+    pooled, _ = DemoClassifier(3).features(torch.zeros(1, 3, 32, 32))
+    assert pooled.shape == (1, P.FEATURE_COUNTS["demo"])

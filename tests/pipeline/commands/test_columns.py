@@ -62,7 +62,7 @@ def printed(made, monkeypatch, capsys):
     """Run `dpar-cli WORDS` in the project and return both streams, as a pipe or a file gets them."""
     monkeypatch.chdir(made)
     (made / ".dvc").mkdir(exist_ok=True)
-    (made / ".dvc" / "config.local").unlink(missing_ok=True)  # so that each command configures DVC, and says so
+    (made / ".dvc" / "config.local").unlink(missing_ok=True)  # so that each command configures DVC, and prints it
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "DPAR_DEBUG", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     before = signal.getsignal(signal.SIGTERM), threading.excepthook, warnings.showwarning
