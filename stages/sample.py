@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import psutil
 import torch
 from PIL import Image
 
+from dpar_core.data.splits import counted, first_few
 from dpar_core.evaluation.sample_files import write_arrays, write_samples
 from dpar_core.files import atomic_folder, atomic_path, digest_of, write_record
 from dpar_core.models.memory import CACHE_SHARE, fitting_images
@@ -89,11 +90,11 @@ def run_llamagen(
         sample_images(params.sample, files, target, tracker, device=device, work=work / target.name, prefix=prefix)
 
 
-def label_of(index: int, *, plan: str, seed: int, num_classes: int) -> int:
+def label_of(index: int, *, plan: str, seed: int, classes: Sequence[int]) -> int:
     """Return the class of image `index`: balanced plans go round the classes, random ones ask the image's own seed."""
     if plan == "balanced":
-        return index % num_classes
-    return int(np.random.Generator(np.random.Philox(key=[seed + index, 1])).integers(num_classes))
+        return classes[index % len(classes)]
+    return classes[int(np.random.Generator(np.random.Philox(key=[seed + index, 1])).integers(len(classes)))]
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def sample_batch(job: SampleJob, batch: int, progress: Callable[[int], None] | N
     """Sample one batch and put it into the work folder, whole or not at all; return its number of images."""
     sample, sampler = job.section, sampler_of(job)
     indices = range(batch * sample.batch_size, min((batch + 1) * sample.batch_size, sample.images))
-    labels = [label_of(i, plan=sample.plan, seed=sample.seed, num_classes=sampler.num_classes) for i in indices]
+    labels = [label_of(i, plan=sample.plan, seed=sample.seed, classes=sampler.trained_labels) for i in indices]
     started = time.perf_counter()
     sampled = sampler.generate(labels, [sample.seed + i for i in indices], progress=progress)
     between = time.perf_counter()
@@ -190,6 +191,13 @@ def sample_images(
     job = SampleJob(files, content, sample.model_dump_json(), device, str(work.resolve()))
     sampler = sampler_of(job)
     check_memory(sampler, min(sample.batch_size, sample.images))
+    if sampler.untrained:
+        names = [sampler.class_names[label] for label in sorted(sampler.untrained)]
+        what = counted(len(names), "class", "classes")
+        print(
+            f"sample {target.name}: {what} had no training images and {'is' if len(names) == 1 else 'are'} left out "
+            f"({first_few(names)})"
+        )
     left = [batch for batch in job.batches() if finished_unit(work, job.path(batch).name) is None]
     done = sample.images - sum(_size(sample, batch) for batch in left)
     with tracker.progress(sample.images, f"sample {target.name}", done=done, unit="images") as progress:

@@ -81,7 +81,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
 
 def time_batch(sampler: Sampler, images: int, seed: int) -> Tensor:
     """Sample the images that are timed; return their tokens (images, T)."""
-    labels = [index % sampler.num_classes for index in range(images)]
+    labels = [sampler.trained_labels[index % len(sampler.trained_labels)] for index in range(images)]
     return sampler.generate(labels, [seed + index for index in range(images)]).tokens
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpar_core.data.shards import TokenShards
 from dpar_core.files import atomic_folder
 from dpar_core.models.dpar import DPARConfig
@@ -85,6 +87,14 @@ def _data_shape(shards: TokenShards) -> dict[str, int]:
     return {"codebook_size": meta.codebook_size, "row_width": meta.row_width, "num_classes": len(meta.classes)}
 
 
+def classes_of(shards: TokenShards) -> dict[str, Any]:
+    """Return what a model's file says of its classes: their names, and the numbers of those without a training image."""
+    meta = shards.meta
+    counts = np.bincount(shards.labels, minlength=len(meta.classes))
+    untrained = np.flatnonzero(counts == 0).tolist()
+    return {"classes": list(meta.classes), **({"untrained_classes": untrained} if untrained else {})}
+
+
 def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Train DPAR on token shards joined with their patch lengths."""
     shards = TokenShards(inputs.tokens, "train")
@@ -99,7 +109,7 @@ def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: 
     made_from = {
         **read,
         "tokenizer": shards.meta.tokenizer,
-        "classes": list(shards.meta.classes),
+        **classes_of(shards),
         "entropy_model": maps.made_by.entropy_model,
         "rule": vars(maps.rule),
         **stated(maps.made_by.precision),
@@ -122,7 +132,7 @@ def run_llamagen(
     )
     read = {"tokens": shards.digest}
     result = run_job(job, read, tracker, section="train", device=device, work=work)
-    made_from = {**read, "tokenizer": shards.meta.tokenizer, "classes": list(shards.meta.classes)}
+    made_from = {**read, "tokenizer": shards.meta.tokenizer, **classes_of(shards)}
     publish(result, outputs, made_from, tracker)
     with atomic_folder(outputs.snapshots) as folder:
         for step in job.snapshot_steps:

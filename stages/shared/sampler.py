@@ -87,6 +87,9 @@ class Sampler:
         self.image_size = self.config.row_width * config.downsample
         names = self.weights.meta.get("classes") or []
         self.class_names = [*names, *(f"class {i}" for i in range(len(names), self.num_classes))]
+        self.untrained = frozenset(self.weights.meta.get("untrained_classes") or [])
+        # Samples of a class without training images would only show an embedding as it was initialized.
+        self.trained_labels = [label for label in range(self.num_classes) if label not in self.untrained]
 
     def _generator(self) -> DPARGenerator | GPTGenerator:
         dtype = dtype_of(self.sample.precision)
@@ -183,5 +186,7 @@ class Sampler:
             del settings["rule"], settings["gate"]
         if self.asks_model:
             settings["gate_precision"] = self.gate_precision
+        if self.untrained:
+            settings["untrained_classes"] = sorted(self.untrained)
         model = "dpar" if self.is_dpar else "llamagen"
         return {"model": model, "made_by": self.made_by, "precision": self.sample.precision, **settings}

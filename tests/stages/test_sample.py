@@ -108,14 +108,23 @@ def test_the_baseline_is_sampled_at_both_steps(artifacts, tmp_path):
     assert json.loads((outputs.samples / "samples.json").read_text())["resized_from"] == 8
 
 
+@pytest.mark.parametrize("plan", ["balanced", "random"])
+def test_a_class_that_was_never_trained_is_not_sampled(tmp_path, capsys, plan):
+    made = write_artifacts(tmp_path / "artifacts", dpar_meta={"untrained_classes": [1]})
+    folder = run_dpar(made, tmp_path, plan=plan)
+    assert set(read_samples(folder / "samples.npz").labels.tolist()) == {0, 2}
+    assert json.loads((folder / "samples.json").read_text())["untrained_classes"] == [1]
+    assert "1 class had no training images and is left out (bee)" in capsys.readouterr().out
+
+
 def test_random_plans_ask_each_images_own_seed():
-    labels = [stage.label_of(i, plan="random", seed=50, num_classes=7) for i in range(400)]
-    assert labels[10:] == [stage.label_of(i, plan="random", seed=60, num_classes=7) for i in range(390)]
+    labels = [stage.label_of(i, plan="random", seed=50, classes=range(7)) for i in range(400)]
+    assert labels[10:] == [stage.label_of(i, plan="random", seed=60, classes=range(7)) for i in range(390)]
     assert min(np.bincount(labels, minlength=7)) > 30
 
 
 def test_balanced_plans_draw_the_same_number_of_every_class():
-    labels = [stage.label_of(i, plan="balanced", seed=0, num_classes=9) for i in range(450)]
+    labels = [stage.label_of(i, plan="balanced", seed=0, classes=range(9)) for i in range(450)]
     assert np.bincount(labels).tolist() == [50] * 9
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -191,6 +192,13 @@ def test_labels_and_patches_belong_to_the_tokens(data):
     known = {tuple(view): label for i, label in enumerate(shards.labels) for view in shards.all_views(i).tolist()}
     assert [known[tuple(row)] for row in batch.tokens.tolist()] == batch.labels.tolist()
     assert batch.layout.images == 8 and int(batch.layout.lengths.sum()) == batch.tokens.numel()
+
+
+def test_a_models_file_names_the_classes_without_training_images(data):
+    shards = TokenShards(data / "tokens", "train")
+    assert "untrained_classes" not in train.classes_of(shards)
+    shards.labels = np.where(shards.labels == 0, 1, shards.labels)
+    assert train.classes_of(shards)["untrained_classes"] == [0]
 
 
 def test_a_run_is_named_by_what_decides_its_result(data):
