@@ -34,7 +34,7 @@ _DAMAGE = {
     "zlib.error": "holds damaged compressed data",
     "LZMAError": "holds damaged compressed data",
     "struct.error": "is cut short",
-    "YAMLError": "is no valid YAML",
+    "YAMLError": "is not valid YAML",
 }
 
 

@@ -218,5 +218,5 @@ def key_of(split: str, name: str, *, suffix: str = "") -> str:
 def require(path: Path, split: str, *, folder: bool | None, expected: str) -> None:
     """Raise FileNotFoundError unless there is a folder (folder=True), a file (False), or either (None) at `path`."""
     if not path.exists() or (folder is not None and path.is_dir() != folder):
-        found = "is missing" if not path.exists() else "is a folder" if path.is_dir() else "is no folder"
+        found = "is missing" if not path.exists() else "is a folder" if path.is_dir() else "is not a folder"
         raise FileNotFoundError(f"data.{split} {path} {found}: expected {expected}")

@@ -26,7 +26,7 @@ def is_remote(address: Path | str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return DPAR_CACHE, or `dpar` among the user's caches; by hand, as platformdirs is no package of the core."""
+    """Return DPAR_CACHE, or `dpar` among the user's caches; by hand, as the core does not depend on platformdirs."""
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpar"
 

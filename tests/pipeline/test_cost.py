@@ -187,7 +187,7 @@ def test_the_tokenizer_is_counted_layer_by_layer():
     assert costed == (encode + blocks[0] * attention + search, found[0] + blocks[1] * attention)
 
 
-def test_token_shards_have_the_size_that_was_told(tmp_path):
+def test_token_shards_have_the_size_that_was_given(tmp_path):
     """A shard of 40 images; tar rounds a whole file up to 10,240 bytes."""
     import numpy as np
 

@@ -231,7 +231,7 @@ def test_patch_maps_of_other_shards_are_refused(data, tmp_path):
         )
 
 
-def test_a_missing_shard_is_told_before_anything_starts(tmp_path, data):
+def test_a_missing_shard_is_reported_before_anything_starts(tmp_path, data):
     write_tokens(tmp_path / "tokens")
     (tmp_path / "tokens" / "train-000001.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard train-000001\.tar is missing: run"):

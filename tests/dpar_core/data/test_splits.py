@@ -58,7 +58,7 @@ def joined(train: Path, validation: Path, ending: str):
         ("train/trainset_0.tar", "train"),
     ],
 )
-def test_a_split_is_told_by_a_word_of_the_name_or_of_the_nearest_folder(path, split):
+def test_a_split_follows_from_a_word_of_the_name_or_of_the_nearest_folder(path, split):
     assert split_of(path) == split
 
 

@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
         place.newest()
 
 
-def test_old_ones_that_cannot_be_removed_are_told(remote, monkeypatch):
+def test_old_ones_that_cannot_be_removed_are_reported(remote, monkeypatch):
     place = store(remote, keep_last=1)
     save(place, 1)
     refuse(monkeypatch, ("remove", "step-00000001"))
@@ -324,7 +324,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_says_so(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_no_room_is_told_as_no_room(tmp_path, monkeypatch):
+def test_no_room_is_reported_as_such(tmp_path, monkeypatch):
     def full(tensors, path, metadata=None):
         with open("/dev/full", "wb", buffering=0) as stream:
             stream.write(b"x")

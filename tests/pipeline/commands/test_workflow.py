@@ -214,7 +214,7 @@ def test_on_a_terminal_a_line_of_progress_gives_way_to_the_next(monkeypatch):
     assert stream.getvalue() == "1 of 2\r\033[K2 of 2\r\033[Kdone\n"
 
 
-def test_dvc_is_followed_to_its_end_and_its_failure_is_told(project, capsys):
+def test_dvc_is_followed_to_its_end_and_its_failure_is_reported(project, capsys):
     script = "import sys; print(\"Running stage 'data':\"); print('3 images'); "
     script += "print('no such file' + ' or folder' * 9, file=sys.stderr); sys.exit(int(sys.argv[1]))"
     for code, expected in ((0, 0), (255, 1)):

@@ -130,7 +130,7 @@ def test_repair_with_other_params_says_what_to_run(project, artifacts):
         repair(project, artifacts, tokenize_images={"shard_images": 100, "batch_size": 6})
 
 
-def test_what_does_not_belong_together_is_told(project, artifacts, tmp_path):
+def test_what_does_not_belong_together_is_reported(project, artifacts, tmp_path):
     shutil.copy(artifacts / "entropy_model" / "model.safetensors", artifacts / "tokenizer" / "tokenizer.safetensors")
     (artifacts / "entropies" / "notes.txt").write_text("mine")
     found = [str(problem) for problem in check_data(artifacts).problems]

@@ -141,7 +141,7 @@ def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_failed_trial_is_told_and_sinks_no_other(ray_here, subject, tmp_path):
+def test_a_failed_trial_is_reported_and_sinks_no_other(ray_here, subject, tmp_path):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not weights")
     files = replace(subject.models[None], model=broken)

@@ -219,7 +219,7 @@ def test_what_ended_a_run_is_reported_in_one_sentence(text, expected):
         assert "RAY_" not in str(caught.value)
 
 
-def test_memory_that_ran_out_on_any_worker_is_told():
+def test_memory_that_ran_out_on_any_worker_is_reported():
     from ray.train import WorkerGroupError
 
     failures = {0: RuntimeError("RuntimeError: Connection closed by peer"), 1: RuntimeError(LOW_ON_MEMORY)}
