@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SPLIT_SIZE = 5000  # images per part of the inception score, as the ADM evaluator has it
 CHUNK_BYTES = 256 << 20  # distance matrices are made in pieces of at most this size
 
 
@@ -78,7 +79,7 @@ def _root(sigma: np.ndarray) -> np.ndarray:
     return root
 
 
-def inception_score(probabilities: np.ndarray, *, splits: int | None = None, split_size: int = 5000) -> float:
+def inception_score(probabilities: np.ndarray, *, splits: int | None = None, split_size: int = SPLIT_SIZE) -> float:
     """Return exp of the mean KL of the rows against their mean, averaged over splits.
 
     probabilities: (n, c), rows sum to 1.

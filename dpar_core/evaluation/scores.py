@@ -15,6 +15,7 @@ from dpar_core.evaluation.features import FeatureNetwork
 from dpar_core.evaluation.image_sets import ImageSet, refuse_same
 from dpar_core.evaluation.measure import Measured
 from dpar_core.evaluation.metrics import (
+    SPLIT_SIZE,
     FeatureMoments,
     Interval,
     ScoreError,
@@ -77,7 +78,10 @@ class Protocol:
     @property
     def id(self) -> str:
         """Return the short id: eight hex digits. The reference counts by its content, not by its name."""
-        return digest_of({name: value for name, value in self.to_json().items() if name != "reference"})[:8]
+        counted = {name: value for name, value in self.to_json().items() if name != "reference"}
+        if self.images % SPLIT_SIZE and self.splits == -(-self.images // SPLIT_SIZE) > 1:
+            counted["split_size"] = SPLIT_SIZE  # such scores were of equal parts before, and had the id without it
+        return digest_of(counted)[:8]
 
     def to_json(self) -> dict[str, Any]:
         """Return the protocol as JSON data."""

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from dpar_core.evaluation.image_sets import Shape, shape_of
+from dpar_core.evaluation.metrics import SPLIT_SIZE
 from dpar_core.evaluation.scores import Scores, ScoreSettings, refuse_mixed
 from stages.shared.scoring import images_in
-
-SPLIT = 5000  # images per part of the inception score, as the ADM evaluator has it
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ def settings_for(
     features: str, *, images: int, neighbours: int, bootstrap: int, allow_singular: bool = False
 ) -> ScoreSettings:
     """Return the settings that stand for these options."""
-    return ScoreSettings(features, images, neighbours, -(-images // SPLIT), bootstrap, allow_singular)
+    return ScoreSettings(features, images, neighbours, -(-images // SPLIT_SIZE), bootstrap, allow_singular)
 
 
 def shape_in(samples: Path) -> Shape:

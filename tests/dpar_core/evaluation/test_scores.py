@@ -11,8 +11,8 @@ from dpar_core.evaluation.image_sets import ImageSet
 from dpar_core.evaluation.measure import measure
 from dpar_core.evaluation.metrics import Interval, ScoreError
 from dpar_core.evaluation.reference import reference_of_file, reference_of_images
-from dpar_core.evaluation.scores import Scores, ScoreSettings, check_images, protocol_of, read_scores, refuse_mixed
-from dpar_core.files import Damaged, write_record
+from dpar_core.evaluation.scores import Protocol, Scores, ScoreSettings, check_images, protocol_of, read_scores, refuse_mixed
+from dpar_core.files import Damaged, digest_of, write_record
 
 
 def pictures(height, width, count=6):
@@ -45,6 +45,15 @@ def test_height_and_width_belong_to_the_protocol_and_must_be_the_references(tmp_
     assert len(ids) == 3
     stored = {protocol_of(network, against, SETTINGS, ImageSet(square, (one,))).id for one in ("lossless", "JPEG")}
     assert len(stored) == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "splits", "same"), [(4_999, 1, True), (10_000, 2, True), (7_000, 3, True), (7_000, 2, False)]
+)
+def test_a_protocol_has_another_id_only_where_parts_of_the_inception_score_changed(images, splits, same):
+    protocol = Protocol("demo", "f", "r", "d", 9, images, 8, 8, ("lossless",), 1, splits)
+    without = {name: value for name, value in protocol.to_json().items() if name != "reference"}
+    assert (protocol.id == digest_of(without)[:8]) == same
 
 
 @pytest.mark.parametrize(
