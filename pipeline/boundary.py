@@ -168,11 +168,12 @@ def say(sentence: str, *, colour: bool = True) -> None:
     """Print a sentence to standard error, wrapped, and red on a terminal."""
     if not sentence:
         return
-    from pipeline.terminal import fitted
+    from stages.terminal import colour as coloured
+    from stages.terminal import fitted
 
-    begin, end = ("\033[31m", "\033[0m") if colour and sys.stderr.isatty() else ("", "")
     with contextlib.suppress(OSError):  # nobody is there to read it; the exit status says the rest
-        print(f"{begin}{fitted(sentence)}{end}", file=sys.stderr, flush=True)
+        text = fitted(sentence)
+        print(coloured(text, "red", stream=sys.stderr) if colour else text, file=sys.stderr, flush=True)
 
 
 def _terminate(*_: Any) -> NoReturn:

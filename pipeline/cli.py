@@ -85,15 +85,15 @@ def ui(
 ) -> None:
     """Serve the MLflow pages that compare runs, on 127.0.0.1 only, and open them. Reads the store; stop with Ctrl-C."""
     from dpar_core.secrets import redacted
-    from pipeline.terminal import fitted
     from pipeline.tracking.outbox import opened
     from pipeline.tracking.store import store_root, tracking_uri
     from pipeline.tracking.ui import check_port, open_when_there, runs_address
+    from stages.terminal import print_fitted
 
     root = _root()
     check_port(port)
     uri, address = tracking_uri(root), runs_address(*opened(root), port)
-    print(fitted(f"runs        {address}  (there in about 15 s; Ctrl-C stops it)\nstore       {redacted(uri)}"), flush=True)
+    print_fitted(f"runs        {address}  (there in about 15 s; Ctrl-C stops it)\nstore       {redacted(uri)}")
     artifacts = (store_root(root) / "mlartifacts").as_uri()
     environment = {
         **os.environ,
@@ -119,7 +119,7 @@ def verify(
     one fails.
     """
     from dpar_core.evaluation.golden import verify_folder
-    from pipeline.terminal import table
+    from stages.terminal import table
 
     cases = verify_folder(folder)
     rows = [
@@ -162,7 +162,7 @@ def sample(
     `dpar-cli sample --classes astronaut --given photo.png --keep-rows 4`
     """
     from pipeline.commands.sample import sample_grid
-    from pipeline.terminal import fitted
+    from stages.terminal import print_fitted
 
     line = sample_grid(
         classes,
@@ -177,7 +177,7 @@ def sample(
         root=_root(),
         params_file=PARAMS,
     )
-    print(fitted(line))
+    print_fitted(line)
 
 
 @params_app.command("show")
@@ -198,19 +198,19 @@ def params_use(
     A params.yaml that you have changed is kept as params.yaml.bak. Next: `dpar-cli run`.
     """
     from pipeline.presets.use import use_preset
-    from pipeline.terminal import fitted
+    from stages.terminal import print_fitted
 
-    print(fitted(use_preset(_root(), name, force=force)))
+    print_fitted(use_preset(_root(), name, force=force))
 
 
 @params_app.command("check")
 def params_check(params: ParamsFile = PARAMS) -> None:
     """List everything that is wrong with params.yaml, one sentence each; exit 1 when something is."""
-    from pipeline.terminal import fitted
     from stages.params import load_params
+    from stages.terminal import print_fitted
 
     load_params(params)
-    print(fitted(f"{params} is valid"))
+    print_fitted(f"{params} is valid")
 
 
 @params_app.command("list")

@@ -401,7 +401,7 @@ def _params_file(preset: str | None) -> Path:
 
 def _table(name: str, estimate: CostEstimate) -> str:
     """Lay the costs out for reading, for the terminal's width."""
-    from pipeline.terminal import table, wrapped
+    from stages.terminal import table, wrapped
 
     models, prices, whole = estimate.models, estimate.prices, estimate.whole_run
     order = ("dpar", "llamagen", "entropy_model")

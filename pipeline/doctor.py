@@ -154,7 +154,7 @@ def _device(params: Params | None) -> Iterator[Check]:
 def _memory() -> Check:
     import psutil
 
-    from pipeline.terminal import size
+    from stages.terminal import size
 
     memory = psutil.virtual_memory()
     found = f"{size(memory.available)} of {size(memory.total)} free"
@@ -164,7 +164,7 @@ def _memory() -> Check:
 
 
 def _disk(root: Path) -> Check:
-    from pipeline.terminal import size
+    from stages.terminal import size
 
     free = shutil.disk_usage(root).free
     found = f"{size(free)} free (DVC keeps a second copy of artifacts in .dvc/cache)"
@@ -234,7 +234,7 @@ def check_path(name: str, text: str) -> Check:
     from dpar_core.evaluation.features import INCEPTION_SHA256
     from dpar_core.secrets import redacted
     from dpar_core.signatures import described, kind_of
-    from pipeline.terminal import size
+    from stages.terminal import size
 
     if "://" in text and name.endswith(".storage"):
         return Check(name, "ok", f"{redacted(text)} (an address: looked at when it is read)")
@@ -285,7 +285,7 @@ def _check_storage(name: str, text: str) -> Check:
 
 def lines(checks: list[Check], *, only_problems: bool = False) -> list[str]:
     """Return the checks for a terminal, a fix under each that is not ok."""
-    from pipeline.terminal import colour, wrapped
+    from stages.terminal import colour, wrapped
 
     marks: dict[str, Any] = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
     found = []

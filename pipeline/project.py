@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from pipeline.terminal import note
+from stages.terminal import note
 
 DVC_LOCAL = Path(".dvc", "config.local")
 _SECTION = "[core]"

@@ -48,7 +48,7 @@ MEANINGS = {
 def metrics_table(root: Path) -> str:
     """Return artifacts/metrics.json as a table. Raises FileNotFoundError, ValueError with the way out."""
     from dpar_core.files import read_json
-    from pipeline.terminal import table
+    from stages.terminal import table
 
     found = read_json(A.SUMMARY_METRICS.require(root / A.FOLDER), way_out="run `dvc repro -f report`")
     rows = [(name, f"{found[name]:.4g}", words) for name, words in MEANINGS.items() if name in found]

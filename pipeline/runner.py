@@ -19,13 +19,13 @@ from dpar_core.files import digest_of, write_json
 from dpar_core.system import cpus
 from pipeline.code import code_identity, commit_of, packages_used
 from pipeline.state import LAST
-from pipeline.terminal import note
 from pipeline.tracking.outbox import lives
 from pipeline.tracking.tracker import open_tracker, pass_identity
 from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
 from stages.params import Compute, Section, load_params, plain, precision_lines, section_of, select, settled
 from stages.shared.pace import machine_words
+from stages.terminal import note, print_fitted
 from stages.workers.lock import locked
 from stages.workers.tasks import remove_leftovers
 
@@ -183,7 +183,7 @@ def _print_precisions(params: Any, device: str) -> None:
         section = getattr(params, field.name)
         if isinstance(section, Section):
             for line in precision_lines(section_of(field), section, device):
-                print(line, flush=True)
+                print_fitted(line)
 
 
 def _made_by(name: str, params: dict[str, Any], inputs: Any, root: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from dpar_core.secrets import redacted
+from stages.terminal import note
 
 _OURS = Path(__file__).resolve().parents[1]
 _ROOMS = tuple(str(_OURS / name) + os.sep for name in ("dpar_core", "stages", "pipeline"))
@@ -62,7 +63,7 @@ def plain_warnings() -> None:
     """Print warnings as sentences, without the line of code that gave them."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"warning: {redacted(str(message))}", file=sys.stderr, flush=True)
+        note(f"warning: {redacted(str(message))}")
 
     warnings.showwarning = show
 

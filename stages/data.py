@@ -31,6 +31,7 @@ from dpar_core.data.tars import members
 from dpar_core.files import digest_of, write_json
 from stages import params as P
 from stages.sources import PHOTOGRAPHS, photograph_file
+from stages.terminal import note, print_fitted
 from stages.tracker import Tracker
 
 SYNSET_LISTS = ("ILSVRC2012_validation_synsets.txt", "imagenet_2012_validation_synset_labels.txt")
@@ -61,11 +62,11 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     both = images_in_both_splits(manifest)
     write_manifest(outputs.manifest, manifest)
     for line in describe(manifest, params.data, both):
-        print(line)
+        print_fitted(line)
     if manifest.notes["left_out"]:
-        print(f"all that was left out is in the notes of {outputs.manifest}", file=sys.stderr)
+        note(f"all that was left out is in the notes of {outputs.manifest}")
     if params.data.classes == "imagenet" and manifest.notes["class_order"] != "synsets":
-        print(f"warning: data.train {params.data.train}: checked was the {manifest.notes['class_order']}", file=sys.stderr)
+        note(f"warning: data.train {params.data.train}: checked was the {manifest.notes['class_order']}")
     counts: dict[str, float] = {"data/classes": len(manifest.classes)}
     for split in SPLITS:
         per_class = manifest.counts(split)

@@ -19,6 +19,7 @@ from dpar_core.training.order import DataOrder
 from stages import params as P
 from stages.data import ManifestOpener
 from stages.shared.crops import CenterCrops
+from stages.terminal import print_fitted
 from stages.tracker import Tracker
 
 
@@ -44,7 +45,7 @@ class Outputs:
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Train the classifier (seconds, so an interrupted run starts it anew) and measure its accuracy."""
     if params.features != "demo":
-        print(f"features: score.features is {params.features}, so no classifier is trained")
+        print_fitted(f"features: score.features is {params.features}, so no classifier is trained")
         save_weights(outputs.weights, {}, kind="no_classifier", config={}, meta={"features": params.features})
         write_json(outputs.metrics, {})
         return
@@ -71,7 +72,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
             if (step + 1) % 20 == 0:
                 tracker.log_metrics({"train/loss": loss.item()}, step=step + 1)
     if (note := images.note("training")) is not None:
-        print(note)
+        print_fitted(note)
     metrics = {
         f"features/{split}_accuracy": _accuracy(
             model, CenterCrops(manifest.split(split)[:1000], opener, size), device=device

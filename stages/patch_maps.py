@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from dpar_core.patches.maps import (
 from dpar_core.patches.rule import PatchRule, flat_lengths, patch_starts_numpy, threshold_for_mean_length
 from dpar_core.system import cpus
 from stages import params as P
+from stages.terminal import note
 from stages.tracker import Tracker
 from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, move_into_place, remove_leftovers, run_units
 
@@ -124,7 +124,7 @@ def _kept_rule(path: Path, entropy_model: str) -> PatchRule | None:
     try:
         return read_rule(path, entropy_model=entropy_model)
     except Damaged as error:
-        print(f"{error}; it is made again", file=sys.stderr, flush=True)
+        note(f"{error}; it is made again")
         return None
 
 

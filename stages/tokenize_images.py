@@ -28,6 +28,7 @@ from dpar_core.models.load import read_trained
 from dpar_core.models.vq import VQ, encode_at, most_images, to_float
 from stages import params as P
 from stages.data import ManifestOpener
+from stages.terminal import print_fitted
 from stages.tracker import Tracker
 from stages.workers.tasks import facts_of_unit, finish_unit, finished_unit, move_into_place, remove_leftovers, run_units
 
@@ -136,7 +137,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
             _check_shares(bad, total, share)
     for split, ones in bad.items():
         if ones:
-            print(
+            print_fitted(
                 f"warning: left out: {counted(len(ones), f'{split} image')} (first: {ones[0].source}: {ones[0].reason}); "
                 f"see {outputs.tokens / BAD_IMAGES}"
             )
@@ -395,7 +396,7 @@ def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) ->
     if both:
         shown = first_few(f"{pair['validation']} = {pair['train']}" for pair in both)
         repeated, verb = counted(len(both), "validation image"), "has" if len(both) == 1 else "have"
-        print(f"warning: {repeated} {verb} the pixels of training images, first view by first view: {shown}")
+        print_fitted(f"warning: {repeated} {verb} the pixels of training images, first view by first view: {shown}")
     for split in SPLITS:
         if not any(one.keys for shard, one in zip(plan, contents) if shard.split == split):
             raise ValueError(f"no {split} image can be read: check data.{split} in params.yaml")

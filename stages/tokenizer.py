@@ -28,6 +28,7 @@ from stages import params as P
 from stages.data import ManifestOpener
 from stages.shared.crops import CenterCrops, Crops
 from stages.sources import check_file
+from stages.terminal import print_fitted
 from stages.tracker import Tracker
 
 CHECKPOINT_EVERY, LOG_EVERY, RESTART_EVERY = 100, 10, 20
@@ -80,7 +81,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         images = CenterCrops(manifest.split("train"), opener, params.data.image_size)
         state = train(config, settings, images, tracker, seed=params.seed, device=device, work=work)
         if (note := images.note("training")) is not None:
-            print(note)
+            print_fitted(note)
     else:
         source = check_file(inputs.weights_seen, "tokenizer.weights", Path(settings.weights))
         state = read_vq(Path(settings.weights), expected=config, holder=settings.weights_key)
@@ -91,7 +92,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     chosen = fixed_subset(len(rows), MEASURED_IMAGES)
     metrics, originals, copies = measure_reconstruction(model, held_out, chosen, device=device)
     if (note := held_out.note("validation")) is not None:
-        print(f"{note}: {metrics['tokenizer/measured_images']} of {len(chosen)} are measured")
+        print_fitted(f"{note}: {metrics['tokenizer/measured_images']} of {len(chosen)} are measured")
     tracker.log_metrics(metrics)
     labels = [rows[int(index)].label for index in originals.indices]
     by_class = _one_a_class(labels)

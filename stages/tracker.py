@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
+
+from stages.terminal import columns, print_fitted, shortened
 
 PROGRESS_SECONDS = "DPAR_PROGRESS_SECONDS"  # variable of the environment: seconds between lines of progress, 10 when unset
 
@@ -67,13 +68,13 @@ class LineProgress:
             rate = (self.done - self.first) / max(now - self.started, 1e-9)
             total = max(self.total, self.done)  # a total in seconds is a plan that slow work may exceed
             left = int((total - self.done) / rate) if rate > 0 else 0
-            count = f"{self.description} {self.done}/{total} {self.unit} {100 * self.done / max(total, 1):.0f} % "
+            count = f" {self.done}/{total} {self.unit} {100 * self.done / max(total, 1):.0f} % "
             pace = "" if self.unit == "s" else f"{rate_words(rate, self.unit)} "  # seconds pass at one per second
             eta = f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
             shown = " ".join(("", *(f"{name}={value:.4g}" for name, value in values.items())))
-            room = min(shutil.get_terminal_size().columns, 80)
-            lines = (f"{count}{pace}{eta}{shown}", f"{count}{pace}{eta}", f"{count}{eta}")
-            print(next((line for line in lines if len(line) <= room), lines[-1]), file=sys.stderr, flush=True)
+            ends = (f"{count}{pace}{eta}{shown}", f"{count}{pace}{eta}", f"{count}{eta}")
+            end = next((one for one in ends if len(self.description) + len(one) <= columns()), ends[-1])
+            print(f"{shortened(self.description, columns() - len(end))}{end}", file=sys.stderr, flush=True)
 
 
 class NullTracker:
@@ -118,7 +119,7 @@ class PrintTracker(NullTracker):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         super().log_metrics(metrics, step)
         shown = " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
-        print(shown if step is None else f"step {step} {shown}", flush=True)
+        print_fitted(shown if step is None else f"step {step} {shown}")
 
     def _progress(self, total: int, description: str, done: int, unit: str) -> Progress:
         return LineProgress(total, description, done=done, unit=unit)

@@ -218,3 +218,14 @@ def test_contributing_names_files_that_are_there_and_quotes_a_diff_that_applies(
     before = [line[1:] for line in re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1].splitlines() if line[0] in " -"]
     source = (ROOT / before[0].removeprefix("-- a/")).read_text("utf-8").splitlines()
     assert len(before) > 4 and not [line for line in before[1:] if line not in source]
+
+
+def test_stages_print_through_the_terminal_which_wraps_lines():
+    """But for one line of progress, which fits already, and an answer in JSON to the process that asked."""
+    found = {
+        file.relative_to(ROOT / "stages").as_posix()
+        for file in (ROOT / "stages").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert found == {"terminal.py", "tracker.py", "workers/cluster.py"}

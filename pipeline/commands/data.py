@@ -43,9 +43,9 @@ def patches_image(
     writes one PNG: image, entropies in nats, patch borders.
     """
     from pipeline.report.overlay import draw_patches
-    from pipeline.terminal import fitted
+    from stages.terminal import print_fitted
 
-    print(fitted(draw_patches(image, out, artifacts=_artifacts())))
+    print_fitted(draw_patches(image, out, artifacts=_artifacts()))
 
 
 @patches_app.command("stats")
@@ -65,8 +65,8 @@ def patches_stats(
     threshold over: set patching.threshold in params.yaml, then `dvc repro`.
     """
     from pipeline.report.curves import draw_curves
-    from pipeline.terminal import shortened, table, wrapped
     from stages.artifacts import ENTROPIES, TOKENS
+    from stages.terminal import shortened, table, wrapped
     from stages.tools.patch_stats import parse_max_lengths, parse_range, patch_stats
 
     artifacts = _artifacts()
@@ -109,12 +109,12 @@ def data_inspect(
     """
     from dpar_core.files import atomic_path
     from dpar_core.pictures import save_png
-    from pipeline.terminal import fitted
     from stages.params import load_params
+    from stages.terminal import print_fitted
     from stages.tools.inspect_data import describe, draw_inspection, inspect_image
 
     found = inspect_image(key, artifacts=_artifacts(), data=load_params(Path("params.yaml")).data)
-    print(fitted(describe(found)))
+    print_fitted(describe(found))
     with atomic_path(out) as temporary:
         save_png(draw_inspection(found), temporary)
     print(out)
@@ -129,7 +129,7 @@ def data_check(
     Reads artifacts/data, tokens, entropies and patch_maps; changes nothing without --repair. Exit 1 when something is
     wrong (with --repair: still wrong). What a repair cannot mend names the stage to run.
     """
-    from pipeline.terminal import fitted
+    from stages.terminal import print_fitted
     from stages.tools.check_data import check_data, repair_data
     from stages.tracker import PrintTracker
 
@@ -148,11 +148,11 @@ def data_check(
     for name in mended:
         print(f"{name} made again")
     for problem in report.problems:
-        print(fitted(str(problem)))
-    print(fitted(f"{report.files} files, {report.bytes:,} bytes read, {len(report.problems)} problems"))
+        print_fitted(problem)
+    print_fitted(f"{report.files} files, {report.bytes:,} bytes read, {len(report.problems)} problems")
     if report.problems:
         if not repair and any(problem.repairable for problem in report.problems):
-            print(fitted("`dpar-cli data check --repair` makes missing and damaged files again"))
+            print_fitted("`dpar-cli data check --repair` makes missing and damaged files again")
         raise SystemExit(1)
 
 

@@ -24,8 +24,8 @@ def init(
     """
     from dpar_core.files import atomic_write
     from pipeline.presets.use import with_values
-    from pipeline.terminal import wrapped
     from stages.params import load_params
+    from stages.terminal import wrapped
     from stages.tools.own_images import describe, split_images
 
     root = Path.cwd()

@@ -26,8 +26,8 @@ def probe(
     import torch
 
     from dpar_core.files import write_json
-    from pipeline.terminal import fitted
     from stages.artifacts import FOLDER, PROBE
+    from stages.terminal import print_fitted
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name.strip() for name in models.split(",")]
@@ -36,7 +36,7 @@ def probe(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "probe.json", found)
     plot_accuracies(found, out / "probe.png")
-    print(fitted(f"{table(found)}\n\n{out / 'probe.png'} shows every block"))
+    print_fitted(f"{table(found)}\n\n{out / 'probe.png'} shows every block")
 
 
 def probe_models(names: list[str], images: int, held_out: int, *, device: str, artifacts: Path) -> dict[str, Any]:

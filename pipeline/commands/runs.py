@@ -62,7 +62,7 @@ def run_lines(runs: Sequence[Any]) -> list[str]:
 
     runs: newest first.
     """
-    from pipeline.terminal import columns, shortened, wrapped
+    from stages.terminal import columns, shortened, wrapped
 
     if not runs:
         return ["no pipeline run yet: dpar-cli run"]
@@ -102,18 +102,18 @@ def sync_runs() -> None:
     Reads the journals in work/tracking/ of processes that are gone, and removes those that are delivered. The next run
     does the same by itself. Exit 1 with the reason when MLflow cannot be written.
     """
-    from pipeline.terminal import fitted
     from pipeline.tracking import outbox
+    from stages.terminal import print_fitted
 
     root = _root()
-    sender = outbox.Outbox(root, lambda sentence: print(fitted(sentence)))
+    sender = outbox.Outbox(root, print_fitted)
     waiting = len(outbox.journals(root))
     count = outbox.sync(sender)
     left = len(outbox.journals(root))
     if not waiting:
-        print(fitted(f"nothing waits for MLflow at {sender.uri}"))
+        print_fitted(f"nothing waits for MLflow at {sender.uri}")
         return
     who = "1 process" if waiting - left == 1 else f"{waiting - left} processes"
-    print(fitted(f"sent {count} records of {who} to MLflow at {sender.uri}"))
+    print_fitted(f"sent {count} records of {who} to MLflow at {sender.uri}")
     if left:
-        print(fitted(f"{left} more belong to processes that are still at work, which send them themselves"))
+        print_fitted(f"{left} more belong to processes that are still at work, which send them themselves")

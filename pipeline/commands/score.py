@@ -56,9 +56,9 @@ def score(
     """
     from dpar_core.data.splits import counted
     from dpar_core.files import write_record
-    from pipeline.terminal import fitted, note
     from stages.params import load_params
     from stages.shared.scoring import score_images
+    from stages.terminal import note, print_fitted
     from stages.tools.score_files import settings_for, shape_in, spread
     from stages.tracker import PrintTracker
 
@@ -93,7 +93,7 @@ def score(
         print(_table([path.name for path in samples], found, spreads=spread(found)))
     print(_protocol_lines(found[0]))
     if out is not None:
-        print(fitted(str(out)))
+        print_fitted(out)
 
 
 def compare(
@@ -107,7 +107,7 @@ def compare(
     Reads score files, writes nothing. Example: `dpar-cli compare artifacts/scores/dpar.json artifacts/scores/llamagen.json`.
     """
     from dpar_core.evaluation.scores import differences, read_scores, refuse_mixed
-    from pipeline.terminal import note
+    from stages.terminal import note
 
     found = [read_scores(path) for path in scores]
     names = [path.stem for path in scores]
@@ -134,12 +134,12 @@ def fetch(
     from dpar_core.evaluation.features import INCEPTION_SHA256, INCEPTION_URL
     from dpar_core.secrets import redacted
     from pipeline.download import download
-    from pipeline.terminal import fitted
+    from stages.terminal import print_fitted
 
     if what != "inception":
         raise ValueError(f"no address known for {what!r}: expected inception (DINOv2: export it to TorchScript yourself)")
     address = url or INCEPTION_URL
-    print(fitted(f"from {redacted(address)}\nto   {to.resolve()}"))
+    print_fitted(f"from {redacted(address)}\nto   {to.resolve()}")
     digest = download(address, to, sha256=sha256 or INCEPTION_SHA256)
     print(f"SHA-256 {digest}")
 
@@ -280,7 +280,7 @@ def _reference(
 
 def _table(names: Sequence[str], found: Sequence[Scores], *, spreads: Mapping[str, Any] | None = None) -> str:
     from pipeline.report.verdicts import score_name
-    from pipeline.terminal import table
+    from stages.terminal import table
 
     rows = []
     for key in dict.fromkeys(key for one in found for key in one.values):
@@ -297,7 +297,7 @@ def _table(names: Sequence[str], found: Sequence[Scores], *, spreads: Mapping[st
 
 def _protocol_lines(found: Scores) -> str:
     one = found.protocol
-    from pipeline.terminal import wrapped
+    from stages.terminal import wrapped
 
     return wrapped(
         f"protocol {one.id}: {one.images} images of {one.image_width} x {one.image_height} pixels "
@@ -308,7 +308,7 @@ def _protocol_lines(found: Scores) -> str:
 
 def _verdicts(checks: Sequence[Any]) -> str:
     from pipeline.report.verdicts import score_name
-    from pipeline.terminal import table
+    from stages.terminal import table
 
     rows = [
         (

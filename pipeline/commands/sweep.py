@@ -173,8 +173,8 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
 
     from pipeline.sweep import output as sweep_output
     from pipeline.sweep.tracking import open_sweep
-    from pipeline.terminal import fitted
     from stages import artifacts
+    from stages.terminal import print_fitted
     from stages.tools.sweep import check_points, sweep
     from stages.tools.sweep_models import retrain as train_models
     from stages.workers.lock import locked
@@ -235,10 +235,10 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
     if winner is None:
         raise RuntimeError(f"all {len(outcome.failed)} trials failed, the last with: {outcome.failed[-1].error}")
     if apply:
-        print(fitted(apply_winner(root / "params.yaml", winner, with_threshold=model == "dpar")))
+        print_fitted(apply_winner(root / "params.yaml", winner, with_threshold=model == "dpar"))
         if retrain:
             also = f"set patching.threshold to {winner.point.threshold:g} as well"
-            print(fitted(f"the winner was trained at its threshold: {also}"))
+            print_fitted(f"the winner was trained at its threshold: {also}")
     print(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
     if not apply:
         print("take it over    the same command with --apply, then dvc repro")

@@ -73,8 +73,8 @@ def run(
     """
     from pipeline.doctor import examine, lines
     from pipeline.state import project_state, with_needs
-    from pipeline.terminal import wrapped
     from stages.params import load_params
+    from stages.terminal import wrapped
 
     root = _root()
     load_params(root / "params.yaml")
@@ -124,7 +124,7 @@ class RunPlan:
     def words(self) -> str:
         """The plan as a sentence, wrapped for the terminal."""
         from pipeline.state import all_fresh
-        from pipeline.terminal import about, wrapped
+        from stages.terminal import about, wrapped
 
         due, count = self.due, len(self.states)
         if not due:
@@ -146,7 +146,7 @@ class RunPlan:
 
     def _disk(self) -> str:
         from pipeline.presets.use import preset_of
-        from pipeline.terminal import size
+        from stages.terminal import size
 
         if total := sum(state.size for state in self.states):
             return f", {size(total)} of artifacts"
@@ -190,7 +190,7 @@ class Screen:
 
     def aside(self, text: str) -> None:
         """Show a line on standard error."""
-        from pipeline.terminal import note
+        from stages.terminal import note
 
         self.stream.write(self._cleared())
         self.stream.flush()
@@ -226,7 +226,7 @@ class Narrator:
 
     def progress(self, text: str) -> bool:
         """Take one line of standard error; whether it was one of progress."""
-        from pipeline.terminal import columns, shortened
+        from stages.terminal import columns, shortened
 
         found = _PROGRESS.fullmatch(text)
         if found is None:
@@ -240,13 +240,13 @@ class Narrator:
         return True
 
     def _show(self, text: str) -> None:
-        from pipeline.terminal import columns, wrapped
+        from stages.terminal import columns, wrapped
 
         self.screen.line(text if len(text) <= columns() else wrapped(text, rest="    "))
 
     def _left(self, of_this: float) -> str | None:
         """Return how long everything takes from now on, by how fast the stages before were; None when it is unknown."""
-        from pipeline.terminal import about
+        from stages.terminal import about
 
         later = self.plan.left(self.waiting)
         pace = self.spent / self.planned if self.planned > 10 else 1.0
@@ -254,7 +254,7 @@ class Narrator:
 
     def begin(self, stage: str) -> None:
         """Print that a stage begins, and how long everything takes from here, where that is known."""
-        from pipeline.terminal import colour
+        from stages.terminal import colour
 
         self.waiting = [name for name in self.waiting if name != stage]
         self.begun += 1
@@ -269,7 +269,7 @@ class Narrator:
     def finish(self, *, note: str = "") -> None:
         """Say what the stage that ran found out, and how long it took."""
         from pipeline.results import result_line
-        from pipeline.terminal import duration, wrapped
+        from stages.terminal import duration, wrapped
 
         if not self.stage:
             return
@@ -282,7 +282,7 @@ class Narrator:
 
     def stopped(self, how: str) -> str:
         """Return where a run stands that ended early, and how to continue."""
-        from pipeline.terminal import wrapped
+        from stages.terminal import wrapped
 
         where = f" in stage {self.stage}" if self.stage else ""
         return wrapped(
@@ -296,7 +296,7 @@ def _follow(command: list[str], narrator: Narrator, *, verbose: bool) -> int:
 
     Ctrl-C reaches DVC and the stage as well: they are waited for, so that what they have is safe.
     """
-    from pipeline.terminal import columns
+    from stages.terminal import columns
 
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     environment |= {
@@ -354,8 +354,8 @@ def _verdict(root: Path) -> str:
     """Return what a finished run has to show."""
     import json
 
-    from pipeline.terminal import colour, wrapped
     from stages.artifacts import HEADLINE, REPORT_PAGE
+    from stages.terminal import colour, wrapped
 
     report, lines = root / REPORT_PAGE.path, [""]
     try:
@@ -402,7 +402,7 @@ def status_lines(states: list[StageState], root: Path, *, now: float, code: dict
     """Return the table of `dpar-cli status` for the terminal's width. code: the code that is here (see code_identity)."""
     from pipeline.results import result_line
     from pipeline.state import all_fresh
-    from pipeline.terminal import about, colour, columns, wrapped
+    from stages.terminal import about, colour, columns, wrapped
 
     marks = {"fresh": ("ok ", "green"), "stale": ("old", "yellow"), "never run": ("-  ", "dim")}
     wide, other = columns() >= 64, 0
@@ -429,7 +429,7 @@ def status_lines(states: list[StageState], root: Path, *, now: float, code: dict
 
 def graph_lines(states: list[StageState]) -> list[str]:
     """Return what each stage reads directly, 80 columns wide; what others imply is left out."""
-    from pipeline.terminal import wrapped
+    from stages.terminal import wrapped
 
     needs = {state.name: state.needs for state in states}
 
@@ -461,7 +461,7 @@ def doctor() -> None:
     in it. Changes nothing. Exit 1 when something stands in the way of a run. Next: `dpar-cli run`.
     """
     from pipeline.doctor import examine, lines
-    from pipeline.terminal import wrapped
+    from stages.terminal import wrapped
 
     checks = examine(_root())
     print("\n".join(lines(checks)))

@@ -11,8 +11,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from dpar_core.files import atomic_write
-from pipeline.terminal import wrapped
 from stages.params import load_params
+from stages.terminal import wrapped
 
 
 def preset_names(root: Path) -> list[str]:

@@ -52,7 +52,6 @@ from pipeline.report.pictures import data_uri, examples, real_cells, sample_cell
 from pipeline.report.provenance import read_provenance
 from pipeline.report.speeds import DRIFT, Speeds
 from pipeline.report.verdicts import FEWEST_STEPS, Contest, Estimate, score_columns, score_name, together
-from pipeline.terminal import duration
 from stages import params as P
 from stages.artifacts import (
     HEADLINE,
@@ -64,6 +63,7 @@ from stages.artifacts import (
     TOKENIZER,
     artifact_digest,
 )
+from stages.terminal import duration
 from stages.tracker import Tracker
 
 PAGE = Path(REPORT_PAGE.name).name

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from dpar_core.files import atomic_path, atomic_write, write_json
 from dpar_core.secrets import redacted
-from pipeline import terminal
 from pipeline.report.charts import Scatter, scatter_chart
 from pipeline.report.pictures import file_uri
+from stages import terminal
 from stages.shared.sampler import Files
 from stages.tools.sweep import Failure, Outcome, Point, TrialResult
 

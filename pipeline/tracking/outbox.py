@@ -24,11 +24,11 @@ from typing import Any
 from filelock import lock_descriptor
 
 from dpar_core.secrets import redacted
-from pipeline.terminal import note
 from pipeline.tracking import store
 from pipeline.tracking.journal import EVENTS, Event, Reader, bury
 from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, TrackingError
 from pipeline.tracking.summary import WORST_TAG
+from stages.terminal import note
 from stages.workers.child import command
 
 SENT = "sent.json"

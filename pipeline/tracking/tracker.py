@@ -18,7 +18,6 @@ from typing import Any
 
 from dpar_core.files import digest_of, sha256_file
 from pipeline.presets.use import preset_of
-from pipeline.terminal import note
 from pipeline.tracking import summary
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.models import LoggedModel, models_of
@@ -26,6 +25,7 @@ from pipeline.tracking.outbox import SENT, at_work, journal_folder, launch, lock
 from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, store_root, tracking_uri
 from pipeline.tracking.system import system_metrics
 from stages.artifacts import FOLDER, OUTPUTS, REPORT_PAGE, SAMPLE_GRID, SAMPLES
+from stages.terminal import note
 from stages.tracker import LineProgress, Progress, rate_words
 
 PASS_TAG = "dpar.pass"

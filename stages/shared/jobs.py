@@ -40,6 +40,7 @@ from dpar_core.training.order import DataOrder, fixed_subset
 from dpar_core.training.parallel import Ranks
 from dpar_core.training.prefetch import Batch
 from stages.params import Training
+from stages.terminal import print_fitted
 from stages.tracker import Progress, Tracker
 from stages.workers import fit as ray_train
 
@@ -197,7 +198,7 @@ def train_job(job: TrainJob, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[s
     if ranks.first and ranks.device.type == "cuda":
         device = torch.cuda.get_device_properties(ranks.device)
         if (line := memory_line(job, data, device.total_memory)) is not None:
-            print(line, flush=True)
+            print_fitted(line)
     progress = train(
         build(job.config, job.seed),
         TrainObjective(job.config),

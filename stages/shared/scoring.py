@@ -7,7 +7,6 @@ not depend on a worker's threads (the demo's classifier: bit by bit the same).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,6 +27,7 @@ from dpar_core.files import digest_of, read_json
 from stages import params as P
 from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL
 from stages.data import ManifestOpener
+from stages.terminal import note, print_fitted
 from stages.tracker import Tracker
 from stages.workers.tasks import run_units
 
@@ -53,7 +53,7 @@ def score_images(
     *,
     seed: int,
     workers: int = 0,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_fitted,
 ) -> Scores:
     """Score one set of images.
 
@@ -68,8 +68,8 @@ def score_images(
     if file != samples:
         made_by = read_json(samples / SAMPLE_PROTOCOL, way_out="sample the images again")
     found = read_image_set(file)
-    for note in found.notes:
-        say(f"{samples}: {note}")
+    for one in found.notes:
+        say(f"{samples}: {one}")
     if len(found.images) < settings.images:
         raise ScoreError(
             f"{file} holds {len(found.images)} images, the protocol asks for {settings.images}: sample more "
@@ -178,8 +178,8 @@ def _reference_of_split(
 
 def _noted(reference: Reference) -> Reference:
     """Print what people should know of a reference's images."""
-    for note in reference.notes:
-        print(f"reference {reference.name}: {note}", file=sys.stderr, flush=True)
+    for found in reference.notes:
+        note(f"reference {reference.name}: {found}")
     return reference
 
 

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -34,6 +33,7 @@ from stages import sample, score
 from stages.artifacts import artifact_digest
 from stages.shared.sampler import Files
 from stages.shared.scoring import make_reference, measure_images, settings_of
+from stages.terminal import note
 from stages.tracker import NullTracker, Progress, Tracker
 from stages.workers import cluster
 from stages.workers.tasks import KeptLast
@@ -273,7 +273,7 @@ def read_result(folder: Path, key: str) -> TrialResult | None:
     try:
         found = read_record(path, way_out="the trial is sampled again")
     except Damaged as error:
-        print(error, file=sys.stderr, flush=True)
+        note(error)
         return None
     del found["digest"]
     scores = scores_in(found.pop("scores"), path)

@@ -46,6 +46,7 @@ def main() -> None:
     sys.argv[:] = [module, *arguments]
     pin(Path(__file__).resolve().parents[2])
     from stages.crash import crash_sentence, disk_sentence, plain_warnings
+    from stages.terminal import note
 
     plain_warnings()
     try:
@@ -56,7 +57,7 @@ def main() -> None:
         if os.environ.get("DPAR_DEBUG") == "1":
             raise
         said = disk_sentence(error)
-        print(said or crash_sentence(error, doing=f"the process of {module}"), file=sys.stderr, flush=True)
+        note(said or crash_sentence(error, doing=f"the process of {module}"))
         sys.exit(1 if said else 70)
 
 

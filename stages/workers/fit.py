@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import threading
 import time
 import traceback
@@ -30,6 +29,7 @@ from dpar_core.training.checkpoint import CheckpointError, file_system
 from dpar_core.training.loop import TrainingStopped
 from dpar_core.training.parallel import Ranks
 from stages.params import Training
+from stages.terminal import note
 from stages.workers import cluster
 from stages.workers.local import Call, LocalFit
 from stages.workers.lock import locked
@@ -399,11 +399,9 @@ class _StartWatch:
         elif time.monotonic() > self.until:
             self.until = float("inf")
             size = f"{self.scale.cpus} CPUs" + (f" and {self.scale.gpus} GPUs" if self.scale.gpus else "")
-            print(
+            note(
                 f"no worker has begun after {_PATIENCE:g} s: Ray waits for room for {self.scale.workers} of {size} each, or "
-                "they are still starting; it goes on by itself, Ctrl-C stops it (`ray status` shows what is in use)",
-                file=sys.stderr,
-                flush=True,
+                "they are still starting; it goes on by itself, Ctrl-C stops it (`ray status` shows what is in use)"
             )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from dpar_core.files import Damaged, read_record, sha256_file, write_record
 from dpar_core.system import cpus
+from stages.terminal import note
 from stages.workers.cluster import Node, connected, expected, require
 
 Unit = TypeVar("Unit")
@@ -138,7 +138,7 @@ def finished_unit(work: Path, name: str) -> dict[str, Any] | None:
             if (digest := sha256_file(work / file)) != expected:
                 raise Damaged(f"{work / file} is damaged (digest {digest[:16]}, expected {str(expected)[:16]}): {again}")
     except Damaged as error:
-        print(error, file=sys.stderr, flush=True)
+        note(error)
         return None
     return facts
 

@@ -87,13 +87,13 @@ class Browser:
         elif name in ("Runtime.exceptionThrown", "Log.entryAdded") or name == "Runtime.consoleAPICalled":
             self.logged.append(json.dumps(found)[:500])
 
-    def show(self, page: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Open a page in a window of this size, and wait until it is loaded."""
+    def show(self, page: Path | str, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Open a file or an address in a window of this size, and wait until it is loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="", features=[scheme])
         self._events.clear()
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while "Page.loadEventFired" not in self._events:
             self._note(self._next())
 

@@ -19,8 +19,8 @@ import typer
 from safetensors import safe_open
 
 from dpar_core.secrets import redacted
-from pipeline import boundary, terminal
-from stages import crash
+from pipeline import boundary
+from stages import crash, terminal
 from tests.helpers.paths import ROOT
 
 
@@ -199,7 +199,7 @@ def test_a_path_whose_reading_never_ends_is_refused(project, capsys, monkeypatch
 
 
 def test_names_with_brackets_are_printed_as_they_are():
-    from pipeline.terminal import table
+    from stages.terminal import table
 
     text = table(("cat [/b]", "[red]x"), [(":dog: [/b]", "[bold]1[/bold]")])
     assert all(name in text for name in ("cat [/b]", "[red]x", ":dog: [/b]", "[bold]1[/bold]"))

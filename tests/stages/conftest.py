@@ -5,6 +5,7 @@ import torch
 
 from dpar_core.evaluation.features import DemoClassifier, FeatureNetwork, demo_network
 from dpar_core.files import save_weights
+from stages import terminal
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +15,10 @@ def network(tmp_path_factory) -> FeatureNetwork:
     path = tmp_path_factory.mktemp("features") / "c.safetensors"
     save_weights(path, DemoClassifier(9).state_dict(), kind="demo_classifier", config={"num_classes": 9}, meta={})
     return demo_network(path, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def long_lines(monkeypatch):
+    """Sentences are printed as they are; tests/pipeline/commands/test_columns.py has their lines."""
+    monkeypatch.setattr(terminal, "WIDTH", 9999)
+    monkeypatch.setenv("COLUMNS", "9999")

@@ -1,12 +1,15 @@
 """What commands print fits the terminal, 80 columns at most, and holds no codes for colours where none are asked for."""
 
 import json
+import os
+import pty
 import re
 import shutil
 import signal
 import sys
 import threading
 import warnings
+from contextlib import contextmanager, nullcontext
 
 import click
 import numpy as np
@@ -19,7 +22,8 @@ from dpar_core.evaluation.golden import Case
 from dpar_core.files import write_json
 from pipeline.cli import app, main
 from pipeline.results import MEANINGS
-from pipeline.terminal import columns, table, wrapped
+from stages.terminal import columns, table, wrapped
+from stages.tracker import LineProgress
 from tests.helpers.paths import ROOT
 from tests.helpers.report_artifacts import SIZE, tiny_params, write_artifacts
 
@@ -57,6 +61,31 @@ def made(tmp_path_factory):
     return folder
 
 
+@contextmanager
+def on_a_terminal():
+    """Let both streams be a terminal; yield a list that in the end holds what it was sent."""
+    ours, theirs = pty.openpty()
+    shown = []
+
+    def listen() -> None:
+        sent = b""
+        while not sent.endswith(b"\0"):  # closing would take with it what is not read yet
+            sent += os.read(ours, 1 << 16)
+        shown.append(sent[:-1].decode().replace("\r\n", "\n"))
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with open(theirs, "w", encoding="utf-8") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        try:
+            yield shown
+        finally:
+            print(end="\0", file=stream, flush=True)
+            listener.join()
+    os.close(ours)
+
+
 @pytest.fixture
 def printed(made, monkeypatch, capsys):
     """Run `dpar-cli WORDS` in the project and return both streams, as a pipe or a file gets them."""
@@ -67,13 +96,14 @@ def printed(made, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     before = signal.getsignal(signal.SIGTERM), threading.excepthook, warnings.showwarning
 
-    def call(*words: str) -> tuple[int, str]:
+    def call(*words: str, terminal: bool = False) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["dpar-cli", *words])
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as stopped, on_a_terminal() if terminal else nullcontext([]) as shown:
             main()
         said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return int(stopped.value.code or 0), said.out + said.err
+        text = "".join(shown) + said.out + said.err
+        assert "Traceback" not in text
+        return int(stopped.value.code or 0), text
 
     yield call
     signal.signal(signal.SIGTERM, before[0])
@@ -127,6 +157,9 @@ PRINTED = {
     "init --images own_pictures": 1,
     "init --images missing": 1,
     "verify": 1,
+    "params use": 2,
+    "nonsense": 2,
+    "sweep threshold --images many": 2,
 }
 
 
@@ -135,12 +168,37 @@ def test_what_commands_print_fits_a_pipe_and_a_narrow_terminal(printed, monkeypa
     monkeypatch.setattr("dpar_core.evaluation.golden.verify_folder", lambda folder: CASES)
     for width in (80, 60):
         monkeypatch.setenv("COLUMNS", str(width))
-        status, text = printed(*(word.replace("own_pictures", "own pictures") for word in words.split()))
+        terminal = width == 60
+        if terminal:
+            monkeypatch.setenv("NO_COLOR", "1")
+        arguments = (word.replace("own_pictures", "own pictures") for word in words.split())
+        status, text = printed(*arguments, terminal=terminal)
         assert status == PRINTED[words], text
+        if terminal:  # NO_COLOR takes colours away; bold may stay
+            assert not re.search(r"\033\[(\d+;)*[349]\d", text)
+            text = re.sub(r"\033\[[\d;]*m", "", text)
         assert "\033" not in text
         # A path or an address that is longer than the line stands alone on it, so that it can be copied.
         wide = [line for line in text.splitlines() if len(line) > width]
         assert not [line for line in wide if re.search(r"\s", line.strip())], "\n".join(wide)
+
+
+@pytest.mark.parametrize("words", ["status", "stage nothing", "sweep cfg --model other"])
+def test_colours_on_a_terminal_add_nothing_to_the_width(printed, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    text = printed(*words.split(), terminal=True)[1]
+    assert "\033[" in text
+    assert max(map(len, re.sub(r"\033\[[0-9;]*m", "", text).splitlines())) <= 60
+
+
+def test_lines_of_progress_fit_and_keep_what_a_run_reads_of_them(monkeypatch, capsys):
+    for width in (80, 60, 40):
+        monkeypatch.setenv("COLUMNS", str(width))
+        progress = LineProgress(1_200_000, "time llamagen_equal_time in turns", done=0, unit="images", interval=0.0)
+        progress.advance(7, loss=2.3456)
+        line = capsys.readouterr().err.rstrip("\n")
+        assert len(line) <= width and re.fullmatch(r"time .* 7/1200000 images 0 % .*ETA \d+:\d\d:\d\d.*", line)
 
 
 WITH_PASSWORDS = [

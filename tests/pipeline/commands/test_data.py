@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from dpar_core.data.manifest import read_manifest
-from pipeline import terminal
 from pipeline.cli import main
+from stages import terminal
 from tests.helpers.tiny_data import as_artifacts, make_project
 
 

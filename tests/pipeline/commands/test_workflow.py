@@ -16,9 +16,9 @@ from pipeline.presets.use import preset_lines
 from pipeline.results import result_line
 from pipeline.runner import STAGES
 from pipeline.state import StageState
-from pipeline.terminal import about, colour, duration, shortened, size, wrapped
 from stages.artifacts import HEADLINE, TOKENIZER_METRICS, TRAINING_SPEED
 from stages.params import load_params
+from stages.terminal import about, colour, duration, shortened, size, wrapped
 from stages.tracker import rate_words
 from tests.helpers.paths import ROOT
 

@@ -42,9 +42,14 @@ def fitted(text: str) -> str:
     return "\n".join(line if len(line) <= columns() else wrapped(line, rest="  ") for line in text.split("\n"))
 
 
-def note(text: str) -> None:
+def print_fitted(text: object) -> None:
+    """Print to standard output, wrapped for the terminal."""
+    print(fitted(str(text)), flush=True)
+
+
+def note(text: object) -> None:
     """Print to standard error, wrapped for the terminal."""
-    print(fitted(text), file=sys.stderr, flush=True)
+    print(fitted(str(text)), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
