@@ -28,6 +28,7 @@ from dpar_core.pictures import labelled_grid, save_png
 from stages import params as P
 from stages.artifacts import METRICS, SAMPLE_GRID, SAMPLE_IMAGES, SAMPLE_PROTOCOL, SAMPLE_TOKENS, TIMINGS, artifact_digest
 from stages.shared.sampler import Files, Sampler
+from stages.terminal import print_fitted
 from stages.tracker import Progress, Tracker
 from stages.workers.cluster import Node
 from stages.workers.tasks import KeptLast, finish_unit, finished_unit, run_units
@@ -194,7 +195,7 @@ def sample_images(
     if sampler.untrained:
         names = [sampler.class_names[label] for label in sorted(sampler.untrained)]
         what = counted(len(names), "class", "classes")
-        print(
+        print_fitted(
             f"sample {target.name}: {what} had no training images and {'is' if len(names) == 1 else 'are'} left out "
             f"({first_few(names)})"
         )
