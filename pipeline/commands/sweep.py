@@ -186,6 +186,9 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
     folder, work = root / "sweeps" / name, root / "work" / "sweeps" / name
     check_points(plan.points, subject.models[None])
     thresholds = list(dict.fromkeys(point.threshold for point in plan.points))
+    count = len(plan.points) if plan.search == "grid" else plan.trials
+    finals = f", then the best {min(plan.finalists, count)} again with {plan.final_images}" if plan.final_images else ""
+    print_fitted(f"sweep {name}: {count} trials of {plan.images} images{finals}")
     settings = {
         "model": model,
         "thresholds": _listed(thresholds),
@@ -195,7 +198,10 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
         "search": plan.search,
         "retrain": retrain,
     }
-    with locked(work / ".lock", busy=partial(refuse_second, name)), open_sweep(name, settings, root=root) as runs:
+    with (
+        locked(work / ".lock", busy=partial(refuse_second, name)),
+        open_sweep(name, settings, distance=subject.distance, root=root) as runs,
+    ):
         for place in (work, folder):
             remove_leftovers(place)
         if retrain:
@@ -227,11 +233,9 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
         written = sweep_output.write(facts, folder)
         for path in written.tracked:
             runs.tracker.log_artifact(path)
-        runs.tracker.log_metrics(written.metrics)
-        winner = outcome.winner(subject.distance)
-        if winner is not None:
-            runs.log_winner(sweep_output.label(winner.point), command)
+        runs.log_outcome(facts, written.metrics, root)
     print(sweep_output.table(facts))
+    winner = outcome.winner(subject.distance)
     if winner is None:
         raise RuntimeError(f"all {len(outcome.failed)} trials failed, the last with: {outcome.failed[-1].error}")
     if apply:
@@ -239,9 +243,9 @@ def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, 
         if retrain:
             also = f"set patching.threshold to {winner.point.threshold:g} as well"
             print_fitted(f"the winner was trained at its threshold: {also}")
-    print(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
+    print_fitted(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
     if not apply:
-        print("take it over    the same command with --apply, then dvc repro")
+        print_fitted("take it over    the same command with --apply, then dvc repro")
 
 
 def refuse_second(name: str, holder: str) -> None:

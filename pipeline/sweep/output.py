@@ -234,30 +234,38 @@ def draw_pareto(facts: Facts, path: Path) -> None:
     _save(figure, path)
 
 
-def table(facts: Facts) -> str:
-    """Return the finals (or the best of the search) and the failures as text for a terminal."""
-    results = sorted(facts.outcome.finals or facts.outcome.search, key=lambda one: one.value(facts.distance))[:10]
-    kind = "finals, fresh seeds" if facts.outcome.finals else "search"
-    rows = []
-    for one in results:
-        low, high = one.interval(facts.distance) or (float("nan"), float("nan"))
-        rows.append(
-            (
+def table_head(facts: Facts) -> list[str]:
+    """Return the names of the columns of table_rows."""
+    return ["threshold", "cfg", "images", facts.short, "95 %", "patches", "images/s"]
+
+
+def table_rows(facts: Facts) -> list[list[str]]:
+    """Return the finals, or without them the best ten of the search, best first, as cells for people."""
+    found = []
+    for one in sorted(facts.outcome.finals or facts.outcome.search, key=lambda one: one.value(facts.distance))[:10]:
+        ends = one.interval(facts.distance)
+        found.append(
+            [
                 "training" if one.point.threshold is None else f"{one.point.threshold:g}",
                 f"{one.point.cfg_scale:g}",
                 str(one.trial.images),
                 f"{one.value(facts.distance):.4g}",
-                f"{low:.3g} to {high:.3g}",
+                "" if ends is None else f"{ends.low:.3g} to {ends.high:.3g}",
                 f"{one.patches_per_image:.1f}",
                 f"{one.images_per_s:.3g}",
-            )
+            ]
         )
+    return found
+
+
+def table(facts: Facts) -> str:
+    """Return the finals (or the best of the search) and the failures as text for a terminal."""
     lines = []
-    if rows:
-        head = ("threshold", "cfg", "images", facts.short, "95 %", "patches", "images/s")
-        lines += [f"{facts.name}: {kind}", terminal.table(head, rows)]
+    if rows := table_rows(facts):
+        kind = "finals, fresh seeds" if facts.outcome.finals else "search"
+        lines += [f"{facts.name}: {kind}", terminal.table(table_head(facts), rows)]
     if chance := within_chance(facts):
-        words = f"within chance of the best: {', '.join(label(one.point) for one in chance)}"
+        words = f"within chance of the best: {'; '.join(label(one.point) for one in chance)}"
         lines.append(terminal.wrapped(words, rest="  "))
     lines += [terminal.wrapped(f"failed: {one_line(one)}", rest="  ") for one in facts.outcome.failed]
     if facts.command:

@@ -53,8 +53,11 @@ class Journal:
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(moment))}.{int(moment % 1 * 1e6):06d}"
         self.folder = folder / f"{stamp}-{socket.gethostname()}-{os.getpid()}-{name.replace('/', '_').replace(' ', '_')}"
         self.folder.mkdir(parents=True)
-        self._stream = open(self.folder / EVENTS, "a", encoding="utf-8")  # noqa: SIM115
+        # Locked before it has its name: whoever found it unlocked would take its writer for dead, and remove it.
+        unnamed = self.folder / f"{EVENTS}.new"
+        self._stream = open(unnamed, "a", encoding="utf-8")  # noqa: SIM115
         lock_descriptor(self._stream.fileno())
+        unnamed.rename(self.folder / EVENTS)
         self._lock, self._files = threading.Lock(), 0
 
     def write(self, op: Operation, run: str, data: dict[str, Any], *, time_ms: int | None = None) -> None:

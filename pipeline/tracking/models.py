@@ -53,6 +53,11 @@ def models_of(stage: str, root: Path) -> list[LoggedModel]:
     return [model for model in found if model is not None]
 
 
+def model_used(name: str, root: Path) -> LoggedModel | None:
+    """Return a trained model of MODELS by its name, as one that is sampled from."""
+    return _read(MODELS[name], root, made=False)
+
+
 def _read(artifact: Artifact, root: Path, *, made: bool) -> LoggedModel | None:
     path = artifact.below(root / FOLDER)
     header = read_weights_header(path)

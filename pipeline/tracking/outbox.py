@@ -134,13 +134,14 @@ class Outbox:
 
     def _apply(self, folder: Path, events: list[Event]) -> None:
         """Do what events of one run and one kind ask for. Raises Away, Refused, Lost."""
+        from mlflow import MlflowClient  # noqa: F401  a minute on a busy machine, in which no answer is waited for
+        from mlflow.exceptions import MlflowException
+
         event = events[0]
         if event.run in self._finished:
             return
         self.asked = time.monotonic()
         try:
-            from mlflow.exceptions import MlflowException
-
             try:
                 self.connect()
                 self._do(folder, event, events)

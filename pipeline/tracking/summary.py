@@ -42,9 +42,9 @@ def child_name(stage: str, stages: list[str]) -> str:
     return f"{stages.index(stage) + 1:02d} {stage}" if stage in stages else stage
 
 
-def source_tags(root: Path) -> dict[str, str]:
-    """Return who started a run, from what, and at which commit (with `-dirty` where files differ from it)."""
-    tags = {"mlflow.source.name": "dvc repro", "mlflow.source.type": "PROJECT"}
+def source_tags(root: Path, command: str) -> dict[str, str]:
+    """Return who started a run, by which command, and at which commit (with `-dirty` where files differ from it)."""
+    tags = {"mlflow.source.name": command, "mlflow.source.type": "PROJECT"}
     tags |= {f"dpar.code.{name}": value for name, value in code_identity().items()}
     with suppress(KeyError, OSError):  # a user id without a name, as in some containers
         tags["mlflow.user"] = getpass.getuser()
@@ -84,7 +84,17 @@ def headline_metrics(headline: Mapping[str, Any]) -> dict[str, float]:
         what = "loss" if row["words"] == "validation loss" else "distance" if row["words"].startswith(("FID", "fd_")) else ""
         if what:
             found |= {f"{name}_{what}": row[name]["value"] for name in ("dpar", "baseline")}
-    return {name: float(f"{value:.4g}") for name, value in found.items()}  # as in artifacts/metrics.json
+    return rounded(found)  # as in artifacts/metrics.json
+
+
+def rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """Return values to four digits: MLflow's pages print every digit there is."""
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
+
+
+def distance_metric(model: str, value: float) -> dict[str, float]:
+    """Return a sweep's distance under the name that fills the column of pipeline runs. model: dpar or llamagen."""
+    return {f"{'baseline' if model == 'llamagen' else model}_distance": value}
 
 
 def note(preset: str, headline: Mapping[str, Any]) -> str:

@@ -100,9 +100,23 @@ class Recording:
         self._listener = threading.Thread(target=self._listen, name="outbox", daemon=True)
         self._listener.start()
 
-    def run(self, key: str, name: str, *, tags: Mapping[str, str], parent: str | None = None, once: bool = False) -> str:
-        """Open a run, or go on with it; return its key. once: leave it alone where it is finished already."""
-        self.journal.write("run", key, {"name": name, "tags": dict(tags), "parent": parent, "once": once})
+    def run(
+        self,
+        key: str,
+        name: str,
+        *,
+        tags: Mapping[str, str],
+        parent: str | None = None,
+        once: bool = False,
+        time_ms: int | None = None,
+    ) -> str:
+        """Open a run, or go on with it; return its key.
+
+        once: leave it alone where it is finished already.
+        time_ms: when it began, now when left out.
+        """
+        data = {"name": name, "tags": dict(tags), "parent": parent, "once": once}
+        self.journal.write("run", key, data, time_ms=time_ms)
         return key
 
     def params(self, run: str, values: Mapping[str, object]) -> None:
@@ -118,8 +132,8 @@ class Recording:
     def artifact(self, run: str, path: Path) -> None:
         self.journal.write_file(run, path)
 
-    def end(self, run: str, status: str) -> None:
-        self.journal.write("end", run, {"status": status})
+    def end(self, run: str, status: str, *, time_ms: int | None = None) -> None:
+        self.journal.write("end", run, {"status": status}, time_ms=time_ms)
 
     def close(self) -> None:
         """Let the rest be delivered, for some seconds; what is left then is kept and named."""
@@ -200,10 +214,11 @@ def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterato
     with recording(root, stage) as records:
         preset = preset_of(root)
         name = f"{preset} · {name}"
-        tags = {PASS_TAG: identity, **process_tags(process), **summary.source_tags(root)}
+        source = summary.source_tags(root, "dvc repro")
+        tags = {PASS_TAG: identity, **process_tags(process), **source}
         parent = records.run(digest_of(identity), name, tags=tags)
         records.params(parent, flattened(params))
-        tags = {"dpar.stage": stage, **process_tags()}
+        tags = {"dpar.stage": stage, **process_tags(), **source}
         tracked = [name for name in OUTPUTS if name != "sources"]  # which looks on every run, and has nothing to track
         run = records.run(records.journal.folder.name, summary.child_name(stage, tracked), tags=tags, parent=parent)
         tracker = MlflowTracker(records, run, parent, stage)

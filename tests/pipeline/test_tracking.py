@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from dpar_core.files import digest_of, save_weights
 from pipeline.runner import load_stage
-from pipeline.tracking import models, outbox, store, summary, system, tracker
+from pipeline.tracking import journal, models, outbox, store, summary, system, tracker
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.outbox import Away, Outbox, sync
 from stages.artifacts import HEADLINE, MODELS, REPORT_PAGE, SAMPLE_GRID, SAMPLE_PROTOCOL, SAMPLES, Artifact
@@ -208,6 +208,14 @@ def check_model(client: MlflowClient, run) -> None:
     (model,) = client.search_logged_models([run.info.experiment_id])
     assert (model.status, model.source_run_id, len(model.metrics)) == ("READY", run.info.run_id, 1)
     assert [one.model_id for one in client.get_run(run.info.run_id).outputs.model_outputs] == [model.model_id]
+
+
+def test_a_journal_has_its_name_only_once_it_is_locked(tmp_path, monkeypatch):
+    """Found unlocked, it would be that of a process that is gone: it would be removed while its writer begins."""
+    seen = []
+    monkeypatch.setattr(journal, "lock_descriptor", lambda _: seen.append(list(tmp_path.glob("*/events.jsonl"))))
+    Journal(tmp_path, "one").close()
+    assert seen == [[]] and len(list(tmp_path.glob("*/events.jsonl"))) == 1
 
 
 def test_sending_a_journal_again_from_any_event_on_changes_nothing(project):

@@ -45,13 +45,13 @@ def test_children_sort_in_the_order_of_the_workflow():
 
 
 def test_the_commit_is_a_tag_and_a_changed_file_is_seen(tmp_path):
-    assert "mlflow.source.git.commit" not in summary.source_tags(tmp_path)
+    assert "mlflow.source.git.commit" not in summary.source_tags(tmp_path, "dvc repro")
     for words in (["init", "-q"], ["config", "user.name", "a"], ["config", "user.email", "a@b"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     (tmp_path / "f").write_text("1")
     for words in (["add", "f"], ["commit", "-qm", "one"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
-    clean = summary.source_tags(tmp_path)
+    clean = summary.source_tags(tmp_path, "dvc repro")
     assert len(clean["mlflow.source.git.commit"]) == 40 and not clean["dpar.git"].endswith("-dirty")
     (tmp_path / "f").write_text("2")
-    assert summary.source_tags(tmp_path)["dpar.git"].endswith("-dirty")
+    assert summary.source_tags(tmp_path, "dvc repro")["dpar.git"].endswith("-dirty")

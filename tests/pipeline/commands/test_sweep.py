@@ -9,17 +9,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from dpar_core.evaluation.metrics import Interval
 from dpar_core.evaluation.scores import Protocol, Scores
+from dpar_core.files import save_weights
 from pipeline.cli import app
 from pipeline.commands import sweep
 from pipeline.sweep import output as sweep_output
 from pipeline.sweep import tracking as sweep_tracking
 from pipeline.tracking import store
+from stages.artifacts import FOLDER, MODELS
 from stages.params import ParamsError
 from stages.shared.sampler import Files
 from stages.tools.sweep import Failure, Outcome, Point, Trial, TrialResult
@@ -52,7 +55,8 @@ def facts(tmp_path):
     ]
     finals = [result(3.8, 2.0, 1.1, 40.0, 50.0, final=True, folder=trials), result(4.2, 2.0, 1.05, 30.0, 61.0, final=True)]
     failed = [Failure(Point(5.0, 1.0), "no room")]
-    outcome, settings = Outcome(search, finals, failed), {"images": 20, "search": "grid"}
+    outcome = Outcome(search, finals, failed)
+    settings = {"model": "dpar", "images": 20, "search": "grid", "retrain": False}
     return sweep_output.Facts("t", "dpar", "eval/fd_demo", settings, outcome, "dpar-cli sweep x", Files(Path(), Path()))
 
 
@@ -128,24 +132,37 @@ def test_trials_hang_under_one_run_and_are_written_once(facts, fresh_store, tmp_
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(fresh_store, tmp_path)
     picture = tmp_path / "trials" / "s3.8-1.0.png"
+    model = MODELS["dpar"].below(tmp_path / FOLDER)
+    model.parent.mkdir(parents=True)
+    save_weights(model, {"w": torch.ones(2)}, kind="dpar", config={"width": 2}, meta={})
     for _ in range(2):  # the second start finds what the first wrote
-        with sweep_tracking.open_sweep("t", {"images": 20}, root=tmp_path) as runs:
+        with sweep_tracking.open_sweep("t", facts.settings, distance=facts.distance, root=tmp_path) as runs:
             for one in facts.outcome.search:
                 runs.log_trial(one, picture)
-            runs.log_winner("4.2 nats, cfg 2", "dpar-cli sweep threshold --thresholds 4.2")
-        delivered(tmp_path)
+            for failed in facts.outcome.failed:
+                runs.log_failure(failed)
+            runs.log_outcome(facts, sweep_output.winner_metrics(facts), tmp_path)
+    delivered(tmp_path)
     client, experiment = store.connect(tmp_path)
     found = client.search_runs([experiment])
     parent = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     assert len(parent) == 1
-    assert len(found) == 5
+    assert len(found) == 1 + 4 + 2  # a failed trial is tried again at every start
+    assert parent[0].info.run_name == "sweep t · fd_demo 1.05 at 4.2 nats, cfg 2" and parent[0].info.status == "FINISHED"
+    assert parent[0].data.metrics["dpar_distance"] == 1.05  # the column of pipeline runs
     note = parent[0].data.tags["mlflow.note.content"]
-    assert "4.2 nats, cfg 2" in note and "dpar-cli sweep threshold --thresholds 4.2" in note
+    assert "| 4.2 | 2 | 40 | 1.05 | 0.95 to 1.15 | 30.0 | 61 |" in note and "5 nats, cfg 1: no room" in note
+    assert "3.8 nats, cfg 2" in note.partition("Within chance")[2] and note.endswith("    dpar-cli sweep x")
+    assert client.get_run(parent[0].info.run_id).inputs.model_inputs
     trial = next(run for run in found if run.info.run_name == "4.2 nats, cfg 2")
-    assert trial.data.metrics["eval/fd_demo"] == 1.0
+    assert trial.data.metrics["eval/fd_demo"] == trial.data.metrics["dpar_distance"] == 1.0
+    assert trial.data.metrics["patch/mean_length"] == 2.133
     assert trial.data.metrics["eval/fd_demo_high"] == pytest.approx(1.1)
-    assert trial.data.params["threshold"] == "4.2"
+    assert trial.data.params["threshold"] == "4.2" and trial.data.tags["mlflow.source.name"] == "dpar-cli sweep"
+    assert trial.info.end_time - trial.info.start_time == 1500
     assert [a.path for a in client.list_artifacts(trial.info.run_id)] == [picture.name]
+    failed = [run for run in found if run.info.run_name == "failed 5 nats, cfg 1"]
+    assert [run.info.status for run in failed] == ["FAILED", "FAILED"]
 
 
 def test_a_second_sweep_of_the_same_name_is_refused(tmp_path):
