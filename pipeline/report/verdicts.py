@@ -76,16 +76,28 @@ class Contest:
         return not self.obstacles and any(row.judged for row in self.rows)
 
     @property
-    def title(self) -> str:
-        """The verdict in a few words."""
+    def verdict(self) -> str:
+        """The verdict in a few words, without its condition."""
         if not self.judged:
-            return f"No verdict {self.when}"
+            return "No verdict"
         return {
-            "dpar": f"DPAR is better {self.when}",
-            "baseline": f"The baseline is better {self.when}",
-            "mixed": f"Each model is better in something {self.when}",
-            None: f"No clear difference {self.when}",
+            "dpar": "DPAR is better",
+            "baseline": "The baseline is better",
+            "mixed": "Each model is better in something",
+            None: "No clear difference",
         }[self.winner]
+
+    @property
+    def scope(self) -> str:
+        """The condition, and in what the winner is better, unless it is better in all that was judged."""
+        won = [row.words for row in self.rows if row.winner == self.winner]
+        partly = self.winner in NAMES and len(won) < sum(row.judged for row in self.rows)
+        return f"{self.when} ({', '.join(won)})" if partly else self.when
+
+    @property
+    def title(self) -> str:
+        """The verdict with its condition."""
+        return f"{self.verdict} {self.scope}"
 
     @property
     def sentence(self) -> str:
@@ -106,8 +118,8 @@ class Contest:
 
 def together(one: Contest, other: Contest) -> str:
     """Return both verdicts as one sentence for the top of the page."""
-    if one.title.removesuffix(one.when) == other.title.removesuffix(other.when):
-        return f"{one.title} and {other.when}."
+    if one.verdict == other.verdict:
+        return f"{one.title} and {other.scope}."
     title = other.title if other.title.startswith("DPAR") else other.title[0].lower() + other.title[1:]
     return f"{one.title}; {title}."
 

@@ -76,8 +76,9 @@ def contest(dpar, baseline, when="at equal steps", obstacles=()):
 
 def test_the_title_gives_the_verdict():
     better, worse = scores(fd=(10.0, 9.0, 11.0)), scores()
-    assert contest(better, worse).title == "DPAR is better at equal steps"
-    assert contest(worse, better).title == "The baseline is better at equal steps"
+    assert contest(better, worse).title == "DPAR is better at equal steps (fd_demo)"
+    assert contest(worse, better).title == "The baseline is better at equal steps (fd_demo)"
+    assert contest(scores(fd=(10.0, 9.0, 11.0), is_=(9.0, 8.8, 9.2)), worse).title == "DPAR is better at equal steps"
     assert contest(worse, worse).title == "No clear difference at equal steps"
     split = contest(better, scores(is_=(5.0, 4.8, 5.2)))
     assert split.title == "Each model is better in something at equal steps"
@@ -129,13 +130,14 @@ def test_both_verdicts_make_one_headline():
     better, worse = scores(fd=(10.0, 9.0, 11.0)), scores()
     first = contest(better, worse)
     same = contest(better, worse, "at equal time")
-    assert together(first, same) == "DPAR is better at equal steps and at equal time."
+    assert together(first, same) == "DPAR is better at equal steps (fd_demo) and at equal time (fd_demo)."
     lost = contest(worse, better, "at equal time")
-    assert together(first, lost) == "DPAR is better at equal steps; the baseline is better at equal time."
+    headline = "DPAR is better at equal steps (fd_demo); the baseline is better at equal time (fd_demo)."
+    assert together(first, lost) == headline
     even, late = contest(worse, worse), contest(better, worse, "at equal time")
-    assert together(even, late) == "No clear difference at equal steps; DPAR is better at equal time."
+    assert together(even, late) == "No clear difference at equal steps; DPAR is better at equal time (fd_demo)."
     blocked = contest(better, worse, "at equal time", ("the machine was busy",))
-    assert together(first, blocked) == "DPAR is better at equal steps; no verdict at equal time."
+    assert together(first, blocked) == "DPAR is better at equal steps (fd_demo); no verdict at equal time."
 
 
 def test_lists_read_as_sentences():
