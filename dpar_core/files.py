@@ -123,8 +123,8 @@ def _sibling(path: Path, make: Callable[..., str]) -> AbstractContextManager[Pat
     return temporary(lambda: make(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"), left)
 
 
-def _new_file(**where: Any) -> str:
-    handle, name = tempfile.mkstemp(**where)
+def _new_file(*, dir: Path, prefix: str, suffix: str) -> str:
+    handle, name = tempfile.mkstemp(dir=dir, prefix=prefix, suffix=suffix)
     os.close(handle)
     return name
 
@@ -199,7 +199,7 @@ def read_json(path: Path | str, *, way_out: str) -> Any:
 def parse_record(content: bytes, *, where: str, way_out: str) -> dict[str, Any]:
     """Return the JSON data of a record's bytes, checked against the digest in it. Raises Damaged."""
     try:
-        record = json.loads(content)
+        record: dict[str, Any] = json.loads(content)
         found = digest_of({name: value for name, value in record.items() if name != "digest"})
         stored = record["digest"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -305,7 +305,7 @@ def read_weights_header(path: Path | str) -> dict[str, Any]:
         raise ValueError(f"{path} was not written by this project (its header has no entry `dpar`)")
     damaged = Damaged(f"{path} is damaged or was edited (its header is not what its digest says): make it again")
     try:
-        facts = json.loads(header)
+        facts: dict[str, Any] = json.loads(header)
         names = set(facts)
         sound = names == _OLD_HEADER or (
             names == _HEADER and digest_of({name: facts[name] for name in names - {"digest"}}) == facts["digest"]

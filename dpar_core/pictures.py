@@ -33,7 +33,8 @@ def scale_colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
     position = np.clip((np.asarray(values, float) - low) / max(high - low, 1e-9), 0, 1) * (len(SCALE) - 1)
     index = np.minimum(position.astype(int), len(SCALE) - 2)
     share = (position - index)[..., None]
-    return (SCALE[index] * (1 - share) + SCALE[index + 1] * share).round().astype(np.uint8)
+    colours: np.ndarray = (SCALE[index] * (1 - share) + SCALE[index + 1] * share).round().astype(np.uint8)
+    return colours
 
 
 def labelled_grid(

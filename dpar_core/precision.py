@@ -33,7 +33,7 @@ def multiplies_bf16(device: torch.device | str) -> bool:
 
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     return not _hidden(os.environ) and _cpu_reports_bf16()

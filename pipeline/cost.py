@@ -17,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from dpar_core.models.vq import VQConfig
+    from stages.params import Params, Patching
 
 GIGA, HOUR = 1e9, 3600.0
 IMAGENET_IMAGES, IMAGENET_CLASSES, BUILTIN_CLASSES = 1_281_167, 1000, 9
@@ -140,9 +141,8 @@ class CostEstimate:
         return content
 
 
-def patches_an_image(params: Any, tokens: int) -> float:
+def patches_an_image(patching: Patching, tokens: int) -> float:
     """Return M for the patching section of params. Raises ValueError where M depends on the data."""
-    patching = params.patching
     if patching.mode == "token":
         return tokens
     if patching.mode == "static":
@@ -151,7 +151,7 @@ def patches_an_image(params: Any, tokens: int) -> float:
         return tokens / patching.target_mean_length
     from pipeline.presets.published import PATCHES
 
-    published = PATCHES.get((tokens, patching.threshold))
+    published = None if patching.threshold is None else PATCHES.get((tokens, patching.threshold))
     if published and patching.mode == "entropy_rows" and patching.max_patch_length == 4:
         return published
     raise ValueError(
@@ -181,7 +181,7 @@ def tokenizer_flops(config: VQConfig, side: int) -> tuple[float, float]:
 
 
 def other_work(
-    params: Any, prices: Prices, *, views: float, gate: float, forward: Mapping[str, float]
+    params: Params, prices: Prices, *, views: float, gate: float, forward: Mapping[str, float]
 ) -> dict[str, WorkCost]:
     """Return what a whole run does besides training DPAR, its baseline and the entropy model.
 
@@ -213,7 +213,7 @@ def other_work(
 
 
 def costs(
-    params: Any, *, prices: Prices, patches: float | None = None, images: int | None = None, classes: int | None = None
+    params: Params, *, prices: Prices, patches: float | None = None, images: int | None = None, classes: int | None = None
 ) -> CostEstimate:
     """Return what a run costs.
 
@@ -241,7 +241,7 @@ def costs(
         "row_width": params.data.image_size // params.tokenizer.downsample,
     }
     tokens = shape["row_width"] ** 2
-    patches = patches or patches_an_image(params, tokens)
+    patches = patches or patches_an_image(params.patching, tokens)
     if not 1 <= patches <= tokens:
         raise ValueError(f"--patches {patches:g} must lie between 1 and the {tokens} tokens of an image")
     dpar = dpar_config(params.model, **shape, num_classes=classes)

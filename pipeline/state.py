@@ -89,7 +89,7 @@ def read_last(root: Path, stage: str) -> dict[str, Any]:
     finished: seconds since 1970; seconds: it took; code, commit, packages, machine: what ran it (see record_run).
     """
     try:
-        found = json.loads((root / "work" / stage / LAST).read_text("utf-8"))
+        found: dict[str, Any] = json.loads((root / "work" / stage / LAST).read_text("utf-8"))
         return found | {name: float(found[name]) for name in ("finished", "seconds")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

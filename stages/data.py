@@ -133,7 +133,8 @@ def describe(manifest: Manifest, data: P.Data, both: list[tuple[str, str]]) -> l
 def unreadable(manifest: Manifest, split: str) -> list[str]:
     """Return the sources of a split's images whose bytes could not be read, where they were asked for."""
     table = manifest.rows.table.filter(pc.equal(manifest.rows.table["split"], split))
-    return table.filter(pc.is_null(table["content"]))["source"].to_pylist()
+    sources: list[str] = table.filter(pc.is_null(table["content"]))["source"].to_pylist()
+    return sources
 
 
 def images_of_several_classes(manifest: Manifest) -> list[tuple[str, str]]:

@@ -183,7 +183,7 @@ class ShardEntropies:
 def publish(plan: Sequence[Unit], work: Path, entropies: Path, *, made_by: MadeBy, facts: dict[str, Any]) -> float:
     """Put all finished files in place at once; return the mean entropy in nats."""
     records = [facts_of_unit(work, unit.name) for unit in plan]
-    mean = sum(record["sum"] for record in records) / sum(record["count"] for record in records)
+    mean: float = sum(record["sum"] for record in records) / sum(record["count"] for record in records)
     with atomic_folder(entropies) as folder:
         for unit in plan:
             move_into_place(work / unit.name, folder / unit.name)

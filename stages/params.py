@@ -109,7 +109,7 @@ class Tokenizer(Section):
     @property
     def downsample(self) -> int:
         """Pixels of a side that one token stands for."""
-        return 2 ** (len(self.channel_multipliers) - 1)
+        return 1 << (len(self.channel_multipliers) - 1)
 
 
 class TokenizeImages(Section):
@@ -286,7 +286,7 @@ def select(params: Params, stage_params: type[StageParams]) -> StageParams:
 
 def section_of(field: dataclasses.Field[Any]) -> str:
     """Return the dotted name, in params.yaml, of what a field of a stage's Params holds."""
-    return field.metadata.get("section", field.name)
+    return str(field.metadata.get("section", field.name))
 
 
 def plain(stage_params: Any) -> dict[str, Any]:

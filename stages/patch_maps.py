@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,8 +81,8 @@ class Histograms:
         """Return the patches of an image below which `share` per cent of the images lie (as np.percentile)."""
         rank_at = share / 100 * (self.maps - 1)
         ends = np.cumsum(self.counts)
-        low, high = (int(np.searchsorted(ends, rank, side="right")) for rank in (np.floor(rank_at), np.ceil(rank_at)))
-        return low + (high - low) * (rank_at - np.floor(rank_at))
+        low, high = (int(np.searchsorted(ends, rank, side="right")) for rank in (math.floor(rank_at), math.ceil(rank_at)))
+        return low + (high - low) * (rank_at - math.floor(rank_at))
 
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:

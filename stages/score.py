@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpar_core.evaluation.features import feature_network
 from dpar_core.files import write_json, write_record
@@ -70,7 +69,13 @@ def run_llamagen(
 
 
 def _score_all(
-    params: Params, inputs: Any, work_list: list[tuple[Path, Path, Path]], tracker: Tracker, *, device: str, work: Path
+    params: Params,
+    inputs: Inputs | BaselineInputs,
+    work_list: list[tuple[Path, Path, Path]],
+    tracker: Tracker,
+    *,
+    device: str,
+    work: Path,
 ) -> None:
     """work_list: samples, their score file with all that made it, and the same scores bare, as a table of DVC shows them."""
     section = params.score

@@ -87,7 +87,8 @@ class KnownDigests:
     """SHA-256 digests of files, kept in a file by path and signature, so that only what changed is read again."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self._known, self._changed = file, {}, False
+        self.file, self._changed = file, False
+        self._known: dict[str, list[str]] = {}  # path -> signature, digest
         if file.exists():
             try:
                 self._known = _read_record(file, way_out="it is made again")["known"]

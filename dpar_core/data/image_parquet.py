@@ -128,7 +128,7 @@ def _column(file: pq.ParquetFile, group: int, column: str, where: str) -> list[o
     """Return a row group's values in a column. Raises ValueError where they cannot be read."""
     stated = file.metadata.row_group(group)
     try:
-        found = file.read_row_group(group, columns=[column])[column].to_pylist()
+        found: list[object] = file.read_row_group(group, columns=[column])[column].to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is damaged: group {group} cannot be read ({_first_line(error)})") from None
     if len(found) != stated.num_rows:
@@ -143,7 +143,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return any(holds(kind) for holds in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
 def _holds_image(kind: pa.DataType) -> bool:
@@ -157,7 +157,7 @@ def _holds_image(kind: pa.DataType) -> bool:
 def _holds_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return any(holds(kind) for holds in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 def _holds_label(kind: pa.DataType) -> bool:
@@ -279,7 +279,7 @@ class ParquetImages:
         """Return the bytes of an image. Raises BadImage where the row holds none, OSError, pa.ArrowException."""
         with self._lock:
             value = self._group(path, group, column)[row].as_py()
-        content = value.get("bytes") if isinstance(value, dict) else value
+        content: bytes | None = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
             beside = value.get("path") if isinstance(value, dict) else None
             raise BadImage("the row has no image bytes" + (f", only the path {str(beside)[:100]!r}" if beside else ""))

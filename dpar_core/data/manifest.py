@@ -57,7 +57,7 @@ class Rows(Sequence[Row]):
         self.table = table
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return len(self.table)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...

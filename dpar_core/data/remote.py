@@ -55,9 +55,10 @@ class Folder:
             return path.read_bytes() if path.exists() else None
         filesystem, root = self._filesystem()
         try:
-            return filesystem.cat_file(f"{root}/{name}")
+            content: bytes = filesystem.cat_file(f"{root}/{name}")
         except FileNotFoundError:
             return None
+        return content
 
     def path(self, name: str, sha256: str) -> Path:
         """Return a path on this machine to a file with this content, fetched where it is remote.
@@ -116,6 +117,7 @@ class Folder:
         except ImportError:
             raise OSError(f"reading {self} needs fsspec and the package of its scheme: pip install fsspec s3fs") from None
         try:
-            return fsspec.core.url_to_fs(str(self.address))
+            filesystem, root = fsspec.core.url_to_fs(str(self.address))
         except (ImportError, ValueError) as error:
             raise OSError(f"cannot open {self}: {error}") from None
+        return filesystem, root

@@ -200,10 +200,10 @@ def write_index(
     ]
     summary: dict[str, Any] = {"meta": asdict(meta), "shards": files, "samples": int(count.sum()), **(extra or {})}
     summary["index_sha256"] = sha256_file(folder / INDEX)
-    summary["digest"] = _digest(summary)
+    summary["digest"] = digest = _digest(summary)
     summary["seal"] = digest_of(summary)
     write_json(folder / SUMMARY, summary)
-    return summary["digest"]
+    return digest
 
 
 def _digest(summary: dict[str, Any]) -> str:
@@ -216,7 +216,7 @@ def read_summary(folder: Folder) -> dict[str, Any]:
     if content is None:
         raise FileNotFoundError(f"no token shards in {folder}: run `dvc repro tokenize_images`")
     try:
-        summary = json.loads(content)
+        summary: dict[str, Any] = json.loads(content)
         sound = _digest(summary) == summary["digest"] and seal_holds(summary)
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
@@ -303,7 +303,8 @@ class TokenShards:
 
     def key(self, index: int) -> str:
         """Return the key of a sample."""
-        return self._table["key"][int(index)].as_py()
+        key: str = self._table["key"][int(index)].as_py()
+        return key
 
     def keys(self) -> pa.ChunkedArray:
         """Return all keys in order."""

@@ -135,7 +135,8 @@ class DemoClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class logits (n, classes)."""
-        return self.output(self.features(images)[0])
+        logits: Tensor = self.output(self.features(images)[0])
+        return logits
 
 
 def demo_network(path: Path, device: str) -> FeatureNetwork:
@@ -208,7 +209,7 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
         raise ValueError(f"{path} is damaged ({str(error) or type(error).__name__}): fetch it again") from None
     _rehearse(path)
     try:
-        model = torch.jit.load(str(path), map_location=device).eval()
+        model: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device).eval()
     except Exception as error:  # libtorch raises many kinds on files that are whole but not of its making
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{path} is not a TorchScript file that can be read ({reason[:200]}): fetch it again") from None

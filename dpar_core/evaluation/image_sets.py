@@ -251,6 +251,6 @@ def _webp_is_lossless(content: bytes) -> bool:
     while at + 8 <= len(content):
         kind, size = struct.unpack_from("<4sI", content, at)
         if kind in (b"VP8L", b"VP8 "):
-            return kind == b"VP8L"
+            return bool(kind == b"VP8L")
         at += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame of an animation holds chunks after 16 bytes
     return False

@@ -32,6 +32,7 @@ from dpar_core.choices import ENCODED, Coordinate
 from dpar_core.generation.sampling import SampleSettings, uniforms
 from dpar_core.generation.static_ops import Opened, StaticCache, TorchOps, static_cache_bytes
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
+from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.rope import frequencies, pairs_of
 from dpar_core.patches.rule import BoundaryState, PatchRule
 
@@ -342,7 +343,8 @@ class StaticDPAR(Static):
         x = ops.spread(self, q, opened, halves)
         for layer, block in enumerate(stepper.patch_blocks):
             x = ops.block(block, x, self.patch_cache, layer, opened.plan)
-        return ops.project(stepper.copies, x)
+        copies: Tensor = ops.project(stepper.copies, x)
+        return copies
 
     def decode(self, halves: int) -> Tensor:
         """Return the logits of the token at the position, given the state of the open patch: (halves B, V)."""
@@ -352,7 +354,8 @@ class StaticDPAR(Static):
         for layer, block in enumerate(self.stepper.decoder):
             copied = self.copied[: len(x), layer * width : (layer + 1) * width]
             x = ops.block(block, x, self.decoder_cache, layer, plan, copied)
-        return ops.project(self.stepper.head.output, x)
+        logits: Tensor = ops.project(self.stepper.head.output, x)
+        return logits
 
     def token(self, halves: int) -> None:
         """Sample the token at the position, take it up, and decide which images begin a patch after it."""
@@ -538,7 +541,7 @@ def _known_starts(rule: PatchRule, tokens: int) -> list[bool]:
     return [bool(boundaries.step(t, torch.full((1,), float("nan")))[0]) for t in range(tokens)]
 
 
-def _patch_turns(head_dim: int, config: Any) -> tuple[Tensor, Tensor]:
+def _patch_turns(head_dim: int, config: DPARConfig) -> tuple[Tensor, Tensor]:
     """Return cos and sin of every value times every pair's frequency, (n, hd / 2, 2) float32, and which value turns each
     pair, (hd / 2,) int64: 0 row, 1 first column, 2 last column, 3 number of the patch (see rope.patch_rotary)."""
     sources = [get_args(Coordinate).index(name) for name in ENCODED[config.position_encoding]]

@@ -92,7 +92,8 @@ class TorchOps:
 
     def normalized(self, x: Tensor) -> Tensor:
         """Return x / rms(x), the norm's weight being folded into the matrix behind it: (A, D) float32."""
-        return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], None, NORM_EPS)[0]
+        normed: Tensor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], None, NORM_EPS)[0]
+        return normed
 
     def add_linear(self, x: Tensor, matrix: Matrix, h: Tensor) -> Tensor:
         """Return x + W h."""

@@ -59,7 +59,8 @@ class Matrix:
         if self.packed:
             if rows < PACKED_ROWS:
                 x = F.pad(x, (0, 0, 0, PACKED_ROWS - rows))
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")[:rows]
+            padded: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+            return padded[:rows]
         x = F.pad(x, (0, 0, 0, -rows % PLAIN_ROWS))
         return torch.cat([F.linear(part, self.weight) for part in x.split(PLAIN_ROWS)])[:rows]
 

@@ -626,16 +626,12 @@ def _compact(begins_ptr, lanes_ptr, count_ptr, B, BB: tl.constexpr):
     tl.store(count_ptr, count)
 
 
-def _pow2(n: int) -> int:
-    return triton.next_power_of_2(n)
-
-
 def gemv_tile(outputs: int, columns: int, matrices: int) -> tuple[int, int, int]:
     """Choose rows and columns of a matrix that a program of `_gemv` reads, and its warps (measured, docs/gpu.md).
 
     One warp reads whole rows with all loads under way at once: more warps would have to wait for each other.
     """
-    block_k = min(_pow2(columns), 4096)
+    block_k = min(triton.next_power_of_2(columns), 4096)
     most = {4096: 1, 2048: 2, 1024: 2}.get(block_k, 4) // matrices
     return next(size for size in (4, 2, 1) if size <= max(1, most) and outputs % size == 0), block_k, 1
 
@@ -653,7 +649,7 @@ def attend_tile(programs: int, positions: int) -> tuple[int, int]:
 
     Few programs read all positions at once; many leave each to one warp, which never waits for another.
     """
-    return (min(256, _pow2(positions)), 8) if programs < 264 else (16, 1)
+    return (min(256, triton.next_power_of_2(positions)), 8) if programs < 264 else (16, 1)
 
 
 class TritonOps:
@@ -756,7 +752,7 @@ class TritonOps:
             out,
             x.shape[1],
             0 if add is None else add.stride(0),
-            BD=_pow2(x.shape[1]),
+            BD=triton.next_power_of_2(x.shape[1]),
             PENDING=pending is not None,
             ADD=add is not None,
             KEEP=keep,
@@ -800,7 +796,7 @@ class TritonOps:
             out,
             len(tokens),
             width,
-            BD=_pow2(width),
+            BD=triton.next_power_of_2(width),
             CLASSES=classes,
         )
         return out
@@ -830,7 +826,7 @@ class TritonOps:
             positions,
             plan.shift or 0,
             HD=head_dim,
-            HDP=_pow2(head_dim),
+            HDP=triton.next_power_of_2(head_dim),
             BLOCK=block,
             ROWS=plan.rows is not None,
             ACTIVE=plan.active is not None,
@@ -890,7 +886,7 @@ class TritonOps:
                 engine.images,
                 HD=head_dim,
                 D=width,
-                BD=_pow2(width),
+                BD=triton.next_power_of_2(width),
                 PENDING=last.pending is not None,
                 PENDING1=first.pending is not None,
                 FIRST=layer == 0,
@@ -924,7 +920,7 @@ class TritonOps:
             engine.scratch,
             W=engine.config.row_width,
             PAIRS=pairs,
-            PP=_pow2(pairs),
+            PP=triton.next_power_of_2(pairs),
             ROWS=lanes is not None,
             HALVES=halves,
             AHEAD=int(ahead),
@@ -963,8 +959,8 @@ class TritonOps:
             heads,
             positions,
             HD=head_dim,
-            HDP=_pow2(head_dim),
-            BLOCK=min(_pow2(positions), 32),
+            HDP=triton.next_power_of_2(head_dim),
+            BLOCK=min(triton.next_power_of_2(positions), 32),
             ROWS=opened.lanes is not None,
             num_warps=1,
         )
@@ -986,7 +982,7 @@ class TritonOps:
             out,
             count,
             width,
-            BD=_pow2(width),
+            BD=triton.next_power_of_2(width),
             PENDING=pending is not None,
             CLASSES=opened.may_be_first,
         )
@@ -1051,7 +1047,7 @@ class TritonOps:
             engine.length,
             codes,
             float(temperature),
-            NB=_pow2(-(-codes // 128)),
+            NB=triton.next_power_of_2(-(-codes // 128)),
             GUIDED=guided,
             GREEDY=settings.greedy,
             KEEP=keep,
@@ -1075,14 +1071,15 @@ class TritonOps:
             engine.count,
             engine.entropies.shape[1],
             codes,
-            NB=_pow2(-(-codes // 128)),
+            NB=triton.next_power_of_2(-(-codes // 128)),
             AHEAD=ahead,
             LONGEST=engine.rule.max_patch_length or 0,
             ALONE=images == 1,
             num_warps=16 if codes > 4096 else 4,
         )
         if engine.reads_count and images > 1:
-            self.go(_compact, (1,), engine.begins, engine.lanes, engine.count, images, BB=_pow2(images), num_warps=4)
+            block = triton.next_power_of_2(images)
+            self.go(_compact, (1,), engine.begins, engine.lanes, engine.count, images, BB=block, num_warps=4)
 
 
 def fuses(stream: Stream) -> bool:

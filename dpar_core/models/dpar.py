@@ -100,7 +100,8 @@ class PatchAttention(nn.Module):
         k, v = k_KSD.unflatten(-1, (self.heads, -1)), v_KSD.unflatten(-1, (self.heads, -1))
         scores = (q.unsqueeze(1) * k).sum(-1, dtype=torch.float32) * q.shape[-1] ** -0.5  # (K, S, H)
         weights = scores.masked_fill(~mask.unsqueeze(-1), float("-inf")).softmax(dim=1).type_as(v)
-        return q_KD + self.wo((weights.unsqueeze(-1) * v).sum(1).flatten(-2))
+        read: Tensor = self.wo((weights.unsqueeze(-1) * v).sum(1).flatten(-2))
+        return q_KD + read
 
     def attend_segments(self, q_KD: Tensor, k_UD: Tensor, v_UD: Tensor, patch_U: Tensor) -> Tensor:
         """Do what `attend` does for tokens in a flat list: k, v (U, D), patch_U (U,) the patch of each -> (K, D)."""
@@ -112,7 +113,8 @@ class PatchAttention(nn.Module):
         total = torch.zeros_like(peak).index_add(0, patch_U, weights)
         weighted = (weights / total[patch_U]).unsqueeze(-1) * v.float()
         read = torch.zeros(len(q_KD), *v.shape[1:], device=v.device).index_add(0, patch_U, weighted)
-        return q_KD + self.wo(read.flatten(-2).type_as(v))
+        added: Tensor = self.wo(read.flatten(-2).type_as(v))
+        return q_KD + added
 
 
 def segment_max(x_UD: Tensor, segment_U: Tensor, segments: int) -> Tensor:
@@ -130,7 +132,8 @@ class CopyPatch(nn.Module):
         self.wo = nn.Linear(width, width, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.wo(self.cross_attn_norm_kv(h))
+        added: Tensor = self.wo(self.cross_attn_norm_kv(h))
+        return added
 
 
 class LocalEncoder(nn.Module):
@@ -228,7 +231,7 @@ class DPAR(nn.Module):
         first = layout.offsets[:-1]
         # Row 0 of an image is its class and row k its patch k - 1, so each complete patch moves up by one row.
         ids, spare = _complete(layout), spare_rows(layout.patches, classes.device)
-        x = classes.new_zeros(layout.patches + spare, classes.shape[1]).index_copy(0, first, classes)
+        x: Tensor = classes.new_zeros(layout.patches + spare, classes.shape[1]).index_copy(0, first, classes)
         x = x.index_copy(0, ids + 1, patches_KD[: len(ids)].type_as(x))
         x = F.dropout(x, self.config.dropout, self.training)
         table = Rotary(*(F.pad(part, (0, 0, 0, spare)) for part in self.patch_table(layout)))

@@ -80,7 +80,7 @@ class GPT(nn.Module):
 
     def embed(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
         """Return the input of the first layer: (B, (1 +) n, D)."""
-        x = self.tok_embeddings(tokens)
+        x: Tensor = self.tok_embeddings(tokens)
         if self.config.num_classes is None:
             if labels is not None:
                 raise ValueError("this GPT has no class token (num_classes is None), but labels were given")
@@ -128,4 +128,5 @@ def entropies_of(model: GPT, tokens: Tensor, precision: GatePrecision = "fp32") 
 
 def next_token_loss(model: nn.Module, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
     """Return a GPT's mean cross-entropy in nats per token: over T tokens, or T - 1 without class token: () float32."""
-    return model(tokens[:, :-1], labels, targets=tokens if labels is not None else tokens[:, 1:])
+    loss: Tensor = model(tokens[:, :-1], labels, targets=tokens if labels is not None else tokens[:, 1:])
+    return loss

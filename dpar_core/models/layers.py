@@ -64,7 +64,8 @@ def plain_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     positions = q.shape[-2]
     later = torch.ones(positions, positions, dtype=torch.bool, device=q.device).triu(1)
     scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
-    return scores.masked_fill(later, float("-inf")).softmax(dim=-1).type_as(v) @ v
+    weights: Tensor = scores.masked_fill(later, float("-inf")).softmax(dim=-1).type_as(v)
+    return weights @ v
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -115,7 +116,9 @@ class PackedCausal:
         """Let every image attend to its own rows in one kernel, without padding."""
         assert self.kernel is not None
         causal_window = (-1, 0)
-        return self.kernel(q, k, v.contiguous(), self.bounds, self.bounds, self.limit, self.limit, window_size=causal_window)
+        bounds, limit = self.bounds, self.limit
+        out: Tensor = self.kernel(q, k, v.contiguous(), bounds, bounds, limit, limit, window_size=causal_window)
+        return out
 
     def padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Lay images side by side, as long as the longest, attend, and take the rows that are not padding."""
@@ -158,7 +161,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Rotary, attend: Attend) -> Tensor:
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return self.wo(attend(rotate(q, table), rotate(k, table), v).flatten(-2))
+        out: Tensor = self.wo(attend(rotate(q, table), rotate(k, table), v).flatten(-2))
+        return out
 
 
 class FeedForward(nn.Module):
@@ -171,7 +175,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return out
 
 
 class Block(nn.Module):
@@ -222,7 +227,8 @@ class LabelEmbedder(nn.Module):
         if self.training and self.class_dropout > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.class_dropout
             labels = torch.where(drop, self.null_label, labels)
-        return self.embedding_table(labels)
+        embedded: Tensor = self.embedding_table(labels)
+        return embedded
 
 
 @torch.no_grad()

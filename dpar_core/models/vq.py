@@ -47,7 +47,7 @@ class VQConfig:
     @property
     def downsample(self) -> int:
         """Pixels of a side that one code stands for."""
-        return 2 ** (len(self.channel_multipliers) - 1)
+        return 1 << (len(self.channel_multipliers) - 1)
 
 
 class Quantized(NamedTuple):
@@ -98,7 +98,7 @@ class ResidualBlock(nn.Module):
         _start_at_zero(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h: Tensor = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.same_width else self.nin_shortcut(x))
 
@@ -119,7 +119,8 @@ class AttentionBlock(nn.Module):
         normed = self.norm(x)
         q, k, v = (layer(normed).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, 1, positions, C)
-        return x + self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+        added: Tensor = self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+        return x + added
 
 
 class Downsample(nn.Module):
@@ -130,7 +131,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
@@ -141,7 +143,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
 
 
 def _level(channels: int, out_channels: int, groups: int, *, blocks: int, attention: bool) -> nn.Module:
@@ -191,7 +194,8 @@ class Encoder(nn.Module):
             x = level.downsample(x) if hasattr(level, "downsample") else x
         for block in self.mid:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
 
 
 class Decoder(nn.Module):
@@ -220,7 +224,8 @@ class Decoder(nn.Module):
         for level in self.conv_blocks:
             x = _run_level(level, x)
             x = level.upsample(x) if hasattr(level, "upsample") else x
-        return self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
 
 
 class Quantizer(nn.Module):
@@ -274,7 +279,8 @@ class VQ(nn.Module):
         side = self.config.downsample
         if images.shape[-1] % side or images.shape[-2] % side:
             raise ValueError(f"image sides must be multiples of {side} pixels; got {tuple(images.shape[-2:])}")
-        return self.quant_conv(self.encoder(images))
+        latents: Tensor = self.quant_conv(self.encoder(images))
+        return latents
 
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, S, S) float in [-1, 1] -> codes (B, G, G) int64. Raises ValueError for a side that does not fit."""
@@ -282,7 +288,8 @@ class VQ(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes: (B, G, G) int64 -> images (B, 3, S, S) float, about [-1, 1], not clamped (see `to_uint8`)."""
-        return self.decoder(self.post_quant_conv(self.quantize.vectors(codes)))
+        images: Tensor = self.decoder(self.post_quant_conv(self.quantize.vectors(codes)))
+        return images
 
     def forward(self, images: Tensor) -> Reconstruction:
         """images: (B, 3, S, S) float in [-1, 1] -> reconstruction, codes and the quantizer's loss."""
@@ -308,10 +315,9 @@ def most_images(config: VQConfig, image_size: int) -> int:
     """Return how many images of this side in pixels one call may encode: past it a tensor has 2^31 elements or more."""
     widths = [config.base_width * multiplier for multiplier in config.channel_multipliers]
     widths[0] = max(widths[0], config.base_width)
-    sides = [image_size // 2**level + 1 for level in range(len(widths))]  # one more: what a stride-2 conv reads is padded
+    sides = [(image_size >> level) + 1 for level in range(len(widths))]  # one more: what a stride-2 conv reads is padded
     sides[-1] -= 1
-    largest = max(width * side**2 for width, side in zip(widths, sides))
-    return LARGEST_TENSOR // largest
+    return LARGEST_TENSOR // max(width * side * side for width, side in zip(widths, sides))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def read_summary(folder: Path | Folder, *, stage: str) -> dict[str, Any]:
     if content is None:
         raise FileNotFoundError(f"nothing whole in {folder}: run `dvc repro {stage}`")
     try:
-        summary = json.loads(content)
+        summary: dict[str, Any] = json.loads(content)
         made_by, files = summary["made_by"], summary["files"]
         sound = digest_of({"made_by": made_by, "files": files}) == summary["digest"] and seal_holds(summary)
         sound &= all(isinstance(one, str) for one in (*MadeBy.read(made_by).to_json().values(), *files.values()))
@@ -232,7 +232,7 @@ class EntropyMaps:
         part = next(part for found, part in self.shards.shards() if found == shard_name)
         keys, views = _expected(self.shards, part)
         _check_order(table, keys, views, f"{self._source}/{name}", shard_name)
-        flat = table["entropies"].combine_chunks().flatten().to_numpy()
+        flat: np.ndarray = table["entropies"].combine_chunks().flatten().to_numpy()
         return flat.reshape(-1, self.shards.meta.tokens)
 
     def all(self) -> np.ndarray:

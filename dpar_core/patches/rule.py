@@ -57,9 +57,12 @@ class PatchRule:
         if self.mode == "token":
             return np.ones(tokens, bool)
         if self.mode == "static":
-            return position % self.static_length == 0
-        cuts = position <= 1
-        return cuts | (position % self.row_width == 0) if self.mode == "entropy_rows" else cuts
+            cuts: np.ndarray = position % self.static_length == 0
+        else:
+            cuts = position <= 1
+            if self.mode == "entropy_rows":
+                cuts |= position % self.row_width == 0
+        return cuts
 
 
 def patch_starts(entropies: Tensor, rule: PatchRule) -> Tensor:

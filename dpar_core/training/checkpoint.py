@@ -233,15 +233,17 @@ class CheckpointStore:
 
     def _score(self, step: int) -> float | None:
         try:
-            return _read_state(self._place.read_bytes(f"{_folder_name(step)}/{_STATE}"), step)["score"]
+            state = _read_state(self._place.read_bytes(f"{_folder_name(step)}/{_STATE}"), step)
         except _DAMAGE:
             return None
+        score: float | None = state["score"]
+        return score
 
 
 def _read_state(content: bytes, step: int) -> dict[str, Any]:
     """Return a checkpoint's state.json, checked against its digest. Raises ValueError."""
     try:
-        state = json.loads(content)
+        state: dict[str, Any] = json.loads(content)
         version, found = state["format"], state["step"]
         files = state["files"]
         known = set(files) == {_MODEL, _OPTIMIZER} and all(isinstance(digest, str) for digest in files.values())
@@ -262,14 +264,15 @@ def file_system(address: str) -> tuple[Any, str]:
     if "://" not in address:
         return fs.LocalFileSystem(), address
     try:
-        return fs.FileSystem.from_uri(address)
+        files, path = fs.FileSystem.from_uri(address)
     except (ValueError, NotImplementedError):
         import fsspec
 
         from dpar_core.training.object_store import object_store
 
-        files, path = fsspec.core.url_to_fs(address)
-        return object_store(files), path
+        store, path = fsspec.core.url_to_fs(address)
+        files = object_store(store)
+    return files, path
 
 
 def _folder_name(step: int) -> str:
@@ -381,7 +384,8 @@ class _Remote:
 
     def read_bytes(self, name: str) -> bytes:
         with self.files.open_input_stream(f"{self.root}/{name}") as stream:
-            return stream.read()
+            content: bytes = stream.read()
+        return content
 
     def remove(self, name: str) -> None:
         from pyarrow import fs

@@ -305,7 +305,7 @@ class _Run:
             total += torch.stack([loss * weight, torch.full_like(loss, weight)])
         parallel.let_go(self.module)
         weighted, weights = self.ranks.sum(total).tolist()
-        return weighted / weights
+        return float(weighted / weights)
 
     def _save_snapshot(self) -> None:
         step, weights = self.progress.step, parallel.full_model(self.model)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from dpar_core.evaluation.features import FeatureNetwork
     from dpar_core.evaluation.reference import Reference
     from dpar_core.evaluation.scores import Scores
+    from stages.params import Params
+    from stages.tools.calibrate import ScoreCheck
+    from stages.tracker import Tracker
 
 FeaturesName = Annotated[
     str, typer.Option("--features", help="demo | inception | dinov2: the network images are compared by.")
@@ -242,7 +245,7 @@ def _expected(size: str, grid: int, given: list[str] | None) -> dict[str, float]
     return {"eval/fid": row.fid, "eval/is": row.inception_score, "eval/precision": row.precision, "eval/recall": row.recall}
 
 
-def _network(features: str, file: Path | None, sha256: str | None, params: Any) -> FeatureNetwork:
+def _network(features: str, file: Path | None, sha256: str | None, params: Params | None) -> FeatureNetwork:
     from dpar_core.evaluation.features import feature_network
     from pipeline.runner import device_of, set_threads
     from stages.artifacts import CLASSIFIER
@@ -253,7 +256,7 @@ def _network(features: str, file: Path | None, sha256: str | None, params: Any) 
     if file is None:
         if features == "demo":
             file = Path(CLASSIFIER.path)
-        elif params and params.score.features == features:
+        elif params and params.score.features == features and params.score.features_file is not None:
             file = Path(params.score.features_file)
         else:
             raise ValueError(
@@ -263,7 +266,7 @@ def _network(features: str, file: Path | None, sha256: str | None, params: Any) 
 
 
 def _reference(
-    name: str, params: Any, network: FeatureNetwork, tracker: Any, *, image_size: int, workers: int = 0
+    name: str, params: Params | None, network: FeatureNetwork, tracker: Tracker, *, image_size: int, workers: int = 0
 ) -> Reference:
     from stages.artifacts import MANIFEST
     from stages.shared.scoring import make_reference, reference_of
@@ -306,7 +309,7 @@ def _protocol_lines(found: Scores) -> str:
     )
 
 
-def _verdicts(checks: Sequence[Any]) -> str:
+def _verdicts(checks: Sequence[ScoreCheck]) -> str:
     from pipeline.report.verdicts import score_name
     from stages.terminal import table
 

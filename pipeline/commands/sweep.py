@@ -111,7 +111,7 @@ def _checked_search(search: str, *, retrain: bool) -> Search:
     return cast("Search", search)
 
 
-def subject_of(model: str, max_length: int | None) -> tuple[Subject, Any]:
+def subject_of(model: str, max_length: int | None) -> tuple[Subject, Params]:
     """Return what params.yaml and artifacts/ offer to sweep."""
     from pipeline.commands.sample import files_of
     from pipeline.runner import device_of, set_threads
@@ -167,7 +167,7 @@ def _plan(
     return SweepPlan(points, images, full, finalists, concurrency, search, trials)
 
 
-def _run(name: str, model: str, subject: Subject, params: Any, plan: SweepPlan, *, retrain: bool, apply: bool) -> None:
+def _run(name: str, model: str, subject: Subject, params: Params, plan: SweepPlan, *, retrain: bool, apply: bool) -> None:
     from dataclasses import replace
     from functools import partial
 

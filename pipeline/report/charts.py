@@ -180,7 +180,7 @@ def interval_plot(dots: Sequence[Dot], *, title: str, scale: tuple[float, float]
 def difference_plot(rows: Sequence[tuple[str, Dot]], *, title: str) -> str:
     """Draw named differences with their intervals under each other, on one scale that shows zero."""
     width, line, left = 560, 34, 190
-    ends = [end for _, dot in rows for end in (*(dot.interval or ()), dot.value)]
+    ends: list[float] = [end for _, dot in rows for end in (*(dot.interval or ()), dot.value)]
     reach = max(max(abs(end) for end in ends), 1e-9) * 1.1
     bottom = line * len(rows) + 6
 

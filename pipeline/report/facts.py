@@ -140,7 +140,7 @@ class Costs:
 
     def saved(self, kind: str) -> float:
         """Return DPAR's saving against the baseline, as a share: kind "forward" or "sampling"."""
-        values = getattr(self, kind)
+        values: dict[str, float] = getattr(self, kind)
         return 1 - values["dpar"] / values["llamagen"]
 
     def promised(self, kind: str) -> float:

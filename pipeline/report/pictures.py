@@ -162,7 +162,8 @@ def _entropies(entropies: EntropyMaps, index: int) -> np.ndarray:
     shards = entropies.shards
     name, part = next((name, part) for name, part in shards.shards() if part.start <= index < part.stop)
     row = (index - part.start) * shards.meta.num_views + CENTER_VIEWS[shards.meta.views]
-    return entropies.shard(name)[row]
+    found: np.ndarray = entropies.shard(name)[row]
+    return found
 
 
 Cell = dict[str, str]  # what a tile of the page shows: `image`, `name` and, for DPAR, `borders`

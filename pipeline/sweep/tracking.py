@@ -15,6 +15,7 @@ from pipeline.tracking.models import model_used
 from pipeline.tracking.summary import distance_metric, rounded, source_tags
 from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import MlflowTracker, Recording, process_tags, recording, status_of
+from stages.params import Params, flattened
 from stages.tools.sweep import Failure, TrialResult
 
 SWEEP_TAG, TRIAL_TAG = "dpar.sweep", "dpar.trial"
@@ -80,10 +81,8 @@ class SweepRuns:
             self.tracker.log_model(model)
 
     @contextmanager
-    def stage(self, name: str, params: Any) -> Iterator[MlflowTracker]:
+    def stage(self, name: str, params: Params) -> Iterator[MlflowTracker]:
         """Open a run below the sweep's for a stage that the sweep runs, as a training."""
-        from stages.params import flattened
-
         key = digest_of([self.run, self.records.journal.folder.name, name])
         run = self.records.run(key, name, tags=self.tags, parent=self.run)
         self.records.params(run, flattened(params))

@@ -227,11 +227,13 @@ class Outbox:
                     self._finished.add(event.run)
                 else:
                     self.client.update_run(found.info.run_id, status="RUNNING")
-                return found.info.run_id
+                run: str = found.info.run_id
+                return run
             tags = {KEY_TAG: event.run, "mlflow.runName": event.data["name"], **event.data["tags"]}
             if event.data["parent"] is not None:
                 tags["mlflow.parentRunId"] = self._run(event.data["parent"])
-            return self.client.create_run(self.experiment, start_time=event.time, tags=tags).info.run_id
+            run = self.client.create_run(self.experiment, start_time=event.time, tags=tags).info.run_id
+            return run
 
     def _log_model(self, run: str, data: dict[str, Any]) -> None:
         """Make a model (known by its digest) where it is not there, link it with a run, and give it metrics of the run."""

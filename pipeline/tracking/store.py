@@ -92,7 +92,8 @@ def _experiment(client: Any, root: Path, here: str | None) -> str:
     if experiment is None:
         # Without this tag the pages open as those of a product for language models.
         kind = {"mlflow.experimentKind": "custom_model_development"}
-        return client.create_experiment(EXPERIMENT, artifact_location=here, tags=kind)
+        created: str = client.create_experiment(EXPERIMENT, artifact_location=here, tags=kind)
+        return created
     if experiment.lifecycle_stage == "deleted":
         raise TrackingError(
             f"the MLflow experiment {EXPERIMENT!r} was deleted: bring it back with "
@@ -100,7 +101,8 @@ def _experiment(client: Any, root: Path, here: str | None) -> str:
         )
     if here is not None and experiment.artifact_location != here:
         _move_artifacts(store_root(root) / "mlflow.db", experiment.artifact_location, here)
-    return experiment.experiment_id
+    found: str = experiment.experiment_id
+    return found
 
 
 def _move_artifacts(database: Path, old: str, new: str) -> None:

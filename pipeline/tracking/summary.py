@@ -56,7 +56,8 @@ def source_tags(root: Path, command: str) -> dict[str, str]:
 def read_headline(root: Path) -> dict[str, Any] | None:
     """Return what the report says in short, None when there is none."""
     try:
-        return json.loads((root / HEADLINE.path).read_text("utf-8"))
+        headline: dict[str, Any] = json.loads((root / HEADLINE.path).read_text("utf-8"))
+        return headline
     except (OSError, ValueError):
         return None
 

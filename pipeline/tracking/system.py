@@ -63,7 +63,7 @@ def _values(psutil: Any, network: Any) -> dict[str, float]:
 def _gpus() -> list[Callable[[], dict[str, float]]]:
     """Return a reader for each NVIDIA GPU of this machine; none where the package nvidia-ml-py or the driver is missing."""
     try:
-        import pynvml  # type: ignore[import-not-found]
+        import pynvml
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpar_core.files import digest_of, sha256_file
 from pipeline.presets.use import preset_of
@@ -27,6 +27,9 @@ from pipeline.tracking.system import system_metrics
 from stages.artifacts import FOLDER, OUTPUTS, REPORT_PAGE, SAMPLE_GRID, SAMPLES
 from stages.terminal import note
 from stages.tracker import LineProgress, Progress, rate_words
+
+if TYPE_CHECKING:  # pydantic takes a while to import
+    from stages.params import Params
 
 PASS_TAG = "dpar.pass"
 CLOSE_SECONDS = 15.0  # that the end of a stage waits for the store
@@ -206,7 +209,7 @@ def recording(root: Path, name: str) -> Iterator[Recording]:
 
 
 @contextmanager
-def open_tracker(stage: str, params: Any, chosen: Any, *, root: Path) -> Iterator[MlflowTracker]:
+def open_tracker(stage: str, params: Params, chosen: Any, *, root: Path) -> Iterator[MlflowTracker]:
     """Open the run of a stage under its parent run; it ends FINISHED, FAILED, or KILLED when stopped."""
     from stages.params import dotted, flattened, plain
 

@@ -178,7 +178,8 @@ class TrainObjective:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if batch.layout is None:
             return next_token_loss(model, batch.tokens, batch.labels)
-        return model(batch.tokens, batch.labels, batch.layout, targets=batch.tokens)
+        loss: Tensor = model(batch.tokens, batch.labels, batch.layout, targets=batch.tokens)
+        return loss
 
     def forward_flops(self, patches_per_image: float) -> float:
         if isinstance(self.config, DPARConfig):

@@ -19,7 +19,7 @@ from dpar_core.generation.sampling import SampleSettings
 from dpar_core.models.dpar import DPAR
 from dpar_core.models.gpt import GPT
 from dpar_core.models.load import Trained, read_trained
-from dpar_core.models.vq import to_uint8
+from dpar_core.models.vq import VQ, to_uint8
 from dpar_core.patches.maps import precision_in, read_rule, rule_precision
 from dpar_core.patches.rule import PatchRule
 from dpar_core.precision import dtype_of
@@ -69,7 +69,7 @@ class Sampler:
         self.trained_with = {"tokenizer": tokenizer.digest}
         trained = read_trained(files.model, "dpar" if self.is_dpar else "llamagen", made_with=self.trained_with)
         self.weights = trained.weights
-        self.vq = tokenizer.build(self.device)
+        self.vq: VQ = tokenizer.build(self.device)
         self.made_by = {"model": trained.digest, "tokenizer": tokenizer.digest}
         self.rule = None if files.rule is None else read_rule(files.rule)
         self.gate_precision = "fp32" if files.rule is None else rule_precision(files.rule)

@@ -93,7 +93,7 @@ def find_row(manifest: Manifest, key: str) -> Row:
     row = manifest.find(key)
     if row is not None:
         return row
-    matches = pc.indices_nonzero(pc.ends_with(manifest.rows.table["source"], key)).to_pylist() if key else []
+    matches: list[int] = pc.indices_nonzero(pc.ends_with(manifest.rows.table["source"], key)).to_pylist() if key else []
     if len(matches) == 1:
         return manifest.rows[matches[0]]
     if not matches:

@@ -284,7 +284,8 @@ class _Marker:
                 "share, or to an address such as s3://bucket/path"
             )
         with self.files.open_input_stream(self.path) as stream:
-            return json.loads(stream.read())["error"]
+            reason: str | None = json.loads(stream.read())["error"]
+        return reason
 
 
 class RayHooks:

@@ -68,10 +68,11 @@ class LocalFit(threading.Thread):
         self._process.kill()
         self._process.wait()
 
-    def outcome(self) -> Any:
+    def outcome(self) -> dict[str, Any]:
         """Return what the function returned. Raises RuntimeError when the process died before that."""
         if self._call.returned.exists():
-            return json.loads(self._call.returned.read_text("utf-8"))
+            returned: dict[str, Any] = json.loads(self._call.returned.read_text("utf-8"))
+            return returned
         status = self._process.returncode
         if status == -signal.SIGKILL:
             raise RuntimeError(

@@ -145,7 +145,9 @@ def finished_unit(work: Path, name: str) -> dict[str, Any] | None:
 
 def facts_of_unit(work: Path, name: str) -> dict[str, Any]:
     """Return the facts of a unit that this run has finished. Raises Damaged, FileNotFoundError."""
-    return read_record(work / f"{name}.json", way_out="run the same command again, it is made again")["facts"]
+    record = read_record(work / f"{name}.json", way_out="run the same command again, it is made again")
+    facts: dict[str, Any] = record["facts"]
+    return facts
 
 
 def move_into_place(source: Path, target: Path) -> None:
