@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpar_core.files import digest_of, write_json
+from dpar_core.files import digest_of
 from dpar_core.system import cpus
 from pipeline.code import code_identity, commit_of, packages_used
-from pipeline.state import LAST
+from pipeline.state import LAST, LastRun, write_last
 from pipeline.tracking.outbox import lives
 from pipeline.tracking.tracker import open_tracker, pass_identity
 from stages import artifacts
@@ -125,8 +125,8 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     params = settled(asked, device)
     chosen: Any = select(params, stage.params)
     inputs, outputs = stage.bind(root)
-    made_by = _made_by(name, stage.identity(chosen), inputs, root)
     # One work folder for one set of params and inputs: a rerun after a crash continues, changed params start afresh.
+    made_by = {"stage": name, "params": stage.identity(chosen), "inputs": _digests(name, inputs, root)}
     work = root / "work" / name / digest_of(made_by)
     set_threads(params.compute)
     machine = machine_words(device)  # before the stage, which may set threads of its own
@@ -143,9 +143,8 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         with open_tracker(name, params, chosen, root=root) as tracker:
             stage.run(chosen, inputs, outputs, tracker, device=device, work=work)
         ended = time.time()
-        last = {"finished": ended, "seconds": max(ended - started, 0.0), "code": code_identity()}
-        last |= {"commit": commit_of(root), "packages": packages_used(), "machine": machine}
-        write_json(work.parent / LAST, last)
+        last = LastRun(ended, max(ended - started, 0.0), code_identity(), commit_of(root), packages_used(), machine)
+        write_last(root, name, last)
         for old in work.parent.iterdir():
             if old.is_dir() and old != work:
                 shutil.rmtree(old)
@@ -186,7 +185,8 @@ def _print_precisions(params: Any, device: str) -> None:
                 print_fitted(line)
 
 
-def _made_by(name: str, params: dict[str, Any], inputs: Any, root: Path) -> dict[str, Any]:
+def _digests(name: str, inputs: Any, root: Path) -> dict[str, str]:
+    """Return the digest of each input of a stage. Raises StageError for one that is missing."""
     digests = {}
     for field in dataclasses.fields(inputs):
         path = getattr(inputs, field.name)
@@ -195,7 +195,7 @@ def _made_by(name: str, params: dict[str, Any], inputs: Any, root: Path) -> dict
             run = f"`dvc repro {maker}`" if maker else "`dvc repro`"
             raise StageError(f"stage {name} reads {path}, which is missing: run {run} first")
         digests[field.name] = artifact_digest(path)
-    return {"stage": name, "params": params, "inputs": digests}
+    return digests
 
 
 def device_of(compute: Compute) -> str:

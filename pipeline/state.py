@@ -8,12 +8,38 @@ what only `dvc status` finds, and files outside the project are what only stage 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dpar_core.files import write_json
+
 LAST = "last.json"  # work/STAGE/last.json: when a stage last ended here, and how long it took
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """A stage's last run on this machine, as the runner records it.
+
+    finished: seconds since 1970.
+    seconds: it took.
+    code: `version` and digest of the `source` (see `code_identity`).
+    packages: version by name.
+    """
+
+    finished: float
+    seconds: float
+    code: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+    machine: str = ""
+
+    @property
+    def when(self) -> str:
+        """When it ended, in UTC."""
+        return time.strftime("%Y-%m-%d %H:%M", time.gmtime(self.finished))
 
 
 @dataclass(frozen=True)
@@ -55,18 +81,14 @@ def project_state(root: Path) -> list[StageState]:
         why = "" if recorded is None else _why(root, stages[name], recorded, params, digests)
         if recorded is not None and not why:
             late = [need for need in needs if states[need].state != "fresh"]
-            newer = [need for need in needs if _after(states[need].finished, last.get("finished"))]
+            newer = [need for need in needs if last and (states[need].finished or 0.0) > last.finished]
             why = f"{late[0]} is to run before it" if late else f"{newer[0]} has run since" if newer else ""
         state: Literal["fresh", "stale", "never run"] = "never run" if recorded is None else "stale" if why else "fresh"
         total = sum(int(one.get("size") or 0) for one in (recorded or {}).get("outs", []))
-        times = last.get("finished"), last.get("seconds")
-        code = str(last.get("code", {}).get("source", ""))
-        states[name] = StageState(name, needs, state, why, *times, total, changes=" -> " in why, code=code)
+        finished, seconds = (last.finished, last.seconds) if last else (None, None)
+        code = last.code.get("source", "") if last else ""
+        states[name] = StageState(name, needs, state, why, finished, seconds, total, changes=" -> " in why, code=code)
     return list(states.values())
-
-
-def _after(one: float | None, other: float | None) -> bool:
-    return one is not None and other is not None and one > other
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -83,16 +105,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_last(root: Path, stage: str) -> dict[str, Any]:
-    """Return what was recorded of a stage's last run here; empty when there is none, or it cannot be read.
+def write_last(root: Path, stage: str, run: LastRun) -> None:
+    """Record a stage's last run here."""
+    write_json(root / "work" / stage / LAST, asdict(run))
 
-    finished: seconds since 1970; seconds: it took; code, commit, packages, machine: what ran it (see record_run).
-    """
+
+def read_last(root: Path, stage: str) -> LastRun | None:
+    """Return what was recorded of a stage's last run here, None when there is nothing, or it cannot be read."""
     try:
-        found: dict[str, Any] = json.loads((root / "work" / stage / LAST).read_text("utf-8"))
-        return found | {name: float(found[name]) for name in ("finished", "seconds")}
+        found = json.loads((root / "work" / stage / LAST).read_text("utf-8"))
+        return LastRun(**found | {name: float(found[name]) for name in ("finished", "seconds")})
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return None
 
 
 def paths_of(entries: Any) -> list[str]:

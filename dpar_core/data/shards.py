@@ -69,6 +69,28 @@ class TokenMeta:
 
 
 @dataclass(frozen=True)
+class ShardFile:
+    """One shard of a folder. samples: images in it."""
+
+    name: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardsSummary:
+    """What summary.json says of a folder of shards. digest: of what the tokens are and of every shard."""
+
+    meta: TokenMeta
+    shards: tuple[ShardFile, ...]
+    samples: int
+    index_sha256: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class TokenSample:
     """One image in a shard. tokens: (views, T) uint16."""
 
@@ -165,7 +187,6 @@ def write_index(
     shards: Sequence[tuple[str, str]],
     *,
     contents: Sequence[ShardContents] | None = None,
-    extra: dict[str, Any] | None = None,
 ) -> str:
     """Index the shards of a folder, given as (file name, split), and return the digest of the whole.
 
@@ -194,30 +215,27 @@ def write_index(
     with atomic_path(folder / INDEX) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
             writer.write_table(pa.table(columns, schema=INDEX_SCHEMA))
-    files = [
-        {"name": name, "split": split, "samples": len(one.keys), "bytes": one.bytes, "sha256": one.sha256}
-        for (name, split), one in zip(shards, contents)
-    ]
-    summary: dict[str, Any] = {"meta": asdict(meta), "shards": files, "samples": int(count.sum()), **(extra or {})}
-    summary["index_sha256"] = sha256_file(folder / INDEX)
-    summary["digest"] = digest = _digest(summary)
-    summary["seal"] = digest_of(summary)
-    write_json(folder / SUMMARY, summary)
+    files = tuple(
+        ShardFile(name, split, len(one.keys), one.bytes, one.sha256) for (name, split), one in zip(shards, contents)
+    )
+    digest = digest_of({"meta": asdict(meta), "shards": [asdict(one) for one in files]})
+    summary = asdict(ShardsSummary(meta, files, int(count.sum()), sha256_file(folder / INDEX), digest))
+    write_json(folder / SUMMARY, {**summary, "seal": digest_of(summary)})
     return digest
 
 
-def _digest(summary: dict[str, Any]) -> str:
-    return digest_of({"meta": summary["meta"], "shards": summary["shards"]})
-
-
-def read_summary(folder: Folder) -> dict[str, Any]:
-    """Return summary.json of a folder of shards. Raises FileNotFoundError or ValueError with the way out."""
+def read_summary(folder: Folder) -> ShardsSummary:
+    """Read summary.json of a folder of shards. Raises FileNotFoundError or ValueError with the way out."""
     content = folder.read(SUMMARY)
     if content is None:
         raise FileNotFoundError(f"no token shards in {folder}: run `dvc repro tokenize_images`")
     try:
-        summary: dict[str, Any] = json.loads(content)
-        sound = _digest(summary) == summary["digest"] and seal_holds(summary)
+        found = json.loads(content)
+        digest = digest_of({"meta": found["meta"], "shards": found["shards"]})
+        sound = digest == found["digest"] and seal_holds(found)
+        meta = TokenMeta(**{**found["meta"], "classes": tuple(found["meta"]["classes"])})
+        shards = tuple(ShardFile(**one) for one in found["shards"])
+        summary = ShardsSummary(meta, shards, found["samples"], found["index_sha256"], digest)
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -267,13 +285,9 @@ class TokenShards:
         source = Folder(folder, cache=cache)
         self.folder, self.split, self._source = source.address, split, source
         summary = read_summary(source)
-        self.digest: str = summary["digest"]
-        self.meta = TokenMeta(**{**summary["meta"], "classes": tuple(summary["meta"]["classes"])})
-        self.shard_names = [shard["name"] for shard in summary["shards"]]
-        self.shard_digests = [shard["sha256"] for shard in summary["shards"]]
-        self._bytes = [shard["bytes"] for shard in summary["shards"]]
-        counts = np.array([shard["samples"] for shard in summary["shards"]], dtype=np.int64)
-        mine = [number for number, shard in enumerate(summary["shards"]) if shard["split"] == split]
+        self.digest, self.meta, self._files = summary.digest, summary.meta, summary.shards
+        counts = np.array([shard.samples for shard in summary.shards], dtype=np.int64)
+        mine = [number for number, shard in enumerate(summary.shards) if shard.split == split]
         total = int(counts[mine].sum())
         if not total:
             raise ValueError(f"{source} holds no {split} samples: check data.{split} in params.yaml")
@@ -281,16 +295,16 @@ class TokenShards:
         self._numbers = mine
         self._ends = np.cumsum(counts[mine])
         if not source.remote:
-            for name in [INDEX, *(self.shard_names[number] for number in mine)]:
-                if not (self.folder / name).exists():
+            for name in [INDEX, *(self._files[number].name for number in mine)]:
+                if not Path(self.folder, name).exists():
                     raise FileNotFoundError(
                         f"shard {name} is missing: run `dpar-cli data check --repair`, or `dvc repro -f tokenize_images` "
                         f"(looked in {self.folder})"
                     )
-        table = _map_index(source.path(INDEX, summary["index_sha256"]))
-        if table.num_rows != summary["samples"]:
+        table = _map_index(source.path(INDEX, summary.index_sha256))
+        if table.num_rows != summary.samples:
             raise ValueError(
-                f"{source}/{INDEX} has {table.num_rows} samples, its summary says {summary['samples']}: "
+                f"{source}/{INDEX} has {table.num_rows} samples, its summary says {summary.samples}: "
                 "run `dpar-cli data check --repair`"
             )
         self._table = table.slice(first, total)
@@ -319,7 +333,7 @@ class TokenShards:
         """Return (file name, slice of sample indices) of each shard of the split that holds any, in order."""
         starts = [0, *self._ends[:-1].tolist()]
         parts = zip(self._numbers, starts, self._ends.tolist())
-        return [(self.shard_names[number], slice(first, last)) for number, first, last in parts if last > first]
+        return [(self._files[number].name, slice(first, last)) for number, first, last in parts if last > first]
 
     def tokens(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Read one view of each sample asked for: indices (n,), views (n,) -> (n, T) uint16. Raises OSError."""
@@ -333,7 +347,7 @@ class TokenShards:
         for row, (number, offset) in enumerate(zip(self._shard[indices].tolist(), offsets)):
             file = self._open.get(number, partial(self._path, number))
             if os.preadv(file.descriptor, [content[row * size : (row + 1) * size]], offset) != size:
-                raise self._other_length(number, "shorter")
+                raise self._other_length(self._files[number], "shorter")
         return out
 
     def all_views(self, index: int) -> np.ndarray:
@@ -343,16 +357,16 @@ class TokenShards:
 
     def _path(self, number: int) -> Path:
         """Return the path of a shard, held against its size and digest when it is first read."""
-        name = self.shard_names[number]
+        shard = self._files[number]
         if not self._source.remote:  # another length is seen without reading all of it
-            size = (self.folder / name).stat().st_size
-            if size != self._bytes[number]:
-                raise self._other_length(number, "shorter" if size < self._bytes[number] else "longer")
-        return self._source.path(name, self.shard_digests[number])
+            size = Path(self.folder, shard.name).stat().st_size
+            if size != shard.bytes:
+                raise self._other_length(shard, "shorter" if size < shard.bytes else "longer")
+        return self._source.path(shard.name, shard.sha256)
 
-    def _other_length(self, number: int, how: str) -> OSError:
+    def _other_length(self, shard: ShardFile, how: str) -> OSError:
         return OSError(
-            f"shard {self.shard_names[number]} is {how} than its index says ({self._bytes[number]:,} bytes): "
+            f"shard {shard.name} is {how} than its index says ({shard.bytes:,} bytes): "
             f"run `dpar-cli data check --repair` (looked in {self.folder})"
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,19 @@ from dpar_core.evaluation.image_sets import read_image_set
 from dpar_core.files import atomic_path
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's zero; the same images give the same bytes
+
+
+@dataclass(frozen=True)
+class SampledWith:
+    """The weights that samples were made with, by digest: `made_by` in their protocol. entropy_model: None: none ran."""
+
+    model: str
+    tokenizer: str
+    entropy_model: str | None = None
+
+    def to_json(self) -> dict[str, str]:
+        """Return the record as JSON data."""
+        return {name: digest for name, digest in asdict(self).items() if digest is not None}
 
 
 def _header(shape: tuple[int, ...], dtype: str) -> bytes:

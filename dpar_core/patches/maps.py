@@ -71,6 +71,21 @@ class MadeBy:
         return {"tokens": self.tokens, "entropy_model": self.entropy_model, **entropies, **stated(self.precision)}
 
 
+@dataclass(frozen=True)
+class MapsSummary:
+    """What summary.json says of a folder of entropies or patch maps.
+
+    files: SHA-256 of each, by name.
+    digest: of `made_by` and `files`.
+    facts: numbers about the content for readers, no part of its identity.
+    """
+
+    made_by: MadeBy
+    files: dict[str, str]
+    digest: str
+    facts: dict[str, Any]
+
+
 def parquet_name(shard_name: str) -> str:
     """Return the name of the Parquet file beside a shard."""
     return shard_name.removesuffix(".tar") + ".parquet"
@@ -156,32 +171,33 @@ def write_summary(folder: Path, files: Iterable[str], *, made_by: MadeBy, facts:
     return digest
 
 
-def read_summary(folder: Path | Folder, *, stage: str) -> dict[str, Any]:
-    """Return summary.json of a folder. Raises FileNotFoundError or ValueError that names the stage to run."""
+def read_summary(folder: Path | Folder, *, stage: str) -> MapsSummary:
+    """Read summary.json of a folder. Raises FileNotFoundError or ValueError that names the stage to run."""
     source = folder if isinstance(folder, Folder) else Folder(folder)
     content = source.read(SUMMARY)
     if content is None:
         raise FileNotFoundError(f"nothing whole in {folder}: run `dvc repro {stage}`")
     try:
         summary: dict[str, Any] = json.loads(content)
-        made_by, files = summary["made_by"], summary["files"]
-        sound = digest_of({"made_by": made_by, "files": files}) == summary["digest"] and seal_holds(summary)
-        sound &= all(isinstance(one, str) for one in (*MadeBy.read(made_by).to_json().values(), *files.values()))
+        made_by, files = MadeBy.read(summary["made_by"]), summary["files"]
+        sound = digest_of({"made_by": made_by.to_json(), "files": files}) == summary["digest"] and seal_holds(summary)
+        sound &= all(isinstance(one, str) for one in (*made_by.to_json().values(), *files.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{folder}/{SUMMARY} is damaged, or of an older version: run `dvc repro -f {stage}`")
-    return summary
+    return MapsSummary(made_by, files, summary["digest"], summary.get("facts", {}))
 
 
-def check_tokens(summary: dict[str, Any], shards: TokenShards, folder: object, *, stage: str) -> None:
-    """Raise ValueError unless the folder was made from these very shards."""
-    found = summary["made_by"]["tokens"]
-    if found != shards.digest:
+def _summary_of(folder: Folder, shards: TokenShards, *, stage: str) -> MapsSummary:
+    """Read the summary of a folder that was made from these very shards. Raises ValueError for others."""
+    summary = read_summary(folder, stage=stage)
+    if summary.made_by.tokens != shards.digest:
         raise ValueError(
-            f"{folder} was made with token shards {found}, but {shards.folder} holds {shards.digest}: "
+            f"{folder} was made with token shards {summary.made_by.tokens}, but {shards.folder} holds {shards.digest}: "
             f"run `dvc repro {stage}`"
         )
+    return summary
 
 
 @dataclass(frozen=True)
@@ -204,10 +220,8 @@ class EntropyMaps:
     def __init__(self, folder: Path | str, shards: TokenShards, *, cache: Path | None = None) -> None:
         self._source = Folder(folder, cache=cache)
         self.folder, self.shards = self._source.address, shards
-        self.summary = read_summary(self._source, stage="entropies")
-        check_tokens(self.summary, shards, self._source, stage="entropies")
-        self.made_by = MadeBy.read(self.summary["made_by"])
-        self.digest: str = self.summary["digest"]
+        self.summary = _summary_of(self._source, shards, stage="entropies")
+        self.made_by, self.digest = self.summary.made_by, self.summary.digest
 
     def maps_made_by(self) -> MadeBy:
         """Return what patch maps of these entropies are made by."""
@@ -261,11 +275,11 @@ class EntropyMaps:
         return EntropySample(np.concatenate(entropies), np.concatenate(labels), whole)
 
 
-def _read_parquet(source: Folder, name: str, summary: dict[str, Any], *, columns: list[str], stage: str) -> pa.Table:
-    if name not in summary["files"]:
+def _read_parquet(source: Folder, name: str, summary: MapsSummary, *, columns: list[str], stage: str) -> pa.Table:
+    if name not in summary.files:
         raise FileNotFoundError(f"{source} has no {name}: run `dvc repro -f {stage}`")
     try:
-        return pq.read_table(source.path(name, summary["files"][name]), columns=columns, partitioning=None)
+        return pq.read_table(source.path(name, summary.files[name]), columns=columns, partitioning=None)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{source}/{name} is missing: run `dpar-cli data check --repair`, or `dvc repro -f {stage}`"
@@ -317,20 +331,18 @@ class PatchMaps:
     ) -> None:
         self._source = Folder(folder, cache=cache)
         self.folder, self.shards = self._source.address, shards
-        self.summary = summary = read_summary(self._source, stage="patch_maps")
-        check_tokens(summary, shards, self._source, stage="patch_maps")
-        self.digest: str = summary["digest"]
-        self.made_by = MadeBy.read(summary["made_by"])
+        self.summary = _summary_of(self._source, shards, stage="patch_maps")
+        self.made_by, self.digest, files = self.summary.made_by, self.summary.digest, self.summary.files
         if entropy_model is not None and entropy_model != self.made_by.entropy_model:
             raise ValueError(
                 f"patch maps in {self._source} were made with entropy model {self.made_by.entropy_model}, this run has "
                 f"{entropy_model}: run `dvc repro patch_maps`"
             )
         name = starts_name(shards.split)
-        if not {RULE, name} <= summary["files"].keys():
+        if not {RULE, name} <= files.keys():
             raise ValueError(f"{self._source} has no maps of the {shards.split} images: run `dvc repro -f patch_maps`")
-        self.rule = read_rule(self._source.path(RULE, summary["files"][RULE]))
-        self._path = self._source.path(name, summary["files"][name])
+        self.rule = read_rule(self._source.path(RULE, files[RULE]))
+        self._path = self._source.path(name, files[name])
         header = np.load(self._path, mmap_mode="r", allow_pickle=False)
         expected = (len(shards), shards.meta.num_views, -(-shards.meta.tokens // 8))
         if header.shape != expected or header.dtype != np.uint8 or not header.flags.c_contiguous:

@@ -112,7 +112,7 @@ def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> Pat
         for label, name in enumerate(meta.classes)
         if (shards.labels == label).any()
     }
-    expected = maps.summary.get("facts", {}).get("patch_lengths_sha256")
+    expected = maps.summary.facts.get("patch_lengths_sha256")
     if expected is not None and sha256_file(histogram) != expected:
         raise ValueError(f"{histogram} is damaged or was edited: run `dvc repro -f patch_maps`")
     with open(histogram, newline="", encoding="utf-8") as stream:

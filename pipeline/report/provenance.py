@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.state import read_last
+from pipeline.state import LastRun, read_last
 from stages.artifacts import OUTPUTS
 
 UNSEEN = ("sources", "report")  # one looks every time, the other is being made
-
-
-@dataclass(frozen=True)
-class LastRun:
-    """A stage's last run.
-
-    finished: seconds since 1970.
-    seconds: it took.
-    code: version and digest of the sources.
-    """
-
-    finished: float
-    seconds: float
-    code: str
-    commit: str
-    packages: str
-    machine: str
-
-    @property
-    def when(self) -> str:
-        """When it ended, in UTC."""
-        return time.strftime("%Y-%m-%d %H:%M", time.gmtime(self.finished))
+_WORDS: dict[str, Callable[[LastRun], str]] = {
+    "code": lambda run: f"dpar {run.code['version']} (sources {run.code['source'][:12]})" if run.code else "",
+    "commit": lambda run: run.commit,
+    "packages": lambda run: ", ".join(f"{package} {version}" for package, version in run.packages.items()),
+    "machine": lambda run: run.machine,
+}
 
 
 @dataclass(frozen=True)
@@ -56,23 +38,11 @@ class Provenance:
         return max(run.when for run in self.runs.values())
 
     def all(self, field: str) -> list[str]:
-        """Return the different values of a field, in the order of the stages; empty ones left out."""
-        return list(dict.fromkeys(value for run in self.runs.values() if (value := getattr(run, field))))
+        """Return the different values of a field in words, in the order of the stages; empty ones left out."""
+        return list(dict.fromkeys(words for run in self.runs.values() if (words := _WORDS[field](run))))
 
 
 def read_provenance(root: Path) -> Provenance:
     """Read what the runner recorded below root/work. root: the project's folder."""
-    found = {}
-    for name in OUTPUTS:
-        last: dict[str, Any] = {} if name in UNSEEN else read_last(root, name)
-        if last:
-            code, packages = last.get("code", {}), last.get("packages", {})
-            found[name] = LastRun(
-                last["finished"],
-                last["seconds"],
-                f"dpar {code['version']} (sources {code['source'][:12]})" if code else "",
-                last.get("commit", ""),
-                ", ".join(f"{package} {version}" for package, version in packages.items()),
-                last.get("machine", ""),
-            )
-    return Provenance(found)
+    found = {name: read_last(root, name) for name in OUTPUTS if name not in UNSEEN}
+    return Provenance({name: run for name, run in found.items() if run is not None})

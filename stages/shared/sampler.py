@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpar_core.evaluation.sample_files import SampledWith
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator, OnTokens
 from dpar_core.generation.sampling import SampleSettings
 from dpar_core.models.dpar import DPAR
@@ -70,7 +71,7 @@ class Sampler:
         trained = read_trained(files.model, "dpar" if self.is_dpar else "llamagen", made_with=self.trained_with)
         self.weights = trained.weights
         self.vq: VQ = tokenizer.build(self.device)
-        self.made_by = {"model": trained.digest, "tokenizer": tokenizer.digest}
+        self.made_by = SampledWith(trained.digest, tokenizer.digest)
         self.rule = None if files.rule is None else read_rule(files.rule)
         self.gate_precision = "fp32" if files.rule is None else rule_precision(files.rule)
         self.settings = settings_of(sample, self.rule)
@@ -133,7 +134,7 @@ class Sampler:
             )
         entropy_model = read_trained(files.entropy_model, "entropy_model", made_with=self.trained_with)
         read_rule(files.rule, entropy_model=entropy_model.digest)
-        self.made_by["entropy_model"] = entropy_model.digest
+        self.made_by = replace(self.made_by, entropy_model=entropy_model.digest)
         gate: GPT = entropy_model.build(self.device)
         return gate
 
@@ -189,4 +190,4 @@ class Sampler:
         if self.untrained:
             settings["untrained_classes"] = sorted(self.untrained)
         model = "dpar" if self.is_dpar else "llamagen"
-        return {"model": model, "made_by": self.made_by, "precision": self.sample.precision, **settings}
+        return {"model": model, "made_by": self.made_by.to_json(), "precision": self.sample.precision, **settings}

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpar_core.data.images import BadImage, views
 from dpar_core.data.manifest import SPLITS, Manifest, read_manifest
 from dpar_core.data.remote import Folder
-from dpar_core.data.shards import INDEX, SUMMARY, TokenMeta, TokenShards, read_summary, scan_shard, write_index
+from dpar_core.data.shards import INDEX, SUMMARY, ShardsSummary, TokenShards, read_summary, scan_shard, write_index
 from dpar_core.files import sha256_file, write_json
 from dpar_core.patches.maps import (
     RULE,
     EntropyMaps,
-    MadeBy,
+    MapsSummary,
     join_starts,
     parquet_name,
     read_rule,
@@ -34,6 +34,8 @@ from stages import params as P
 from stages.data import ManifestOpener
 from stages.tokenize_images import BAD_IMAGES, BOTH_SPLITS
 from stages.tracker import NullTracker, Tracker
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -86,20 +88,20 @@ def check_data(artifacts: Path, tracker: Tracker | None = None) -> DataReport:
     wanted: list[tuple[str, Path, str]] = []  # folder, file, digest
     manifest = _open(problems, paths, paths.manifest, lambda: _whole_manifest(paths.manifest))
     summary = _open(problems, paths, paths.tokens / SUMMARY, lambda: read_summary(Folder(paths.tokens)))
-    made = {}
+    made: dict[str, MapsSummary | None] = {}
     for folder, stage in ((paths.entropies, "entropies"), (paths.patch_maps, "patch_maps")):
         made[stage] = _open(problems, paths, folder / SUMMARY, partial(read_maps_summary, folder, stage=stage))
     if summary:
-        wanted += [("tokens", paths.tokens / one["name"], one["sha256"]) for one in summary["shards"]]
-        wanted.append(("tokens", paths.tokens / INDEX, summary["index_sha256"]))
+        wanted += [("tokens", paths.tokens / one.name, one.sha256) for one in summary.shards]
+        wanted.append(("tokens", paths.tokens / INDEX, summary.index_sha256))
         known = {path.name for _, path, _ in wanted} | {SUMMARY, BAD_IMAGES, BOTH_SPLITS}
         problems += _strangers(paths, paths.tokens, known)
         problems += _bad_images(paths, manifest, summary)
     for stage, content in made.items():
         if content:
             folder = artifacts / stage
-            wanted += [(stage, folder / name, digest) for name, digest in content["files"].items()]
-            problems += _strangers(paths, folder, {*content["files"], SUMMARY})
+            wanted += [(stage, folder / name, digest) for name, digest in content.files.items()]
+            problems += _strangers(paths, folder, {*content.files, SUMMARY})
     read = _compare(wanted, paths, problems, tracker or NullTracker())
     weights = {
         path: _open(problems, paths, path, partial(_weights_digest, path)) for path in (paths.tokenizer, paths.entropy_model)
@@ -108,7 +110,7 @@ def check_data(artifacts: Path, tracker: Tracker | None = None) -> DataReport:
     return DataReport(tuple(problems), len(wanted), read)
 
 
-def _open(problems: list[Problem], paths: Artifacts, path: Path, read: Callable[[], Any]) -> Any:
+def _open(problems: list[Problem], paths: Artifacts, path: Path, read: Callable[[], Content]) -> Content | None:
     try:
         return read()
     except FileNotFoundError as error:
@@ -133,7 +135,7 @@ def _strangers(paths: Artifacts, folder: Path, known: set[str]) -> Iterator[Prob
             yield Problem(paths.name(path), "does not belong there: remove it")
 
 
-def _bad_images(paths: Artifacts, manifest: Manifest | None, summary: dict[str, Any]) -> Iterator[Problem]:
+def _bad_images(paths: Artifacts, manifest: Manifest | None, summary: ShardsSummary) -> Iterator[Problem]:
     """Yield what is wrong with the list of images that have no tokens. It has no digest: its form and count are known."""
     path = paths.tokens / BAD_IMAGES
     try:
@@ -141,9 +143,9 @@ def _bad_images(paths: Artifacts, manifest: Manifest | None, summary: dict[str, 
         if not isinstance(listed, list):
             raise TypeError
         keys = {tokenize_images.Bad(**one).key for one in listed}
-        if manifest is None or manifest.digest != summary["meta"]["manifest"]:
+        if manifest is None or manifest.digest != summary.meta.manifest:
             return
-        lacking = len(manifest.rows) - summary["samples"]
+        lacking = len(manifest.rows) - summary.samples
         if len(keys) == lacking:
             return
         what = f"is damaged: it lists {len(keys)} images, the shards lack {lacking}"
@@ -190,8 +192,8 @@ def _size(path: Path) -> int:
 def _relations(
     paths: Artifacts,
     manifest: Manifest | None,
-    summary: dict[str, Any] | None,
-    made: dict[str, Any],
+    summary: ShardsSummary | None,
+    made: Mapping[str, MapsSummary | None],
     weights: dict[Path, str | None],
 ) -> Iterator[Problem]:
     """Yield what was made from something else than what is there now."""
@@ -201,17 +203,17 @@ def _relations(
             yield Problem(paths.name(path), f"was made with {of} {found}, there is {now} now: run `dvc repro {stage}`")
 
     if summary:
-        meta, tokens = summary["meta"], paths.tokens / SUMMARY
-        yield from compare(tokens, "manifest", meta["manifest"], manifest.digest if manifest else None, "tokenize_images")
-        yield from compare(tokens, "tokenizer", meta["tokenizer"], weights[paths.tokenizer], "tokenize_images")
+        meta, tokens = summary.meta, paths.tokens / SUMMARY
+        yield from compare(tokens, "manifest", meta.manifest, manifest.digest if manifest else None, "tokenize_images")
+        yield from compare(tokens, "tokenizer", meta.tokenizer, weights[paths.tokenizer], "tokenize_images")
     for stage, content in made.items():
         if content:
-            path, made_by = paths.root / stage / SUMMARY, MadeBy.read(content["made_by"])
-            yield from compare(path, "token shards", made_by.tokens, summary["digest"] if summary else None, stage)
+            path, made_by = paths.root / stage / SUMMARY, content.made_by
+            yield from compare(path, "token shards", made_by.tokens, summary.digest if summary else None, stage)
             model = weights[paths.entropy_model]
             yield from compare(path, "entropy model", made_by.entropy_model, model, stage)
-            if made_by.entropies is not None and made.get("entropies"):
-                yield from compare(path, "entropies", made_by.entropies, made["entropies"]["digest"], stage)
+            if made_by.entropies is not None and (now := made["entropies"]):
+                yield from compare(path, "entropies", made_by.entropies, now.digest, stage)
 
 
 def _weights_digest(path: Path) -> str | None:
@@ -264,14 +266,13 @@ def _put(source: Path, target: Path) -> None:
 
 def _tokens(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
     summary = read_summary(Folder(paths.tokens))
-    meta = TokenMeta(**{**summary["meta"], "classes": tuple(summary["meta"]["classes"])})
     shards = [name for name in broken if name not in (INDEX, BAD_IMAGES)]
     if shards or BAD_IMAGES in broken:
         chosen = tokenize_images.Params(params.data, params.tokenize_images)
         inputs = tokenize_images.Inputs(paths.manifest, paths.tokenizer)
         manifest = read_manifest(paths.manifest)
         now = tokenize_images.token_meta(manifest, paths.tokenizer, chosen)
-        if now != meta:
+        if now != summary.meta:
             raise ValueError(
                 f"{paths.tokens} was made with other params, images or tokenizer than there are now: "
                 "run `dvc repro tokenize_images`"
@@ -288,9 +289,9 @@ def _tokens(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Pa
             make(plan[name])
             yield name
     if INDEX in broken:
-        listed = [(one["name"], one["split"]) for one in summary["shards"]]
-        contents = [scan_shard(paths.tokens / name, meta) for name, _ in listed]
-        write_index(work, meta, listed, contents=contents)
+        listed = [(one.name, one.split) for one in summary.shards]
+        contents = [scan_shard(paths.tokens / name, summary.meta) for name, _ in listed]
+        write_index(work, summary.meta, listed, contents=contents)
         yield INDEX
     if BAD_IMAGES in broken:
         there = {key for split in SPLITS for key in TokenShards(paths.tokens, split).keys().to_pylist()}
@@ -320,7 +321,7 @@ def _try_again(
 
 def _entropies(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
     make = entropies.ShardEntropies(paths.tokens, paths.entropy_model, params.entropies, work, device)
-    if MadeBy.read(read_maps_summary(paths.entropies, stage="entropies")["made_by"]) != make.made_by():
+    if read_maps_summary(paths.entropies, stage="entropies").made_by != make.made_by():
         raise ValueError(
             f"{paths.entropies} was made with other tokens, another model or precision: run `dvc repro entropies`"
         )
@@ -331,7 +332,7 @@ def _entropies(paths: Artifacts, params: P.Params, broken: dict[str, Any], work:
 
 
 def _maps(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Path, device: str) -> Iterator[str]:
-    made_by = MadeBy.read(read_maps_summary(paths.patch_maps, stage="patch_maps")["made_by"])
+    made_by = read_maps_summary(paths.patch_maps, stage="patch_maps").made_by
     maps = {split: EntropyMaps(paths.entropies, TokenShards(paths.tokens, split)) for split in SPLITS}
     train = maps["train"]
     if made_by != train.maps_made_by():

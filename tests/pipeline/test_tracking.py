@@ -99,7 +99,9 @@ def test_one_pipeline_run_through_the_client(project, by_hand, monkeypatch):
     meta = {"tokens": "0123", "classes": ["x" * 300], "step": 7}
     digest = save_weights(made(MODELS["dpar"], root), {}, kind="dpar", config={"width": 32}, meta=meta)
     made(SAMPLES["dpar"], root).mkdir()
-    (SAMPLES["dpar"].below(artifacts) / SAMPLE_PROTOCOL).write_text(json.dumps({"made_by": {"model": digest}}))
+    (SAMPLES["dpar"].below(artifacts) / SAMPLE_PROTOCOL).write_text(
+        json.dumps({"made_by": {"model": digest, "tokenizer": digest}})
+    )
     (SAMPLES["dpar"].below(artifacts) / SAMPLE_GRID).write_bytes(b"grid")
     made(HEADLINE, root).write_text(json.dumps(headline_of_a_run()))
     REPORT_PAGE.below(artifacts).write_text("<html>")
