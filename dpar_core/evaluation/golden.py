@@ -21,7 +21,7 @@ from torch import Tensor
 from dpar_core.choices import PatchMode, PositionEncoding
 from dpar_core.evaluation import metrics
 from dpar_core.evaluation.features import flatten_spatial
-from dpar_core.generation.generate import generate_dpar, generate_gpt
+from dpar_core.generation.generate import DPARGenerator, GPTGenerator
 from dpar_core.generation.sampling import SampleSettings, filter_logits
 from dpar_core.models import published
 from dpar_core.models.dpar import DPAR
@@ -144,7 +144,7 @@ def _gpt_c2i(folder: Path) -> Iterator[Case]:
     yield Case("GPT with class: rotary table", _largest(table, z["rope_table"]), 1e-6)
     for scale in (1, 2):
         chosen = _tensor(z["gen_labels"])
-        sampled = generate_gpt(model, chosen, [0] * len(chosen), _greedy(scale, None), keep_logits=True)
+        sampled = GPTGenerator(model, _greedy(scale, None)).generate(chosen, [0] * len(chosen), keep_logits=True)
         wrong = int((sampled.tokens.numpy() != z[f"gen_tokens_cfg{scale}"]).sum())
         yield Case(f"GPT with class: greedy tokens that differ, cfg {scale}", wrong, 0)
         if scale == 2:
@@ -257,8 +257,8 @@ def _generation(folder: Path, gate: GPT, run: str, rule: PatchRule, z: dict[str,
     name, _, scale = run.partition("_cfg")
     encoding = cast(PositionEncoding, name)
     labels = _tensor(z[f"gen_labels_{run}"])
-    settings = _greedy(float(scale), rule)
-    sampled = generate_dpar(_dpar_model(folder, encoding), gate, labels, [0] * len(labels), settings, keep_logits=True)
+    generator = DPARGenerator(_dpar_model(folder, encoding), gate, _greedy(float(scale), rule))
+    sampled = generator.generate(labels, [0] * len(labels), keep_logits=True)
     wrong = int((sampled.tokens.numpy() != z[f"gen_tokens_{run}"]).sum())
     yield Case(f"DPAR {run}: greedy tokens that differ", wrong, 0)
     plans = zip(sampled.patch_lengths, z[f"gen_patch_lengths_{run}"])

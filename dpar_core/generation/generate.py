@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from dpar_core.generation.sampling import SampleSettings, TokenSampler
 from dpar_core.generation.static import Schedule, StaticDPAR, StaticGPT, static_dpar_bytes, static_gpt_bytes
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
 from dpar_core.models.dpar import DPAR, DPARConfig
-from dpar_core.models.gpt import GPT
+from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.models.memory import dpar_cache_bytes, gpt_cache_bytes
 from dpar_core.patches.rule import lengths_from_starts
 
@@ -46,57 +47,95 @@ class Generated:
     logits: Tensor | None = None
 
 
-def generate_gpt(
-    model: GPT,
-    labels: Tensor,
-    seeds: Sequence[int],
-    settings: SampleSettings,
-    *,
-    given: Tensor | None = None,
-    progress: OnTokens | None = None,
-    keep_logits: bool = False,
-) -> Generated:
-    """Generate images with the baseline. See `GPTGenerator.generate`."""
-    generator = GPTGenerator(model, settings)
-    return generator.generate(labels, seeds, given=given, progress=progress, keep_logits=keep_logits)
+Engine = TypeVar("Engine", StaticGPT, StaticDPAR)
 
 
-def generate_dpar(
-    model: DPAR,
-    entropy_model: GPT | None,
-    labels: Tensor,
-    seeds: Sequence[int],
-    settings: SampleSettings,
-    *,
-    given: Tensor | None = None,
-    progress: OnTokens | None = None,
-    keep_logits: bool = False,
-) -> Generated:
-    """Generate images with a DPAR. See `DPARGenerator.generate`."""
-    generator = DPARGenerator(model, entropy_model, settings)
-    return generator.generate(labels, seeds, given=given, progress=progress, keep_logits=keep_logits)
+class _Generator(Generic[Engine]):
+    """What both generators share: the checks of a call, and the choice between the static decoder and the ragged one."""
+
+    config: GPTConfig | DPARConfig
+    num_classes: int
+
+    def __init__(
+        self,
+        config: GPTConfig | DPARConfig,
+        settings: SampleSettings,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        static: bool | None,
+        capture: bool,
+    ) -> None:
+        self.settings, self.device, self.dtype = settings, device, dtype
+        self.guided = settings.guided(config.tokens)
+        # A GPU's queue of launches needs the static decoder; the ragged one saves rows.
+        self.static, self.capture = device.type == "cuda" if static is None else static, capture
+        self.engine: Engine | None = None
+
+    def _new_engine(self, images: int, keep_logits: bool) -> Engine:
+        raise NotImplementedError
+
+    def _ragged(self, labels: Tensor, sampler: TokenSampler, progress: OnTokens | None, lanes: int) -> Generated:
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        labels: Tensor,
+        seeds: Sequence[int],
+        *,
+        given: Tensor | None = None,
+        progress: OnTokens | None = None,
+        keep_logits: bool = False,
+        lanes: int | None = None,
+    ) -> Generated:
+        """Generate an image of each label.
+
+        labels: (B,) int64 in [0, classes] (the last is "no class").
+        seeds: B integers.
+        given: (B, n) int64, the first n tokens of each image.
+        lanes: images that the ragged decoder of DPAR generates at a time (None: all); a lane that is done takes the next.
+        Raises ValueError in a sentence.
+        """
+        self._check(labels, seeds, given)
+        images, engine = len(labels), self.engine
+        if not self.static:
+            sampler = TokenSampler(self.settings, seeds, given, self.config, device=self.device, keep_logits=keep_logits)
+            return self._sound(self._ragged(labels, sampler, progress, min(lanes or images, images)))
+        # A smaller batch than the engine's is filled up, which keeps its kernels.
+        if engine is None or images > engine.images or keep_logits != (engine.logits is not None):
+            engine = self.engine = None  # its memory is free before the next one takes some
+            engine = self.engine = self._new_engine(images, keep_logits)
+        engine.run(labels, seeds, given, progress)
+        return self._sound(generated_by(engine, images))
+
+    def _sound(self, sampled: Generated) -> Generated:
+        return sampled
+
+    def _check(self, labels: Tensor, seeds: Sequence[int], given: Tensor | None) -> None:
+        """Check what a caller asks for, in sentences."""
+        config = self.config
+        if labels.ndim != 1 or len(labels) != len(seeds):
+            raise ValueError(
+                f"expected one label and one seed per image; got {tuple(labels.shape)} labels, {len(seeds)} seeds"
+            )
+        wrong = labels[(labels < 0) | (labels > self.num_classes)]
+        if len(wrong):
+            raise ValueError(f"class {int(wrong[0])} does not exist: the model knows classes 0 to {self.num_classes - 1}")
+        if given is None:
+            return
+        if given.ndim != 2 or given.shape[0] != len(labels) or given.shape[1] > config.tokens:
+            raise ValueError(
+                f"given tokens must be (B, n) with B = {len(labels)}, n <= {config.tokens}; got {tuple(given.shape)}"
+            )
+        if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < config.codebook_size:
+            raise ValueError(f"given tokens must lie in 0..{config.codebook_size - 1}: were they made by another tokenizer?")
 
 
-def _checked(
-    labels: Tensor, seeds: Sequence[int], given: Tensor | None, *, num_classes: int, tokens: int, codebook_size: int
-) -> Tensor | None:
-    """Check what a caller asks for, in sentences. Returns the given tokens."""
-    if labels.ndim != 1 or len(labels) != len(seeds):
-        raise ValueError(f"expected one label and one seed per image; got {tuple(labels.shape)} labels, {len(seeds)} seeds")
-    wrong = labels[(labels < 0) | (labels > num_classes)]
-    if len(wrong):
-        raise ValueError(f"class {int(wrong[0])} does not exist: the model knows classes 0 to {num_classes - 1}")
-    if given is None:
-        return None
-    if given.ndim != 2 or given.shape[0] != len(labels) or given.shape[1] > tokens:
-        raise ValueError(f"given tokens must be (B, n) with B = {len(labels)}, n <= {tokens}; got {tuple(given.shape)}")
-    if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < codebook_size:
-        raise ValueError(f"given tokens must lie in 0..{codebook_size - 1}: were they made by another tokenizer?")
-    return given
-
-
-class GPTGenerator:
+class GPTGenerator(_Generator[StaticGPT]):
     """Generates images with the LlamaGen baseline; weights are laid out once for many batches."""
+
+    config: GPTConfig
 
     def __init__(
         self,
@@ -110,13 +149,8 @@ class GPTGenerator:
         """Lay out the weights. static, capture: as in `DPARGenerator`."""
         if model.config.num_classes is None:
             raise ValueError("this GPT has no class token, so it cannot generate images of a class: use the baseline")
-        self.config, self.settings, self.dtype = model.config, settings, dtype
-        self.stepper = GPTStepper(model, dtype)
-        assert self.stepper.classes is not None
-        self.num_classes, self.classes = model.config.num_classes, self.stepper.classes
-        self.guided = settings.guided(model.config.tokens)
-        self.static, self.capture = runs_static(self.stepper.tokens.device, static), capture
-        self.engine: StaticGPT | None = None
+        self.config, self.num_classes, self.stepper = model.config, model.config.num_classes, GPTStepper(model, dtype)
+        super().__init__(self.config, settings, self.stepper.tokens.device, dtype=dtype, static=static, capture=capture)
 
     def cache_bytes(self, images: int) -> int:
         """Return the most bytes that the caches of a batch can take; of the static decoder, its working memory too."""
@@ -124,69 +158,34 @@ class GPTGenerator:
             return static_gpt_bytes(self.stepper, images=images, halves=2 if self.guided else 1, dtype=self.dtype)
         return gpt_cache_bytes(self.config, images, guided=self.guided, value_bytes=self.dtype.itemsize)
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        labels: Tensor,
-        seeds: Sequence[int],
-        *,
-        given: Tensor | None = None,
-        progress: OnTokens | None = None,
-        keep_logits: bool = False,
-    ) -> Generated:
-        """Generate an image of each label.
+    def _new_engine(self, images: int, keep_logits: bool) -> StaticGPT:
+        return StaticGPT(
+            self.stepper, self.settings, images=images, dtype=self.dtype, keep_logits=keep_logits, capture=self.capture
+        )
 
-        labels: (B,) int64 in [0, classes] (the last is "no class").
-        seeds: B integers.
-        given: (B, n) int64, the first n tokens of each image.
-        Raises ValueError in a sentence.
-        """
-        config, stepper, images = self.config, self.stepper, len(labels)
-        device = stepper.tokens.device
-        given = _checked(
-            labels,
-            seeds,
-            given,
-            num_classes=self.num_classes,
-            tokens=config.tokens,
-            codebook_size=config.codebook_size,
-        )
-        if self.static:
-            engine = self.engine
-            if engine is None or not fits(engine, images, keep_logits):
-                engine = self.engine = None  # its memory is free before the next one takes some
-                engine = self.engine = StaticGPT(
-                    stepper, self.settings, images=images, dtype=self.dtype, keep_logits=keep_logits, capture=self.capture
-                )
-            engine.run(labels, seeds, given, progress)
-            return generated_by(engine, images)
-        sampler = TokenSampler(
-            self.settings,
-            seeds,
-            given,
-            tokens=config.tokens,
-            codebook_size=config.codebook_size,
-            device=device,
-            keep_logits=keep_logits,
-        )
-        lanes = torch.arange(images)
+    def _ragged(self, labels: Tensor, sampler: TokenSampler, progress: OnTokens | None, lanes: int) -> Generated:
+        stepper, images = self.stepper, len(labels)
+        assert stepper.classes is not None
+        lanes_B = torch.arange(images)
         cache = stepper.new_cache((2 if self.guided else 1) * images, self.dtype)
         null = torch.full_like(labels, self.num_classes)
-        x = self.classes[torch.cat([labels, null[: len(sampler.half(lanes, lanes * 0))]]).to(device)]
-        for position in range(config.tokens):
-            positions = torch.full_like(lanes, position)
-            half = sampler.half(lanes, positions)
-            rows = torch.cat([lanes, half + images])
+        x = stepper.classes[torch.cat([labels, null[: len(sampler.half(lanes_B, lanes_B * 0))]]).to(self.device)]
+        for position in range(self.config.tokens):
+            positions = torch.full_like(lanes_B, position)
+            half = sampler.half(lanes_B, positions)
+            rows = torch.cat([lanes_B, half + images])
             logits = stepper(x[: len(rows)], cache, rows, torch.full_like(rows, position))
-            tokens = sampler(lanes, positions, logits)
-            x = stepper.tokens[torch.cat([tokens, tokens[half.to(device)]])]
+            tokens = sampler(lanes_B, positions, logits)
+            x = stepper.tokens[torch.cat([tokens, tokens[half.to(self.device)]])]
             if progress:
                 progress(images)
         return Generated(sampler.tokens, [], torch.full(sampler.tokens.shape, float("nan")), sampler.logits)
 
 
-class DPARGenerator:
+class DPARGenerator(_Generator[StaticDPAR]):
     """Generates images with a DPAR; weights are laid out once for many batches."""
+
+    config: DPARConfig
 
     def __init__(
         self,
@@ -230,15 +229,10 @@ class DPARGenerator:
                     f"the entropy model is made for {gate.codebook_size} codes, rows of {gate.row_width} and "
                     f"{gate.num_classes or 'no'} classes; expected {config.codebook_size}, {config.row_width}, no"
                 )
-        self.config, self.settings, self.rule = config, settings, rule
-        self.num_classes = config.num_classes
-        self.dtype, self.gate_dtype, self.patience = dtype, gate_dtype, patience
-        self.stepper = DPARStepper(model, dtype)
+        self.config, self.rule, self.num_classes, self.stepper = config, rule, config.num_classes, DPARStepper(model, dtype)
+        super().__init__(config, settings, self.stepper.tokens.device, dtype=dtype, static=static, capture=capture)
+        self.gate_dtype, self.patience, self.schedule = gate_dtype, patience, schedule
         self.gate = GPTStepper(entropy_model, gate_dtype) if self.asks_model and entropy_model else None
-        self.guided = settings.guided(config.tokens)
-        self.static = runs_static(self.stepper.tokens.device, static)
-        self.schedule, self.capture = schedule, capture
-        self.engine: StaticDPAR | None = None
 
     def cache_bytes(self, images: int) -> int:
         """Return the most bytes that the caches of a batch can take (every token a patch of its own); of the static
@@ -262,42 +256,8 @@ class DPARGenerator:
             gate=self.gate.config if self.gate else None,
         )
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        labels: Tensor,
-        seeds: Sequence[int],
-        *,
-        given: Tensor | None = None,
-        progress: OnTokens | None = None,
-        keep_logits: bool = False,
-        lanes: int | None = None,
-    ) -> Generated:
-        """Generate an image of each label. Arguments as `GPTGenerator.generate`.
-
-        lanes: images generated at a time (None: all); a lane that is done takes the next image.
-        """
-        config = self.config
-        given = _checked(
-            labels,
-            seeds,
-            given,
-            num_classes=config.num_classes,
-            tokens=config.tokens,
-            codebook_size=config.codebook_size,
-        )
-        if self.static:
-            return self._sound(self._generate_static(labels, seeds, given, progress, keep_logits))
-        sampler = TokenSampler(
-            self.settings,
-            seeds,
-            given,
-            tokens=config.tokens,
-            codebook_size=config.codebook_size,
-            device=self.stepper.tokens.device,
-            keep_logits=keep_logits,
-        )
-        state = Lanes(self, labels, sampler, lanes=min(lanes or len(labels), len(labels)))
+    def _ragged(self, labels: Tensor, sampler: TokenSampler, progress: OnTokens | None, lanes: int) -> Generated:
+        state = Lanes(self, labels, sampler, lanes=lanes)
         since_patch = self.patience
         while True:
             state.refill()
@@ -315,7 +275,7 @@ class DPARGenerator:
             else:
                 break
         lengths = lengths_from_starts(state.starts.numpy())
-        return self._sound(Generated(sampler.tokens, lengths, state.entropies, sampler.logits))
+        return Generated(sampler.tokens, lengths, state.entropies, sampler.logits)
 
     def _sound(self, sampled: Generated) -> Generated:
         """Return what was sampled. Raises ValueError where the entropy model gave no numbers: no patch began there."""
@@ -326,31 +286,19 @@ class DPARGenerator:
             )
         return sampled
 
-    def _generate_static(
-        self, labels: Tensor, seeds: Sequence[int], given: Tensor | None, progress: OnTokens | None, keep_logits: bool
-    ) -> Generated:
-        engine = self.engine
-        if engine is None or not fits(engine, len(labels), keep_logits):
-            engine = self.engine = None  # its memory is free before the next one takes some
-            engine = self.engine = StaticDPAR(
-                self.stepper,
-                self.gate,
-                self.settings,
-                images=len(labels),
-                dtype=self.dtype,
-                gate_dtype=self.gate_dtype,
-                longest=longest_patch(self.rule, self.config.tokens),
-                keep_logits=keep_logits,
-                capture=self.capture,
-                schedule=self.schedule or fastest_schedule(self.config, len(labels)),
-            )
-        engine.run(labels, seeds, given, progress)
-        return generated_by(engine, len(labels))
-
-
-def runs_static(device: torch.device, wanted: bool | None) -> bool:
-    """Decide between the static decoder, which a GPU's queue of launches needs, and the ragged one, which saves rows."""
-    return device.type == "cuda" if wanted is None else wanted
+    def _new_engine(self, images: int, keep_logits: bool) -> StaticDPAR:
+        return StaticDPAR(
+            self.stepper,
+            self.gate,
+            self.settings,
+            images=images,
+            dtype=self.dtype,
+            gate_dtype=self.gate_dtype,
+            longest=longest_patch(self.rule, self.config.tokens),
+            keep_logits=keep_logits,
+            capture=self.capture,
+            schedule=self.schedule or fastest_schedule(self.config, images),
+        )
 
 
 def fastest_schedule(config: DPARConfig, images: int) -> Schedule:
@@ -360,11 +308,6 @@ def fastest_schedule(config: DPARConfig, images: int) -> Schedule:
     small model is bound by launches, it pays more not to wait for the gate.
     """
     return "ahead" if 16 <= images <= 128 and config.patch_layers <= 12 else "buckets"
-
-
-def fits(engine: StaticDPAR | StaticGPT, images: int, keep_logits: bool) -> bool:
-    """Whether a batch can be sampled by an engine that is there: a smaller batch is filled up, which keeps its kernels."""
-    return images <= engine.images and keep_logits == (engine.logits is not None)
 
 
 def generated_by(engine: StaticDPAR | StaticGPT, images: int) -> Generated:

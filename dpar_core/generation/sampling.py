@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dpar_core.choices import Gate, GuidanceSchedule
+from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.gpt import GPTConfig
 from dpar_core.patches.rule import PatchRule
 
 
@@ -135,20 +137,19 @@ class TokenSampler:
         settings: SampleSettings,
         seeds: Sequence[int],
         given: Tensor | None,
+        config: GPTConfig | DPARConfig,
         *,
-        tokens: int,
-        codebook_size: int,
         device: torch.device,
         keep_logits: bool,
     ) -> None:
-        self.settings, self.device = settings, device
+        self.settings, self.device, tokens = settings, device, config.tokens
         self.given = None if given is None else given.to(device)
         self.uniforms = uniforms(seeds, tokens).to(device)
         self.scales = settings.scales(tokens).to(device)
         guided = torch.nonzero(settings.scales(tokens) != 1).flatten().tolist()
         self.ever_guided, self.last_guided = bool(guided), max(guided, default=-1)
         self.tokens = torch.zeros(len(seeds), tokens, dtype=torch.int64, device=device)
-        self.logits = torch.zeros(len(seeds), tokens, codebook_size, device=device) if keep_logits else None
+        self.logits = torch.zeros(len(seeds), tokens, config.codebook_size, device=device) if keep_logits else None
         self.num_given = 0 if given is None else given.shape[1]
 
     def half(self, lanes: Tensor, positions: Tensor) -> Tensor:

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from dpar_core.choices import ENCODED, Coordinate
 from dpar_core.generation.sampling import SampleSettings, uniforms
-from dpar_core.generation.static_ops import Opened, StaticCache, TorchOps, static_cache_bytes
+from dpar_core.generation.static_ops import Opened, StaticCache, TorchOps
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
 from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.memory import cache_bytes
 from dpar_core.models.rope import frequencies, pairs_of
 from dpar_core.patches.rule import BoundaryState, PatchRule
 
@@ -71,18 +72,16 @@ class Static:
 
     def __init__(
         self,
+        stepper: GPTStepper | DPARStepper,
         settings: SampleSettings,
         *,
         images: int,
-        tokens: int,
-        codebook_size: int,
-        device: torch.device,
         keep_logits: bool,
-        ops: Any,
         capture: bool,
     ) -> None:
+        tokens, device = stepper.config.tokens, stepper.tokens.device
         self.settings, self.images, self.length, self.device = settings, images, tokens, device
-        self.ops = ops_for(device) if ops is None else ops
+        self.ops = ops_for(device)
         scales = settings.scales(tokens)
         guided = torch.nonzero(scales != 1).flatten().tolist()
         self.last_guided = max(guided, default=-1)
@@ -93,7 +92,7 @@ class Static:
         self.tokens = torch.zeros(images, tokens, dtype=torch.int64, device=device)
         self.given = torch.full((images, tokens), -1, dtype=torch.int64, device=device)
         self.uniforms = torch.zeros(images, tokens, dtype=torch.float64, device=device)
-        self.logits = torch.zeros(images, tokens, codebook_size, device=device) if keep_logits else None
+        self.logits = torch.zeros(images, tokens, stepper.config.codebook_size, device=device) if keep_logits else None
         self.all_rows = torch.arange(2 * images, device=device)
         self.capture = capture and device.type == "cuda"
         self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
@@ -159,34 +158,16 @@ class StaticGPT(Static):
         *,
         images: int,
         dtype: torch.dtype,
-        keep_logits: bool = False,
-        ops: Any = None,
-        capture: bool = True,
+        keep_logits: bool,
+        capture: bool,
     ) -> None:
-        config = stepper.config
-        super().__init__(
-            settings,
-            images=images,
-            tokens=config.tokens,
-            codebook_size=config.codebook_size,
-            device=stepper.tokens.device,
-            keep_logits=keep_logits,
-            ops=ops,
-            capture=capture,
-        )
-        self.stepper, self.config = stepper, config
+        super().__init__(stepper, settings, images=images, keep_logits=keep_logits, capture=capture)
+        self.stepper, self.config = stepper, stepper.config
+        config, positions = self.config, len(stepper.table)
         rows = self.halves * images
         self.table = torch.view_as_real(stepper.table).contiguous()
         self.classes = torch.zeros(rows, config.width, device=self.device)
-        self.cache = StaticCache(
-            layers=config.layers,
-            rows=rows,
-            heads=config.heads,
-            head_dim=config.width // config.heads,
-            positions=len(stepper.table),
-            device=self.device,
-            dtype=dtype,
-        )
+        self.cache = StaticCache(config, config.layers, rows=rows, positions=positions, device=self.device, dtype=dtype)
         self.prepare()
 
     def parts(self) -> dict[tuple[Any, ...], Callable[[], None]]:
@@ -239,22 +220,12 @@ class StaticDPAR(Static):
         gate_dtype: torch.dtype,
         longest: int,
         schedule: Schedule,
-        keep_logits: bool = False,
-        ops: Any = None,
-        capture: bool = True,
+        keep_logits: bool,
+        capture: bool,
     ) -> None:
         config, rule = stepper.config, settings.rule
         assert rule is not None
-        super().__init__(
-            settings,
-            images=images,
-            tokens=config.tokens,
-            codebook_size=config.codebook_size,
-            device=stepper.tokens.device,
-            keep_logits=keep_logits,
-            ops=ops,
-            capture=capture,
-        )
+        super().__init__(stepper, settings, images=images, keep_logits=keep_logits, capture=capture)
         self.stepper, self.gate, self.config, self.rule = stepper, gate, config, rule
         self.asks_decoder = rule.reads_entropies and settings.gate == "decoder"
         self.known = None if rule.reads_entropies else _known_starts(rule, config.tokens)
@@ -284,15 +255,7 @@ class StaticDPAR(Static):
         self.pair = torch.arange(stepper.head_dim // 2, device=device)
 
         def cache(layers: int, rows: int, positions: int) -> StaticCache:
-            return StaticCache(
-                layers=layers,
-                rows=rows,
-                heads=config.heads,
-                head_dim=stepper.head_dim,
-                positions=positions,
-                device=device,
-                dtype=dtype,
-            )
+            return StaticCache(config, layers, rows=rows, positions=positions, device=device, dtype=dtype)
 
         self.scratch = tokens
         self.encoder_cache = cache(config.encoder_layers, images, tokens)
@@ -301,14 +264,9 @@ class StaticDPAR(Static):
         self.decoder_cache = cache(config.decoder_layers, rows, tokens)
         if gate is not None:
             self.gate_table = torch.view_as_real(gate.table).contiguous()
+            layers = gate.config.layers
             self.gate_cache = StaticCache(
-                layers=len(gate.blocks),
-                rows=images,
-                heads=gate.config.heads,
-                head_dim=gate.config.width // gate.config.heads,
-                positions=tokens,
-                device=device,
-                dtype=gate_dtype,
+                gate.config, layers, rows=images, positions=tokens, device=device, dtype=gate_dtype
             )
         self.probed: dict[int, Tensor] = {}
         self.restart()
@@ -485,10 +443,9 @@ class StaticDPAR(Static):
 def static_gpt_bytes(stepper: GPTStepper, *, images: int, halves: int, dtype: torch.dtype) -> int:
     """Return the bytes of a `StaticGPT`'s state: its cache, and what one step makes of all rows at most."""
     c = stepper.config
-    cache = static_cache_bytes(
-        layers=c.layers, rows=halves * images, width=c.width, positions=len(stepper.table), dtype=dtype
-    )
-    return cache + _working_bytes(images, halves * images, c.tokens, c.codebook_size, c.hidden)
+    rows, positions = halves * images, len(stepper.table)
+    cache = cache_bytes(layers=c.layers, rows=rows, width=c.width, positions=positions, value_bytes=dtype.itemsize)
+    return cache + _working_bytes(images, rows, c.tokens, c.codebook_size, c.hidden)
 
 
 def static_dpar_bytes(
@@ -505,16 +462,15 @@ def static_dpar_bytes(
     c, rows = stepper.config, halves * images
 
     def cache(layers: int, rows: int, positions: int) -> int:
-        return static_cache_bytes(layers=layers, rows=rows, width=c.width, positions=positions, dtype=dtype)
+        return cache_bytes(layers=layers, rows=rows, width=c.width, positions=positions, value_bytes=dtype.itemsize)
 
     total = cache(c.encoder_layers, images, c.tokens) + cache(c.encoder_layers, images, longest)
     total += cache(c.patch_layers, rows, c.tokens + 1) + cache(c.decoder_layers, rows, c.tokens)
     total += 4 * rows * c.decoder_layers * c.width
     if gate is not None:
         g = gate.config
-        total += static_cache_bytes(
-            layers=len(gate.blocks), rows=images, width=g.width, positions=c.tokens, dtype=gate_dtype
-        )
+        size = gate_dtype.itemsize
+        total += cache_bytes(layers=g.layers, rows=images, width=g.width, positions=c.tokens, value_bytes=size)
         total += 4 * images * c.codebook_size
     return total + _working_bytes(images, rows, c.tokens, c.codebook_size, c.hidden)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from dpar_core.generation.kv_cache import BLOCK
 from dpar_core.generation.sampling import guide, sample_tokens
 from dpar_core.generation.stepping import BlockStepper, Matrix, PatchReader
-from dpar_core.models.gpt import next_token_entropies
+from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.gpt import GPTConfig, next_token_entropies
 from dpar_core.models.layers import NORM_EPS
 
 if TYPE_CHECKING:
@@ -30,10 +31,17 @@ class StaticCache:
     """Keys and values of a stack of attention layers: one tensor (2, R, H, C, hd) per layer, allocated once."""
 
     def __init__(
-        self, *, layers: int, rows: int, heads: int, head_dim: int, positions: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: GPTConfig | DPARConfig,
+        layers: int,
+        *,
+        rows: int,
+        positions: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.positions = BLOCK * -(-positions // BLOCK)
-        shape = (2, rows, heads, self.positions, head_dim)
+        shape = (2, rows, config.heads, self.positions, config.width // config.heads)
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         # Row s hides all positions behind s; the plain operations add it to the scores.
         later = torch.arange(self.positions, device=device) > torch.arange(self.positions, device=device)[:, None]
@@ -43,11 +51,6 @@ class StaticCache:
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.layers)
-
-
-def static_cache_bytes(*, layers: int, rows: int, width: int, positions: int, dtype: torch.dtype) -> int:
-    """Return the bytes of keys and values that a `StaticCache` holds."""
-    return 2 * layers * rows * BLOCK * -(-positions // BLOCK) * width * torch.empty(0, dtype=dtype).element_size()
 
 
 class LaunchPlan(NamedTuple):

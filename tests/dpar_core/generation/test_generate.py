@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dpar_core.choices import ENCODED
-from dpar_core.generation.generate import DPARGenerator, GPTGenerator, generate_dpar, generate_gpt
+from dpar_core.generation.generate import DPARGenerator, GPTGenerator
 from dpar_core.generation.sampling import SampleSettings
 from dpar_core.generation.stepping import BlockStepper
 from dpar_core.models.gpt import entropies_of
@@ -93,7 +93,7 @@ def test_guidance_that_changes_over_the_image_agrees_with_the_full_forward(sched
     model, gate, baseline = tiny_dpar(), tiny_gate(), tiny_baseline()
     for patience in (1, 100):
         agrees(DPARGenerator(model, gate, settings, patience=patience), gate, model, settings)
-    cached = generate_gpt(baseline, LABELS, SEEDS, settings, keep_logits=True)
+    cached = GPTGenerator(baseline, settings).generate(LABELS, SEEDS, keep_logits=True)
     tokens, logits = uncached_gpt(baseline, LABELS, SEEDS, settings)
     torch.testing.assert_close(cached.logits, logits, **LOGITS)
     assert torch.equal(cached.tokens, tokens)
@@ -128,7 +128,7 @@ def test_given_tokens_stay_and_the_rest_follows_from_them(count):
     settings = SampleSettings(cfg_scale=2.0, rule=RULES["rows"]())
     model, gate, baseline = tiny_dpar(), tiny_gate(), tiny_baseline()
     agrees(DPARGenerator(model, gate, settings), gate, model, settings, given=given)
-    cached = generate_gpt(baseline, LABELS, SEEDS, settings, given=given, keep_logits=True)
+    cached = GPTGenerator(baseline, settings).generate(LABELS, SEEDS, given=given, keep_logits=True)
     tokens, logits = uncached_gpt(baseline, LABELS, SEEDS, settings, given)
     torch.testing.assert_close(cached.logits, logits, **LOGITS)
     assert torch.equal(cached.tokens, tokens)
@@ -138,7 +138,7 @@ def test_given_tokens_stay_and_the_rest_follows_from_them(count):
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
 def test_the_baselines_cached_steps_give_the_logits_of_its_full_forward(cfg_scale):
     settings, baseline = SampleSettings(cfg_scale=cfg_scale), tiny_baseline()
-    cached = generate_gpt(baseline, LABELS, SEEDS, settings, keep_logits=True)
+    cached = GPTGenerator(baseline, settings).generate(LABELS, SEEDS, keep_logits=True)
     tokens, logits = uncached_gpt(baseline, LABELS, SEEDS, settings)
     torch.testing.assert_close(cached.logits, logits, **LOGITS)
     assert torch.equal(cached.tokens, tokens)
@@ -270,8 +270,8 @@ def test_golden_greedy_generation_comes_out_of_the_caches(case):
     rule = PatchRule("entropy_rows", 8, float(golden["threshold"]), int(golden["max_patch_length"]))
     settings = SampleSettings(cfg_scale=float(case[-1]), rule=rule, greedy=True)
     labels = torch.from_numpy(golden[f"gen_labels_{case}"]).long()
-    sampled = generate_dpar(
-        golden_dpar(case[:2]), golden_gpt("llamagen_gpt_ucond", None), labels, [0, 0, 0], settings, keep_logits=True
+    sampled = DPARGenerator(golden_dpar(case[:2]), golden_gpt("llamagen_gpt_ucond", None), settings).generate(
+        labels, [0, 0, 0], keep_logits=True
     )
     assert np.array_equal(sampled.tokens, golden[f"gen_tokens_{case}"])
     for found, expected in zip(sampled.patch_lengths, golden[f"gen_patch_lengths_{case}"]):
@@ -286,7 +286,7 @@ def test_golden_greedy_generation_of_the_baseline_comes_out_of_the_caches(cfg_sc
     golden = np.load(GOLDEN / "llamagen_gpt_c2i.npz")
     labels = torch.from_numpy(golden["gen_labels"]).long()
     settings = SampleSettings(cfg_scale=cfg_scale, greedy=True)
-    sampled = generate_gpt(golden_gpt("llamagen_gpt_c2i", 10), labels, [0, 0, 0], settings, keep_logits=True)
+    sampled = GPTGenerator(golden_gpt("llamagen_gpt_c2i", 10), settings).generate(labels, [0, 0, 0], keep_logits=True)
     assert np.array_equal(sampled.tokens, golden[f"gen_tokens_cfg{cfg_scale}"])
     if cfg_scale == 2:
         np.testing.assert_allclose(sampled.logits, golden["gen_logits_cfg2"], atol=1e-4)
