@@ -204,6 +204,7 @@ def difference_plot(rows: Sequence[tuple[str, Dot]], *, title: str) -> str:
 
 def dot_chart(dots: Sequence[tuple[str, float, Dot]], *, x: str, y: str) -> str:
     """Draw named values with their intervals over a cost: (name, cost, value) each."""
+    bottom = BOTTOM + 16  # three of these stand side by side, with letters larger than the lines
     (low_x, high_x) = _padded([cost for _, cost, _ in dots])
     (low_y, high_y) = _padded([end for _, _, dot in dots for end in (*(dot.interval or ()), dot.value)])
 
@@ -211,15 +212,15 @@ def dot_chart(dots: Sequence[tuple[str, float, Dot]], *, x: str, y: str) -> str:
         return LEFT + (value - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
 
     def down(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - bottom - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
     parts = [_open(WIDTH, HEIGHT, f"{y} against {x}", style="chart")]
     for value in ticks(low_y, high_y):
         parts.append(f'<path class="rule" d="M{LEFT} {down(value):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(_text(LEFT - 8, down(value) + 4, f"{value:g}", "end"))
     for value in ticks(low_x, high_x):
-        parts.append(_text(across(value), HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
-    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+        parts.append(_text(across(value), HEIGHT - bottom + 22, f"{value:g}", "middle"))
+    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - bottom}H{WIDTH - RIGHT}"/>')
     parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, x, "middle"))
     for number, (name, cost, dot) in enumerate(dots):
         left, middle = across(cost), down(dot.value)
