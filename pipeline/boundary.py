@@ -7,7 +7,9 @@ exit 70; Ctrl-C exit 130 and SIGTERM 143. DPAR_DEBUG=1 lets tracebacks through.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import math
 import os
 import signal
 import sys
@@ -91,6 +93,7 @@ def _carrying(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(**values: Any) -> Any:
         try:
             _refuse_pipes(values)
+            _refuse_infinities(values)
             return function(**values)
         except (ValueError, OSError, RuntimeError, EOFError, KeyboardInterrupt) as error:
             if not _guarded:  # typer's own test runner calls commands without an edge around them
@@ -104,11 +107,27 @@ def _carrying(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_pipes(values: Mapping[str, Any]) -> None:
-    """Raise OSError for a path of the command line that is a device, a pipe or a socket: reading one may never end."""
+    """Raise OSError for a path of the command line that is a device, a pipe, a socket or a link to itself.
+
+    Reading the former may never end; the latter ends pathlib in an error of its own.
+    """
     paths = [one for value in values.values() for one in (value if isinstance(value, list | tuple) else [value])]
     for path in paths:
+        if isinstance(path, Path) and os.path.islink(path):
+            try:
+                os.stat(path)
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    raise OSError(f"{path} is a link that leads to itself, expected a file or a folder") from None
         if isinstance(path, Path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise OSError(f"{path} is a device, a pipe or a socket, expected a file or a folder")
+
+
+def _refuse_infinities(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number of the command line that is none: no limit of an option keeps nan out."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
 
 
 def verdict(error: BaseException) -> tuple[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -12,13 +13,21 @@ from dpar_core.files import atomic_path, sha256_file
 from stages.tracker import LineProgress
 
 CHUNK = 1 << 20
+SCHEMES = ("http", "https", "ftp", "file")
 
 
 def download(url: str, to: Path, *, sha256: str | None = None) -> str:
     """Fetch a file and return its SHA-256. A file that is there already is kept when its digest is right.
 
-    Raises ConnectionError when the address does not answer, ValueError when the digest is another; then nothing is left.
+    Raises ConnectionError when the address does not answer, ValueError when it is none or the digest is another; then
+    nothing is left.
     """
+    try:
+        known = urllib.parse.urlsplit(url).scheme in SCHEMES
+    except ValueError:  # brackets without an end
+        known = False
+    if not known:
+        raise ValueError(f"{url!r} is no address that can be read, expected one that begins with {', '.join(SCHEMES)}")
     if to.exists():
         digest = sha256_file(to)
         if sha256 is None or digest == sha256.lower():

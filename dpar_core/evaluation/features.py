@@ -205,6 +205,11 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
         raise ValueError(f"{path} is a zip archive without a TorchScript program: export the network with torch.jit.save")
     try:
         _check_records(path)
+    except _UnknownType as error:
+        raise ValueError(
+            f"{path} holds a tensor of the type {error}, which cannot be read here: export it with tensors of another type, "
+            "such as float32"
+        ) from None
     except Exception as error:  # of as many kinds as there are ways to damage a pickle
         raise ValueError(f"{path} is damaged ({str(error) or type(error).__name__}): fetch it again") from None
     _rehearse(path)
@@ -219,25 +224,36 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
 
 _WIDTHS = {  # bytes of a value, by the name of the storage
     **{"Bool": 1, "Byte": 1, "Char": 1, "QInt8": 1, "QUInt8": 1, "Half": 2, "BFloat16": 2, "Short": 2, "Float": 4, "Int": 4},
-    **{"QInt32": 4, "Double": 8, "Long": 8, "ComplexFloat": 8, "ComplexDouble": 16},
+    **{"QInt32": 4, "Double": 8, "Long": 8, "ComplexHalf": 4, "ComplexFloat": 8, "ComplexDouble": 16},
+    **{"UInt16": 2, "UInt32": 4, "UInt64": 8, "Float8_e8m0fnu": 1},
+    **{f"Float8_{name}": 1 for name in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")},
 }
+
+
+class _UnknownType(ValueError):
+    """A tensor whose length in bytes is not known here."""
+
+
 _PUSHED = {"BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "GLOBAL", "BININT", "BININT1", "BININT2", "LONG1", "LONG4"}
 
 
 def _check_records(path: Path) -> None:
-    """Raise ValueError where a tensor's record in a TorchScript file is shorter than the tensor.
+    """Raise ValueError where a tensor's record in a TorchScript file is shorter than the tensor, or its type is unknown.
 
     libtorch takes the length that the pickle names and reads on behind a shorter record. The pickle's operations are looked
     at one by one and never run.
     """
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            folder, _, file = name.rpartition("/")
+        for member in archive.namelist():
+            folder, _, file = member.rpartition("/")
             if file not in ("data.pkl", "constants.pkl"):
                 continue
-            for kind, record, count in _storages(archive.read(name)):
+            for kind, record, count in _storages(archive.read(member)):
                 held = archive.getinfo(f"{folder}/{file.removesuffix('.pkl')}/{record}").file_size
-                if count * _WIDTHS[kind.removeprefix("torch ").removesuffix("Storage")] > held:
+                name = kind.removeprefix("torch ").removesuffix("Storage")
+                if name not in _WIDTHS and kind.isprintable() and kind == f"torch {name}Storage":
+                    raise _UnknownType(name[:60])
+                if count * _WIDTHS[name] > held:
                     raise ValueError(f"its tensor {record} has {count} values, and {held} bytes are stored for them")
 
 

@@ -142,7 +142,9 @@ def fetch(
     if what != "inception":
         raise ValueError(f"no address known for {what!r}: expected inception (DINOv2: export it to TorchScript yourself)")
     address = url or INCEPTION_URL
-    print_fitted(f"from {redacted(address)}\nto   {to.resolve()}")
+    print_fitted(redacted(f"from {address}\nto   {to.resolve()}"))
+    if to.is_file():
+        print(f"it is there already: reading its {to.stat().st_size / 2**20:,.0f} MiB for their SHA-256")
     digest = download(address, to, sha256=sha256 or INCEPTION_SHA256)
     print(f"SHA-256 {digest}")
 

@@ -86,13 +86,14 @@ def connected() -> Iterator[list[Node]]:
     import ray
 
     if ray.is_initialized():
-        yield _nodes()
+        yield living_nodes()
         return
     with _started(foreign_address()):
-        yield _nodes()
+        yield living_nodes()
 
 
-def _nodes() -> list[Node]:
+def living_nodes() -> list[Node]:
+    """Return the nodes of the cluster that this process is connected to."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]

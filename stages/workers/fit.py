@@ -52,12 +52,14 @@ class Event:
 
     metrics: of a log line.
     address: of a checkpoint.
+    reason: why workers were lost, in Ray's words.
     """
 
-    kind: Literal["begin", "log", "checkpoint"]
+    kind: Literal["begin", "log", "checkpoint", "lost"]
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
     address: str | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def fit(
             with cluster.connected() as nodes:
                 require(nodes)
                 thread = _Fit(_trainer(function, root, events, scale))
-                _follow(thread, events, _StartWatch(scale), on_event)
+                _follow(thread, events, _StartWatch(scale, root), on_event)
             returned = thread.outcome()
     if "error" in returned:
         failure = TrainingFailed(returned["error"])
@@ -151,9 +153,9 @@ def _follow(thread: threading.Thread, events: Path, silence: _StartWatch | None,
         tail = _Tail(stream)
         while thread.is_alive():
             thread.join(0.5)
-            count = tail.deliver(on_event)
+            new = tail.deliver(on_event)
             if silence is not None:
-                silence.hear(count)
+                silence.hear(new)
         tail.deliver(on_event)
 
 
@@ -209,6 +211,10 @@ def _relay(events: Path) -> Any:
     class Relay(UserCallback):  # type: ignore[misc]  # Ray's classes are Any here
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             _append(events, metrics[0]["events"])
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            reason = "\n".join(str(error) for error in worker_exceptions.values())
+            _append(events, [{"kind": "lost", "step": 0, "reason": reason}])
 
     return Relay()
 
@@ -345,20 +351,21 @@ class _Fit(threading.Thread):
     def outcome(self) -> Returned:
         if self._error is None:
             return self._returned
-        raise RuntimeError(f"Ray Train gave up: {_cause(self._error)}") from self._error
+        error = self._error
+        failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+        cause = _cause([str(failure) or type(failure).__name__ for failure in failures.values()])
+        raise RuntimeError(f"Ray Train gave up: {cause}") from error
 
 
-def _cause(error: BaseException) -> str:
-    """Say in one sentence what ended a run, from what Ray says in pages."""
-    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
-    texts = [str(failure) for failure in failures.values()]
+def _cause(texts: list[str]) -> str:
+    """Say in one sentence what ended a run or its workers, from what Ray says in pages."""
     short = next((text for text in texts if _NO_MEMORY.search(text)), None)
     if short is not None:
         return _ran_out("a GPU" if "CUDA out of memory" in short else "a machine")
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
     raised = [line for line in lines if _RAISED.match(line)]
     dead = [line for line in lines if "is dead because" in line]
-    return [*lines[:1], *dead[:1], *raised[-1:]][-1] if lines else type(error).__name__
+    return [*lines[:1], *dead[:1], *raised[-1:]][-1] if lines else "no reason given"
 
 
 def _ran_out(where: str) -> str:
@@ -375,35 +382,43 @@ class _Tail:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._begun = stream, b""
 
-    def deliver(self, on_event: Callable[[Event], None]) -> int:
-        """Pass new events on; return how many."""
-        count = 0
+    def deliver(self, on_event: Callable[[Event], None]) -> list[Event]:
+        """Pass new events on, and return them."""
+        new = []
         while line := self._stream.readline():
             self._begun += line
             if self._begun.endswith(b"\n"):
                 event, self._begun = Event(**json.loads(self._begun)), b""
                 on_event(event)
-                count += 1
-        return count
+                new.append(event)
+        return new
 
 
 class _StartWatch:
-    """Prints once, on standard error, that Ray has not started the workers yet."""
+    """Prints on standard error that workers were lost, and once per start that Ray has not started them yet."""
 
-    def __init__(self, scale: Scale) -> None:
-        self.scale, self.until = scale, time.monotonic() + _PATIENCE
+    def __init__(self, scale: Scale, root: str) -> None:
+        self.root, self.until = root, time.monotonic() + _PATIENCE
+        self.size = f"{scale.workers} of {scale.cpus} CPUs" + (f" and {scale.gpus} GPUs" if scale.gpus else "") + " each"
 
-    def hear(self, events: int) -> None:
-        """Take note of how many events came."""
-        if events:
+    def hear(self, events: list[Event]) -> None:
+        """Take note of what came since the last call."""
+        for event in events:
+            lost = event.kind == "lost"
+            self.until = time.monotonic() + _PATIENCE if lost else float("inf")
+            if lost and _Marker(self.root).error() is None:  # else the run ends, with that sentence
+                self._say(
+                    f"a worker was lost ({_cause([event.reason])}): Ray starts them again when the cluster has room for "
+                    f"{self.size}, and training goes on from its newest checkpoint"
+                )
+        if time.monotonic() > self.until:
             self.until = float("inf")
-        elif time.monotonic() > self.until:
-            self.until = float("inf")
-            size = f"{self.scale.cpus} CPUs" + (f" and {self.scale.gpus} GPUs" if self.scale.gpus else "")
-            note(
-                f"no worker has begun after {_PATIENCE:g} s: Ray waits for room for {self.scale.workers} of {size} each, or "
-                "they are still starting; it goes on by itself, Ctrl-C stops it (`ray status` shows what is in use)"
+            self._say(
+                f"no worker has begun after {_PATIENCE:g} s: Ray waits for room for {self.size}, or they are still starting"
             )
+
+    def _say(self, what: str) -> None:
+        note(f"{what}; it goes on by itself, Ctrl-C stops it (`ray status` shows what is in use)")
 
 
 def _trained_already(holder: str) -> None:

@@ -12,13 +12,14 @@ from typing import Any, Generic, TypeVar
 from dpar_core.files import Damaged, read_record, sha256_file, write_record
 from dpar_core.system import cpus
 from stages.terminal import note
-from stages.workers.cluster import Node, connected, expected, require
+from stages.workers.cluster import Node, connected, expected, living_nodes, require
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 Kept = TypeVar("Kept")
 Worker = Callable[[Unit], Result]  # does one unit; it is built once per process, so that models are loaded once
 _RESTARTS = 3  # times a lost actor comes back before the run gives up
+_LOOK_SECONDS = 5.0  # without a result, after which the machines of the cluster are looked at
 
 
 def run_units(
@@ -77,22 +78,44 @@ def run_units(
                 return self.worker(unit)
 
         kind = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(Actor)
-        waiting = list(reversed(units))
+        waiting = list(reversed(range(len(units))))
         actors = [kind.remote() for _ in range(min(workers, len(units)))]
-        busy: dict[Any, tuple[Any, Unit]] = {}
-        free = list(actors)
+        busy: dict[Any, tuple[Any, int]] = {}
+        free, missing = list(actors), {*waiting}
+
+        def room() -> int:
+            return min(sum(node.fits(cpus=threads, gpus=gpus) for node in living_nodes()), len(actors))
+
+        before = room()
         try:
-            while waiting or busy:
+            while missing:
                 while waiting and free:
-                    actor, unit = free.pop(), waiting.pop()
-                    busy[actor.work_on.remote(unit)] = actor, unit
-                (done,), _ = ray.wait(list(busy), num_returns=1)
-                actor, unit = busy.pop(done)
+                    if (number := waiting.pop()) in missing:
+                        actor = free.pop()
+                        busy[actor.work_on.remote(units[number])] = actor, number
+                done, _ = ray.wait(list(busy), num_returns=1, timeout=_LOOK_SECONDS)
+                if not done:
+                    if (now := room()) < before:
+                        _say_lost(now, len(actors))
+                    before = now
+                    if now < len(actors) and not waiting:  # what a lost actor had others do as well: it may never come back
+                        at_work = [number for _, number in busy.values()]
+                        waiting += [number for number in at_work if number in missing and at_work.count(number) == 1]
+                    continue
+                actor, number = busy.pop(done[0])
                 free.append(actor)
-                yield unit, _result_of(done)
+                result = _result_of(done[0])
+                if number in missing:
+                    missing.remove(number)
+                    yield units[number], result
         finally:
             for actor in actors:
                 ray.kill(actor)
+
+
+def _say_lost(room: int, workers: int) -> None:
+    then = "they do the work of the lost ones as well" if room else "it goes on by itself when a machine joins"
+    note(f"a machine of the Ray cluster was lost, it has room for {room} of {workers} workers now: {then}; Ctrl-C stops it")
 
 
 def _result_of(reference: Any) -> Any:

@@ -3,8 +3,9 @@
     python -m tests.fuzz.commands [--project FOLDER] [--only sample]
 
 A command may do its work, refuse (exit 1 or 2), and has to say something when it refuses. A traceback, an error that nobody
-foresaw (exit 70), a signal, or more than 20 s is a finding. Environment variables are tried in the same way. --project keeps
-the project for a later call. Exit 1 when there are findings.
+foresaw (exit 70), a signal, over 20 s by the clock or 5 s of CPU is a finding. Environment variables are tried in the same
+way. Root calls them as another user, who may not read everything. --project keeps the project for a later call. Exit 1 when
+there are findings.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 20.0
+CPU_SECONDS = 5.0
+NOBODY = 65534  # whom root calls the commands as, where others may read this Python
+AS_NOBODY = os.getuid() == 0 and all(folder.stat().st_mode & 0o1 for folder in Path(os.__file__).resolve().parents)
 MEMORY = 3 << 30
 GROUPS = {"params": ("show", "use", "check", "list"), "runs": ("show", "sync"), "sweep": ("threshold", "cfg")}
 
@@ -74,6 +78,7 @@ SOUND: dict[str, list[str]] = {
     "patches stats": ["--thresholds", "1", "--out", "st.png"],
     "sweep threshold": ["--name", "n", "--trials", "1", "--search", "nothing"],
     "sweep cfg": ["--name", "n", "--trials", "1", "--search", "nothing"],
+    "metrics": [],
     "runs": [],
     "runs show": ["0"],
     "runs sync": [],
@@ -123,6 +128,24 @@ TEXTS = (
     "http:///",
     "://",
     "a:b",
+)
+NUMBERS = (
+    "",
+    " ",
+    "x" * 300,
+    "[/b]",
+    "-1",
+    "0",
+    "1",
+    "1e400",
+    "nan",
+    "-inf",
+    "1" * 5000,
+    "0x10",
+    "1_0",
+    "١",
+    "true",
+    "\udcff",
 )
 FILES = (
     "hostile/empty",
@@ -184,9 +207,11 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Ended:
+    """How a call ended. status: None where it hung. cpu: seconds of this process alone."""
+
     status: int | None
     said: str
-    seconds: float
+    cpu: float = 0.0
 
 
 def hostile_files(folder: Path) -> None:
@@ -268,12 +293,14 @@ def calls(only: str) -> Iterator[tuple[list[str], dict[str, str]]]:
         yield [*name.split(), *sound], {}
         yield [*name.split(), "--nothing"], {}
         for parameter in parameters:
+            if parameter.opts[0] == "--help":
+                continue
             flag = bool(getattr(parameter, "is_flag", False))
             if flag:
                 yield [*name.split(), *sound, parameter.opts[0]], {}
                 continue
             option, kind = parameter.opts[0], str(vars(parameter).get("type_descriptor"))
-            for value in (*TEXTS, *(FILES if "Path" in kind or "str" in kind else ())):
+            for value in (*TEXTS, *FILES) if "Path" in kind or "str" in kind else NUMBERS:
                 if not option.startswith("-"):
                     rest = sound[1:] if sound and not sound[0].startswith("-") else sound
                     yield [*name.split(), "--", value, *[]] if not rest else [*name.split(), *rest, "--", value], {}
@@ -318,6 +345,10 @@ def call(project: Path, words: list[str], environment: dict[str, str]) -> Ended:
             os.environ |= environment
             tempfile.tempdir = None
             os.chdir(project)
+            if AS_NOBODY:
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
             sys.argv[:] = ["dpar-cli", *words]
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
             pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -337,21 +368,21 @@ def call(project: Path, words: list[str], environment: dict[str, str]) -> Ended:
             os.write(2, traceback.format_exc().encode(errors="replace"))
             os._exit(99)
     os.close(writing)
-    said, status = b"", None
+    said, status, cpu = b"", None, 0.0
     while time.monotonic() - began < PATIENCE:
         ready, _, _ = select.select([reading], [], [], 0.05)
         if ready and (piece := os.read(reading, 1 << 16)):
             said = (said + piece)[-200_000:]
             continue
-        found, code = os.waitpid(child, os.WNOHANG)
+        found, code, used = os.wait4(child, os.WNOHANG)
         if found:
-            status = os.waitstatus_to_exitcode(code)
+            status, cpu = os.waitstatus_to_exitcode(code), used.ru_utime + used.ru_stime
             break
     else:
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
     os.close(reading)
-    return Ended(status, said.decode(errors="replace"), time.monotonic() - began)
+    return Ended(status, said.decode(errors="replace"), cpu)
 
 
 def problem(ended: Ended) -> str | None:
@@ -362,6 +393,8 @@ def problem(ended: Ended) -> str | None:
         return f"traceback: {ended.said[-300:]!r}"
     if ended.status not in (0, 1, 2):
         return f"status {ended.status}: {ended.said[-300:]!r}"
+    if ended.cpu > CPU_SECONDS:
+        return f"{ended.cpu:.1f} s of CPU: {ended.said[-300:]!r}"
     if ended.status and not ended.said.strip():
         return f"status {ended.status} without a word"
     if "pw@" in ended.said or "SECRET" in ended.said or "token=abc" in ended.said:
@@ -376,6 +409,7 @@ def main() -> None:
     options = parser.parse_args()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix="dpar-commands-", dir=memory))
+    root.chmod(0o755)
     os.environ |= {"OMP_NUM_THREADS": "1", "DPAR_CACHE": str(root / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
     kept = options.project
     if kept is None or not kept.exists():
@@ -393,6 +427,7 @@ def main() -> None:
             if tried % 25 == 0:
                 shutil.rmtree(project, ignore_errors=True)
                 shutil.copytree(base, project, symlinks=True, copy_function=_copy)
+                _give_away(project)
             tried += 1
             ended = call(project, words, environment)
             if (
@@ -407,6 +442,14 @@ def main() -> None:
         shutil.rmtree(root, ignore_errors=True)
     print(f"{tried} calls, {found} findings")
     sys.exit(1 if found else 0)
+
+
+def _give_away(folder: Path) -> None:
+    """Make a folder that of the user who calls the commands, without the rights of root where this is root."""
+    if AS_NOBODY:
+        for where, folders, names in os.walk(folder):
+            for name in (".", *folders, *names):
+                os.chown(os.path.join(where, name), NOBODY, NOBODY, follow_symlinks=False)
 
 
 def _copy(source: str, target: str) -> None:

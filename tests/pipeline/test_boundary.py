@@ -12,6 +12,7 @@ import time
 import zipfile
 from http.client import IncompleteRead
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -182,8 +183,30 @@ def test_credentials_of_addresses_are_redacted_and_nothing_else(text, shown):
     assert redacted(text) == shown
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
-def test_a_path_whose_reading_never_ends_is_refused(project, capsys, monkeypatch, make):
+@pytest.mark.parametrize("value", ["nan", "1e400", "-inf"])
+def test_a_number_that_is_none_is_refused_with_its_option(capsys, monkeypatch, value):
+    app = typer.Typer()
+
+    @app.command()
+    def read(cfg_scale: Annotated[float, typer.Option()]) -> None:
+        print("read")
+
+    boundary.carry_errors(app)
+    monkeypatch.setattr(sys, "argv", ["dpar-cli", f"--cfg-scale={value}"])
+    with pytest.raises(SystemExit) as ended:
+        boundary.guarded(app)
+    assert ended.value.code == 1 and f"--cfg-scale is {float(value)}, expected a finite number" in capsys.readouterr().err
+
+
+UNREADABLE = {
+    "pipe": (os.mkfifo, "a device, a pipe or a socket"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "a device, a pipe or a socket"),
+    "loop": (lambda path: path.symlink_to(path.name), "a link that leads to itself"),
+}
+
+
+@pytest.mark.parametrize(("make", "what"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_path_whose_reading_never_ends_is_refused(project, capsys, monkeypatch, make, what):
     make(project / "params.yaml")
     app = typer.Typer()
 
@@ -195,7 +218,7 @@ def test_a_path_whose_reading_never_ends_is_refused(project, capsys, monkeypatch
     monkeypatch.setattr(sys, "argv", ["dpar-cli", "params.yaml"])
     with pytest.raises(SystemExit) as ended:
         boundary.guarded(app)
-    assert ended.value.code == 1 and "params.yaml is a device, a pipe or a socket" in capsys.readouterr().err
+    assert ended.value.code == 1 and f"params.yaml is {what}" in capsys.readouterr().err
 
 
 def test_names_with_brackets_are_printed_as_they_are():

@@ -80,6 +80,25 @@ def test_a_tensor_that_is_longer_than_what_is_stored_for_it_is_refused(tmp_path,
         load_script(tmp_path / "x.pt", "cpu")
 
 
+class Narrow(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("few", torch.zeros(4).to(torch.float8_e4m3fn))
+
+    def forward(self, images):
+        return images
+
+
+def test_tensors_of_eight_bits_are_read_and_those_of_an_unknown_type_are_not_called_damage(tmp_path, monkeypatch):
+    torch.jit.script(Narrow()).save(str(tmp_path / "x.pt"))
+    assert dict(load_script(tmp_path / "x.pt", "cpu").named_buffers())["few"].dtype == torch.float8_e4m3fn
+    monkeypatch.delitem(features._WIDTHS, "Float8_e4m3fn")
+    with pytest.raises(
+        ValueError, match=r"x\.pt holds a tensor of the type Float8_e4m3fn, which cannot be read here"
+    ):
+        load_script(tmp_path / "x.pt", "cpu")
+
+
 def test_a_program_that_kills_its_reader_ends_in_a_sentence(tmp_path, script, rehearse, monkeypatch):
     (tmp_path / "x.pt").write_bytes(script)
     rehearse(tmp_path / "x.pt")

@@ -144,6 +144,12 @@ def test_a_download_says_where_from_and_where_to_and_checks_its_digest(place, se
     assert sorted(path.name for path in Path("w").iterdir()) == ["net.pt"]
 
 
+@pytest.mark.parametrize("url", ["", "w.pt", "/etc/passwd", "http://[::1", "s3://bucket/w.pt"])
+def test_what_is_no_address_is_not_downloaded(tmp_path, url):
+    with pytest.raises(ValueError, match="no address that can be read, expected one that begins with http"):
+        download(url, tmp_path / "w.pt")
+
+
 def test_a_download_that_breaks_off_gets_a_sentence_and_leaves_nothing(tmp_path):
     class Short(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

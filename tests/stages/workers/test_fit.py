@@ -19,7 +19,7 @@ from stages.shared.jobs import TrainJob, train_job
 from stages.workers import cluster
 from stages.workers import fit as ray_train
 from stages.workers.cluster import Node
-from stages.workers.fit import Scale, _Marker, _Tail, _worker
+from stages.workers.fit import Event, Scale, _Marker, _Tail, _worker
 from stages.workers.lock import locked
 from tests.helpers.processes import fork_server
 from tests.helpers.tiny_shards import CODES, GRID, ROOT, tiny_params, write_maps, write_tokens
@@ -80,21 +80,38 @@ def test_only_whole_lines_are_delivered(tmp_path):
             assert seen == expected
 
 
-def test_a_run_that_does_not_begin_says_so_once(monkeypatch, capsys):
-    scale = Scale(workers=3, cpus=4, gpus=1, group=True)
+def test_a_run_that_does_not_begin_says_so_once(monkeypatch, capsys, tmp_path):
+    scale, log = Scale(workers=3, cpus=4, gpus=1, group=True), Event("log", 1)
     monkeypatch.setattr(ray_train, "_PATIENCE", 0.0)
-    silence = ray_train._StartWatch(scale)
-    for events in (0, 0, 2, 0):
+    silence = ray_train._StartWatch(scale, str(tmp_path))
+    for events in ([], [], [log, log], []):
         time.sleep(0.01)
         silence.hear(events)
-    said = capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())  # without the terminal's line ends
     assert said.count("no worker has begun") == 1
     assert "room for 3 of 4 CPUs and 1 GPUs each" in said
-    begun = ray_train._StartWatch(scale)
-    begun.hear(1)
+    begun = ray_train._StartWatch(scale, str(tmp_path))
+    begun.hear([log])
     time.sleep(0.01)
-    begun.hear(0)
+    begun.hear([])
     assert capsys.readouterr().err == ""
+
+
+def test_lost_workers_are_reported_and_the_wait_for_new_ones_too(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ray_train, "_PATIENCE", 0.0)
+    ray_train._Marker(str(tmp_path)).write(error=None)
+    lost = Event("lost", 0, reason="Worker 1 failed\nThe actor is dead because its node has died.\n\tat somewhere")
+    watch = ray_train._StartWatch(Scale(workers=2, cpus=1, gpus=0, group=True), str(tmp_path))
+    watch.hear([Event("log", 1)])
+    watch.hear([lost])
+    time.sleep(0.01)
+    watch.hear([])
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("a worker was lost (The actor is dead because its node has died.): Ray starts them again when")
+    assert "no worker has begun after" in said
+    ray_train._Marker(str(tmp_path)).write(error="a loss of nan")  # which trying again cannot change: the run ends with it
+    watch.hear([lost])
+    assert "a worker was lost" not in capsys.readouterr().err
 
 
 class FakeContext:
@@ -220,10 +237,7 @@ def test_what_ended_a_run_is_reported_in_one_sentence(text, expected):
 
 
 def test_memory_that_ran_out_on_any_worker_is_reported():
-    from ray.train import WorkerGroupError
-
-    failures = {0: RuntimeError("RuntimeError: Connection closed by peer"), 1: RuntimeError(LOW_ON_MEMORY)}
-    assert "a machine ran out of memory" in ray_train._cause(WorkerGroupError("", failures))
+    assert "a machine ran out of memory" in ray_train._cause(["RuntimeError: Connection closed by peer", LOW_ON_MEMORY])
 
 
 def test_of_lines_between_two_reports_the_newest_is_sent_and_every_validation(monkeypatch, tmp_path):
