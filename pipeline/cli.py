@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -87,11 +88,12 @@ def ui(
     from dpar_core.secrets import redacted
     from pipeline.tracking.outbox import opened
     from pipeline.tracking.store import store_root, tracking_uri
-    from pipeline.tracking.ui import check_port, open_when_there, runs_address
+    from pipeline.tracking.ui import APP, check_port, check_server, open_when_there, runs_address
     from stages.terminal import print_fitted
 
     root = _root()
     check_port(port)
+    check_server()
     uri, address = tracking_uri(root), runs_address(*opened(root), port)
     print_fitted(f"runs        {address}  (there in about 15 s; Ctrl-C stops it)\nstore       {redacted(uri)}")
     artifacts = (store_root(root) / "mlartifacts").as_uri()
@@ -102,8 +104,12 @@ def ui(
         "MLFLOW_LOGGING_LEVEL": "ERROR",
         **({} if "MLFLOW_TRACKING_URI" in os.environ else {"MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts}),
     }
-    # -P: not the code of the current folder.
-    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment |= {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
+    # Not the code of the current folder, which uvicorn would take as well.
+    ours = str(Path(__file__).resolve().parents[1])
+    options = shlex.join(["--app-dir", ours, "--no-access-log", "--log-level", "warning"])
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--app-name", APP, "--uvicorn-opts", options]
     if browser and sys.stdout.isatty():
         open_when_there(address, port)
     os.execve(sys.executable, command, environment)

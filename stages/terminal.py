@@ -28,13 +28,17 @@ def columns() -> int:
 
 
 def wrapped(text: str, *, first: str = "", rest: str = "") -> str:
-    """Wrap a sentence; first, rest: what stands before its first and further lines. Long paths are never broken."""
+    """Wrap a sentence; first, rest: what stands before its first and further lines.
+
+    Long paths are never broken, and commands in backticks only where they are longer than a line.
+    """
     width = columns()
     if 2 * len(rest) > width:  # a hanging indent that would leave little of a narrow terminal
         rest = "    "
+    text = re.sub(r"`[^`\n]+`", lambda one: one[0].replace(" ", "\0") if len(one[0]) + len(rest) <= width else one[0], text)
     return textwrap.fill(
         text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
-    )
+    ).replace("\0", " ")
 
 
 def fitted(text: str) -> str:

@@ -6,7 +6,8 @@ Shapes: n images, d feature dimensions, c classes. Means and covariances are flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -173,13 +174,20 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], dict[str, float]], count: int, *, resamples: int, seed: int = 0
+    statistic: Callable[[np.ndarray], dict[str, float]],
+    count: int,
+    *,
+    resamples: int,
+    seed: int = 0,
+    least: Mapping[str, float] | None = None,
 ) -> dict[str, Interval]:
     """Return 95 % intervals of statistics of `count` images under resampling with replacement.
 
     statistic: maps indices (count,) to named numbers. The interval is centred on the value of the full set (basic
     bootstrap of the spread), as resampled sets are farther from any reference than the set itself.
+    least: smallest values that statistics can have, by name. An interval ends there: beyond it is no value to hold.
     """
+    bounds = least or {}
     rng = np.random.default_rng(seed)
     centre = statistic(np.arange(count))
     resampled = [statistic(rng.integers(0, count, count)) for _ in range(resamples)]
@@ -187,5 +195,6 @@ def bootstrap(
     for name, value in centre.items():
         values = np.array([values[name] for values in resampled])
         spread = np.percentile(values - values.mean(), [2.5, 97.5])
-        intervals[name] = Interval(float(value + spread[0]), float(value + spread[1]))
+        low, high = (max(float(value + end), bounds.get(name, -math.inf)) for end in spread)
+        intervals[name] = Interval(low, high)
     return intervals

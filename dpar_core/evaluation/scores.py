@@ -181,8 +181,10 @@ def compare(
         both = precision_recall(reference.features, features.pool, k=settings.neighbours)
         scores |= {"eval/precision": both.precision, "eval/recall": both.recall}
         scores[f"eval/kid{suffix}"] = kernel_distance(reference.features, features.pool, seed=seed)
-    intervals = bootstrap(frechet, len(features.pool), resamples=settings.bootstrap, seed=seed) if settings.bootstrap else {}
-    return scores, intervals
+    if not settings.bootstrap:
+        return scores, {}
+    least = {f"eval/{distance}": 0.0, f"eval/is{suffix}": 1.0}
+    return scores, bootstrap(frechet, len(features.pool), resamples=settings.bootstrap, seed=seed, least=least)
 
 
 def check_rank(images: int, reference: Reference, settings: ScoreSettings) -> None:

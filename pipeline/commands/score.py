@@ -250,14 +250,14 @@ def _expected(size: str, grid: int, given: list[str] | None) -> dict[str, float]
 def _network(features: str, file: Path | None, sha256: str | None, params: Params | None) -> FeatureNetwork:
     from dpar_core.evaluation.features import feature_network
     from pipeline.runner import device_of, set_threads
-    from stages.artifacts import CLASSIFIER
+    from stages.artifacts import CLASSIFIER, FOLDER
     from stages.params import Compute
 
     compute = params.compute if params else Compute(device="auto", threads=0)
     set_threads(compute)
     if file is None:
         if features == "demo":
-            file = Path(CLASSIFIER.path)
+            file = CLASSIFIER.require(Path(FOLDER))
         elif params and params.score.features == features and params.score.features_file is not None:
             file = Path(params.score.features_file)
         else:

@@ -6,10 +6,12 @@ import json
 import socket
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from typing import Any
 
 # At the runs of whole pipelines, in this order (see summary.py).
 HEADLINE_METRICS = ("dpar_loss", "baseline_loss", "dpar_distance", "baseline_distance", "training_speed", "sampling_speed")
+APP = "dpar"  # name of server.py in pyproject.toml
 _VIEW = "dpar"  # name of the table's view, which is a tag of the experiment
 
 # A process of its own, as the one that asks becomes the server. It gives up after a minute.
@@ -29,12 +31,20 @@ for _ in range(240):
 def runs_address(client: Any, experiment: str, port: int) -> str:
     """Return the address of the runs with their headline metrics as columns, and keep that view in the store.
 
-    `workflowType`: without it the pages are those of a product for language models, whatever the experiment's tag says.
+    The page /dpar of server.py goes on to them. `workflowType` is for a browser that has chosen otherwise before.
     """
     view = {"selectedColumns": [f"metrics.`{name}`" for name in HEADLINE_METRICS]}
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{_VIEW}", json.dumps(view))
     query = f"viewStateShareKey={_VIEW}&workflowType=machine_learning"
-    return f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?{query}"
+    return f"http://127.0.0.1:{port}/dpar#/experiments/{experiment}/runs?{query}"
+
+
+def check_server() -> None:
+    """Raise RuntimeError in a sentence where MLflow would not find server.py."""
+    if not any(one.name == APP for one in entry_points(group="mlflow.app")):
+        raise RuntimeError(
+            f"dpar was installed before its code changed (MLflow knows no app {APP!r}): run `make environment`"
+        )
 
 
 def check_port(port: int) -> None:

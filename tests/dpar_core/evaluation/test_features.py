@@ -93,9 +93,7 @@ def test_tensors_of_eight_bits_are_read_and_those_of_an_unknown_type_are_not_cal
     torch.jit.script(Narrow()).save(str(tmp_path / "x.pt"))
     assert dict(load_script(tmp_path / "x.pt", "cpu").named_buffers())["few"].dtype == torch.float8_e4m3fn
     monkeypatch.delitem(features._WIDTHS, "Float8_e4m3fn")
-    with pytest.raises(
-        ValueError, match=r"x\.pt holds a tensor of the type Float8_e4m3fn, which cannot be read here"
-    ):
+    with pytest.raises(ValueError, match=r"x\.pt holds a tensor of the type Float8_e4m3fn, which cannot be read here"):
         load_script(tmp_path / "x.pt", "cpu")
 
 

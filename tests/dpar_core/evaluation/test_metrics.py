@@ -105,6 +105,19 @@ def test_bootstrap_intervals_hold_the_truth(rng):
     assert interval.high - interval.low == pytest.approx(2 * 1.96 / 20, rel=0.25)
 
 
+def test_an_interval_ends_where_no_value_can_be(rng):
+    """A few images near the reference: resampled sets spread wider than the distance is large."""
+    reference, images = FeatureMoments.of(rng.normal(0, 1, (400, 1))), np.array([[-1.2], [-0.4], [0.3], [1.3]])
+
+    def distance(chosen: np.ndarray) -> dict[str, float]:
+        one = FeatureMoments.of(images[chosen])
+        return {"fid": frechet_distance(one.mean, one.covariance, reference.mean, reference.covariance)}
+
+    free = bootstrap(distance, 4, resamples=100)["fid"]
+    held = bootstrap(distance, 4, resamples=100, least={"fid": 0.0})["fid"]
+    assert free.low < 0 == held.low and held.high == free.high > 0
+
+
 @pytest.mark.parametrize(
     ("features", "words"),
     [(np.ones((1, 4)), "at least two"), (np.full((9, 4), np.nan), "9 of 9 features are not finite")],

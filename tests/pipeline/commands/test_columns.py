@@ -148,6 +148,7 @@ PRINTED = {
     "probe --images 18 --held-out 18": 0,
     "score a.npz --reference train": 1,
     "score a.npz --reference train --features inception": 1,
+    "score a.npz --reference train --features demo": 1,
     "compare artifacts/scores/dpar.json artifacts/scores/llamagen.json": 0,
     "compare artifacts/scores/dpar.json missing.json": 1,
     "fetch something": 1,
@@ -260,6 +261,13 @@ def test_a_table_is_aligned_where_it_fits_and_a_list_where_it_does_not(monkeypat
     ]
     monkeypatch.setenv("COLUMNS", "40")
     assert table(head, rows).splitlines()[:4] == ["a long name of a case", "  difference 0.5", "  verdict agrees", "b"]
+
+
+def test_commands_in_backticks_can_be_copied(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = wrapped("artifacts/tokens is missing: run `dvc repro tokenize_images`, which makes it", rest="  ")
+    assert text.splitlines()[1] == "  `dvc repro tokenize_images`, which"
+    assert "dpar-cli\n" in wrapped(f"run `dpar-cli {'x' * 39}`") and "\0" not in text
 
 
 def test_lines_are_as_wide_as_the_terminal_and_80_columns_at_most(monkeypatch):

@@ -1,8 +1,10 @@
 """`dpar-cli runs`: pipeline runs as a table, and what one changed."""
 
+import importlib
 import json
 import shutil
 import socket
+import tomllib
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,9 @@ import pytest
 from pipeline.commands.runs import run_lines, show_lines, sync_runs
 from pipeline.tracking import outbox, store
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.ui import HEADLINE_METRICS, check_port, runs_address
+from pipeline.tracking.ui import APP, HEADLINE_METRICS, check_port, runs_address
 from tests.helpers.mlflow_stores import closed_port
+from tests.helpers.paths import ROOT
 
 
 def run(name="demo · DPAR 2.79 / baseline 2.86 nats", steps="480", **metrics):
@@ -73,11 +76,19 @@ def test_the_pages_open_as_those_of_machine_learning_with_the_headline_metrics_a
     shutil.copy(fresh_store, tmp_path)
     client, experiment = store.connect(tmp_path)
     address = runs_address(client, experiment, 5001)
-    assert address.startswith(f"http://127.0.0.1:5001/#/experiments/{experiment}/runs?")
+    assert address.startswith(f"http://127.0.0.1:5001/dpar#/experiments/{experiment}/runs?")
     assert "workflowType=machine_learning" in address
     key = address.partition("viewStateShareKey=")[2].partition("&")[0]
     view = json.loads(client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{key}"])
     assert view["selectedColumns"] == [f"metrics.`{name}`" for name in HEADLINE_METRICS]
+
+
+def test_mlflow_finds_the_page_that_sets_what_the_browser_keeps_before_its_own():
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["mlflow.app"]
+    module, _, name = entries[APP].partition(":")
+    server = importlib.import_module(module)
+    first = getattr(server, name).router.routes[0]
+    assert first.path == "/dpar" and b"machine_learning" in first.endpoint(None).body
 
 
 def test_a_port_that_is_taken_is_named():
