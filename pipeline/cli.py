@@ -19,7 +19,7 @@ from pipeline.commands.score import calibrate, compare, fetch, score
 from pipeline.commands.sweep import sweep_app
 from pipeline.commands.workflow import doctor, metrics, run, status
 from pipeline.cost import cost
-from pipeline.project import enter_project, follow_paths, keep_caches_writable
+from pipeline.project import enter_project, follow_paths, keep_caches_writable, project_folder
 
 app = typer.Typer(
     name="dpar-cli",
@@ -76,7 +76,7 @@ def stage(name: Annotated[str, typer.Argument(help="Stage of dvc.yaml, as data, 
     """
     from pipeline.runner import run_stage
 
-    run_stage(name, root=_root(), params_file=PARAMS)
+    run_stage(name, root=project_folder(), params_file=PARAMS)
 
 
 @app.command()
@@ -91,7 +91,7 @@ def ui(
     from pipeline.tracking.ui import APP, check_port, check_server, open_when_there, runs_address
     from stages.terminal import print_fitted
 
-    root = _root()
+    root = project_folder()
     check_port(port)
     check_server()
     uri, address = tracking_uri(root), runs_address(*opened(root), port)
@@ -180,7 +180,7 @@ def sample(
         borders=borders,
         given=given,
         keep_rows=keep_rows,
-        root=_root(),
+        root=project_folder(),
         params_file=PARAMS,
     )
     print_fitted(line)
@@ -191,7 +191,7 @@ def params_show(name: Annotated[str | None, typer.Argument(help="A preset; param
     """Print a preset, or params.yaml, with every value and its unit."""
     from pipeline.presets.use import preset_file
 
-    print((preset_file(_root(), name) if name else PARAMS).read_text("utf-8"), end="")
+    print((preset_file(project_folder(), name) if name else PARAMS).read_text("utf-8"), end="")
 
 
 @params_app.command("use")
@@ -206,7 +206,7 @@ def params_use(
     from pipeline.presets.use import use_preset
     from stages.terminal import print_fitted
 
-    print_fitted(use_preset(_root(), name, force=force))
+    print_fitted(use_preset(project_folder(), name, force=force))
 
 
 @params_app.command("check")
@@ -224,15 +224,7 @@ def params_list() -> None:
     """List the presets, each with what it is for."""
     from pipeline.presets.use import preset_lines
 
-    print("\n".join(preset_lines(_root())))
-
-
-def _root() -> Path:
-    """The project's folder: where params.yaml and dvc.yaml are."""
-    here = Path.cwd()
-    if not (here / "dvc.yaml").exists():
-        raise FileNotFoundError(f"no dvc.yaml in {here} nor above it: go to the project's folder first")
-    return here
+    print("\n".join(preset_lines(project_folder())))
 
 
 def main() -> None:

@@ -33,6 +33,14 @@ def find_project(start: Path) -> Path | None:
     return next((folder for folder in folders if (folder / "dvc.yaml").is_file()), None)
 
 
+def project_folder() -> Path:
+    """Return the project's folder, which a command line has entered. Raises FileNotFoundError where it is none."""
+    here = Path.cwd()
+    if not (here / "dvc.yaml").exists():
+        raise FileNotFoundError(f"no dvc.yaml in {here} nor above it: go to the project's folder first")
+    return here
+
+
 def enter_project() -> Path | None:
     """Make the project's folder the working folder and return where the command was started, None outside a project.
 

@@ -27,7 +27,7 @@ from dpar_core.patches.rule import lengths_from_starts, starts_from_lengths
 from dpar_core.pictures import labelled_grid, save_png
 from stages import params as P
 from stages.artifacts import METRICS, SAMPLE_GRID, SAMPLE_IMAGES, SAMPLE_PROTOCOL, SAMPLE_TOKENS, TIMINGS, artifact_digest
-from stages.shared.sampler import Files, Sampler
+from stages.shared.sampler import Files, Sampler, log_inputs
 from stages.terminal import print_fitted
 from stages.tracker import Progress, Tracker
 from stages.workers.cluster import Node
@@ -69,9 +69,7 @@ class LlamaGenOutputs:
 
 def run_dpar(params: Params, inputs: DPARInputs, outputs: DPAROutputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Draw images from DPAR."""
-    for name in ("model", "entropy_model", "tokenizer"):
-        path = getattr(inputs, name)
-        tracker.log_input(name, path, artifact_digest(path))
+    log_inputs(tracker, inputs, "model", "entropy_model", "tokenizer")
     files = Files(inputs.model, inputs.tokenizer, inputs.entropy_model, inputs.patch_rule)
     sample_images(params.sample, files, outputs.samples, tracker, device=device, work=work / "dpar", prefix="")
 
@@ -80,9 +78,7 @@ def run_llamagen(
     params: Params, inputs: LlamaGenInputs, outputs: LlamaGenOutputs, tracker: Tracker, *, device: str, work: Path
 ) -> None:
     """Sample images from the baseline as it was when it had trained for as many steps, and for as long, as DPAR."""
-    for name in ("model", "equal_time", "tokenizer"):
-        path = getattr(inputs, name)
-        tracker.log_input(name, path, artifact_digest(path))
+    log_inputs(tracker, inputs, "model", "equal_time", "tokenizer")
     for model, target, prefix in (
         (inputs.model, outputs.samples, ""),
         (inputs.equal_time, outputs.equal_time, "equal_time/"),

@@ -11,9 +11,8 @@ from torch import Tensor
 from dpar_core.generation.parts import timed_parts
 from dpar_core.turns import take_turns
 from stages import params as P
-from stages.artifacts import artifact_digest
 from stages.shared.pace import SECONDS, Pace, machine_words, wait_for_helpers, write_pace
-from stages.shared.sampler import Files, Sampler
+from stages.shared.sampler import Files, Sampler, log_inputs
 from stages.time_training import waits_for, whole_seconds
 from stages.tracker import Tracker
 
@@ -41,9 +40,7 @@ class Outputs:
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:
     """Sample the same classes and seeds with both models in turns; tokens only, decoding to pixels is the same for both."""
-    for name in ("dpar", "llamagen", "entropy_model"):
-        path = getattr(inputs, name)
-        tracker.log_input(name, path, artifact_digest(path))
+    log_inputs(tracker, inputs, "dpar", "llamagen", "entropy_model")
     models = (
         Sampler(Files(inputs.dpar, inputs.tokenizer, inputs.entropy_model, inputs.patch_rule), params.sample, device=device),
         Sampler(Files(inputs.llamagen, inputs.tokenizer), params.sample, device=device),

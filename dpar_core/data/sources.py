@@ -73,20 +73,21 @@ class ImageOpener:
             )
         return content
 
-    def file(self, source: str) -> Path:
-        """Return the file that an image's bytes lie in. Raises ValueError for a source it does not know."""
+    def _place(self, source: str) -> tuple[re.Match[str], Path]:
+        """Return a source taken apart and its root. Raises ValueError for one that is not known."""
         match = _PLACE.fullmatch(source)
         if match is None or match["root"] not in self.roots:
             raise ValueError(f"no image source {source!r}: expected one of {', '.join([*self.roots, *self.loaders])}")
-        root = self.roots[match["root"]]
+        return match, self.roots[match["root"]]
+
+    def file(self, source: str) -> Path:
+        """Return the file that an image's bytes lie in. Raises ValueError for a source it does not know."""
+        match, root = self._place(source)
         return root / match["rest"] if match["kind"] is None else _below(root, match["rest"])
 
     def content(self, source: str) -> bytes:
         """Return the bytes of an image file. Raises BadImage, ValueError."""
-        match = _PLACE.fullmatch(source)
-        if match is None or match["root"] not in self.roots:
-            raise ValueError(f"no image source {source!r}: expected one of {', '.join([*self.roots, *self.loaders])}")
-        root = self.roots[match["root"]]
+        match, root = self._place(source)
         try:
             if match["kind"] == ".":
                 path, column = _below(root, match["rest"]), match["column"] or IMAGE_COLUMN

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from dpar_core.choices import PatchMode
+from pipeline.project import project_folder
 
 data_app = typer.Typer(
     no_args_is_help=True, help="Look at an image through every step, or check tokens and maps against their digests."
@@ -159,7 +160,4 @@ def data_check(
 def _artifacts() -> Path:
     from stages.artifacts import FOLDER
 
-    here = Path.cwd()
-    if not (here / "dvc.yaml").exists():
-        raise FileNotFoundError(f"no dvc.yaml in {here}: go to the project's folder first")
-    return here / FOLDER
+    return project_folder() / FOLDER

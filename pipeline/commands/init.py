@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.project import project_folder
+
 _FEATURES = 64  # of the demo's classifier: a distance of fewer images than that is a rough one
 
 
@@ -28,9 +30,7 @@ def init(
     from stages.terminal import wrapped
     from stages.tools.own_images import describe, split_images
 
-    root = Path.cwd()
-    if not (root / "dvc.yaml").exists():
-        raise FileNotFoundError(f"no dvc.yaml in {root} nor above it: go to the project's folder first")
+    root = project_folder()
     if not images.is_dir():
         raise FileNotFoundError(f"no folder at {images}: expected a folder with a folder of images for each class")
     text, kept = _checked(root, preset, force)

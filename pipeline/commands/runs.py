@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.project import project_folder
 from pipeline.tracking.ui import HEADLINE_METRICS
 
 runs_app = typer.Typer(help="List the pipeline runs in MLflow, show one, or send what MLflow missed.")
@@ -40,19 +41,12 @@ def show_run(identity: Annotated[str, typer.Argument(help="Run id, or its beginn
     print("\n".join(show_lines(found[0], now)))
 
 
-def _root() -> Path:
-    root = Path.cwd()
-    if not (root / "dvc.yaml").exists():
-        raise FileNotFoundError(f"no dvc.yaml in {root}: go to the project's folder first")
-    return root
-
-
 def _pipeline_runs() -> list[Any]:
     """Return the top-level runs, newest first."""
     from pipeline.tracking.outbox import opened
     from pipeline.tracking.tracker import PASS_TAG
 
-    client, experiment = opened(_root())
+    client, experiment = opened(project_folder())
     found = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=1000)
     return [run for run in found if PASS_TAG in run.data.tags]
 
@@ -105,7 +99,7 @@ def sync_runs() -> None:
     from pipeline.tracking import outbox
     from stages.terminal import print_fitted
 
-    root = _root()
+    root = project_folder()
     sender = outbox.Outbox(root, print_fitted)
     waiting = len(outbox.journals(root))
     count = outbox.sync(sender)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from pipeline.project import project_folder
+
 if TYPE_CHECKING:
     from stages.params import Params
     from stages.tools.sweep import Point, Search, Subject, SweepPlan, TrialResult
@@ -119,9 +121,7 @@ def subject_of(model: str, max_length: int | None) -> tuple[Subject, Params]:
     from stages.params import load_params, select, settled
     from stages.tools.sweep import Subject
 
-    root = Path.cwd()
-    if not (root / "dvc.yaml").exists():
-        raise FileNotFoundError(f"no dvc.yaml in {root}: go to the project's folder first")
+    root = project_folder()
     params = load_params(root / "params.yaml")
     device = device_of(params.compute)
     params = settled(params, device)

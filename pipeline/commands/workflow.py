@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from pipeline.boundary import INTERRUPTED, TERMINATED, Terminated
+from pipeline.project import project_folder
 from stages.tracker import PROGRESS_SECONDS
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def run(
     from stages.params import load_params
     from stages.terminal import wrapped
 
-    root = _root()
+    root = project_folder()
     load_params(root / "params.yaml")
     states = with_needs(project_state(root), targets or [])
     checks = examine(root)
@@ -390,7 +391,7 @@ def status(
     from pipeline.code import code_identity
     from pipeline.state import project_state
 
-    root = _root()
+    root = project_folder()
     states = project_state(root)
     if graph:
         print("\n".join(graph_lines(states)))
@@ -451,7 +452,7 @@ def metrics() -> None:
     """
     from pipeline.results import metrics_table
 
-    print(metrics_table(_root()))
+    print(metrics_table(project_folder()))
 
 
 def doctor() -> None:
@@ -463,7 +464,7 @@ def doctor() -> None:
     from pipeline.doctor import examine, lines
     from stages.terminal import wrapped
 
-    checks = examine(_root())
+    checks = examine(project_folder())
     print("\n".join(lines(checks)))
     failed = sum(check.verdict == "fail" for check in checks)
     warned = sum(check.verdict == "warn" for check in checks)
@@ -471,10 +472,3 @@ def doctor() -> None:
     print(f"\n{wrapped(words)}")
     if failed:
         raise SystemExit(1)
-
-
-def _root() -> Path:
-    here = Path.cwd()
-    if not (here / "dvc.yaml").exists():
-        raise FileNotFoundError(f"no dvc.yaml in {here} nor above it: go to the project's folder first")
-    return here

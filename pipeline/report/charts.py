@@ -47,6 +47,43 @@ def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(first, last + 1)]
 
 
+class _Frame:
+    """A chart's axes with their names and ticks.
+
+    x, y: the ends of each.
+    words: of the axes.
+    bottom: height of what stands below the axis; its numbers stand `below` it.
+    parts: what is drawn so far.
+    """
+
+    def __init__(
+        self,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        words: tuple[str, str],
+        *,
+        bottom: int = BOTTOM,
+        below: int = 18,
+    ) -> None:
+        self.x, self.y, self.bottom = x, y, bottom
+        self.parts = [_open(WIDTH, HEIGHT, f"{words[1]} against {words[0]}", style="chart")]
+        for value in ticks(*y):
+            self.parts.append(f'<path class="rule" d="M{LEFT} {self.down(value):.1f}H{WIDTH - RIGHT}"/>')
+            self.parts.append(_text(LEFT - 8, self.down(value) + 4, f"{value:g}", "end"))
+        for value in ticks(*x):
+            self.parts.append(_text(self.across(value), HEIGHT - bottom + below, f"{value:g}", "middle"))
+        self.parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - bottom}H{WIDTH - RIGHT}"/>')
+        self.parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, words[0], "middle"))
+
+    def across(self, value: float) -> float:
+        low, high = self.x
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def down(self, value: float) -> float:
+        low, high = self.y
+        return HEIGHT - self.bottom - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
 def line_chart(series: Sequence[Series], *, x: str, y: str, marks: Mapping[str, float] | None = None) -> str:
     """Draw curves over x from 0. marks: words -> x of an upright line with these words beside it.
 
@@ -58,22 +95,8 @@ def line_chart(series: Sequence[Series], *, x: str, y: str, marks: Mapping[str, 
     high_x = max(p[0] for p in points) or 1.0
     low_y, high_y = min(p[1] for p in points), max(p[1] for p in points)
     pad = 0.08 * (high_y - low_y) or 0.5
-    low_y, high_y = low_y - pad, high_y + pad
-
-    def across(value: float) -> float:
-        return LEFT + value / high_x * (WIDTH - LEFT - RIGHT)
-
-    def down(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [_open(WIDTH, HEIGHT, f"{y} against {x}", style="chart")]
-    for value in ticks(low_y, high_y):
-        parts.append(f'<path class="rule" d="M{LEFT} {down(value):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(_text(LEFT - 8, down(value) + 4, f"{value:g}", "end"))
-    for value in ticks(0, high_x):
-        parts.append(_text(across(value), HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
-    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, x, "middle"))
+    frame = _Frame((0.0, high_x), (low_y - pad, high_y + pad), (x, y))
+    parts, across, down = frame.parts, frame.across, frame.down
     for words, index in (marks or {}).items():
         side, anchor = (-6, "end") if index > high_x / 2 else (6, "start")
         parts.append(f'<path class="mark" d="M{across(index):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
@@ -105,26 +128,12 @@ class Scatter:
 
 def scatter_chart(one: Scatter) -> str:
     """Draw points and the line through those on the front, each with its label as a tip."""
-    (low_x, high_x), (low_y, high_y) = (_padded([p[axis] for p in one.points]) for axis in (0, 1))
-
-    def at(point: tuple[float, float]) -> tuple[float, float]:
-        x = LEFT + (point[0] - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
-        return x, HEIGHT - BOTTOM - (point[1] - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [_open(WIDTH, HEIGHT, f"{one.y} against {one.x}", style="chart")]
-    for value in ticks(low_y, high_y):
-        down = at((low_x, value))[1]
-        parts.append(
-            f'<path class="rule" d="M{LEFT} {down:.1f}H{WIDTH - RIGHT}"/>{_text(LEFT - 8, down + 4, f"{value:g}", "end")}'
-        )
-    for value in ticks(low_x, high_x):
-        parts.append(_text(at((value, low_y))[0], HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
-    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, one.x, "middle"))
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(one.points[index]) for index in one.front))
+    frame = _Frame(_padded([x for x, _ in one.points]), _padded([y for _, y in one.points]), (one.x, one.y))
+    parts, across, down = frame.parts, frame.across, frame.down
+    path = "L".join(f"{across(x):.1f} {down(y):.1f}" for x, y in (one.points[index] for index in one.front))
     parts.append(f'<g class="dpar"><path class="curve" d="M{path}"/></g>')
     for index, point in enumerate(one.points):
-        x, y = at(point)
+        x, y = across(point[0]), down(point[1])
         tooltip = escape(f"{one.labels[index]}: {one.y} {point[1]:.3g}, {point[0]:.3g} {one.x}")
         style = "dpar" if index in one.front else "other"
         parts.append(f'<g class="{style}"><circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{tooltip}</title></circle></g>')
@@ -137,7 +146,7 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def bar_chart(values: Sequence[tuple[str, float]], *, x: str, y: str, style: str = "dpar") -> str:
+def bar_chart(values: Sequence[tuple[str, float]], *, x: str, y: str) -> str:
     """Draw upright bars of shares (0..1) with their percentages above."""
     high = max(value for _, value in values) * 1.12 or 1.0
     parts = [_open(WIDTH, HEIGHT, f"{y} by {x}", style="chart")]
@@ -146,7 +155,7 @@ def bar_chart(values: Sequence[tuple[str, float]], *, x: str, y: str, style: str
         height = value / high * (HEIGHT - TOP - BOTTOM)
         left, top = RIGHT + (number + 0.14) * step, HEIGHT - BOTTOM - height
         middle = left + 0.36 * step
-        parts.append(f'<rect class="{style}" x="{left:.1f}" y="{top:.1f}" width="{0.72 * step:.1f}" height="{height:.1f}"/>')
+        parts.append(f'<rect class="dpar" x="{left:.1f}" y="{top:.1f}" width="{0.72 * step:.1f}" height="{height:.1f}"/>')
         if len(values) <= 10:
             parts.append(_text(middle, top - 6, f"{value:.1%}", "middle", "value"))
         parts.append(_text(middle, HEIGHT - BOTTOM + 18, name, "middle"))
@@ -204,24 +213,10 @@ def difference_plot(rows: Sequence[tuple[str, Dot]], *, title: str) -> str:
 
 def dot_chart(dots: Sequence[tuple[str, float, Dot]], *, x: str, y: str) -> str:
     """Draw named values with their intervals over a cost: (name, cost, value) each."""
-    bottom = BOTTOM + 16  # three of these stand side by side, with letters larger than the lines
-    (low_x, high_x) = _padded([cost for _, cost, _ in dots])
-    (low_y, high_y) = _padded([end for _, _, dot in dots for end in (*(dot.interval or ()), dot.value)])
-
-    def across(value: float) -> float:
-        return LEFT + (value - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
-
-    def down(value: float) -> float:
-        return HEIGHT - bottom - (value - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [_open(WIDTH, HEIGHT, f"{y} against {x}", style="chart")]
-    for value in ticks(low_y, high_y):
-        parts.append(f'<path class="rule" d="M{LEFT} {down(value):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(_text(LEFT - 8, down(value) + 4, f"{value:g}", "end"))
-    for value in ticks(low_x, high_x):
-        parts.append(_text(across(value), HEIGHT - bottom + 22, f"{value:g}", "middle"))
-    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - bottom}H{WIDTH - RIGHT}"/>')
-    parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, x, "middle"))
+    ends = [end for _, _, dot in dots for end in (*(dot.interval or ()), dot.value)]
+    # Three of these stand side by side, with letters larger than the lines.
+    frame = _Frame(_padded([cost for _, cost, _ in dots]), _padded(ends), (x, y), bottom=BOTTOM + 16, below=22)
+    parts, across, down = frame.parts, frame.across, frame.down
     for number, (name, cost, dot) in enumerate(dots):
         left, middle = across(cost), down(dot.value)
         beside = sum(cost == other for _, other, _ in dots[:number])

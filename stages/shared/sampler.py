@@ -25,6 +25,8 @@ from dpar_core.patches.maps import precision_in, read_rule, rule_precision
 from dpar_core.patches.rule import PatchRule
 from dpar_core.precision import dtype_of
 from stages import params as P
+from stages.artifacts import artifact_digest
+from stages.tracker import Tracker
 
 DECODE_BATCH = 16  # images a decoder call on a GPU, always filled up
 
@@ -37,6 +39,13 @@ class Files:
     tokenizer: Path
     entropy_model: Path | None = None
     rule: Path | None = None
+
+
+def log_inputs(tracker: Tracker, inputs: object, *names: str) -> None:
+    """Tell a tracker which files a stage samples from: fields of its Inputs."""
+    for name in names:
+        path = getattr(inputs, name)
+        tracker.log_input(name, path, artifact_digest(path))
 
 
 def settings_of(sample: P.Sample, rule: PatchRule | None) -> SampleSettings:

@@ -58,7 +58,7 @@ def refused(result: tuple[int, list[str], list[str]], sentence: str) -> None:
 )
 def test_outside_a_project_each_says_where_to_go(tmp_path, monkeypatch, run, words):
     monkeypatch.chdir(tmp_path)
-    refused(run(*words), f"no dvc.yaml in {tmp_path}: go to the project's folder first")
+    refused(run(*words), f"no dvc.yaml in {tmp_path} nor above it: go to the project's folder first")
     assert list(tmp_path.iterdir()) == []
 
 
