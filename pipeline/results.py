@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.headline import read_headline, speeds
 from stages import artifacts as A
 from stages.artifacts import Artifact
 
@@ -87,8 +88,9 @@ def _loss(found: Found) -> str:
 
 def _flops_allow(root: Path, what: str) -> float:
     """Return the ratio of speeds that FLOPs allow, as the last report counted them; before the first report any."""
-    headline = root / A.HEADLINE.path
-    return float(json.loads(headline.read_text("utf-8"))[f"{what}_speed"]["flops_allow"]) if headline.exists() else math.inf
+    if (headline := read_headline(root)) is None:
+        return math.inf
+    return speeds(headline)[what]["flops_allow"]
 
 
 def _speed(found: Found) -> str:

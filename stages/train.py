@@ -55,19 +55,8 @@ class LlamaGenOutputs:
 
 def dpar_config(model: P.Model, *, codebook_size: int, row_width: int, num_classes: int) -> DPARConfig:
     """Return the shape of DPAR that the params ask for."""
-    same = (
-        "width",
-        "heads",
-        "encoder_layers",
-        "patch_layers",
-        "decoder_layers",
-        "ffn_multiple",
-        "position_encoding",
-        "dropout",
-        "class_dropout",
-    )
-    values = {name: getattr(model, name) for name in same}
-    return DPARConfig(codebook_size=codebook_size, row_width=row_width, num_classes=num_classes, **values)
+    shape = model.model_dump()
+    return DPARConfig(codebook_size=codebook_size, row_width=row_width, num_classes=num_classes, **shape)
 
 
 def llamagen_config(model: P.Model, *, codebook_size: int, row_width: int, num_classes: int) -> GPTConfig:

@@ -177,6 +177,7 @@ def calibrate(
     scores under --out. An interrupted one continues. Exit 1 when a score is outside its tolerance.
     """
     from dpar_core.files import digest_of, write_record
+    from dpar_core.models.sizes import MODEL_SIZES
     from pipeline.runner import device_of
     from stages.params import load_params, settled
     from stages.sample import sample_images
@@ -185,13 +186,14 @@ def calibrate(
     from stages.tools.score_files import settings_for, shape_in
     from stages.tracker import PrintTracker
 
-    if size not in calibration.HEADS and heads is None:
-        raise ValueError(f"--size is {size!r}, expected one of {', '.join(calibration.HEADS)}, or give --heads and --expect")
+    if size not in MODEL_SIZES and heads is None:
+        raise ValueError(f"--size is {size!r}, expected one of {', '.join(MODEL_SIZES)}, or give --heads and --expect")
+    heads = heads or MODEL_SIZES[size].heads  # which do not follow from weights
     expected = _expected(size, grid, expect)
     params = load_params(Path("params.yaml"))
     network = _network(features, features_file, sha256, params)
     tracker, work = PrintTracker(), Path("work", "calibrate")
-    files = calibration.import_checkpoint(gpt, vq, heads=heads or calibration.HEADS[size], grid=grid, folder=work)
+    files = calibration.import_checkpoint(gpt, vq, heads=heads, grid=grid, folder=work)
     section = settled(params.sample, device_of(params.compute)).model_copy(
         update={
             "images": images,
@@ -205,19 +207,13 @@ def calibrate(
             "resize": 256 if grid == 24 else None,
         }
     )
-    made_by = [files.model.parent.name, heads or calibration.HEADS[size], grid, section.model_dump(exclude={"workers"})]
+    made_by = [files.model.parent.name, heads, grid, section.model_dump(exclude={"workers"})]
     samples = out / f"samples-{digest_of(made_by)[:8]}"  # another checkpoint or scale never meets these pictures
     if images_in(samples) == samples:
         sample_images(
             section, files, samples, tracker, device=device_of(params.compute), work=work / samples.name, prefix=""
         )
-    settings = settings_for(
-        features,
-        images=images,
-        neighbours=3,
-        bootstrap=0,
-        allow_singular=allow_singular,
-    )
+    settings = settings_for(features, images=images, neighbours=3, bootstrap=0, allow_singular=allow_singular)
     against = _reference(reference, params, network, tracker, image_size=shape_in(samples).height)
     found = score_images(samples, against, network, settings, tracker, seed=params.seed)
     write_record(out / "scores.json", found.to_json())

@@ -353,27 +353,25 @@ def _terminate(process: int) -> None:
 
 def _verdict(root: Path) -> str:
     """Return what a finished run has to show."""
-    import json
-
-    from stages.artifacts import HEADLINE, REPORT_PAGE
+    from pipeline.headline import read_headline, speeds
+    from stages.artifacts import REPORT_PAGE
     from stages.terminal import colour, wrapped
 
     report, lines = root / REPORT_PAGE.path, [""]
     try:
-        found = json.loads((root / HEADLINE.path).read_text("utf-8"))
-        lines += [wrapped(found["badge"]), colour(wrapped(found["headline"]), "bold")]
-        lines += [wrapped(f"{one['title']}: {one['sentence']}", first="  ", rest="    ") for one in found["verdicts"]]
-        saved = 100 * found["flops_saved"]
-        lines.append(
-            f"  {found['patches_per_image']:.1f} patches per {found['tokens']} tokens, {saved:.0f} % of the FLOPs saved"
-        )
-        for name in ("training", "sampling"):
-            speed = found[f"{name}_speed"]
-            words = speed["doubt"] or f"{speed['ratio']:.2f} times the baseline's"
-            lines.append(wrapped(f"speed of {name}: {words}", first="  ", rest="    "))
-        lines.append("")
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # only a part of the workflow was asked for
+        if (found := read_headline(root)) is not None:  # else only a part of the workflow was asked for
+            lines += [wrapped(found["badge"]), colour(wrapped(found["headline"]), "bold")]
+            lines += [wrapped(f"{one['title']}: {one['sentence']}", first="  ", rest="    ") for one in found["verdicts"]]
+            saved = 100 * found["flops_saved"]
+            lines.append(
+                f"  {found['patches_per_image']:.1f} patches per {found['tokens']} tokens, {saved:.0f} % of the FLOPs saved"
+            )
+            for name, speed in speeds(found).items():
+                words = speed["doubt"] or f"{speed['ratio']:.2f} times the baseline's"
+                lines.append(wrapped(f"speed of {name}: {words}", first="  ", rest="    "))
+            lines.append("")
+    except (KeyError, TypeError):
+        pass  # written by another version
     if report.exists():
         lines.append(f"report          {report.resolve().as_uri()}")
     lines += ["numbers         dpar-cli status", "compare runs    dpar-cli ui"]

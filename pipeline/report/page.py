@@ -19,6 +19,7 @@ from dpar_core.files import atomic_folder, atomic_write, read_weights_header, wr
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import colour_bar, save_png
 from dpar_core.secrets import redacted
+from pipeline.headline import Headline, Ratio
 from pipeline.presets.published import PUBLISHED
 from pipeline.report.charts import (
     Dot,
@@ -50,7 +51,7 @@ from pipeline.report.facts import (
 )
 from pipeline.report.pictures import data_uri, examples, real_cells, sample_cells
 from pipeline.report.provenance import read_provenance
-from pipeline.report.speeds import DRIFT, Speeds
+from pipeline.report.speeds import DRIFT, Speed, Speeds
 from pipeline.report.verdicts import FEWEST_STEPS, Contest, Estimate, score_columns, score_name, together
 from stages import params as P
 from stages.artifacts import (
@@ -395,21 +396,13 @@ def _ranked(by_class: Mapping[str, float]) -> list[tuple[str, float]]:
 def dag() -> str:
     """Draw the stages with what each needs, from the table that runs them."""
     from pipeline.runner import STAGES
+    from pipeline.state import needs_of
 
     makers = {path: name for name, stage in STAGES.items() for path in stage.outputs.values()}
-
-    def needs(name: str) -> list[str]:
-        read = STAGES[name].inputs.values()
-        return sorted({maker for path, maker in makers.items() for r in read if _touches(path, r)} - {name})
-
+    needs = {name: sorted(needs_of({"deps": list(stage.inputs.values())}, makers, name)) for name, stage in STAGES.items()}
     beside = ("features", "sources", "time_sampling")
     lanes = {name: 2.0 if name.endswith("llamagen") else 0.0 if name in beside else 1.0 for name in STAGES}
-    return graph({name: needs(name) for name in STAGES}, lanes)
-
-
-def _touches(made: str, read: str) -> bool:
-    """Return whether one path is the other or lies below it."""
-    return made == read or made.startswith(f"{read}/") or read.startswith(f"{made}/")
+    return graph(needs, lanes)
 
 
 def compared_samples(samples: Path, manifest: Manifest, held_out: TokenShards, labels: Mapping[str, str]) -> dict[str, Any]:
@@ -487,22 +480,11 @@ def digests(
 
 def flat_params(params: Params) -> list[tuple[str, list[tuple[str, Any]]]]:
     """Return every value of the params, section by section."""
-
-    def walk(prefix: str, value: Any) -> list[tuple[str, Any]]:
-        if isinstance(value, Mapping):
-            return [pair for key, inner in value.items() for pair in walk(f"{prefix}.{key}" if prefix else key, inner)]
-        return [(prefix, value)]
-
-    sections = []
-    for field in dataclasses.fields(params):
-        value = getattr(params, field.name)
-        sections.append(
-            (
-                field.name,
-                walk("", value.model_dump(mode="json")) if isinstance(value, P.Section) else walk(field.name, value),
-            )
-        )
-    return sections
+    values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    return [
+        (name, list(P.dotted(one.model_dump(mode="json") if isinstance(one, P.Section) else {name: one}).items()))
+        for name, one in values.items()
+    ]
 
 
 def summary_metrics(
@@ -540,10 +522,10 @@ def headline(
     costs: Costs,
     times: EqualTime,
     speeds: Speeds,
-) -> dict[str, Any]:
+) -> Headline:
     """Return the verdicts and the figures at the top of the page, for machines. A speed that is not shown is null."""
 
-    def ratio(speed: Any) -> dict[str, Any]:
+    def ratio(speed: Speed) -> Ratio:
         shown = not speed.doubt
         return {
             "ratio": speed.ratio if shown else None,
@@ -551,6 +533,9 @@ def headline(
             "doubt": speed.doubt,
             "flops_allow": speed.promised,
         }
+
+    def rows(one: Contest) -> list[Any]:
+        return [dataclasses.asdict(row) for row in one.rows]
 
     return {
         "badge": f"{badge['name']} {badge['words']}",
@@ -563,7 +548,7 @@ def headline(
                 "title": one.title,
                 "sentence": one.sentence,
                 "judged": one.judged,
-                "rows": [dataclasses.asdict(row) for row in one.rows],
+                "rows": rows(one),
             }
             for one in rounds
         ],

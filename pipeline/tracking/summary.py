@@ -6,14 +6,12 @@ The children hold everything else. Names here are stable: tables and charts of M
 from __future__ import annotations
 
 import getpass
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pipeline.code import code_identity, commit_of, git
-from stages.artifacts import HEADLINE
+from pipeline.headline import Headline, Value, speeds
 
 WORST_TAG = "dpar.worst"  # how the worst stage of a pipeline run ended, where that is not FINISHED
 # (stage, what its metric begins with) -> name at the parent
@@ -53,38 +51,29 @@ def source_tags(root: Path, command: str) -> dict[str, str]:
     return tags
 
 
-def read_headline(root: Path) -> dict[str, Any] | None:
-    """Return what the report says in short, None when there is none."""
-    try:
-        headline: dict[str, Any] = json.loads((root / HEADLINE.path).read_text("utf-8"))
-        return headline
-    except (OSError, ValueError):
-        return None
-
-
-def losses(headline: Mapping[str, Any]) -> tuple[float, float]:
+def losses(headline: Headline) -> tuple[float, float]:
     """Return the validation losses of DPAR and its baseline at equal steps."""
     row = headline["verdicts"][0]["rows"][0]
     return row["dpar"]["value"], row["baseline"]["value"]
 
 
-def run_name(preset: str, headline: Mapping[str, Any]) -> str:
+def run_name(preset: str, headline: Headline) -> str:
     """Return the name of a finished pipeline run: `demo · DPAR 2.79 / baseline 2.86 nats`."""
     dpar, baseline = losses(headline)
     return f"{preset} · DPAR {dpar:.2f} / baseline {baseline:.2f} nats"
 
 
-def headline_metrics(headline: Mapping[str, Any]) -> dict[str, float]:
+def headline_metrics(headline: Headline) -> dict[str, float]:
     """Return what the report says of a pipeline run under short names; a speed in doubt is left out.
 
     Losses and distances are among it, as a run may consist of the report alone.
     """
-    ratios = {name: headline[name]["ratio"] for name in ("training_speed", "sampling_speed")}
+    ratios = {f"{name}_speed": speed["ratio"] for name, speed in speeds(headline).items()}
     found = {name: ratio for name, ratio in ratios.items() if ratio is not None}
     for row in headline["verdicts"][0]["rows"]:
         what = "loss" if row["words"] == "validation loss" else "distance" if row["words"].startswith(("FID", "fd_")) else ""
         if what:
-            found |= {f"{name}_{what}": row[name]["value"] for name in ("dpar", "baseline")}
+            found |= {f"dpar_{what}": row["dpar"]["value"], f"baseline_{what}": row["baseline"]["value"]}
     return rounded(found)  # as in artifacts/metrics.json
 
 
@@ -98,7 +87,7 @@ def distance_metric(model: str, value: float) -> dict[str, float]:
     return {f"{'baseline' if model == 'llamagen' else model}_distance": value}
 
 
-def note(preset: str, headline: Mapping[str, Any]) -> str:
+def note(preset: str, headline: Headline) -> str:
     """Return the note of a pipeline run as Markdown: badge, verdicts, the table, how to make it again."""
     lines = [f"**{headline['headline']}**", "", headline["badge"], ""]
     for verdict in headline["verdicts"]:
@@ -106,14 +95,13 @@ def note(preset: str, headline: Mapping[str, Any]) -> str:
     lines += ["", "| at equal steps | DPAR | baseline |", "|---|---|---|"]
     for row in headline["verdicts"][0]["rows"]:
         lines.append(f"| {row['words']} | {_estimate(row['dpar'])} | {_estimate(row['baseline'])} |")
-    for name in ("training", "sampling"):
-        speed = headline[f"{name}_speed"]
+    for name, speed in speeds(headline).items():
         words = speed["doubt"] or f"DPAR {speed['ratio']:.2f} times the baseline"
         lines.append(f"\nSpeed of {name}: {words}")
     again = f"dpar-cli params use {preset}" if preset != "own params" else "the params of this run"
     return "\n".join([*lines, "", f"Again: `{again}`, then `dpar-cli run`. The page is the artifact index.html."])
 
 
-def _estimate(one: Mapping[str, Any]) -> str:
+def _estimate(one: Value) -> str:
     ends = one["interval"]
     return f"{one['value']:.4g}" + ("" if ends is None else f" ({ends[0]:.4g} to {ends[1]:.4g})")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpar_core.files import digest_of, sha256_file
+from pipeline.headline import Headline, read_headline
 from pipeline.presets.use import preset_of
 from pipeline.tracking import summary
 from pipeline.tracking.journal import Journal
@@ -234,11 +235,11 @@ def open_tracker(stage: str, params: Params, chosen: Any, *, root: Path) -> Iter
             lock = root / "dvc.lock"
             if lock.exists():
                 records.tags(parent, {"dpar.dvc_lock": sha256_file(lock)[:16]})
-            if stage == "report" and (headline := summary.read_headline(root)):
+            if stage == "report" and (headline := read_headline(root)):
                 _show_results(records, parent, preset, headline, root)
 
 
-def _show_results(records: Recording, parent: str, preset: str, headline: dict[str, Any], root: Path) -> None:
+def _show_results(records: Recording, parent: str, preset: str, headline: Headline, root: Path) -> None:
     """Give a pipeline run its name, note, speeds and pictures once the report is there."""
     note = summary.note(preset, headline)
     records.tags(parent, {"mlflow.runName": summary.run_name(preset, headline), "mlflow.note.content": note})

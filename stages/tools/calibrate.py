@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dpar_core.files import save_weights, sha256_file
 from dpar_core.models.published import read_gpt, read_vq
 from dpar_core.models.vq import config_of
 from stages.shared.sampler import Files
 
-# Attention heads by size; they do not follow from weights.
-HEADS = {"B": 12, "L": 16, "XL": 20, "XXL": 24}
-RELATIVE, ABSOLUTE = ("eval/fid", "eval/is"), ("eval/precision", "eval/recall")
+ABSOLUTE = ("eval/precision", "eval/recall")
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def import_checkpoint(gpt: Path, vq: Path, *, heads: int, grid: int, folder: Pat
     return files
 
 
-def checks(scores: Mapping[str, Any], expected: Mapping[str, float], *, tolerance: float) -> list[ScoreCheck]:
+def checks(scores: Mapping[str, float], expected: Mapping[str, float], *, tolerance: float) -> list[ScoreCheck]:
     """Set scores beside published ones.
 
     tolerance: share of the published value for distances and IS; precision and recall may differ by 0.01 times as many

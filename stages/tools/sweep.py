@@ -344,23 +344,19 @@ def _points(plan: SweepPlan) -> list[Point]:
     ]
 
 
+@dataclass(eq=False)
 class _Runner:
     """Trials on Ray Tune: the cluster is reached when the first trial asks for it, and left at the end."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        plan: SweepPlan,
-        folder: Path,
-        work: Path,
-        tracker: Tracker,
-        finished: Callable[[TrialResult], None],
-    ) -> None:
-        self.subject, self.plan, self.folder, self.work = subject, plan, folder, work
-        self.tracker, self.finished = tracker, finished
-        self.failed: list[Failure] = []
-        self.connection: AbstractContextManager[list[cluster.Node]] | None = None
-        self.nodes: list[cluster.Node] | None = None
+    subject: Subject
+    plan: SweepPlan
+    folder: Path
+    work: Path
+    tracker: Tracker
+    finished: Callable[[TrialResult], None]
+    failed: list[Failure] = field(default_factory=list)
+    connection: AbstractContextManager[list[cluster.Node]] | None = None
+    nodes: list[cluster.Node] | None = None
 
     def __enter__(self) -> _Runner:
         return self

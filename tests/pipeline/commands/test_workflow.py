@@ -236,7 +236,8 @@ def test_a_speed_is_a_result_only_where_the_report_would_show_it(project):
     assert line() == "DPAR 1.50 times the baseline (1.45 to 1.60)"
     assert line(drift=[0.1, 0.3]) == "the machine was busy (pace moved by 30 %): no speed"
     (project / HEADLINE.path).parent.mkdir(parents=True)
-    (project / HEADLINE.path).write_text(json.dumps({"training_speed": {"flops_allow": 1.4}}))
+    speeds = {name: {"flops_allow": 1.4} for name in ("training_speed", "sampling_speed")}
+    (project / HEADLINE.path).write_text(json.dumps(speeds))
     assert line() == "the machine was busy (ratio 1.50, where FLOPs allow 1.40): no speed"
     assert line(interval=[1.3, 1.6]) == "DPAR 1.50 times the baseline (1.30 to 1.60)"
 
