@@ -142,10 +142,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
                 f"see {outputs.tokens / BAD_IMAGES}"
             )
     _refuse_lost_classes(plan, manifest, work, params.data)
-    summary = publish(plan, token_meta(manifest, inputs.tokenizer, params), work, outputs.tokens)
-    counts |= {"tokens/images": summary["images"], "tokens/shards": len(plan), "tokens/bad_images": summary["bad"]}
-    counts["tokens/images_in_both_splits"] = summary["both"]
-    counts |= _sizes(outputs.tokens, summary)
+    counts |= publish(plan, token_meta(manifest, inputs.tokenizer, params), work, outputs.tokens)
     write_json(outputs.metrics, counts)
     tracker.log_metrics(counts)
     tracker.log_artifact(outputs.tokens / BAD_IMAGES)
@@ -388,8 +385,11 @@ def images_in_both_splits(plan: Sequence[Shard], work: Path) -> list[dict[str, s
     return [{"validation": key, "train": training[name]} for key, name in validation.items() if name in training]
 
 
-def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) -> dict[str, int]:
-    """Put finished shards, the index and the list of bad images in place, all at once; return counts."""
+def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) -> dict[str, float]:
+    """Put finished shards, the index and the list of bad images in place, all at once; return counts and sizes.
+
+    Bytes per image: on disk with everything, of bare uint16 tokens, and the least that holds the codes.
+    """
     found = [read_contents(shard, work) for shard in plan]
     contents, bad = [one.contents for one in found], [asdict(bad) for one in found for bad in one.bad]
     both = images_in_both_splits(plan, work)
@@ -407,21 +407,12 @@ def publish(plan: Sequence[Shard], meta: TokenMeta, work: Path, tokens: Path) ->
         write_json(folder / BAD_IMAGES, bad)
         write_json(folder / BOTH_SPLITS, both)
     images = sum(len(one.keys) for one in contents)
-    least = math.ceil(meta.num_views * meta.tokens * math.log2(meta.codebook_size) / 8)
     return {
-        "images": images,
-        "bad": len(bad),
-        "both": len(both),
-        "least_bytes": least,
-        "raw_bytes": 2 * meta.num_views * meta.tokens,
-    }
-
-
-def _sizes(tokens: Path, summary: dict[str, int]) -> dict[str, float]:
-    """Return bytes per image: on disk with everything, of bare uint16 tokens, and the least that holds the codes."""
-    total = sum(file.stat().st_size for file in tokens.iterdir())
-    return {
-        "tokens/bytes_per_image": total / summary["images"],
-        "tokens/uint16_bytes_per_image": summary["raw_bytes"],
-        "tokens/least_bytes_per_image": summary["least_bytes"],
+        "tokens/images": images,
+        "tokens/shards": len(plan),
+        "tokens/bad_images": len(bad),
+        "tokens/images_in_both_splits": len(both),
+        "tokens/bytes_per_image": sum(file.stat().st_size for file in tokens.iterdir()) / images,
+        "tokens/uint16_bytes_per_image": 2 * meta.num_views * meta.tokens,
+        "tokens/least_bytes_per_image": math.ceil(meta.num_views * meta.tokens * math.log2(meta.codebook_size) / 8),
     }

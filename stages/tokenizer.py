@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +125,8 @@ def train(
     model = VQ(config).to(device).train()
     optim = OptimSettings(settings.lr, "cosine", min(20, settings.steps // 10), (0.9, 0.99), 1e-8, 0.0, 0.0)
     optimizer = adamw(model.named_parameters(), optim)
-    store = CheckpointStore(work / "checkpoints", Architecture("vq", _jsonable(config)), keep_last=2)
+    shape = asdict(config) | {"channel_multipliers": list(config.channel_multipliers)}  # as JSON has it
+    store = CheckpointStore(work / "checkpoints", Architecture("vq", shape), keep_last=2)
     used = torch.zeros(config.codebook_size, dtype=torch.int64, device=device)
     first = 0
     if (found := store.newest()) is not None:
@@ -171,10 +171,6 @@ def train(
 def _batch(images: CenterCrops, order: DataOrder, step: int, device: str) -> Tensor:
     picks = order.batch(step)
     return to_float(torch.from_numpy(images.batch(picks.indices, picks.views).images).to(device))
-
-
-def _jsonable(config: VQConfig) -> dict[str, Any]:
-    return {**asdict(config), "channel_multipliers": list(config.channel_multipliers)}
 
 
 def _continuous(model: VQ, batch: Tensor) -> Reconstruction:

@@ -288,10 +288,6 @@ class StaticDPAR(Static):
         opened = self.ops.open(self, images, halves, ahead=False)
         self.ops.keep_copies(self, self.transformed(opened, halves), opened, halves)
 
-    def patch_ahead(self, halves: int) -> Tensor:
-        """Do so for all images as if each began a patch at the next token; `commit` keeps what counts."""
-        return self.transformed(self.ops.open(self, self.images, halves, ahead=True), halves)
-
     def transformed(self, opened: Opened, halves: int) -> Tensor:
         """Return what decoder layers add from the state of the opened patches: (halves k, layers D)."""
         ops, stepper = self.ops, self.stepper
@@ -327,7 +323,9 @@ class StaticDPAR(Static):
         with nullcontext() if self.side is None else torch.cuda.stream(self.side):
             self.decide_next()
         self.encode()
-        copies = self.patch_ahead(halves) if self.ahead else None
+        copies = None
+        if self.ahead:  # as if each image began a patch at the next token; `commit` keeps what counts
+            copies = self.transformed(self.ops.open(self, self.images, halves, ahead=True), halves)
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
         if copies is not None:
@@ -421,17 +419,13 @@ class StaticDPAR(Static):
                     self.launch("probe", halves)
                 if self.reads_count:
                     begin = self.read_count()
-            self.launch_patch(begin, halves)
+            if begin:  # for at least so many images
+                self.launch("patch", next(size for size in self.buckets if size >= begin), halves)
             self.launch("keep" if self.asks_decoder and not begin else "token", halves)
             if progress:
                 progress(len(labels))
         if self.reads_count and not self.asks_decoder:
             self.read_count()  # that of the token behind the last one
-
-    def launch_patch(self, begin: int, halves: int) -> None:
-        """Launch the patch transformer for at least `begin` images, if any."""
-        if begin:
-            self.launch("patch", next(size for size in self.buckets if size >= begin), halves)
 
     def starts_on_host(self) -> np.ndarray:
         """Return where patches begin: (B, T) bool."""

@@ -7,7 +7,7 @@ before x_t is sampled, so every decision here is causal; adding tokens never mov
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -200,7 +200,7 @@ def threshold_for_mean_length(entropies: np.ndarray, rule: PatchRule, target: fl
     candidates = np.unique(entropies[:, 1:])
 
     def mean(index: int) -> float:
-        return mean_patch_length(entropies, _with_threshold(rule, float(candidates[index])))
+        return mean_patch_length(entropies, replace(rule, threshold=float(candidates[index])))
 
     low, high = 0, len(candidates) - 1
     while low < high:
@@ -216,7 +216,3 @@ def threshold_for_mean_length(entropies: np.ndarray, rule: PatchRule, target: fl
             f"{rule.max_patch_length} reaches {mean(0):.3f} to {mean(len(candidates) - 1):.3f} on this data"
         )
     return float(candidates[best])
-
-
-def _with_threshold(rule: PatchRule, threshold: float) -> PatchRule:
-    return PatchRule(rule.mode, rule.row_width, threshold, rule.max_patch_length, rule.static_length)

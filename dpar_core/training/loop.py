@@ -232,7 +232,8 @@ class _Run:
             self._stop_if_bad()
             with self.clock.paused():
                 if snapshot:
-                    self._save_snapshot()
+                    weights = parallel.full_model(self.model)
+                    self._on_first(lambda: self.store.save_snapshot(step, weights))
                 if checkpoint:
                     self._save(loss)
 
@@ -306,10 +307,6 @@ class _Run:
         parallel.let_go(self.module)
         weighted, weights = self.ranks.sum(total).tolist()
         return float(weighted / weights)
-
-    def _save_snapshot(self) -> None:
-        step, weights = self.progress.step, parallel.full_model(self.model)
-        self._on_first(lambda: self.store.save_snapshot(step, weights))
 
     def _save(self, validation_loss: float | None) -> None:
         progress = self.progress

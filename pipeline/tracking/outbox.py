@@ -156,8 +156,10 @@ class Outbox:
                 if error.error_code in _REFUSED:
                     raise Refused(redacted(" ".join(str(error).split()))[:300]) from error
                 raise
-        except (Away, Refused, Lost):
-            self._forget_if_away()
+        except Away:
+            self.client = None
+            raise
+        except (Refused, Lost):
             raise
         except TrackingError as error:
             self.client = None
@@ -172,11 +174,6 @@ class Outbox:
             raise Away(f"MLflow at {self.uri} cannot be written: {store.reason(error)}") from error
         finally:
             self.asked = float("inf")
-
-    def _forget_if_away(self) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, Away):
-            self.client = None
 
     def connect(self) -> None:
         """Open the store where that is still to be done, and close runs whose process is gone. Raises TrackingError."""

@@ -6,7 +6,7 @@ import csv
 import io
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -89,18 +89,7 @@ class TrainJob:
         optim = OptimSettings(
             betas=(training.betas[0], training.betas[1]), **{name: getattr(training, name) for name in names}
         )
-        same = (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "precision",
-            "compile",
-            "activation_checkpointing",
-            "strategy",
-            "validate_every",
-            "checkpoint_every",
-            "log_every",
-        )
+        same = [field.name for field in fields(TrainSettings) if field.name in Training.model_fields]
         return TrainSettings(
             optim=optim,
             seed=self.seed,

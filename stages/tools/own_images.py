@@ -86,7 +86,9 @@ def split_images(images: Path, target: Path, *, share: float) -> OwnImages:
             held_out = set(alone[: min(max(round(share * len(found)), 1), len(found) - 1)])
             for content, paths in found.items():
                 for path in paths:
-                    _link(images / path, folder / ("validation" if content in held_out else "train") / path)
+                    link = folder / ("validation" if content in held_out else "train") / path
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    os.symlink(os.path.realpath(images / path), link)
             counts[name] = (sum(len(paths) for paths in found.values()) - len(held_out), len(held_out))
         if not any(validation for _, validation in counts.values()):
             raise ValueError(f"{images} has one image per class, none of which can be spared for validation: add images")
@@ -94,11 +96,6 @@ def split_images(images: Path, target: Path, *, share: float) -> OwnImages:
         write_json(folder / SPLIT, {**record, "digest": digest_of(record)})
     copies = sum(count - 1 for count in seen.values())
     return OwnImages(counts, bad, copies, listing.left_out, np.array(sides))
-
-
-def _link(source: Path, link: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    os.symlink(os.path.realpath(source), link)
 
 
 def describe(found: OwnImages, images: Path) -> list[str]:

@@ -235,14 +235,10 @@ def _ask(address: str) -> None:
     except subprocess.TimeoutExpired:
         raise _refusal(address, "TimeoutError", f"no answer within {ANSWER_SECONDS:g} s", reached=reached) from None
     lines = [line for line in found.stdout.splitlines() if line.startswith("{")]
-    answer = json.loads(lines[-1]) if lines else {"kind": "RaySystemError", "text": _last_line(found.stderr)}
+    said = [line.strip() for line in found.stderr.splitlines() if line.strip()] or ["no reason given"]
+    answer = json.loads(lines[-1]) if lines else {"kind": "RaySystemError", "text": said[-1]}
     if answer:
         raise _refusal(address, answer["kind"], answer["text"], reached=reached)
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
 
 
 def main() -> None:
