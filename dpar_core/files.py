@@ -94,7 +94,7 @@ def temporary(make: Callable[[], str], left: Iterable[Path]) -> Iterator[Path]:
     for one in left:
         with suppress(OSError):  # of another user, or just gone
             if (descriptor := _lock(one, wait=False)) is not None:
-                _remove(one)
+                remove(one)
                 os.close(descriptor)
     while True:
         path = Path(make())
@@ -104,12 +104,13 @@ def temporary(make: Callable[[], str], left: Iterable[Path]) -> Iterator[Path]:
     try:
         yield path
     finally:
-        _remove(path)
+        remove(path)
         if descriptor is not None:
             os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all in it, where it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dpar_core.files import read_record as _read_record
-from dpar_core.files import sha256_file, write_record
+from dpar_core.files import read_record, sha256_file, write_record
 
 _THREADS = 8  # a folder each: most of the time goes into waiting for the file system
 
@@ -91,7 +90,7 @@ class KnownDigests:
         self._known: dict[str, list[str]] = {}  # path -> signature, digest
         if file.exists():
             try:
-                self._known = _read_record(file, way_out="it is made again")["known"]
+                self._known = read_record(file, way_out="it is made again")["known"]
             except (ValueError, KeyError):
                 self._known = {}  # a cache: what it lacks is read again
 

@@ -122,16 +122,7 @@ def _dpar_model(folder: Path, encoding: PositionEncoding) -> DPAR:
 
 
 def _greedy(cfg_scale: float, rule: PatchRule | None) -> SampleSettings:
-    return SampleSettings(
-        cfg_scale=cfg_scale,
-        cfg_schedule="constant",
-        cfg_interval=(0.0, 1.0),
-        temperature=1.0,
-        top_k=1,
-        top_p=1.0,
-        gate="entropy_model",
-        rule=rule,
-    )
+    return SampleSettings(cfg_scale=cfg_scale, top_k=1, rule=rule)
 
 
 def _gpt_c2i(folder: Path) -> Iterator[Case]:

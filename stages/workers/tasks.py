@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dpar_core.files import Damaged, read_record, sha256_file, write_record
+from dpar_core.files import Damaged, read_record, remove, sha256_file, write_record
 from dpar_core.system import cpus
 from stages.terminal import note
 from stages.workers.cluster import Node, connected, expected, living_nodes, require
@@ -187,10 +187,7 @@ def remove_leftovers(work: Path, *outputs: Path) -> None:
     for output in outputs:
         half += [path for ending in ("tmp", "old") for path in output.parent.glob(f".{output.name}.*.{ending}")]
     for path in half:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 class KeptLast(Generic[Kept]):
