@@ -84,7 +84,7 @@ def patches_stats(
     print(wrapped(f"{mode}, {whole} {stats.maps:,} {split} views of {stats.tokens} tokens"))
     rows = [
         (
-            f"{cell.threshold:g}",
+            "any" if cell.max_length == 1 else f"{cell.threshold:g}",
             "none" if cell.max_length is None else str(cell.max_length),
             f"{cell.mean_length:.2f}",
             f"{cell.patches:.1f}",
@@ -93,6 +93,7 @@ def patches_stats(
             f"{cell.most.patches:.1f} {shortened(cell.most.name, 12)}",
         )
         for cell in stats.cells
+        if cell.max_length != 1 or cell.threshold == stats.cells[0].threshold
     ]
     print(table(("nats", "max", "length", "patches", "90 % of them", "fewest", "most"), rows))
     draw_curves(stats, out)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+import secrets
 import sqlite3
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -65,7 +67,10 @@ def connect(root: Path) -> tuple[Any, str]:
     try:
         with locked(root):
             if uri.startswith("sqlite:///"):
-                _open_sqlite(uri.removeprefix("sqlite:///").split("?")[0])
+                path = uri.removeprefix("sqlite:///").split("?")[0]
+                _open_sqlite(path)
+                if Path(path).exists() and not Path(path).stat().st_size:  # not so for :memory:
+                    _make_sqlite(uri, path)
             client = _client(uri)
             here = None if os.environ.get("MLFLOW_TRACKING_URI") else (store_root(root) / "mlartifacts").as_uri()
             return client, _experiment(client, root, here)
@@ -130,6 +135,16 @@ def _open_sqlite(path: str) -> None:
         connection.execute("ROLLBACK")
 
 
+def _make_sqlite(uri: str, path: str) -> None:
+    """Make a new SQLite store whole or not at all: a process that ends among MLflow's migrations leaves a file that no later
+    one can use, and on a busy machine they take long."""
+    for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.new-*"):
+        left.unlink()
+    fresh = f"{path}.new-{secrets.token_hex(4)}"  # MLflow keeps a connection to each address that it has opened
+    _client(uri.replace(path, fresh, 1)).get_experiment_by_name(EXPERIMENT)
+    os.replace(fresh, path)
+
+
 _REASONS = (
     (r"database is locked|database table is locked", "another process holds the database: end it, or wait for it"),
     (r"readonly database|read-only|Read-only", "the store is read-only: make it writable for this user"),
@@ -139,6 +154,10 @@ _REASONS = (
         "the database file cannot be opened: check that its folder exists and is writable",
     ),
     (r"file is not a database|malformed|disk image", "the file is damaged or not an SQLite database: restore or move it"),
+    (
+        r"_alembic_tmp_\w+ already exists",
+        "a process was stopped while it changed the tables: restore the file, or move it away, then `dpar-cli runs sync`",
+    ),
     (r"out-of-date database schema", "it was made by another version of MLflow: `mlflow db upgrade` with its address"),
     (r"Connection refused", "nothing listens there: start the server, or set MLFLOW_TRACKING_URI"),
     (r"timed out|Timeout", "it accepts connections but does not answer: look at the server"),

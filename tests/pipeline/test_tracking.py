@@ -313,6 +313,26 @@ def test_a_store_that_was_emptied_gets_the_whole_journal_again(project):
     assert history(root) == [3.0, 2.0, 1.0, 0.5]
 
 
+def test_a_process_that_ends_while_it_makes_the_store_leaves_none_behind(tmp_path, monkeypatch):
+    from mlflow.store.db import utils
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    upgrade = utils._upgrade_db
+
+    def ends_within(engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE _alembic_tmp_model_version_tags (key INTEGER)")
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(utils, "_upgrade_db", ends_within)
+    with pytest.raises(store.TrackingError, match="killed"):
+        store.connect(tmp_path)
+    assert not (tmp_path / "mlflow.db").stat().st_size
+    monkeypatch.setattr(utils, "_upgrade_db", upgrade)
+    _, experiment = store.connect(tmp_path)
+    assert experiment and sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "work"]
+
+
 @contextlib.contextmanager
 def locked_database(root):
     store.connect(root)
