@@ -10,7 +10,7 @@
 # make audit     the pinned packages against the advisories of PyPI, which needs a network
 # make lock      requirements/*.lock anew, the hashes that the image is built with, from pyproject.toml and constraints.txt
 # make browser   the report in Chromium, which has to be installed; not part of `make test`
-# make pictures  docs/report.png anew from artifacts/report, in Chromium
+# make pictures  docs/report.png and docs/mlflow-*.png anew from artifacts/report and the MLflow store, in Chromium
 # make clean     remove what the workflow made (not the environment)
 #
 # Outside git and in folders below the project, `make` and `dpar-cli` work as well; `make environment` only installs.
@@ -65,6 +65,7 @@ browser: $(VENV)/.tested
 
 pictures: $(VENV)/.installed
 	@$(BIN)/python -m tests.browser.screenshots
+	@$(BIN)/python -m tests.browser.screenshots --mlflow
 
 faults: $(VENV)/.tested
 	@$(BIN)/python -m tests.faults --count $(or $(COUNT),300) --seed $(or $(SEED),1)

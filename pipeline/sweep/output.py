@@ -269,10 +269,14 @@ def table(facts: Facts) -> str:
         lines.append(terminal.wrapped(words, rest="  "))
     lines += [terminal.wrapped(f"failed: {one_line(one)}", rest="  ") for one in facts.outcome.failed]
     if facts.command:
-        room = terminal.columns() - len(f"{'reproduce':16} \\")
-        parts = textwrap.wrap(facts.command, room, break_long_words=False, break_on_hyphens=False)
-        lines.append(f"{'reproduce':16}" + f" \\\n{'':16}".join(parts))
+        lines.append(f"{'reproduce':16}{broken(facts.command, terminal.columns() - 18, rest=16)}")
     return "\n".join(lines)
+
+
+def broken(command: str, width: int, *, rest: int) -> str:
+    """Break a command into lines that a shell puts together again. rest: spaces before all but the first."""
+    parts = textwrap.wrap(command, width, break_long_words=False, break_on_hyphens=False)
+    return f" \\\n{'':{rest}}".join(parts)
 
 
 def one_line(failed: Failure) -> str:

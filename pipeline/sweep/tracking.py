@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpar_core.files import digest_of
-from pipeline.sweep.output import Facts, label, one_line, table_head, table_rows, within_chance
+from pipeline.sweep.output import Facts, broken, label, one_line, table_head, table_rows, within_chance
 from pipeline.tracking.models import model_used
 from pipeline.tracking.summary import distance_metric, rounded, source_tags
 from pipeline.tracking.system import system_metrics
@@ -34,7 +34,7 @@ class SweepRuns:
     ) -> None:
         self.records, self.run, self.name, self.model, self.distance = records, run, name, model, distance
         self.tags, self.status = {**process_tags(), **source}, "FINISHED"
-        self.tracker = MlflowTracker(records, run, run, f"sweep {name}")
+        self.tracker = MlflowTracker(records, run, run, f"sweep {name}", source)
 
     def log_trial(self, result: TrialResult, picture: Path) -> None:
         """Write a trial's settings, scores with intervals and grid picture; once for each key."""
@@ -43,14 +43,15 @@ class SweepRuns:
         run = self.records.run(
             digest_of([self.run, result.key]),
             f"{'final ' if result.trial.final else ''}{label(result.point)}",
-            tags={TRIAL_TAG: result.key, **self.tags},
+            tags={TRIAL_TAG: result.key, "dpar.first_seed": str(result.trial.first_seed), **self.tags},
             parent=self.run,
             once=True,
             time_ms=ended - int(1000 * result.seconds),
         )
         row = result.row()
         values = {name: value for name, value in (row | result.patches).items() if "/" in name}
-        settings = ("threshold", "cfg_scale", "max_patch_length", "images", "first_seed", "final", "protocol_id")
+        # Seeds and finals are no axes to compare trials along.
+        settings = ("threshold", "cfg_scale", "max_patch_length", "images", "protocol_id")
         self.records.params(run, {name: row[name] for name in settings})
         headline = distance_metric(self.model, result.value(self.distance))
         self.records.metrics(run, rounded(headline | values), time_ms=ended)
@@ -86,7 +87,7 @@ class SweepRuns:
         key = digest_of([self.run, self.records.journal.folder.name, name])
         run = self.records.run(key, name, tags=self.tags, parent=self.run)
         self.records.params(run, flattened(params))
-        tracker = MlflowTracker(self.records, run, self.run, name)
+        tracker = MlflowTracker(self.records, run, self.run, name, self.tracker.source)
         with tracker.ending():
             yield tracker
 
@@ -103,7 +104,7 @@ def note(facts: Facts) -> str:
     lines += [
         f"| {' | '.join(cells)} |" for cells in (table_head(facts), ["---"] * len(table_head(facts)), *table_rows(facts))
     ]
-    return "\n".join([*lines, "", *failed, "Reproduce the winner:", "", f"    {facts.command}"])
+    return "\n".join([*lines, "", *failed, "Reproduce the winner:", "", f"    {broken(facts.command, 72, rest=4)}"])
 
 
 @contextmanager

@@ -225,7 +225,7 @@ def open_tracker(stage: str, params: Params, chosen: Any, *, root: Path) -> Iter
         tags = {"dpar.stage": stage, **process_tags(), **source}
         tracked = [name for name in OUTPUTS if name != "sources"]  # which looks on every run, and has nothing to track
         run = records.run(records.journal.folder.name, summary.child_name(stage, tracked), tags=tags, parent=parent)
-        tracker = MlflowTracker(records, run, parent, stage)
+        tracker = MlflowTracker(records, run, parent, stage, source)
         tracker.log_params(dotted(plain(chosen)))
         with tracker.ending():
             with system_metrics(lambda values, count: records.metrics(run, values, count)):
@@ -259,8 +259,9 @@ def status_of(error: BaseException | None) -> str:
 class MlflowTracker:
     """Implements stages.tracker.Tracker."""
 
-    def __init__(self, records: Recording, run: str, parent: str, stage: str) -> None:
-        self.records, self.run, self.parent, self.stage = records, run, parent, stage
+    def __init__(self, records: Recording, run: str, parent: str, stage: str, source: Mapping[str, str]) -> None:
+        """source: tags of who started it from what, which models that it records carry as well."""
+        self.records, self.run, self.parent, self.stage, self.source = records, run, parent, stage, source
         self._last: dict[str, tuple[float, int | None, int]] = {}  # value, step, when in milliseconds since 1970
         self._datasets: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -283,7 +284,8 @@ class MlflowTracker:
         data = next((name for name in ("reference", "tokens", "manifest") if name in self._datasets), None)
         dataset = None if data is None else [data, self._datasets[data]]
         metrics = [[name, *self._last[name]] for name in model.metrics_of(self._last)]
-        self.records.journal.write("model", self.run, {**vars(model), "dataset": dataset, "metrics": metrics})
+        content = {**vars(model), "tags": {**model.tags, **self.source}, "dataset": dataset, "metrics": metrics}
+        self.records.journal.write("model", self.run, content)
 
     def log_picture(self, path: Path) -> None:
         self.records.artifact(self.run, path)

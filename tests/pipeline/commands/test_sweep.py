@@ -153,7 +153,8 @@ def test_trials_hang_under_one_run_and_are_written_once(facts, fresh_store, tmp_
     note = parent[0].data.tags["mlflow.note.content"]
     assert "| 4.2 | 2 | 40 | 1.05 | 0.95 to 1.15 | 30.0 | 61 |" in note and "5 nats, cfg 1: no room" in note
     assert "3.8 nats, cfg 2" in note.partition("Within chance")[2] and note.endswith("    dpar-cli sweep x")
-    assert client.get_run(parent[0].info.run_id).inputs.model_inputs
+    (used,) = client.get_run(parent[0].info.run_id).inputs.model_inputs
+    assert client.get_logged_model(used.model_id).tags["mlflow.source.name"] == "dpar-cli sweep"
     trial = next(run for run in found if run.info.run_name == "4.2 nats, cfg 2")
     assert trial.data.metrics["eval/fd_demo"] == trial.data.metrics["dpar_distance"] == 1.0
     assert trial.data.metrics["patch/mean_length"] == 2.133
