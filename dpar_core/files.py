@@ -180,9 +180,10 @@ def read_record(path: Path | str, *, way_out: str) -> dict[str, Any]:
     return parse_record(content, where=str(path), way_out=way_out)
 
 
-def read_json(path: Path | str, *, way_out: str) -> Any:
+def read_json(path: Path | str, *, way_out: str, digest: bool = False) -> Any:
     """Return the JSON data of a file that may have been written by others: checked against a `digest` where it holds one.
 
+    digest: whether it has to hold one, as what was written together with it does: files of version 0.1.0 held none.
     Raises FileNotFoundError, or Damaged when it is not JSON or not what its digest says.
     """
     try:
@@ -192,7 +193,7 @@ def read_json(path: Path | str, *, way_out: str) -> Any:
         raise FileNotFoundError(f"{path} is missing: {way_out}") from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged ({str(error) or 'no JSON'}): {way_out}") from None
-    if isinstance(found, dict) and "digest" in found:
+    if digest or (isinstance(found, dict) and "digest" in found):
         return parse_record(content, where=str(path), way_out=way_out)
     return found
 
@@ -215,6 +216,7 @@ def seal_holds(summary: Mapping[str, Any]) -> bool:
     """Return whether all entries of a summary are what its `seal` says; summaries of version 0.1.0 have none.
 
     A summary's `digest` names the content it lists and stays the same when facts about it change; the seal covers both.
+    Without a seal readers take what the digest covers, and of the rest what they can hold against files.
     """
     return "seal" not in summary or summary["seal"] == digest_of({k: v for k, v in summary.items() if k != "seal"})
 

@@ -201,7 +201,8 @@ def read_manifest(path: Path) -> Manifest:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # Arrow raises OSError on damaged headers
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is damaged ({reason[:200]}): run `dvc repro -f data`") from None
-    if table.schema.names == SCHEMA.names[:-1]:  # of version 0.1.0, which knew no contents
+    older = table.schema.names == SCHEMA.names[:-1]  # of version 0.1.0, which knew no contents and no seals
+    if older:
         table = table.append_column(SCHEMA.field("content"), pa.nulls(len(table), pa.string()))
     if table.schema.names != SCHEMA.names or not header.keys() >= {"classes", "roots", "digest", "notes"}:
         raise ValueError(f"{path} is not a manifest: expected columns {SCHEMA.names}, found {table.schema.names}")
@@ -211,7 +212,7 @@ def read_manifest(path: Path) -> Manifest:
         loaded = {name: json.loads(header[name]) for name in ("classes", "roots", "notes")}
         rows = Rows(table.replace_schema_metadata(None))
         sound = (
-            seal in (None, digest_of(header))
+            (seal == digest_of(header) or (older and seal is None))
             and table.schema.types == SCHEMA.types
             and _digest(rows, loaded["classes"]) == header["digest"]
             and table["class_name"].equals(pc.take(pa.chunked_array([loaded["classes"]], pa.string()), table["label"]))

@@ -146,6 +146,8 @@ class CheckpointStore:
             found = sha256_file(folder / name)
             if found != expected:
                 raise ValueError(f"{name} has digest {found[:12]}, state.json says {expected[:12]}")
+        if "digest" not in state and "digest" in read_weights_header(folder / _MODEL):
+            raise ValueError(f"{_STATE} holds no digest, as those of version 0.1.0, and its {_MODEL} is of a later one")
         return Checkpoint(step, folder, state, self._place.cache)
 
     def save(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpar_core.evaluation.sample_files import SampledWith
-from dpar_core.files import read_json, read_weights_header, sha256_file
+from dpar_core.files import read_record, read_weights_header, sha256_file
 from stages.artifacts import EQUAL_TIME, FOLDER, MODELS, OUTPUTS, SAMPLE_PROTOCOL, SAMPLES, SCORES, Artifact
 from stages.params import dotted
 
@@ -47,7 +47,7 @@ def models_of(stage: str, root: Path) -> list[LoggedModel]:
     found = [_read(one, root, made=True) for one in outputs if one.name.endswith(".safetensors")]
     for name, artifact in MODELS.items():
         if SAMPLES[name] in outputs or SCORES[name]["scores"] in outputs:
-            protocol = read_json(SAMPLES[name].below(root / FOLDER) / SAMPLE_PROTOCOL, way_out="sample the images again")
+            protocol = read_record(SAMPLES[name].below(root / FOLDER) / SAMPLE_PROTOCOL, way_out="sample the images again")
             made_by = SampledWith(**protocol["made_by"])
             model = _read(artifact, root, made=False) if artifact.below(root / FOLDER).exists() else None
             found.append(model if model is not None and model.digest == made_by.model else None)

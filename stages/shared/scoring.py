@@ -23,7 +23,7 @@ from dpar_core.evaluation.measure import Measured, measure, merged, pieces
 from dpar_core.evaluation.metrics import ScoreError
 from dpar_core.evaluation.reference import Measure, Reference, reference_of_file, reference_of_images
 from dpar_core.evaluation.scores import DISTANCE_NAMES, Scores, ScoreSettings, check_images, compare, protocol_of
-from dpar_core.files import digest_of, read_json
+from dpar_core.files import digest_of, read_record
 from stages import params as P
 from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL
 from stages.data import ManifestOpener
@@ -66,7 +66,7 @@ def score_images(
     file = images_in(samples)
     made_by: dict[str, Any] = {"source": samples.name}
     if file != samples:
-        made_by = read_json(samples / SAMPLE_PROTOCOL, way_out="sample the images again")
+        made_by = read_record(samples / SAMPLE_PROTOCOL, way_out="sample the images again")
     found = read_image_set(file)
     for one in found.notes:
         say(f"{samples}: {one}")

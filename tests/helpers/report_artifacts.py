@@ -85,7 +85,7 @@ def write_curves(folder: Path, losses: list[tuple[int, float]], *, seconds: floa
         writer.writerows([step, loss - 0.1, loss] for step, loss in losses)
     rate = 32 * last / seconds
     points = [{"step": step, "seconds": seconds * step / last, "images_per_s": rate} for step, _ in losses]
-    write_json(folder / "timings.json", {"seconds": seconds, "images_per_s": rate, "curve": points})
+    write_record(folder / "timings.json", {"seconds": seconds, "images_per_s": rate, "curve": points})
     write_json(folder / "metrics.json", {"validation/loss": losses[-1][1]})
 
 

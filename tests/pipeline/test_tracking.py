@@ -17,7 +17,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from dpar_core.files import digest_of, save_weights
+from dpar_core.files import digest_of, save_weights, write_record
 from pipeline.runner import load_stage
 from pipeline.tracking import journal, models, outbox, store, summary, system, tracker
 from pipeline.tracking.journal import Journal
@@ -99,9 +99,7 @@ def test_one_pipeline_run_through_the_client(project, by_hand, monkeypatch):
     meta = {"tokens": "0123", "classes": ["x" * 300], "step": 7}
     digest = save_weights(made(MODELS["dpar"], root), {}, kind="dpar", config={"width": 32}, meta=meta)
     made(SAMPLES["dpar"], root).mkdir()
-    (SAMPLES["dpar"].below(artifacts) / SAMPLE_PROTOCOL).write_text(
-        json.dumps({"made_by": {"model": digest, "tokenizer": digest}})
-    )
+    write_record(SAMPLES["dpar"].below(artifacts) / SAMPLE_PROTOCOL, {"made_by": {"model": digest, "tokenizer": digest}})
     (SAMPLES["dpar"].below(artifacts) / SAMPLE_GRID).write_bytes(b"grid")
     made(HEADLINE, root).write_text(json.dumps(headline_of_a_run()))
     REPORT_PAGE.below(artifacts).write_text("<html>")

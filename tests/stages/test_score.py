@@ -10,7 +10,7 @@ from dpar_core.data.manifest import write_manifest
 from dpar_core.evaluation import features
 from dpar_core.evaluation.features import DemoClassifier, inception_network, load_script
 from dpar_core.evaluation.metrics import ScoreError
-from dpar_core.files import save_weights
+from dpar_core.files import Damaged, save_weights, write_record
 from stages import params as P
 from stages import score
 from stages.data import builtin_manifest
@@ -30,7 +30,7 @@ def place(tmp_path):
     samples.mkdir()
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.savez(samples / "samples.npz", arr_0=images)
-    (samples / "samples.json").write_text(json.dumps({"cfg_scale": 2.0}))
+    write_record(samples / "samples.json", {"cfg_scale": 2.0})
     (tmp_path / "work").mkdir()
     return tmp_path, P.select(params, score.Params)
 
@@ -138,3 +138,10 @@ def test_a_file_that_is_no_torchscript_is_refused(tmp_path):
         load_script(tmp_path / "x.pt", "cpu")
     with pytest.raises(FileNotFoundError, match="no feature network"):
         load_script(tmp_path / "y.pt", "cpu")
+
+
+def test_a_protocol_of_samples_without_its_digest_is_damage(place):
+    folder, params = place
+    (folder / "dpar" / "samples.json").write_text(json.dumps({"cfg_scale": 1.0}))
+    with pytest.raises(Damaged, match=r"samples\.json is damaged"):
+        run(folder, params)

@@ -160,6 +160,18 @@ def test_a_class_name_that_is_not_its_labels_is_damage(tmp_path, content):
             read_manifest(tmp_path / "changed.parquet")
 
 
+def test_a_manifest_without_a_seal_is_read_only_where_it_has_no_contents_as_version_0_1_0_had_none(tmp_path):
+    write_manifest(tmp_path / "m.parquet", Manifest.of([Row("a", "train", "builtin:x", None, 0, "x", None)], ["x"]))
+    table = pq.read_table(tmp_path / "m.parquet")
+    header = {name: value for name, value in table.schema.metadata.items() if name != b"seal"}
+    pq.write_table(table.drop_columns("content").replace_schema_metadata(header), tmp_path / "old.parquet")
+    assert read_manifest(tmp_path / "old.parquet").rows[0].key == "a"
+    lost = table.replace_schema_metadata(header | {b"notes": b'["of nobody"]'})
+    pq.write_table(lost, tmp_path / "lost.parquet")
+    with pytest.raises(Damaged, match="is damaged or was edited"):
+        read_manifest(tmp_path / "lost.parquet")
+
+
 def test_a_key_for_two_images_is_refused():
     with pytest.raises(ValueError, match=r"1 keys stand for more than one image"):
         Manifest.of([Row("a", "train", "x", None, 0, "c")] * 2, ["c"])

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from dpar_core.files import canonical_json, read_weights_header, sha256_file
 from dpar_core.training.checkpoint import Architecture, CheckpointError, CheckpointStore
 from tests.helpers.paths import ROOT
 
@@ -160,12 +161,24 @@ def test_a_flipped_bit_changes_nothing_or_brings_back_the_checkpoint_before(tmp_
 
 def test_a_checkpoint_of_the_first_version_is_still_read(tmp_path):
     place = store(tmp_path)
-    state = Path(save(place, 1)) / "state.json"
+    model = Path(save(place, 1)) / "model.safetensors"
+    state = model.with_name("state.json")
     old = {name: value for name, value in json.loads(state.read_text()).items() if name != "digest"} | {"format": 1}
+    header = {name: read_weights_header(model)[name] for name in ("kind", "config", "meta")}
+    safetensors.torch.save_file(safetensors.torch.load_file(model), model, metadata={"dpar": canonical_json(header)})
+    old["files"][model.name] = sha256_file(model)
     state.write_text(json.dumps(old))
     assert place.newest().state["history"] == [1] and place.warned == []
     state.write_text(json.dumps(old | {"format": 2}))
     assert place.newest() is None and "is damaged" in place.warned[0]
+
+
+def test_a_state_that_lost_its_digest_beside_newer_weights_is_damaged(tmp_path):
+    place = store(tmp_path)
+    state = Path(save(place, 1)) / "state.json"
+    lost = {name: value for name, value in json.loads(state.read_text()).items() if name != "digest"}
+    state.write_text(json.dumps(lost | {"format": 1, "score": 0.5}))
+    assert place.newest() is None and "model.safetensors is of a later one" in place.warned[0]
 
 
 def test_an_upload_that_broke_off_is_no_checkpoint(tmp_path):
