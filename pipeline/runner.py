@@ -34,22 +34,22 @@ _WATCH_SECONDS = 1.0  # between looks whether DVC is still there
 
 @dataclass(frozen=True)
 class StageSpec:
-    """Where a stage's code is, and which file stands for each field of its Inputs and Outputs."""
+    """Where a stage's code is, and which file stands for each field of its Inputs and Outputs.
+
+    kind: what stands before the names of these two classes, where a module has several.
+    """
 
     module: str
     inputs: dict[str, str]
     outputs: dict[str, str]
-    run: str = "run"
-    params: str = "Params"
-    inputs_class: str = "Inputs"
-    outputs_class: str = "Outputs"
+    run: str
+    kind: str
 
 
 def _stage(name: str, module: str, run: str = "run", *, kind: str = "") -> StageSpec:
-    """Describe a stage. kind: what stands before the names of its Inputs and Outputs, where a module has several."""
     inputs = {field: one.path for field, one in artifacts.INPUTS[name].items()}
     outputs = {field: one.path for field, one in artifacts.OUTPUTS[name].items()}
-    return StageSpec(module, inputs, outputs, run, inputs_class=f"{kind}Inputs", outputs_class=f"{kind}Outputs")
+    return StageSpec(module, inputs, outputs, run, kind)
 
 
 STAGES: dict[str, StageSpec] = {
@@ -100,9 +100,8 @@ def load_stage(name: str) -> LoadedStage:
         raise StageError(f"there is no stage {name!r}: expected one of {', '.join(STAGES)}")
     spec = STAGES[name]
     module = importlib.import_module(spec.module)
-    run, params, inputs, outputs = (
-        getattr(module, n) for n in (spec.run, spec.params, spec.inputs_class, spec.outputs_class)
-    )
+    names = (spec.run, "Params", f"{spec.kind}Inputs", f"{spec.kind}Outputs")
+    run, params, inputs, outputs = (getattr(module, name) for name in names)
     return LoadedStage(spec, run, params, inputs, outputs, getattr(module, "identity", plain))
 
 

@@ -12,7 +12,7 @@ from pipeline.project import project_folder
 
 if TYPE_CHECKING:
     from stages.params import Params
-    from stages.tools.sweep import Point, Search, Subject, SweepPlan, TrialResult
+    from stages.tools.sweep import Search, Subject, SweepPlan, TrialResult
 
 sweep_app = typer.Typer(
     no_args_is_help=True,
@@ -60,13 +60,14 @@ def sweep_threshold(
     After an interruption the same command continues. Example: `dpar-cli sweep threshold --thresholds 7.6:8.2:0.1
     --cfg 1.0:3.0:0.25 --apply`, then `dvc repro` for the final scores.
     """
-    from stages.tools.sweep import Point
+    from stages.tools.sweep import Point, SweepPlan
 
     way = _checked_search(search, retrain=retrain)
     subject, params = subject_of("dpar", max_length)
     chosen = _training_thresholds(subject) if thresholds is None else _range(thresholds, "--thresholds")
     points = tuple(Point(threshold, scale) for threshold in chosen for scale in _range(cfg, "--cfg"))
-    plan = _plan(points, params, images, final_images, finalists, concurrency, way, trials)
+    full = params.sample.images if final_images is None else final_images
+    plan = SweepPlan(points, images, full, finalists, concurrency, way, trials)
     _run(name or "threshold", "dpar", subject, params, plan, retrain=retrain, apply=apply)
 
 
@@ -87,12 +88,13 @@ def sweep_cfg(
 
     Reads, writes and continues as `dpar-cli sweep threshold` does; the folder is sweeps/cfg-MODEL/ unless named.
     """
-    from stages.tools.sweep import Point
+    from stages.tools.sweep import Point, SweepPlan
 
     way = _checked_search(search, retrain=False)
     subject, params = subject_of(model, None)
     points = tuple(Point(None, scale) for scale in _range(cfg, "--cfg"))
-    plan = _plan(points, params, images, final_images, finalists, concurrency, way, trials)
+    full = params.sample.images if final_images is None else final_images
+    plan = SweepPlan(points, images, full, finalists, concurrency, way, trials)
     _run(name or f"cfg-{model}", model, subject, params, plan, retrain=False, apply=apply)
 
 
@@ -149,22 +151,6 @@ def _training_thresholds(subject: Subject) -> list[float]:
     return thresholds_around(
         EntropyMaps(entropies, TokenShards(tokens, "train")).sample(SAMPLED_MAPS).entropies, rule.threshold
     )
-
-
-def _plan(
-    points: tuple[Point, ...],
-    params: Params,
-    images: int,
-    final_images: int | None,
-    finalists: int,
-    concurrency: int,
-    search: Search,
-    trials: int,
-) -> SweepPlan:
-    from stages.tools.sweep import SweepPlan
-
-    full = params.sample.images if final_images is None else final_images
-    return SweepPlan(points, images, full, finalists, concurrency, search, trials)
 
 
 def _run(name: str, model: str, subject: Subject, params: Params, plan: SweepPlan, *, retrain: bool, apply: bool) -> None:
