@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -157,6 +158,15 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
 def write_json(path: Path | str, obj: Any) -> None:
     """Write JSON data in a readable, deterministic form, whole or not at all."""
     atomic_write(path, json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """Return the bytes before the values of an npy file, format 1.0, values in C order. dtype: as "<u2"."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
 
 
 def write_record(path: Path | str, content: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ Shapes: n samples asked for, T tokens per view of a G x G grid.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -27,7 +26,7 @@ import pyarrow.compute as pc
 
 from dpar_core.data.remote import Folder
 from dpar_core.data.tars import BLOCK, members
-from dpar_core.files import atomic_path, canonical_json, digest_of, seal_holds, sha256_file, write_json
+from dpar_core.files import atomic_path, canonical_json, digest_of, npy_header, seal_holds, sha256_file, write_json
 from dpar_core.system import open_files_limit
 
 INDEX, SUMMARY = "index.arrow", "summary.json"
@@ -127,7 +126,7 @@ def write_shard(path: Path, samples: Iterable[TokenSample]) -> ShardContents:
             tar.tarstream.format = tarfile.USTAR_FORMAT  # TarWriter takes a format and leaves it unused
             for sample in samples:
                 tokens = np.ascontiguousarray(sample.tokens, dtype="<u2")
-                header = _npy_header(*tokens.shape)
+                header = npy_header(tokens.shape, "<u2")
                 keys.append(sample.key)
                 labels.append(int(sample.label))
                 offsets.append(tar.tarstream.offset + BLOCK + len(header))
@@ -141,7 +140,7 @@ def write_shard(path: Path, samples: Iterable[TokenSample]) -> ShardContents:
 def scan_shard(path: Path, meta: TokenMeta) -> ShardContents:
     """Read a shard's contents from the tar itself. Raises BadTar or ValueError, in one sentence, unless it is sound."""
     keys, labels, offsets = [], [], []
-    header, size = _npy_header(meta.num_views, meta.tokens), 2 * meta.num_views * meta.tokens
+    header, size = npy_header((meta.num_views, meta.tokens), "<u2"), 2 * meta.num_views * meta.tokens
     expected: list[str] = []
     with open(path, "rb") as stream:
         for member in members(path):
@@ -172,13 +171,6 @@ def scan_shard(path: Path, meta: TokenMeta) -> ShardContents:
     if len(set(keys)) < len(keys):
         raise ValueError(f"shard {path} holds a key twice: keys must be unique, make it again")
     return ShardContents(keys, labels, offsets, path.stat().st_size, sha256_file(path))
-
-
-def _npy_header(views: int, tokens: int) -> bytes:
-    buffer = io.BytesIO()
-    shape = {"descr": "<u2", "fortran_order": False, "shape": (views, tokens)}
-    np.lib.format.write_array_header_1_0(buffer, shape)
-    return buffer.getvalue()
 
 
 def write_index(

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpar_core.evaluation.arrays import open_npz
 from dpar_core.evaluation.image_sets import read_image_set
-from dpar_core.files import atomic_path
+from dpar_core.files import atomic_path, npy_header
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's zero; the same images give the same bytes
 
@@ -32,12 +32,6 @@ class SampledWith:
     def to_json(self) -> dict[str, str]:
         """Return the record as JSON data."""
         return {name: digest for name, digest in asdict(self).items() if digest is not None}
-
-
-def _header(shape: tuple[int, ...], dtype: str) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
 
 
 def write_samples(path: Path | str, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
@@ -56,13 +50,13 @@ def write_samples(path: Path | str, batches: Iterable[np.ndarray], labels: np.nd
                     raise ValueError(f"expected images (n, S, S, 3) uint8 of one size; got {batch.shape} {batch.dtype}")
                 if shape is None:
                     shape = batch.shape[1:]
-                    stream.write(_header((count, *shape), "|u1"))
+                    stream.write(npy_header((count, *shape), "|u1"))
                 stream.write(np.ascontiguousarray(batch).data)
                 written += len(batch)
         if written != count:
             raise ValueError(f"expected {count} images, one a label; got {written}")
         with archive.open(zipfile.ZipInfo("arr_1.npy", EPOCH), "w", force_zip64=True) as stream:
-            stream.write(_header((count,), "<i8"))
+            stream.write(npy_header((count,), "<i8"))
             stream.write(np.ascontiguousarray(labels, dtype="<i8").data)
 
 

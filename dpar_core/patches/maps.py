@@ -25,7 +25,16 @@ import pyarrow.parquet as pq
 from dpar_core.choices import GatePrecision
 from dpar_core.data.remote import Folder
 from dpar_core.data.shards import OpenFiles, TokenShards
-from dpar_core.files import atomic_path, digest_of, read_record, seal_holds, sha256_file, write_json, write_record
+from dpar_core.files import (
+    atomic_path,
+    digest_of,
+    npy_header,
+    read_record,
+    seal_holds,
+    sha256_file,
+    write_json,
+    write_record,
+)
 from dpar_core.patches.rule import PatchRule, flat_lengths, lengths_from_starts
 
 SUMMARY, RULE = "summary.json", "rule.json"
@@ -388,8 +397,7 @@ def pack_starts(starts: np.ndarray, *, views: int) -> np.ndarray:
 def join_starts(path: Path, parts: Iterable[Path], *, maps: tuple[int, int, int]) -> None:
     """Write the bits of many shards, each (samples, views, bytes) uint8 in an npy file, as one file of shape `maps`."""
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        header = {"descr": "|u1", "fortran_order": False, "shape": maps}
-        np.lib.format.write_array_header_1_0(stream, header)
+        stream.write(npy_header(maps, "|u1"))
         written = 0
         for part in parts:
             bits = np.load(part, allow_pickle=False)
