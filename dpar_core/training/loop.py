@@ -107,25 +107,13 @@ class RunProgress:
     curve_steps: int = 0
 
 
-def train(
-    model: nn.Module,
-    objective: Objective,
-    data: Data,
-    settings: TrainSettings,
-    store: CheckpointStore,
-    *,
-    hooks: Hooks,
-    ranks: Ranks | None = None,
-) -> RunProgress:
-    """Train a model from its newest checkpoint, or from its initial weights, to `settings.steps` steps.
+class TrainingRun:
+    """Trains a model from its newest checkpoint, or from its initial weights, to `settings.steps` steps.
 
     The last step is always validated and saved. Raises TrainingStopped before a bad loss reaches the weights,
     CheckpointError when a checkpoint cannot be written, ValueError for a checkpoint of another architecture.
     """
-    return _Run(model, objective, data, settings, store, hooks, ranks or Ranks()).run()
 
-
-class _Run:
     def __init__(
         self,
         model: nn.Module,
@@ -133,11 +121,12 @@ class _Run:
         data: Data,
         settings: TrainSettings,
         store: CheckpointStore,
+        *,
         hooks: Hooks,
-        ranks: Ranks,
+        ranks: Ranks | None = None,
     ) -> None:
         self.objective, self.data, self.settings = objective, data, settings
-        self.store, self.hooks, self.ranks = store, hooks, ranks
+        self.store, self.hooks, self.ranks = store, hooks, (ranks := ranks or Ranks())
         self.bf16 = settings.precision == "bf16"
         self.model = model.to(ranks.device)
         if settings.compile:
@@ -176,6 +165,7 @@ class _Run:
         return found if step is None or self.ranks.first else self.store.read(step)
 
     def run(self) -> RunProgress:
+        """Take the steps that are left, and return what the run has to show."""
         settings, progress, last = self.settings, self.progress, self.settings.steps
         self.hooks.begin(progress.step)
         with Prefetcher(

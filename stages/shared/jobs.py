@@ -34,7 +34,7 @@ from dpar_core.models.memory import training_memory
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
 from dpar_core.training.checkpoint import Architecture, Checkpoint, CheckpointStore
-from dpar_core.training.loop import Hooks, RunProgress, TrainSettings, train
+from dpar_core.training.loop import Hooks, RunProgress, TrainingRun, TrainSettings
 from dpar_core.training.optim import OptimSettings
 from dpar_core.training.order import DataOrder, fixed_subset
 from dpar_core.training.parallel import Ranks
@@ -189,7 +189,7 @@ def train_job(job: TrainJob, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[s
         device = torch.cuda.get_device_properties(ranks.device)
         if (line := memory_line(job, data, device.total_memory)) is not None:
             print_fitted(line)
-    progress = train(
+    progress = TrainingRun(
         build(job.config, job.seed),
         TrainObjective(job.config),
         data,
@@ -197,7 +197,7 @@ def train_job(job: TrainJob, root: str, *, ranks: Ranks, hooks: Hooks) -> dict[s
         _store(job, root),
         hooks=hooks,
         ranks=ranks,
-    )
+    ).run()
     return {"step": progress.step}
 
 

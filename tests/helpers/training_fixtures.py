@@ -11,7 +11,7 @@ from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig, next_token_loss
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.training.checkpoint import Architecture, CheckpointStore
-from dpar_core.training.loop import TrainSettings, train
+from dpar_core.training.loop import TrainingRun, TrainSettings
 from dpar_core.training.optim import OptimSettings
 from dpar_core.training.order import DataOrder
 from dpar_core.training.parallel import Ranks
@@ -124,5 +124,5 @@ def tiny_run(root: Path, kind: str = "gpt", *, hooks=None, ranks=None, **changes
     data = TinyData(settings, ranks, patches=kind == "dpar")
     objective = BaselineObjective() if kind == "gpt" else DPARObjective()
     store = tiny_store(root, kind)
-    progress = train(tiny_model(kind), objective, data, settings, store, hooks=hooks, ranks=ranks)
+    progress = TrainingRun(tiny_model(kind), objective, data, settings, store, hooks=hooks, ranks=ranks).run()
     return progress, store.newest(), hooks

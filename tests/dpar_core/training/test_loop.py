@@ -15,7 +15,7 @@ from dpar_core.models import flops
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.training.checkpoint import CheckpointError
-from dpar_core.training.loop import TrainingStopped, train
+from dpar_core.training.loop import TrainingRun, TrainingStopped
 from dpar_core.training.optim import OptimSettings, adamw, learning_rate
 from dpar_core.training.prefetch import Batch, Prefetcher
 from tests.helpers.paths import ROOT
@@ -108,7 +108,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path):
         settings = tiny_settings(accumulate=accumulate, steps=3)
         model = GPT(replace(GPT_CONFIG, dropout=0.0, class_dropout=0.0))
         store = tiny_store(tmp_path / str(accumulate), "gpt")
-        train(model, BaselineObjective(), TinyData(settings), settings, store, hooks=Recorder())
+        TrainingRun(model, BaselineObjective(), TinyData(settings), settings, store, hooks=Recorder()).run()
     one, two = (tiny_store(tmp_path / name, "gpt").newest().model() for name in "12")
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
 
@@ -133,7 +133,7 @@ def test_a_bad_loss_stops_before_it_spoils_the_weights(tmp_path, bad):
             before.update({name: value.clone() for name, value in model.state_dict().items()})
 
     with pytest.raises(TrainingStopped) as caught:
-        train(model, Poisoned(), TinyData(settings), settings, store, hooks=Watch())
+        TrainingRun(model, Poisoned(), TinyData(settings), settings, store, hooks=Watch()).run()
     assert "stopped at step 8, before its update" in str(caught.value)
     assert "step-00000005" in str(caught.value)
     assert same_weights(dict(model.state_dict()), before)
@@ -152,7 +152,7 @@ def test_a_bad_validation_loss_stops_before_it_is_kept(tmp_path, bad):
 
     settings, store, hooks = tiny_settings(checkpoint_every=4), tiny_store(tmp_path, "gpt"), Recorder()
     with pytest.raises(TrainingStopped, match=r"stopped after step 8: the validation loss is .*good.*step-00000004: lower"):
-        train(tiny_model("gpt"), Spoiled(), TinyData(settings), settings, store, hooks=hooks)
+        TrainingRun(tiny_model("gpt"), Spoiled(), TinyData(settings), settings, store, hooks=hooks).run()
     assert store.steps() == [4] and 8 not in hooks.lines
     assert [row[0] for row in store.newest().state["progress"]["curve"]] == [4]
 
@@ -189,7 +189,7 @@ def test_a_full_disk_at_checkpoint_time_names_the_last_good_one(tmp_path, monkey
 
     monkeypatch.setattr(store, "_write_model", full)
     with pytest.raises(CheckpointError, match=r"step 10 could not be written.*No space left.*step-00000005"):
-        train(tiny_model("gpt"), BaselineObjective(), TinyData(settings), settings, store, hooks=Recorder())
+        TrainingRun(tiny_model("gpt"), BaselineObjective(), TinyData(settings), settings, store, hooks=Recorder()).run()
     assert store.newest().step == 5
 
 
@@ -229,9 +229,9 @@ def test_validation_time_and_checkpoints_do_not_count_as_training(tmp_path):
             yield from super().validation()
 
     settings = tiny_settings(steps=4, validate_every=2)
-    progress = train(
+    progress = TrainingRun(
         tiny_model("gpt"), BaselineObjective(), Slow(settings), settings, tiny_store(tmp_path, "gpt"), hooks=Recorder()
-    )
+    ).run()
     assert progress.seconds < 0.5
 
 

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from dpar_core.models.dpar import DPAR
 from dpar_core.training import parallel
-from dpar_core.training.loop import TrainingStopped, train
+from dpar_core.training.loop import TrainingRun, TrainingStopped
 from dpar_core.training.parallel import Ranks
 from tests.helpers import training_fixtures as tiny
 from tests.helpers.processes import fork_server
@@ -36,7 +36,7 @@ def run(root: Path, ranks: Ranks, *, poisoned: bool = False, crash_after: int | 
     data = tiny.TinyData(settings, ranks, patches=True)
     objective = Poisoned(ranks.rank) if poisoned else tiny.DPARObjective()
     store = tiny.tiny_store(root, "dpar")
-    return train(DPAR(QUIET), objective, data, settings, store, hooks=tiny.Recorder(crash_after), ranks=ranks)
+    return TrainingRun(DPAR(QUIET), objective, data, settings, store, hooks=tiny.Recorder(crash_after), ranks=ranks).run()
 
 
 SCENARIOS = {
