@@ -82,7 +82,7 @@ def project_state(root: Path) -> list[StageState]:
         if recorded is not None and not why:
             late = [need for need in needs if states[need].state != "fresh"]
             newer = [need for need in needs if last and (states[need].finished or 0.0) > last.finished]
-            why = f"{late[0]} is to run before it" if late else f"{newer[0]} has run since" if newer else ""
+            why = f"{late[0]} has to run first" if late else f"{newer[0]} has run since" if newer else ""
         state: Literal["fresh", "stale", "never run"] = "never run" if recorded is None else "stale" if why else "fresh"
         total = sum(int(one.get("size") or 0) for one in (recorded or {}).get("outs", []))
         finished, seconds = (last.finished, last.seconds) if last else (None, None)

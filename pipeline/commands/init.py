@@ -51,7 +51,7 @@ def init(
     duration = {"demo": "a quarter of an hour", "smoke": "two minutes, for pictures of noise"}.get(
         preset, "as its preset says"
     )
-    done = f"params.yaml is preset {preset} with your images, on two cores about {duration}: go on with `dpar-cli run`"
+    done = f"params.yaml is preset {preset} with your images, on two cores about {duration}: continue with `dpar-cli run`"
     print(wrapped(done, rest="  "))
 
 

@@ -231,7 +231,7 @@ def _run(name: str, model: str, subject: Subject, params: Params, plan: SweepPla
             print_fitted(f"the winner was trained at its threshold: {also}")
     print_fitted(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
     if not apply:
-        print_fitted("take it over    the same command with --apply, then dvc repro")
+        print_fitted("apply it        the same command with --apply, then dvc repro")
 
 
 def refuse_second(name: str, holder: str) -> None:

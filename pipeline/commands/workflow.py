@@ -85,7 +85,7 @@ def run(
     if problems:
         print("\n".join(lines(checks, only_problems=True)))
     if any(check.verdict == "fail" for check in checks):
-        raise ValueError("nothing was started: mend what is marked FAIL above, then run the same command again")
+        raise ValueError("nothing was started: fix what is marked FAIL above, then run the same command again")
     if not problems:
         print(wrapped(f"checks passed ({len(checks)}; `dpar-cli doctor` lists them)"))
     plan = RunPlan(root, [state for state in states if state.name != LOOK], force=force)
@@ -405,7 +405,7 @@ def status_lines(states: list[StageState], root: Path, *, now: float, code: dict
 
     marks = {"fresh": ("ok ", "green"), "stale": ("old", "yellow"), "never run": ("-  ", "dim")}
     wide, other = columns() >= 64, 0
-    found = [f"{'':3} {'stage':15} {'age':>6} {'took':>6}  result, or why it is to run"] if wide else []
+    found = [f"{'':3} {'stage':15} {'age':>6} {'took':>6}  result, or why it has to run"] if wide else []
     for state in states:
         mark, shade = marks[state.state]
         if state.state == "fresh" and state.code not in ("", code["source"]):
@@ -419,9 +419,7 @@ def status_lines(states: list[StageState], root: Path, *, now: float, code: dict
     due = sum(state.state != "fresh" for state in states)
     found += ["", wrapped(all_fresh(root)) if not due else f"{due} of {len(states)} to run: dpar-cli run"]
     if other:
-        words = (
-            f"* made by other code than this ({code['version']}, {code['source'][:8]}); `dvc repro -f STAGE` makes one again"
-        )
+        words = f"* made by different code ({code['version']}, {code['source'][:8]}); `dvc repro -f STAGE` repeats one"
         found.append(wrapped(words, rest="  "))
     return found
 

@@ -64,7 +64,7 @@ def use_preset(root: Path, name: str, *, force: bool = False) -> str:
             shutil.copyfile(target, root / "params.yaml.bak")
             kept = "; the old one is params.yaml.bak"
     atomic_write(target, file.read_text("utf-8"))
-    return f"params.yaml is now preset {name}{kept}: go on with `dpar-cli run`"
+    return f"params.yaml is now preset {name}{kept}: continue with `dpar-cli run`"
 
 
 def with_values(text: str, values: dict[str, Any]) -> str:

@@ -157,7 +157,7 @@ def bar_chart(values: Sequence[tuple[str, float]], *, x: str, y: str) -> str:
         middle = left + 0.36 * step
         parts.append(f'<rect class="dpar" x="{left:.1f}" y="{top:.1f}" width="{0.72 * step:.1f}" height="{height:.1f}"/>')
         if len(values) <= 10:
-            parts.append(_text(middle, top - 6, f"{value:.1%}", "middle", "value"))
+            parts.append(_text(middle, top - 6, f"{100 * value:.1f} %", "middle", "value"))
         parts.append(_text(middle, HEIGHT - BOTTOM + 18, name, "middle"))
     parts.append(f'<path class="axis" d="M{RIGHT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     return "".join([*parts, _text(WIDTH / 2, HEIGHT - 6, x, "middle"), "</svg>"])

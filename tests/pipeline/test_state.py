@@ -83,7 +83,7 @@ def test_a_changed_value_is_named_and_what_follows_waits_for_it(project):
     assert states(project) == {
         "tokens": ("fresh", ""),
         "model": ("stale", "train.steps 480 -> 8"),
-        "report": ("stale", "model is to run before it"),
+        "report": ("stale", "model has to run first"),
     }
 
 

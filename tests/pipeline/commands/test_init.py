@@ -37,7 +37,7 @@ def test_params_fit_the_images_and_keep_their_comments(project, tmp_path, capsys
     before, after = (YAML(typ="safe").load(one) for one in ((ROOT / "params" / f"{preset}.yaml").read_text(), text))
     assert before.keys() == after.keys() and before["model"] == after["model"]
     said = " ".join(capsys.readouterr().out.split())
-    assert "3 classes, 54 images for training, 6 for validation" in said and "go on with `dpar-cli run`" in said
+    assert "3 classes, 54 images for training, 6 for validation" in said and "continue with `dpar-cli run`" in said
 
 
 def test_a_changed_params_file_is_kept_or_refused_before_anything_is_written(project, tmp_path):

@@ -280,7 +280,7 @@ def test_status_marks_what_other_code_made(project):
     states = [state("data", "fresh", 1.0, code=HERE["source"]), state("tokenizer", "fresh", 1.0, code="0" * 16)]
     lines = status_lines(states, project, now=1300.0, code=HERE)
     assert lines[1].startswith("ok  data") and lines[2].startswith("ok* tokenizer")
-    assert "made by other code than this (1.0, abcdef01)" in " ".join(lines[-1].split())
+    assert "made by different code (1.0, abcdef01)" in " ".join(lines[-1].split())
 
 
 def test_status_fits_a_terminal_of_40_columns(project, monkeypatch):

@@ -58,7 +58,7 @@ def test_bars_are_as_high_as_their_values():
     svg = bar_chart([("1", 0.6), ("2", 0.3), ("3", 0.0)], x="length", y="share")
     heights = [float(r.get("height")) for r in ET.fromstring(svg).iter("rect")]
     assert heights[0] == pytest.approx(2 * heights[1], abs=0.2) and heights[2] == 0
-    assert "60.0%" in svg
+    assert "60.0 %" in svg
 
 
 def test_intervals_share_one_scale():
