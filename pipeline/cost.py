@@ -411,7 +411,7 @@ def _table(name: str, estimate: CostEstimate) -> str:
             f"{name}: {estimate.tokens_per_image} tokens and {estimate.patches_per_image:.4g} patches per image, "
             f"{estimate.training_images:,} images in {estimate.views} views"
         ),
-        wrapped(f"{prices.gpu} at an assumed MFU of {prices.utilisation:.0%} (share of its peak), {money} per hour"),
+        wrapped(f"{prices.gpu} at an assumed MFU of {100 * prices.utilisation:.0f} % (share of its peak), {money} per hour"),
         "",
     ]
     rows = [
@@ -426,25 +426,33 @@ def _table(name: str, estimate: CostEstimate) -> str:
             wrapped(_advice(one, models[one], f"{estimate.memory_gb:.3g} GB of {prices.gpu}"), rest="  ") for one in large
         ]
     rows = [
-        [work, f"{one.images:,}", f"{one.exaflops:,.4g}", f"{one.gpu_hours:,.4g}", f"{one.share_of_peak:.1%}"]
+        [
+            work,
+            f"{one.images:,}",
+            _cell(one.exaflops, ",.4g"),
+            _cell(one.gpu_hours, ",.4g"),
+            f"{100 * one.share_of_peak:.1f} %",
+        ]
         for work, one in estimate.other_work.items()
     ]
     lines += ["", table(("beside training", "images", "EFLOPs", "GPU-hours", "of the peak"), rows)]
     days, workers = whole.days_on_its_workers, whole.workers
-    span = f"{days:,.3g} days" if days >= 1 else f"{24 * days:,.3g} hours"
+    span = f"{days:,.3g} days" if days >= 1 else f"{_cell(24 * days, ',.3g')} hours"
     lines.append(
         wrapped(
-            f"The whole run: {whole.gpu_hours:,.4g} GPU-hours, {whole.price:,.2f} {prices.currency}, {span} on "
+            f"The whole run: {_cell(whole.gpu_hours, ',.4g')} GPU-hours, {whole.price:,.2f} {prices.currency}, {span} on "
             f"{workers or 1} x {prices.gpu}. Shares of the peak beside training were measured on one H200, for scoring "
             "assumed."
         )
     )
-    sizes = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in estimate.disk_gb.items()]
+    sizes = [f"{key.replace('_', ' ')} {_cell(value, ',.4g')}" for key, value in estimate.disk_gb.items()]
     return "\n".join([*lines, wrapped(f"GB on disk: {', '.join(sizes)}")])
 
 
 def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    if value is None:
+        return ""
+    return "<0.001" if form.endswith("g") and 0 < value < 0.001 else format(value, form)
 
 
 def _advice(name: str, model: ModelCost, memory: str) -> str:

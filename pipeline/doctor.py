@@ -108,7 +108,7 @@ def _versions(root: Path) -> Iterator[Check]:
     if other:
         yield Check("packages", "warn", f"not as pinned: {', '.join(other)}", fix)
     if not missing and not other:
-        yield Check("packages", "ok", f"{len(PACKAGES)} looked at, all as pinned")
+        yield Check("packages", "ok", f"{len(PACKAGES)} checked, all as pinned")
 
 
 def _git(root: Path) -> Check:
@@ -237,7 +237,7 @@ def check_path(name: str, text: str) -> Check:
     from stages.terminal import size
 
     if "://" in text and name.endswith(".storage"):
-        return Check(name, "ok", f"{redacted(text)} (an address: looked at when it is read)")
+        return Check(name, "ok", f"{redacted(text)} (an address: checked when it is read)")
     if "://" in text:
         return Check(name, "fail", f"{redacted(text)} is an address, and files are read here", "fetch it, and name the file")
     path = Path(text)

@@ -98,7 +98,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
             found.append(wrapped(row[0], rest="  "))
             found += [wrapped(f"{name} {cell}", first="  ", rest="    ") for name, cell in zip(head[1:], row[1:]) if cell]
         return "\n".join(found)
-    to_right = [all(re.match(r"[+-]?[\d.]|$", row[column]) for row in lines[1:]) for column in range(len(head))]
+    to_right = [all(re.match(r"[<+-]?[\d.]|$", row[column]) for row in lines[1:]) for column in range(len(head))]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, to_right)

@@ -32,12 +32,15 @@ def show_run(identity: Annotated[str, typer.Argument(help="Run id, or its beginn
 
     Reads the store and params.yaml.
     """
-    from stages.params import flattened, load_params
+    from pipeline.runner import device_of
+    from stages.params import flattened, load_params, settled
 
     found = [run for run in _pipeline_runs() if run.info.run_id.startswith(identity)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} runs begin with {identity!r}, expected one: `dpar-cli runs` lists them")
-    now = {name: str(value) for name, value in flattened(load_params(Path("params.yaml"))).items()}
+    asked = load_params(Path("params.yaml"))
+    # A run has what `auto` meant on its machine.
+    now = {name: str(value) for name, value in flattened(settled(asked, device_of(asked.compute))).items()}
     print("\n".join(show_lines(found[0], now)))
 
 
