@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpar_core.files import atomic_path
+from pipeline.figures import new_figure, save_figure
 from stages.tools.patch_stats import PatchStats
 
 
 def draw_curves(stats: PatchStats, path: Path) -> None:
     """Draw mean patches per image with the 5 to 95 per cent band, and the mean length on the right-hand scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
+    figure, axes = new_figure(8, 4.8)
     for number, max_length in enumerate(dict.fromkeys(cell.max_length for cell in stats.cells)):
         cells = sorted((cell for cell in stats.cells if cell.max_length == max_length), key=lambda cell: cell.threshold)
         over = [cell.threshold for cell in cells]
@@ -34,6 +29,4 @@ def draw_curves(stats: PatchStats, path: Path) -> None:
     ticks = [length for length in (1, 1.25, 1.5, 2, 3, 4, 8) if length <= longest]
     lengths.set_yticks([stats.tokens / length for length in ticks], [f"{length:g}" for length in ticks])
     lengths.set_ylabel("mean patch length, tokens")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+    save_figure(figure, path)

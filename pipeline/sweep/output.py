@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dpar_core.files import atomic_path, atomic_write, write_json
 from dpar_core.secrets import redacted
+from pipeline.figures import new_figure, save_figure
 from pipeline.report.charts import Scatter, scatter_chart
 from pipeline.report.pictures import file_uri
 from stages import terminal
@@ -134,23 +135,6 @@ def _write_tables(rows: list[dict[str, Any]], target: Path) -> Path:
     return target.with_suffix(".parquet")
 
 
-def _figure(width: float, height: float, columns: int = 1) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
-
-
 def cells_of(facts: Facts) -> tuple[list[float | None], list[float], dict[tuple[float | None, float], TrialResult]]:
     """Return thresholds, cfg scales, and the search's result of each pair that was tried."""
     cells = {(one.point.threshold, one.point.cfg_scale): one for one in facts.outcome.search}
@@ -165,7 +149,7 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
     thresholds, scales, cells = cells_of(facts)
     best = min(one.value(facts.distance) for one in facts.outcome.search)
     if facts.settings["search"] != "grid":
-        figure, axes = _figure(7, 4.6)
+        figure, axes = new_figure(7, 4.6)
         dots = axes.scatter(
             [one.point.cfg_scale for one in facts.outcome.search],
             [one.point.threshold or 0 for one in facts.outcome.search],
@@ -174,7 +158,7 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
             s=70,
         )
     else:
-        figure, axes = _figure(max(1.1 * len(scales) + 2.4, 5), max(0.55 * len(thresholds) + 1.6, 2.6))
+        figure, axes = new_figure(max(1.1 * len(scales) + 2.4, 5), max(0.55 * len(thresholds) + 1.6, 2.6))
         grid = np.full((len(thresholds), len(scales)), np.nan)
         for (threshold, scale), one in cells.items():
             grid[thresholds.index(threshold), scales.index(scale)] = one.value(facts.distance)
@@ -198,7 +182,7 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
     axes.set_ylabel("threshold, nats")
     axes.set_title(f"{facts.short}, {facts.settings['images']} images per trial; lower is better", loc="left", fontsize=10)
     figure.colorbar(dots, ax=axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def fronts(facts: Facts) -> list[Scatter]:
@@ -220,7 +204,7 @@ def label(point: Point) -> str:
 
 def draw_pareto(facts: Facts, path: Path) -> None:
     """Draw both trade-offs with their Pareto-optimal trials."""
-    figure, both = _figure(11, 4.4, columns=2)
+    figure, both = new_figure(11, 4.4, columns=2)
     for axes, one in zip(both, fronts(facts)):
         axes.scatter(*zip(*one.points), color="#9aa1ae", s=28, zorder=2)
         chosen = [one.points[which] for which in one.front]
@@ -231,7 +215,7 @@ def draw_pareto(facts: Facts, path: Path) -> None:
         axes.set_ylabel(f"{one.y} (lower is better)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def table_head(facts: Facts) -> list[str]:

@@ -35,6 +35,25 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class ProbedModel:
+    """What all blocks of a model show. model: digest of its weights; step: at which it was saved."""
+
+    model: str
+    step: int
+    best: Probe
+    blocks: list[Probe]
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Models by name, how many images and classes were used (train, held_out, classes), and the digest of the tokens."""
+
+    models: dict[str, ProbedModel]
+    images: dict[str, int]
+    tokens: str
+
+
+@dataclass(frozen=True)
 class SplitFeatures:
     """Features of some images: (L, n, D) float32, and their labels (n,)."""
 

@@ -77,9 +77,9 @@ def test_trained_models_are_probed_from_their_artifacts(data, tmp_path, monkeypa
     for name in ("dpar", "llamagen"):
         run_stage(name, data, tmp_path / "models" / name, tmp_path / "work" / name)
     found = probe_models(["dpar", "llamagen"], 0, 0, device="cpu", artifacts=tmp_path)
-    assert found["images"] == {"train": 36, "held_out": 8, "classes": 2}
-    assert all(0 <= one["best"]["top1"] <= one["best"]["top5"] <= 1 for one in found["models"].values())
-    assert [block["block"] for block in found["models"]["dpar"]["blocks"]] == ["encoder 0", "patch 0", "decoder 0"]
+    assert found.images == {"train": 36, "held_out": 8, "classes": 2}
+    assert all(0 <= one.best.top1 <= one.best.top5 <= 1 for one in found.models.values())
+    assert [block.block for block in found.models["dpar"].blocks] == ["encoder 0", "patch 0", "decoder 0"]
     plot_accuracies(found, tmp_path / "probe.png")
     assert (tmp_path / "probe.png").stat().st_size > 5000 and "llamagen" in table(found)
 
