@@ -70,11 +70,11 @@ def settle(choice: PrecisionChoice, device: torch.device | str) -> Precision:
     return "bf16" if multiplies_bf16(device) else "fp32"
 
 
-def slowdown(device: torch.device | str, *, size: int = 256) -> float:
+def slowdown(device: torch.device | str) -> float:
     """Return how many times as long a matrix product takes in bfloat16 as in float32; measured in some milliseconds."""
     import torch
 
-    return product_seconds(device, torch.bfloat16, size=size) / product_seconds(device, torch.float32, size=size)
+    return product_seconds(device, torch.bfloat16, size=256) / product_seconds(device, torch.float32, size=256)
 
 
 def product_seconds(device: torch.device | str, dtype: torch.dtype, *, size: int, budget_s: float = 0.1) -> float:

@@ -217,8 +217,8 @@ def measure_reconstruction(
     return metrics, originals, copies.images
 
 
-def _one_a_class(labels: Sequence[int], most: int = 12) -> np.ndarray:
+def _one_a_class(labels: Sequence[int]) -> np.ndarray:
     first: dict[int, int] = {}
     for which, label in enumerate(labels):
         first.setdefault(label, which)
-    return np.array([first[label] for label in sorted(first)][:most])
+    return np.array([first[label] for label in sorted(first)][:12])

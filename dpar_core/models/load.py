@@ -86,33 +86,31 @@ class Trained:
         return model.to(device, dtype).eval().requires_grad_(False)
 
 
-def read_trained(path: Path, role: Role, *, made_with: Mapping[str, Any] | None = None, stage: str | None = None) -> Trained:
+def read_trained(path: Path, role: Role, *, made_with: Mapping[str, Any] | None = None) -> Trained:
     """Read a trained model and check that it belongs to what it is used with.
 
     made_with: what the reader has, by name: the digests of the `tokenizer`, the `tokens`, the `entropy_model`, or the `rule`
         as plain data; each is compared with what the file says.
-    stage: of dvc.yaml, named as the way out (default: the one that trains the role).
     Raises FileNotFoundError, Damaged, or ValueError in a sentence.
     """
     kind = _KINDS[role]
-    stage = stage or kind.stage
     if not path.exists():
-        raise FileNotFoundError(f"no trained model at {path}: run `dvc repro {stage}`")
+        raise FileNotFoundError(f"no trained model at {path}: run `dvc repro {kind.stage}`")
     weights = load_weights(path, kind=kind.kind)
     try:
         config = kind.config(**weights.config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has a config of another version ({error}): run `dvc repro -f {stage}`") from None
+        raise ValueError(f"{path} has a config of another version ({error}): run `dvc repro -f {kind.stage}`") from None
     classes = getattr(config, "num_classes", None)
     if role == "entropy_model" and classes is not None:
         raise ValueError(f"{path} is conditioned on classes, an entropy model has none: run `dvc repro entropy_model`")
     if role == "llamagen" and classes is None:
-        raise ValueError(f"{path} is an entropy model, which knows no classes: expected a model of {stage}")
+        raise ValueError(f"{path} is an entropy model, which knows no classes: expected a model of {kind.stage}")
     for name, expected in (made_with or {}).items():
         found = weights.meta.get(name)
         if found != expected:
             raise ValueError(
-                f"{path} was trained {_WORDS[name]} {found}, but this run has {expected}: run `dvc repro {stage}`"
+                f"{path} was trained {_WORDS[name]} {found}, but this run has {expected}: run `dvc repro {kind.stage}`"
             )
     return Trained(path, role, config, weights)
 

@@ -37,9 +37,9 @@ class TrainingMemory:
         """Return the bytes of a step with micro-batches of this many images."""
         return self.state + self.loss + self.fixed + images * self.activations
 
-    def largest_batch(self, memory: float, *, share: float = TRAINING_SHARE) -> int:
-        """Return the images per micro-batch that fit in `share` of a device's memory; 0 when none does."""
-        return max(int((share * memory - self.total(0)) // self.activations), 0)
+    def largest_batch(self, memory: float) -> int:
+        """Return the images per micro-batch that fit in TRAINING_SHARE of a device's memory; 0 when none does."""
+        return max(int((TRAINING_SHARE * memory - self.total(0)) // self.activations), 0)
 
     def micro_batches(self, images: int, memory: float, *, at_least: int = 1) -> int | None:
         """Return the fewest micro-batches, `at_least` or more, that a worker's share of a batch can be cut into to fit.

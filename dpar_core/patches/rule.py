@@ -110,12 +110,13 @@ def patch_starts_numpy(entropies: np.ndarray, rule: PatchRule, *, chunk: int = 4
 class BoundaryState:
     """The rule token by token, as generation needs it; all rows of a batch at once, or some at places of their own.
 
+    All tensors are on the host.
     last_cut: (B,) int64, position of the token after the last cut of each row.
     """
 
-    def __init__(self, rule: PatchRule, rows: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, rule: PatchRule, rows: int) -> None:
         self.rule = rule
-        self.last_cut = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.last_cut = torch.zeros(rows, dtype=torch.int64)
         self._fixed = torch.zeros(0, dtype=torch.bool)
 
     def step(self, position: int | Tensor, entropies: Tensor, *, rows: Tensor | None = None) -> Tensor:
@@ -125,11 +126,11 @@ class BoundaryState:
         rows: (A,) int64, the rows meant (None: all).
         Positions of a row must come in order from 0; entropies at position 0 are ignored.
         """
-        rule, device = self.rule, self.last_cut.device
+        rule = self.rule
         if isinstance(position, int):
-            position = torch.full(entropies.shape, position, device=device)
+            position = torch.full(entropies.shape, position)
         if len(position) and int(position.max()) >= len(self._fixed):
-            self._fixed = torch.from_numpy(rule.fixed_cuts(2 * int(position.max()) + 2)).to(device)
+            self._fixed = torch.from_numpy(rule.fixed_cuts(2 * int(position.max()) + 2))
         cut = self._fixed[position]
         if rule.reads_entropies:
             cut = cut | (entropies > torch.tensor(rule.threshold, dtype=torch.float32))

@@ -42,8 +42,11 @@ class Batch(NamedTuple):
         return Batch(change(self.tokens), labels, None if self.layout is None else self.layout.each(change))
 
 
+AHEAD = 2
+
+
 class Prefetcher:
-    """Makes the micro-batches of coming steps in a thread, at most `ahead` steps in advance.
+    """Makes the micro-batches of coming steps in a thread, at most AHEAD steps in advance.
 
     Use as a context manager: leaving it stops the thread. `waited`: seconds that the last `next` waited.
     """
@@ -56,11 +59,10 @@ class Prefetcher:
         last: int,
         micros: int,
         device: torch.device,
-        ahead: int = 2,
     ) -> None:
         self.waited = 0.0
         self._make, self._steps, self._micros, self._device = micro_batch, range(first, last), micros, device
-        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(ahead)
+        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
 

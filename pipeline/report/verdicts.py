@@ -181,12 +181,12 @@ def judge(
     )
 
 
-def judge_losses(words: str, dpar: np.ndarray, baseline: np.ndarray, *, seed: int = 0) -> Comparison:
+def judge_losses(words: str, dpar: np.ndarray, baseline: np.ndarray) -> Comparison:
     """Compare losses (n,) in nats per token of the same n images by a paired bootstrap of the mean difference.
 
     One side is better when the interval of the difference excludes zero.
     """
-    picks = np.random.default_rng(seed).integers(0, len(dpar), (RESAMPLES, len(dpar)))
+    picks = np.random.default_rng(0).integers(0, len(dpar), (RESAMPLES, len(dpar)))
 
     def estimate(values: np.ndarray) -> Estimate:
         low, high = np.percentile(values[picks].mean(axis=1), LEVEL)

@@ -22,6 +22,7 @@ from dpar_core.training.order import fixed_subset
 from dpar_core.training.prefetch import Batch
 from stages.tracker import Tracker
 
+BATCH = 32  # images whose features are computed at once
 _INVERSE_PENALTY = 0.1  # C of scikit-learn's logistic regression, on standardised features
 
 
@@ -70,7 +71,7 @@ def load_model(path: Path, shards: TokenShards) -> tuple[GPT | DPAR, Weights]:
 
 
 def features_of(
-    model: GPT | DPAR, shards: TokenShards, patch_maps: Path, images: int, tracker: Tracker, *, device: str, batch: int = 32
+    model: GPT | DPAR, shards: TokenShards, patch_maps: Path, images: int, tracker: Tracker, *, device: str
 ) -> SplitFeatures:
     """Return features of evenly spaced images (their centre crops) of a split, for every block."""
     chosen = fixed_subset(len(shards), images)
@@ -78,8 +79,8 @@ def features_of(
     model.to(device)
     found = []
     with tracker.progress(len(chosen), f"features {shards.split}", unit="images") as progress:
-        for first in range(0, len(chosen), batch):
-            indices = chosen[first : first + batch]
+        for first in range(0, len(chosen), BATCH):
+            indices = chosen[first : first + BATCH]
             views = np.full(len(indices), CENTER_VIEWS[shards.meta.views])
             tokens = torch.from_numpy(shards.tokens(indices, views).astype(np.int64))
             layout = None
