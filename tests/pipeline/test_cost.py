@@ -228,7 +228,7 @@ def test_the_command_prints_a_table_or_json(monkeypatch):
     app.command()(cost)
     table = CliRunner().invoke(app, ["demo"])
     assert table.exit_code == 0 and "DPAR saves" in table.output and "GPU-hours" in table.output
-    assert "assumed MFU of 40%" in table.output and max(map(len, table.output.splitlines())) <= 80
+    assert "assumed MFU of 40 %" in table.output and max(map(len, table.output.splitlines())) <= 80
     costed = json.loads(CliRunner().invoke(app, ["params/demo.yaml", "--json"]).output)
     assert f"{costed['models']['dpar']['parameters']:,}" in table.output
     whole = costed["models"]["dpar"]["forward_gflops"] + costed["models"]["entropy_model"]["forward_gflops"]
