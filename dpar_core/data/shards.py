@@ -327,6 +327,10 @@ class TokenShards:
         parts = zip(self._numbers, starts, self._ends.tolist())
         return [(self._files[number].name, slice(first, last)) for number, first, last in parts if last > first]
 
+    def shard_of(self, index: int) -> tuple[str, slice]:
+        """Return (file name, slice of sample indices) of the shard that a sample is in."""
+        return next((name, part) for name, part in self.shards() if part.start <= index < part.stop)
+
     def tokens(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Read one view of each sample asked for: indices (n,), views (n,) -> (n, T) uint16. Raises OSError."""
         size = 2 * self.meta.tokens

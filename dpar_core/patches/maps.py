@@ -258,6 +258,13 @@ class EntropyMaps:
         flat: np.ndarray = table["entropies"].combine_chunks().flatten().to_numpy()
         return flat.reshape(-1, self.shards.meta.tokens)
 
+    def views_of(self, index: int) -> np.ndarray:
+        """Return the entropies of all views of a sample, reading its shard only: (views, T) float32."""
+        name, part = self.shards.shard_of(index)
+        by_sample = self.shard(name).reshape(part.stop - part.start, self.shards.meta.num_views, -1)
+        views: np.ndarray = by_sample[index - part.start]
+        return views
+
     def all(self) -> np.ndarray:
         """Return all entropies of the split: (samples * views, T) float32."""
         return np.concatenate([self.shard(name) for name, _ in self.shards.shards()])

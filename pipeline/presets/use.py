@@ -56,8 +56,7 @@ def use_preset(root: Path, name: str, *, force: bool = False) -> str:
     load_params(file)
     kept = ""
     if target.exists():
-        text = target.read_text("utf-8")
-        known = any(text == (root / "params" / f"{other}.yaml").read_text("utf-8") for other in preset_names(root))
+        known = preset_of(root) != "own params"
         if not known and not force:
             raise ValueError(f"{target.name} has changes of yours: --force replaces it and keeps it as {target.name}.bak")
         if not known:

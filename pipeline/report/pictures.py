@@ -134,7 +134,7 @@ def examples(
                 meta.classes[shards.labels[index]],
                 photo,
                 decoded,
-                _entropies(entropies, index),
+                entropies.views_of(index)[CENTER_VIEWS[meta.views]],
                 maps.lengths(*at)[0],
                 meta.row_width,
             )
@@ -155,15 +155,6 @@ def _typical(shards: TokenShards, maps: PatchMaps, count: int) -> list[int]:
         ranked.append([indices[order[i]] for i in sorted(range(len(order)), key=lambda i: abs(i - middle))])
     rounds = max(map(len, ranked))
     return [of[turn] for turn in range(rounds) for of in ranked if turn < len(of)][:count]
-
-
-def _entropies(entropies: EntropyMaps, index: int) -> np.ndarray:
-    """Return the entropies of a sample's centre crop, reading its shard only."""
-    shards = entropies.shards
-    name, part = next((name, part) for name, part in shards.shards() if part.start <= index < part.stop)
-    row = (index - part.start) * shards.meta.num_views + CENTER_VIEWS[shards.meta.views]
-    found: np.ndarray = entropies.shard(name)[row]
-    return found
 
 
 Cell = dict[str, str]  # what a tile of the page shows: `image`, `name` and, for DPAR, `borders`

@@ -76,7 +76,7 @@ def inspect_image(key: str, *, artifacts: Path, data: P.Data) -> Inspection:
         if index is None:
             raise ValueError("no tokens: the image was bad when tokens were made, or is new since")
         found.row_width = shards.meta.row_width
-        found.shard = next(name for name, part in shards.shards() if part.start <= index < part.stop)
+        found.shard, _ = shards.shard_of(index)
         found.tokens = shards.all_views(index)
         model, _ = load_tokenizer(TOKENIZER.below(artifacts), "cpu")
         codes = torch.from_numpy(found.tokens.astype(np.int64)).reshape(-1, found.row_width, found.row_width)
@@ -105,10 +105,7 @@ def find_row(manifest: Manifest, key: str) -> Row:
 
 def _add_patches(found: Inspection, shards: TokenShards, index: int, artifacts: Path) -> None:
     entropies = EntropyMaps(ENTROPIES.below(artifacts), shards)
-    shard, part = next((name, part) for name, part in shards.shards() if name == found.shard)
-    count = shards.meta.num_views
-    first = (index - part.start) * count
-    found.entropies = entropies.shard(shard)[first : first + count]
+    count, found.entropies = shards.meta.num_views, entropies.views_of(index)
     maps = PatchMaps(PATCH_MAPS.below(artifacts), shards, entropy_model=entropies.made_by.entropy_model)
     found.lengths = maps.lengths(np.full(count, index), np.arange(count))
     found.threshold = maps.rule.threshold
