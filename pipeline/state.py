@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpar_core.files import write_json
+from pipeline.dvc_cache import cache_folder, lacks
 
 LAST = "last.json"  # work/STAGE/last.json: when a stage last ended here, and how long it took
 
@@ -53,6 +54,7 @@ class StageState:
     size: bytes of its outputs, as recorded.
     changes: whether values of params are what differs, so that its last run says little about how long the next takes.
     code: digest of the sources that ran it last here, empty when not known.
+    uncached: whether it is fresh and DVC's cache lacks outputs of it, so that `dvc repro` would run it again.
     """
 
     name: str
@@ -64,6 +66,7 @@ class StageState:
     size: int
     changes: bool = False
     code: str = ""
+    uncached: bool = False
 
 
 def project_state(root: Path) -> list[StageState]:
@@ -74,6 +77,7 @@ def project_state(root: Path) -> list[StageState]:
     made = {out: name for name, stage in stages.items() for out in outputs_of(stage)}
     digests = {one["path"]: one.get("md5") for stage in lock.values() for one in stage.get("outs", [])}
     states: dict[str, StageState] = {}
+    cache = cache_folder(root)
     for name in stages:
         needs = needs_of(stages[name], made, name)
         last = read_last(root, name)
@@ -87,7 +91,10 @@ def project_state(root: Path) -> list[StageState]:
         total = sum(int(one.get("size") or 0) for one in (recorded or {}).get("outs", []))
         finished, seconds = (last.finished, last.seconds) if last else (None, None)
         code = last.code.get("source", "") if last else ""
-        states[name] = StageState(name, needs, state, why, finished, seconds, total, changes=" -> " in why, code=code)
+        uncached = state == "fresh" and lacks(cache, stages[name], recorded)
+        states[name] = StageState(
+            name, needs, state, why, finished, seconds, total, changes=" -> " in why, code=code, uncached=uncached
+        )
     return list(states.values())
 
 

@@ -90,11 +90,25 @@ def run(
         print(wrapped(f"checks passed ({len(checks)}; `dpar-cli doctor` lists them)"))
     plan = RunPlan(root, [state for state in states if state.name != LOOK], force=force)
     print(plan.words(), flush=True)
+    if not force:
+        _fill_cache(root, [state.name for state in states if state.uncached and state.name != LOOK])
     command = [sys.executable, "-P", "-m", "dvc", "repro", *(["--force"] if force else []), *(targets or [])]
     code = _follow(command, Narrator(plan, Screen(sys.stdout)), verbose=verbose)
     if code:
         raise SystemExit(code)
     print(_verdict(root))
+
+
+def _fill_cache(root: Path, names: list[str]) -> None:
+    """Put outputs into DVC's cache that are here and not there: DVC would remove them and run their stages again."""
+    from pipeline.dvc_cache import put_back
+    from stages.terminal import wrapped
+
+    if names:
+        stages = "a stage" if len(names) == 1 else f"{len(names)} stages"
+        print(wrapped(f"DVC's cache lacks outputs of {stages}: they are put back, so that nothing runs again"), flush=True)
+        for name in put_back(root, names):
+            print(wrapped(f"{name}: its outputs are not those that DVC recorded, so it runs again"), flush=True)
 
 
 @dataclass
@@ -418,6 +432,9 @@ def status_lines(states: list[StageState], root: Path, *, now: float, code: dict
         found.append(colour(mark, shade) + lines[len(mark) :])
     due = sum(state.state != "fresh" for state in states)
     found += ["", wrapped(all_fresh(root)) if not due else f"{due} of {len(states)} to run: dpar-cli run"]
+    if any(state.uncached for state in states):
+        words = "DVC's cache lacks outputs that are here: `dvc repro` would make them again, `dpar-cli run` puts them back"
+        found.append(wrapped(words))
     if other:
         words = f"* made by different code ({code['version']}, {code['source'][:8]}); `dvc repro -f STAGE` repeats one"
         found.append(wrapped(words, rest="  "))

@@ -1,9 +1,14 @@
 """What is up to date, computed from dvc.yaml, dvc.lock and params.yaml alone."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from pipeline.dvc_cache import cache_folder, put_back
 from pipeline.state import LAST, changed, project_state, with_needs
 
 DVC = """
@@ -107,6 +112,41 @@ def test_a_stage_that_ran_after_its_reader_makes_it_stale(project):
     ran(project, "report", 100.0)
     assert states(project)["report"] == ("stale", "model has run since")
     assert [state.seconds for state in project_state(project)] == [None, 3.0, 3.0]
+
+
+def test_outputs_that_the_cache_lacks_are_put_back_and_nothing_runs_again(tmp_path):
+    def dvc(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "dvc", *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+
+    def uncached():
+        return [state.name for state in project_state(tmp_path) if state.uncached]
+
+    dvc("init", "--no-scm", "-q")
+    write = "mkdir many; echo a > many/a; echo b > many/b; echo c > metrics.json; echo ran >> ran"
+    (tmp_path / "dvc.yaml").write_text(
+        f"stages:\n  one:\n    cmd: {write}\n    outs: [many]\n    metrics: [metrics.json: {{cache: false}}]\n"
+        "  two:\n    cmd: echo two > two\n    deps: [many]\n    outs: [two]\n"
+    )
+    dvc("repro", "-q")
+    assert uncached() == []
+    shutil.rmtree(tmp_path / ".dvc/cache")
+    assert uncached() == ["one", "two"]
+    (tmp_path / "two").write_text("owt\n")  # of the same size, so that only DVC sees it
+    assert put_back(tmp_path, ["one", "two"]) == ["two"]
+    assert uncached() == ["two"]
+    dvc("repro", "-q")
+    assert uncached() == [] and (tmp_path / "two").read_text() == "two\n" and (tmp_path / "ran").read_text() == "ran\n"
+
+
+def test_the_cache_is_where_the_settings_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    assert cache_folder(tmp_path) == tmp_path / ".dvc/cache/files/md5"
+    for folder, named, found in (("home/dvc", "/shared", "/shared"), (".dvc", "../beside", f"{tmp_path}/.dvc/../beside")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config").write_text(f"[cache]\n    dir = {named}\n")
+        assert cache_folder(tmp_path) == Path(found) / "files/md5"
 
 
 def test_without_a_lock_nothing_has_run(project):
