@@ -20,13 +20,8 @@ from torch import Tensor
 from dpar_core.choices import GatePrecision
 from dpar_core.data.images import center_crop, read_image
 from dpar_core.evaluation.features import FeatureNetwork
-from dpar_core.evaluation.metrics import (
-    FeatureMoments,
-    ScoreError,
-    frechet_distance,
-    inception_score,
-    precision_recall,
-)
+from dpar_core.evaluation.metrics import FeatureMoments, frechet_distance, inception_score, precision_recall
+from dpar_core.evaluation.protocol import ScoreError
 from dpar_core.files import RUN_FILES, RUN_FOLDER
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
 from dpar_core.generation.sampling import SampleSettings

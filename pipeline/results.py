@@ -109,7 +109,7 @@ def _sampled(found: Found) -> str:
 
 
 def _scored(found: Found) -> str:
-    from dpar_core.evaluation.scores import scores_in
+    from dpar_core.evaluation.protocol import scores_in
 
     scores = scores_in(found, Path("scores"))
     key = next(name for name in scores.values if name.startswith(("eval/fid", "eval/fd_")))

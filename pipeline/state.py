@@ -91,7 +91,7 @@ def project_state(root: Path) -> list[StageState]:
         total = sum(int(one.get("size") or 0) for one in (recorded or {}).get("outs", []))
         finished, seconds = (last.finished, last.seconds) if last else (None, None)
         code = last.code.get("source", "") if last else ""
-        uncached = state == "fresh" and lacks(cache, stages[name], recorded)
+        uncached = recorded is not None and state == "fresh" and lacks(cache, stages[name], recorded)
         states[name] = StageState(
             name, needs, state, why, finished, seconds, total, changes=" -> " in why, code=code, uncached=uncached
         )

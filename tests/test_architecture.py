@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -71,6 +72,13 @@ def own_imports(file: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name for name in found if name.split(".")[0] in FLOORS}
+
+
+def test_status_needs_nothing_heavy():
+    files = [ROOT / "pipeline" / name for name in ("state.py", "results.py", "headline.py", "dvc_cache.py")]
+    modules = {name.rsplit(".", 1)[0] for file in files for name in own_imports(file)} - set(FLOORS)
+    check = "import sys; sys.exit(', '.join({'torch', 'ray', 'mlflow', 'dvc', 'pyarrow'} & set(sys.modules)) or None)"
+    subprocess.run([sys.executable, "-c", f"import {', '.join(sorted(modules))}; {check}"], cwd=ROOT, check=True)
 
 
 def rooms(floor: str) -> dict[str, dict[str, list[str]]]:

@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from dpar_core.evaluation.metrics import ScoreError
+from dpar_core.evaluation.protocol import ScoreError
 from dpar_core.signatures import described, kind_of
 
 CHUNK = 1 << 22  # bytes read at once

@@ -21,7 +21,7 @@ from dpar_core.data.images import BadImage, decode_image, read_file, readable_fo
 from dpar_core.data.listing import is_litter
 from dpar_core.data.splits import counted, first_few
 from dpar_core.evaluation.arrays import Header, Npz, open_npz
-from dpar_core.evaluation.metrics import ScoreError
+from dpar_core.evaluation.protocol import ScoreError
 from dpar_core.files import digest_of, sha256_file
 from dpar_core.signatures import described, kind_of
 

@@ -9,7 +9,8 @@ from functools import reduce
 import numpy as np
 
 from dpar_core.evaluation.features import FeatureNetwork, Features
-from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
+from dpar_core.evaluation.metrics import FeatureMoments
+from dpar_core.evaluation.protocol import ScoreError
 
 PIECE = 512  # images; a multiple of the network's batch, so that batches are the same wherever pieces end
 

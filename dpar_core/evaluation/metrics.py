@@ -15,12 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPLIT_SIZE = 5000  # images per part of the inception score, as the ADM evaluator has it
+from dpar_core.evaluation.protocol import SPLIT_SIZE, Interval, ScoreError
+
 CHUNK_BYTES = 256 << 20  # distance matrices are made in pieces of at most this size
-
-
-class ScoreError(ValueError):
-    """Features that no score can be computed from; the message names the fault."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +161,6 @@ def kernel_distance(
         within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
         total += within - 2 * xy.mean()
     return float(total / subsets)
-
-
-class Interval(NamedTuple):
-    """Ends of a 95 % interval."""
-
-    low: float
-    high: float
 
 
 def bootstrap(

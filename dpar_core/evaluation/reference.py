@@ -13,7 +13,8 @@ from dpar_core.evaluation.arrays import Npz, open_npz
 from dpar_core.evaluation.features import FeatureNetwork
 from dpar_core.evaluation.image_sets import ImageSet, digest_of_images, read_image_set, refuse_same, repeats
 from dpar_core.evaluation.measure import Measured
-from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
+from dpar_core.evaluation.metrics import FeatureMoments
+from dpar_core.evaluation.protocol import ScoreError
 from dpar_core.files import atomic_path
 
 Measure: TypeAlias = Callable[[np.ndarray], Measured]

@@ -10,8 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from dpar_core.evaluation.features import FeatureNetwork
+    from dpar_core.evaluation.protocol import Scores
     from dpar_core.evaluation.reference import Reference
-    from dpar_core.evaluation.scores import Scores
     from stages.params import Params
     from stages.tools.calibrate import ScoreCheck
     from stages.tracker import Tracker
@@ -109,7 +109,7 @@ def compare(
 
     Reads score files, writes nothing. Example: `dpar-cli compare artifacts/scores/dpar.json artifacts/scores/llamagen.json`.
     """
-    from dpar_core.evaluation.scores import differences, read_scores, refuse_mixed
+    from dpar_core.evaluation.protocol import differences, read_scores, refuse_mixed
     from stages.terminal import note
 
     found = [read_scores(path) for path in scores]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dpar_core import files
 from dpar_core.data.images import CENTER_VIEWS
 from dpar_core.data.shards import TokenShards
-from dpar_core.evaluation.scores import Scores, read_scores
+from dpar_core.evaluation.protocol import Scores, read_scores
 from dpar_core.files import read_weights_header, sha256_file
 from dpar_core.models import flops
 from dpar_core.models.dpar import DPARConfig

@@ -14,7 +14,7 @@ import numpy as np
 
 from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.data.shards import TokenShards
-from dpar_core.evaluation.scores import DISTANCE_NAMES
+from dpar_core.evaluation.protocol import DISTANCE_NAMES
 from dpar_core.files import atomic_folder, atomic_write, read_weights_header, write_json
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import colour_bar, save_png

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from dpar_core.evaluation.scores import Scores
+from dpar_core.evaluation.protocol import Scores
 
 Side = Literal["dpar", "baseline"]
 NAMES: dict[Side, str] = {"dpar": "DPAR", "baseline": "the baseline"}

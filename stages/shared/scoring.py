@@ -20,9 +20,9 @@ from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.evaluation.features import FeatureNetwork, open_network
 from dpar_core.evaluation.image_sets import ImageSet, read_image_set, repeats
 from dpar_core.evaluation.measure import Measured, measure, merged, pieces
-from dpar_core.evaluation.metrics import ScoreError
+from dpar_core.evaluation.protocol import DISTANCE_NAMES, ScoreError, Scores
 from dpar_core.evaluation.reference import Measure, Reference, reference_of_file, reference_of_images
-from dpar_core.evaluation.scores import DISTANCE_NAMES, Scores, ScoreSettings, check_images, compare, protocol_of
+from dpar_core.evaluation.scores import ScoreSettings, check_images, compare, protocol_of
 from dpar_core.files import digest_of, read_record
 from stages import params as P
 from stages.artifacts import SAMPLE_IMAGES, SAMPLE_PROTOCOL

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dpar_core.evaluation.image_sets import Shape, shape_of
-from dpar_core.evaluation.metrics import SPLIT_SIZE
-from dpar_core.evaluation.scores import Scores, ScoreSettings, refuse_mixed
+from dpar_core.evaluation.protocol import SPLIT_SIZE, Scores, refuse_mixed
+from dpar_core.evaluation.scores import ScoreSettings
 from stages.shared.scoring import images_in
 
 

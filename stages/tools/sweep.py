@@ -23,8 +23,8 @@ import torch
 
 from dpar_core.evaluation.features import FeatureNetwork, feature_network
 from dpar_core.evaluation.image_sets import ImageSet
-from dpar_core.evaluation.metrics import Interval
-from dpar_core.evaluation.scores import DISTANCE_NAMES, Scores, check_rank, compare, protocol_of, scores_in
+from dpar_core.evaluation.protocol import DISTANCE_NAMES, Interval, Scores, scores_in
+from dpar_core.evaluation.scores import check_rank, compare, protocol_of
 from dpar_core.files import Damaged, digest_of, read_record, read_weights_header, write_record
 from dpar_core.patches.maps import read_rule
 from dpar_core.pictures import save_png

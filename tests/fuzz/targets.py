@@ -339,8 +339,7 @@ def _read_statistics(folder: Path) -> Any:
 
 
 def _scores(folder: Path) -> None:
-    from dpar_core.evaluation.metrics import Interval
-    from dpar_core.evaluation.scores import Protocol, Scores
+    from dpar_core.evaluation.protocol import Interval, Protocol, Scores
 
     names = {one: (3 if kind == "int" else "x") for one, kind in Protocol.__annotations__.items()}
     protocol = Protocol(**{**names, "formats": ("png",)})
@@ -349,7 +348,7 @@ def _scores(folder: Path) -> None:
 
 
 def _read_scores(folder: Path) -> Any:
-    from dpar_core.evaluation.scores import read_scores
+    from dpar_core.evaluation.protocol import read_scores
 
     return read_scores(folder / "scores.json").to_json()
 

@@ -11,8 +11,7 @@ import torch
 from ruamel.yaml import YAML
 
 from dpar_core.data.shards import TokenShards
-from dpar_core.evaluation.metrics import Interval
-from dpar_core.evaluation.scores import Protocol, Scores
+from dpar_core.evaluation.protocol import Interval, Protocol, Scores
 from dpar_core.files import save_weights, write_json, write_record
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig

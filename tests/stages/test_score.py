@@ -9,7 +9,7 @@ import torch
 from dpar_core.data.manifest import write_manifest
 from dpar_core.evaluation import features
 from dpar_core.evaluation.features import DemoClassifier, inception_network, load_script
-from dpar_core.evaluation.metrics import ScoreError
+from dpar_core.evaluation.protocol import ScoreError
 from dpar_core.files import Damaged, save_weights, write_record
 from stages import params as P
 from stages import score

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dpar_core.evaluation.arrays import open_npz
 from dpar_core.evaluation.image_sets import read_image_set, repeats, shape_of
-from dpar_core.evaluation.metrics import ScoreError
+from dpar_core.evaluation.protocol import ScoreError
 from dpar_core.files import digest_of
 
 

@@ -5,7 +5,6 @@ import pytest
 
 from dpar_core.evaluation.metrics import (
     FeatureMoments,
-    ScoreError,
     bootstrap,
     frechet_distance,
     inception_score,
@@ -13,6 +12,7 @@ from dpar_core.evaluation.metrics import (
     nearest_radii,
     precision_recall,
 )
+from dpar_core.evaluation.protocol import ScoreError
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from dpar_core.evaluation.metrics import Interval
-from dpar_core.evaluation.scores import Protocol, Scores
+from dpar_core.evaluation.protocol import Interval, Protocol, Scores
 from dpar_core.files import save_weights
 from pipeline.cli import app
 from pipeline.commands import sweep

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from dpar_core.evaluation.metrics import Interval
-from dpar_core.evaluation.scores import Protocol, Scores
+from dpar_core.evaluation.protocol import Interval, Protocol, Scores
 from pipeline.report.verdicts import (
     Contest,
     Estimate,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dpar_core.evaluation.measure import PIECE
-from dpar_core.evaluation.metrics import FeatureMoments, ScoreError
+from dpar_core.evaluation.metrics import FeatureMoments
+from dpar_core.evaluation.protocol import ScoreError
 from stages.shared.scoring import measure_images
 
 

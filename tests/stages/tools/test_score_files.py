@@ -8,9 +8,10 @@ from dpar_core.data.manifest import write_manifest
 from dpar_core.evaluation.features import FeatureNetwork, Features
 from dpar_core.evaluation.image_sets import ImageSet
 from dpar_core.evaluation.measure import Measured
-from dpar_core.evaluation.metrics import FeatureMoments, ScoreError, frechet_distance
+from dpar_core.evaluation.metrics import FeatureMoments, frechet_distance
+from dpar_core.evaluation.protocol import Protocol, ScoreError, Scores, read_scores, refuse_mixed
 from dpar_core.evaluation.reference import Reference
-from dpar_core.evaluation.scores import Protocol, Scores, compare, protocol_of, read_scores, refuse_mixed
+from dpar_core.evaluation.scores import compare, protocol_of
 from dpar_core.files import write_record
 from stages import params as P
 from stages.data import builtin_manifest
