@@ -175,15 +175,10 @@ def _run(name: str, model: str, subject: Subject, params: Params, plan: SweepPla
     count = len(plan.points) if plan.search == "grid" else plan.trials
     finals = f", then the best {min(plan.finalists, count)} again with {plan.final_images}" if plan.final_images else ""
     print_fitted(f"sweep {name}: {count} trials of {plan.images} images{finals}")
-    settings = {
-        "model": model,
-        "thresholds": _listed(thresholds),
-        "cfg": _listed(dict.fromkeys(p.cfg_scale for p in plan.points)),
-        "images": plan.images,
-        "final_images": plan.final_images,
-        "search": plan.search,
-        "retrain": retrain,
-    }
+    scales = _listed(dict.fromkeys(point.cfg_scale for point in plan.points))
+    settings = sweep_output.SweepSettings(
+        model, _listed(thresholds), scales, plan.images, plan.final_images, plan.search, retrain
+    )
     with (
         locked(work / ".lock", busy=partial(refuse_second, name)),
         open_sweep(name, settings, distance=subject.distance, root=root) as runs,
@@ -215,7 +210,7 @@ def _run(name: str, model: str, subject: Subject, params: Params, plan: SweepPla
         for failed in outcome.failed:
             runs.log_failure(failed)
         command = reproduce(name, subject, outcome.winner(subject.distance), plan, model=model, retrain=retrain)
-        facts = sweep_output.Facts(name, model, subject.distance, settings, outcome, command, subject.models[None])
+        facts = sweep_output.Facts(name, subject.distance, settings, outcome, command, subject.models[None])
         written = sweep_output.write(facts, folder)
         for path in written.tracked:
             runs.tracker.log_artifact(path)

@@ -17,7 +17,7 @@ from pipeline.report.charts import Scatter, scatter_chart
 from pipeline.report.pictures import file_uri
 from stages import terminal
 from stages.shared.sampler import Files
-from stages.tools.sweep import Failure, Outcome, Point, TrialResult
+from stages.tools.sweep import Failure, Outcome, Point, Search, TrialResult
 
 DVC_FILE = """# Made by `dpar-cli sweep`: lets `dvc metrics show` and `dvc plots show` find what the sweep measured.
 metrics:
@@ -29,6 +29,19 @@ plots:
 
 
 @dataclass(frozen=True)
+class SweepSettings:
+    """What was asked for. thresholds, cfg: the values in words; images, final_images: per trial and per final."""
+
+    model: str
+    thresholds: str
+    cfg: str
+    images: int
+    final_images: int
+    search: Search
+    retrain: bool
+
+
+@dataclass(frozen=True)
 class Facts:
     """A finished sweep.
 
@@ -37,9 +50,8 @@ class Facts:
     """
 
     name: str
-    model: str
     distance: str
-    settings: dict[str, Any]
+    settings: SweepSettings
     outcome: Outcome
     command: str
     files: Files
@@ -75,7 +87,7 @@ def write(facts: Facts, folder: Path) -> Written:
     write_json(
         folder / "sweep.json",
         {
-            **facts.settings,
+            **asdict(facts.settings),
             "name": facts.name,
             "distance": facts.distance,
             "reproduce": facts.command,
@@ -148,7 +160,7 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
 
     thresholds, scales, cells = cells_of(facts)
     best = min(one.value(facts.distance) for one in facts.outcome.search)
-    if facts.settings["search"] != "grid":
+    if facts.settings.search != "grid":
         figure, axes = new_figure(7, 4.6)
         dots = axes.scatter(
             [one.point.cfg_scale for one in facts.outcome.search],
@@ -180,7 +192,7 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
         axes.set_yticks(range(len(thresholds)), ["training" if t is None else f"{t:g}" for t in thresholds])
     axes.set_xlabel("cfg scale")
     axes.set_ylabel("threshold, nats")
-    axes.set_title(f"{facts.short}, {facts.settings['images']} images per trial; lower is better", loc="left", fontsize=10)
+    axes.set_title(f"{facts.short}, {facts.settings.images} images per trial; lower is better", loc="left", fontsize=10)
     figure.colorbar(dots, ax=axes)
     save_figure(figure, path)
 

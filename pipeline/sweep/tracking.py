@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from dpar_core.files import digest_of
-from pipeline.sweep.output import Facts, broken, label, one_line, table_head, table_rows, within_chance
+from pipeline.sweep.output import Facts, SweepSettings, broken, label, one_line, table_head, table_rows, within_chance
 from pipeline.tracking.models import model_used
 from pipeline.tracking.summary import distance_metric, rounded, source_tags
 from pipeline.tracking.system import system_metrics
@@ -77,7 +76,7 @@ class SweepRuns:
         name = f"sweep {self.name} · {facts.short} {value:.3g} at {label(winner.point)}"
         self.records.tags(self.run, {"mlflow.runName": name})
         self.tracker.log_metrics(rounded(distance_metric(self.model, value) | metrics))
-        model = None if facts.settings["retrain"] else model_used(self.model, root)
+        model = None if facts.settings.retrain else model_used(self.model, root)
         if model is not None:
             self.tracker.log_model(model)
 
@@ -108,14 +107,14 @@ def note(facts: Facts) -> str:
 
 
 @contextmanager
-def open_sweep(name: str, settings: dict[str, Any], *, distance: str, root: Path) -> Iterator[SweepRuns]:
+def open_sweep(name: str, settings: SweepSettings, *, distance: str, root: Path) -> Iterator[SweepRuns]:
     """Open the run of a sweep, or go on with the one of an earlier start of the same sweep; it ends as the sweep ends."""
     with recording(root, f"sweep-{name}") as records:
         identity, source = f"{root.resolve()}:{name}", source_tags(root, "dpar-cli sweep")
         run = records.run(digest_of(identity), f"sweep {name}", tags={SWEEP_TAG: identity})
-        runs = SweepRuns(records, run, name, source, model=settings["model"], distance=distance)
+        runs = SweepRuns(records, run, name, source, model=settings.model, distance=distance)
         # Settings as tags: a sweep may be given more thresholds later, and params cannot be changed.
-        records.tags(run, {**runs.tags, **{f"sweep.{key}": value for key, value in settings.items()}})
+        records.tags(run, {**runs.tags, **{f"sweep.{key}": value for key, value in asdict(settings).items()}})
         try:
             with system_metrics(lambda values, count: records.metrics(run, values, count)):
                 yield runs

@@ -55,8 +55,8 @@ def facts(tmp_path):
     finals = [result(3.8, 2.0, 1.1, 40.0, 50.0, final=True, folder=trials), result(4.2, 2.0, 1.05, 30.0, 61.0, final=True)]
     failed = [Failure(Point(5.0, 1.0), "no room")]
     outcome = Outcome(search, finals, failed)
-    settings = {"model": "dpar", "images": 20, "search": "grid", "retrain": False}
-    return sweep_output.Facts("t", "dpar", "eval/fd_demo", settings, outcome, "dpar-cli sweep x", Files(Path(), Path()))
+    settings = sweep_output.SweepSettings("dpar", "7.6,7.8", "1,2", 20, 60, "grid", False)
+    return sweep_output.Facts("t", "eval/fd_demo", settings, outcome, "dpar-cli sweep x", Files(Path(), Path()))
 
 
 def test_the_front_is_what_nothing_beats_in_both_values():
