@@ -9,6 +9,8 @@ import typer
 
 from pipeline.project import project_folder
 
+# More passes over a few dozen images only memorise them, but a verdict needs steps (pipeline/report/verdicts.py).
+_MOST_EPOCHS, _FEWEST_STEPS = 50, 100
 _FEATURES = 64  # of the demo's classifier: a distance of fewer images than that is a rough one
 
 
@@ -25,9 +27,9 @@ def init(
     you have changed is kept as params.yaml.bak with --force. Next: `dpar-cli run`. docs/own-images.md is the recipe.
     """
     from dpar_core.files import atomic_write
-    from pipeline.presets.use import with_values
+    from pipeline.presets.use import preset_file, with_values
     from stages.params import load_params
-    from stages.terminal import wrapped
+    from stages.terminal import print_fitted, wrapped
     from stages.tools.own_images import describe, split_images
 
     root = project_folder()
@@ -44,10 +46,12 @@ def init(
         (root / "params.yaml").replace(root / "params.yaml.bak")
         print("the old params.yaml is params.yaml.bak")
     atomic_write(root / "params.yaml", text)
-    load_params(root / "params.yaml")
+    steps = load_params(root / "params.yaml").train.steps
     if values.get("score.allow_singular"):
         few = f"{found.training} training images are few: distances will be rough, and a verdict on them needs more than"
         print(wrapped(f"{few} {_FEATURES}", rest="  "))
+    if steps < (usual := load_params(preset_file(root, preset)).train.steps):
+        print_fitted(f"train.steps is {steps}, not {usual}: in more steps so few images would be memorised")
     duration = {"demo": "a quarter of an hour", "smoke": "two minutes, for pictures of noise"}.get(
         preset, "as its preset says"
     )
@@ -86,7 +90,8 @@ def suggested(text: str, *, train: int, validation: int, classes: int, into: Pat
     }
     for section, part in (("train", preset["train"]), ("entropy_model.train", preset["entropy_model"]["train"])):
         values[f"{section}.validation_images"] = 0 if validation <= part["validation_images"] else part["validation_images"]
-        values[f"{section}.batch_size"] = min(part["batch_size"], train)
+        values[f"{section}.batch_size"] = batch = min(part["batch_size"], train)
+        values[f"{section}.steps"] = min(part["steps"], max(_FEWEST_STEPS, _MOST_EPOCHS * train // batch))
     if train <= _FEATURES or values["score.images"] <= _FEATURES:
         values["score.allow_singular"] = True
     return values

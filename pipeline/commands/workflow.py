@@ -55,7 +55,13 @@ EXPECTED: dict[str, dict[str, float]] = {
     },
 }
 EXPECTED["smoke"] = dict.fromkeys(EXPECTED["demo"], 5.4)  # of which only the whole was measured: 150 s with all starts
-SIZES = ("data.image_size", "tokenizer.steps", "entropy_model.train.steps", "train.steps", "model.width")
+SIZES = ("data.image_size", "tokenizer.base_width", "model.width")  # params that are alike here take as long per step
+STEPS = {
+    "tokenizer": "tokenizer.steps",
+    "entropy_model": "entropy_model.train.steps",
+    "train_dpar": "train.steps",
+    "train_llamagen": "train.steps",
+}
 STARTING = 4.0  # seconds until a stage has imported what it needs and begins, which its own clock does not count
 LOOK = "sources"  # the stage that runs every time, for a second: nothing to announce
 LEAVING = 30.0  # seconds that stages have to end after Ctrl-C
@@ -138,26 +144,30 @@ class RunPlan:
 
     def words(self) -> str:
         """The plan as a sentence, wrapped for the terminal."""
+        from dpar_core.data.splits import counted
         from pipeline.state import all_fresh
         from stages.terminal import about, wrapped
 
         due, count = self.due, len(self.states)
         if not due:
-            return wrapped(f"{count} stages, {all_fresh(self.root)}")
+            return wrapped(f"{counted(count, 'stage')}, {all_fresh(self.root)}")
         fresh = count - len(due)
         known = "" if not fresh else f"; {fresh} {'is' if fresh == 1 else 'are'} up to date"
-        return wrapped(f"{count} stages, {self._time(due, about)}{self._disk()}{known}")
+        return wrapped(f"{counted(count, 'stage')}, {self._time(due, about)}{self._disk()}{known}")
 
     def _time(self, due: list[str], about: Callable[[float], str]) -> str:
         seconds = self.left(due)
         if seconds is not None:
             here = all(name in self._here for name in due)
             return f"about {about(seconds)} {'on this machine' if here else 'on two cores'}"
+        from dpar_core.data.splits import counted
+
         unknown = [name for name in due if self._seconds[name] is None]
         if len(unknown) == len(due):
             return "of unknown duration at first"
         known = sum(self._seconds[name] or 0.0 for name in due)
-        return f"{about(known)} and what {len(unknown)} take that never ran here"
+        verb = "has" if len(unknown) == 1 else "have"
+        return f"{about(known)} and the time of {counted(len(unknown), 'stage')} that {verb} not run here yet"
 
     def _disk(self) -> str:
         from pipeline.presets.use import preset_of
@@ -169,7 +179,7 @@ class RunPlan:
 
 
 def expected_seconds(root: Path) -> dict[str, float]:
-    """Return what each stage takes in the preset that params.yaml has the SIZES of; nothing when it is none in EXPECTED."""
+    """Return what each stage takes by the preset that params.yaml has the SIZES of; nothing when it is none in EXPECTED."""
     from pipeline.state import lookup, read_yaml
 
     if not (root / "params.yaml").exists():
@@ -179,7 +189,8 @@ def expected_seconds(root: Path) -> dict[str, float]:
         file = root / "params" / f"{preset}.yaml"
         like = read_yaml(file) if file.exists() else {}
         if all(lookup(own, size) == lookup(like, size) for size in SIZES):
-            return expected
+            steps = {stage: lookup(own, key) / lookup(like, key) for stage, key in STEPS.items()}
+            return {stage: seconds * steps.get(stage, 1) for stage, seconds in expected.items()}
     return {}
 
 

@@ -32,6 +32,8 @@ def test_params_fit_the_images_and_keep_their_comments(project, tmp_path, capsys
     assert (params.data.source, params.data.train) == ("imagefolder", str(project / "own-images" / "train"))
     assert params.sample.images % 3 == 0 and params.score.images == min(params.sample.images, 54)
     assert params.score.allow_singular and params.train.validation_images == 0 and params.train.batch_size <= 54
+    # Seen 50 times at most, but 100 steps at least, as the report gives no verdict below.
+    assert (params.train.steps, params.entropy_model.train.steps) == ((100, 100) if preset == "demo" else (12, 12))
     text = (project / "params.yaml").read_text()
     assert text.startswith("# Own images from") and "# optimizer steps" in text
     before, after = (YAML(typ="safe").load(one) for one in ((ROOT / "params" / f"{preset}.yaml").read_text(), text))

@@ -139,11 +139,14 @@ def test_the_plan_says_how_long_by_runs_on_this_machine_or_by_what_the_preset_ta
     other = RunPlan(project, [state("data", "stale", 5.0), state("train", "stale", 2.0, changes=True)])
     assert "about 15 min on two cores" in other.words()  # with other params its last run here says little
     mixed = RunPlan(project, [state("train", "stale", 100.0), state("score")])
-    assert "2 min and what 1 take that never ran here" in mixed.words()
+    assert "2 min and the time of 1 stage that has not run here yet" in mixed.words()
     assert "of unknown duration at first" in RunPlan(project, [state("score")]).words()
-    assert RunPlan(project, [state("data", "fresh")]).words() == "1 stages, all up to date"
+    assert RunPlan(project, [state("data", "fresh")]).words() == "1 stage, all up to date"
     own_images(project)  # of the demo's sizes
     assert "about 15 min on two cores" in RunPlan(project, [state("data"), state("train")]).words()
+    monkeypatch.setitem(workflow.EXPECTED["demo"], "train_dpar", 2200.0)
+    set_param(project, "steps: 220 ", "steps: 110 ")  # half as long
+    assert "about 18 min on two cores" in RunPlan(project, [state("train_dpar")]).words()
     set_param(project, "image_size: 32 ", "image_size: 64 ")
     assert "of unknown duration at first" in RunPlan(project, [state("data"), state("train")]).words()
 
