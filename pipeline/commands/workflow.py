@@ -30,6 +30,8 @@ _CHATTER = re.compile(
     r"\s*git add |To enable auto staging|\s*dvc config core.autostage|Use `dvc push`|Data and pipelines are up to date|"
     r"Verifying data sources|'.*\.dvc' didn't change"
 )
+# On standard error, after a run that was killed; DVC sorts its locks out by itself.
+_LOCK_CHATTER = re.compile(r"WARNING: Process '.*' with \(Pid \d+\), in RWLock-file '.*' had been killed")
 _RUNNING = re.compile(r"Running stage '(?:dvc\.yaml:)?([^']+)'")
 _CACHED = re.compile(r"Stage '(?:dvc\.yaml:)?([^']+)' is cached")
 _PROGRESS = re.compile(r"(?P<what>.*?) (?P<count>\d+/\d+ .*) ETA (?P<left>\d+:\d\d:\d\d)(?P<values>.*)")
@@ -361,9 +363,10 @@ def _follow(command: list[str], narrator: Narrator, *, verbose: bool) -> int:
 
 def _pass_on(stream: TextIO, narrator: Narrator) -> None:
     """Show lines of progress among the others, and pass on to standard error whatever else a process says there."""
-    for line in stream:
-        if not narrator.progress(line.rstrip("\n")):
-            narrator.screen.aside(line.rstrip("\n"))
+    with suppress(ValueError):  # the stream is closed where a run is stopped
+        for line in stream:
+            if not narrator.progress(line.rstrip("\n")) and not _LOCK_CHATTER.match(line):
+                narrator.screen.aside(line.rstrip("\n"))
 
 
 def _terminate(process: int) -> None:
