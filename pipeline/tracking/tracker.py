@@ -151,10 +151,13 @@ class Recording:
             again = self._ends > before + 1
             if again or time.monotonic() > until:
                 log = lock_file(self.root, self.key)
+                later = "the next run, or `dpar-cli runs sync`"
                 self._say(
-                    f"{f'the process that writes to MLflow ended again (details: {log})' if again else 'MLflow is slow'}: "
-                    f"records of {self.name} that it does not have yet are kept in work/tracking and sent by the next run, "
-                    "or by `dpar-cli runs sync`"
+                    f"the process that writes to MLflow ended again (details: {log}): records of {self.name} that MLflow "
+                    f"does not have yet are kept in work/tracking and sent by {later}"
+                    if again
+                    else f"MLflow is slow: the last records of {self.name} reach it after this command has ended, at the "
+                    f"latest by {later}"
                 )
                 break
             self._repeat()
