@@ -69,7 +69,7 @@ pictures: $(VENV)/.installed
 
 faults: $(VENV)/.tested
 	@$(BIN)/python -m tests.faults --count $(or $(COUNT),300) --seed $(or $(SEED),1)
-	@$(BIN)/python -m tests.faults --kinds surroundings,beside,dvc --count 30 --seed $(or $(SEED),1)
+	@$(BIN)/python -m tests.faults --kinds surroundings,beside,dvc,nodes --count 30 --seed $(or $(SEED),1)
 
 faults-hour: $(VENV)/.tested
 	@$(BIN)/python -m tests.faults.hour --minutes $(or $(MINUTES),60) --seed $(or $(SEED),1)

@@ -81,7 +81,7 @@ def stage(name: Annotated[str, typer.Argument(help="Stage of dvc.yaml, as data, 
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="Port on the loopback address.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on the loopback address.")] = 5000,
     browser: Annotated[bool, typer.Option(help="Open the page once it is there.")] = True,
 ) -> None:
     """Serve the MLflow pages that compare runs, on 127.0.0.1 only, and open them. Reads the store; stop with Ctrl-C."""

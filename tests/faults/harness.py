@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from typing import Any
 import psutil
 
 from tests.faults.injection import SIGNALS
+from tests.faults.nodes import LOST_SECONDS, Nodes
 from tests.faults.plan import Fault
 from tests.faults.processes import ORPHAN_SECONDS, Ended, leaving, run_dvc, run_stage, wait_for_orphans
 from tests.faults.project import World, contents, hurry, timed, walk, whole_record
@@ -50,6 +52,12 @@ class Harness:
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world, self.folder = world, folder
+        self._nodes_there: Nodes | None = None
+
+    def close(self) -> None:
+        """End what was started for several faults."""
+        if self._nodes_there is not None:
+            self._nodes_there.close()
 
     def apply(self, fault: Fault) -> Outcome:
         """Let a fault happen, run the stage again, and look at everything."""
@@ -165,11 +173,26 @@ class Harness:
         self._judge(fault, outcome, ended)
         self._again(fault, outcome)
 
+    def _nodes(self, fault: Fault, outcome: Outcome) -> None:
+        nodes = self._nodes_there = self._nodes_there or Nodes()
+        root = self.world.copy(self.folder, fault.stage, tokenize_images={"workers": 2})
+        how = {"environment": nodes.environment, "prepare": partial(_on_a_node, nodes)}
+        ended = run_stage(fault.stage, root, during=partial(_strike, nodes, fault.details), patience=300, **how)
+        self._judge(fault, outcome, ended)
+        until = time.monotonic() + ORPHAN_SECONDS
+        reached = ["head"] if fault.details["seconds"] is None else ["head", "node"]  # who is cut off hears of no end
+        while (busy := [one for which in reached for one in nodes.at_work(which)]) and time.monotonic() < until:
+            time.sleep(0.2)
+        if busy:
+            outcome.problems.append(f"still at work on the cluster: {', '.join(busy)}")
+        nodes.whole(lost=fault.details["seconds"] is None)
+        self._again(fault, outcome, **how)
+
     def _surroundings(self, fault: Fault, outcome: Outcome) -> None:
         how = fault.details
         there = Harness(self.world, self.folder / how["folder"])
         root = self.world.copy(there.folder, fault.stage)
-        environment = {"TZ": how["zone"], "TMPDIR": str(self.folder)}
+        environment = {"TZ": how["zone"], "TMPDIR": str(self.folder), **_locale(how["locale"], self.world.root / "locales")}
         if how["home"] == "missing":
             environment["HOME"] = str(root / "params.yaml" / "below a file")
         ended = run_stage(fault.stage, root, environment=environment, prepare=partial(_elsewhere, how))
@@ -281,9 +304,16 @@ class Harness:
             outcome.problems.append(f"ended with status {ended.status} without a word")
         self._look(fault, outcome, ended, "disturbed", complete=ended.status == 0)
 
-    def _again(self, fault: Fault, outcome: Outcome, *, prepare: Callable[[], None] = hurry) -> None:
+    def _again(
+        self,
+        fault: Fault,
+        outcome: Outcome,
+        *,
+        prepare: Callable[[], None] = hurry,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         """Run the stage once more, undisturbed, and look at everything."""
-        ended = run_stage(fault.stage, self.folder, prepare=prepare)
+        ended = run_stage(fault.stage, self.folder, environment=environment, prepare=prepare)
         if ended.status != 0:
             outcome.problems.append(f"the rerun ended with status {ended.status}: {ended.said[-500:]}")
         self._look(fault, outcome, ended, "rerun", complete=True)
@@ -356,6 +386,23 @@ def _write_to_store(root: Path, name: str) -> None:
     Outbox(root, print).deliver(journal.folder)
 
 
+def _locale(name: str, folder: Path) -> dict[str, str]:
+    """Return the variables that choose a locale, which is made in a folder first where this system does not have it."""
+    if name.startswith("C"):
+        return {"LC_ALL": name}
+    territory, _, charset = name.partition(".")
+    if not (folder / name).exists():
+        folder.mkdir(exist_ok=True)
+        try:
+            subprocess.run(
+                ["localedef", "-i", territory, "-f", charset, str(folder / name)], capture_output=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"locale {name} cannot be made here, C.UTF-8 takes its place: {error}", flush=True)
+            return {"LC_ALL": "C.UTF-8"}
+    return {"LC_ALL": name, "LOCPATH": str(folder)}
+
+
 def _elsewhere(how: dict[str, Any]) -> None:
     """Make this process one of another machine, as far as that goes."""
     import locale
@@ -366,7 +413,7 @@ def _elsewhere(how: dict[str, Any]) -> None:
     hurry()
     time.tzset()
     tempfile.tempdir = None
-    locale.setlocale(locale.LC_ALL, how["locale"])
+    locale.setlocale(locale.LC_ALL, "")
     os.umask(how["umask"])
     files._UMASK = how["umask"]
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: how["cores"]])
@@ -386,6 +433,23 @@ def _faulty(details: dict[str, Any]) -> None:
     register()
     if details:
         Faulty.error, Faulty.at, Faulty.lasting = details["error"], details["call"], details["lasting"]
+
+
+def _strike(nodes: Nodes, how: dict[str, Any], process: psutil.Process) -> None:
+    """Take the node away at a moment of its worker's life, and give it back while the stage runs if asked for."""
+    until = time.monotonic() + 90
+    while not nodes.at_work("node") and time.monotonic() < until and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    time.sleep(4 * how["share"])
+    nodes.kill() if how["how"].startswith("kill") else nodes.cut()
+    if how["seconds"] is not None:
+        time.sleep(how["seconds"])
+        nodes.whole(lost=how["seconds"] > LOST_SECONDS)
+
+
+def _on_a_node(nodes: Nodes) -> None:
+    hurry()
+    nodes.enter()
 
 
 def _kill_child(chance: float, process: psutil.Process) -> None:

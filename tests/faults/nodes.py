@@ -26,6 +26,7 @@ PORT = 6379
 NEW_NETWORK = 0x40000000  # of setns: the kind of namespace
 # Two seconds without an answer and a node counts as lost, instead of half a minute.
 DETECTION = {"period_ms": 500, "timeout_ms": 500, "failure_threshold": 4, "initial_delay_ms": 1000}
+LOST_SECONDS = 3.0
 START_SECONDS = 90.0
 
 
@@ -52,7 +53,6 @@ class Nodes:
             "RAY_ADDRESS": f"{ADDRESSES['head']}:{PORT}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": os.urandom(16).hex(),
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1",  # a minute otherwise: so often Ray Train looks for room
         }
         try:
             self._make()
@@ -146,17 +146,13 @@ class Nodes:
             # Where nothing else is: Ray learns its own address from the way to one outside.
             _ip("-n", self._space(which), "route", "replace", "default", "dev", self._cable(which))
 
-    def whole(self, seconds: float = 3.0) -> None:
-        """Bring a node back that was lost, by its cable or with everything on it. seconds: that Ray may need to see it."""
+    def whole(self, *, lost: bool) -> None:
+        """Bring the node back. lost: Ray has noticed that it was away, and takes no node that was dead back as it is."""
         self.mend()
-        time.sleep(seconds)
-        if "node" in self._began and self._began["node"].poll() is None and b"some Ray subprocesses" not in self._log():
-            return
-        self.kill()
-        self._start_node()
-
-    def _log(self) -> bytes:
-        return (self.folder / "node.log").read_bytes()
+        if lost or "node" not in self._began or self._began["node"].poll() is not None:
+            time.sleep(3)  # in which a node that was cut off learns that it counts as dead
+            self.kill()
+            self._start_node()
 
     def close(self) -> None:
         """Kill what runs on both nodes and remove their namespaces, and with those the cable."""

@@ -16,8 +16,10 @@ DAMAGES = ("flipped bit", "cut short", "emptied", "removed")
 STORE_ERRORS = ("EIO", "ConnectionError", "TimeoutError", "PermissionError")
 # Of another machine: what no result may depend on. Folders: spaces, umlauts, what addresses and shells escape.
 ZONES, UMASKS = ("Asia/Kathmandu", "America/St_Johns", "Pacific/Kiritimati"), (0o077, 0o022, 0o002)
-FOLDERS, LOCALES = ("a b%20ü#?", "x'y&$(z)", "ä" * 60), ("C", "C.UTF-8")
+FOLDERS = ("a b%20ü#?", "x'y&$(z)", "ä" * 60, "two\nlines")
+LOCALES = ("C", "C.UTF-8", "de_DE.UTF-8", "de_DE.ISO-8859-1")  # the last two, made where they are not there: a decimal comma
 OF_DVC = ("int to all", "int to dvc", "term to dvc", "kill to dvc", "a second dvc repro")
+OF_NODES = ("kill -9 of a node", "a cut of the cable")
 CHEAP = ("data", "tokenize_images", "patch_maps", "score_dpar")
 MLFLOW = ("closed port", "silent server", "failing server", "damaged database", "killed outbox")
 
@@ -45,7 +47,7 @@ def fault(world: World, seed: int, index: int, *, kinds: tuple[str, ...] = tuple
     stages = [stage for stage in STAGES if stage in world.counts]
     if kind in ("child", "store"):
         stage = dice.choice(TRAINING)
-    elif kind == "ray":
+    elif kind in ("ray", "nodes"):
         stage = "tokenize_images"
     elif kind == "mlflow":
         stage = dice.choice([stage for stage in ("data", "patch_maps", "score_dpar") if stage in stages])
@@ -113,7 +115,7 @@ def _chosen(world: World, kind: str, stage: str, dice: random.Random) -> tuple[s
         found = {"zone": dice.choice(ZONES), "umask": dice.choice(UMASKS), "folder": dice.choice(FOLDERS)}
         found |= {"locale": dice.choice(LOCALES), "cores": dice.choice([1, 2]), "home": dice.choice(["missing", "there"])}
         words = f"in {found['zone']}, umask {found['umask']:03o}, {found['cores']} cores, locale {found['locale']}, "
-        return f"{words}home {found['home']}, folder {found['folder']}", Injection(), found
+        return f"{words}home {found['home']}, folder {found['folder']!r}", Injection(), found
     if kind == "beside":
         hows = ["the same stage twice at once"] * 3 + ["four processes write to a fresh store"]
         hows += ["the report while a model trains"] if "report" in world.counts else []
@@ -121,5 +123,9 @@ def _chosen(world: World, kind: str, stage: str, dice: random.Random) -> tuple[s
     if kind == "dvc":
         how, share = dice.choice(OF_DVC), dice.random()
         return f"{how} at {share:.0%} of the stage's time", Injection(), {"how": how, "share": share}
+    if kind == "nodes":
+        how, seconds, share = dice.choice(OF_NODES), dice.choice([0.5, 8.0, None]), dice.random()
+        words = f"{how}, which comes back {f'after {seconds:g} s' if seconds else 'for the rerun'}"
+        return words, Injection(), {"how": how, "seconds": seconds, "share": share}
     whom = dice.choice(["worker", "raylet", "gcs_server", "driver"])
     return f"kill -9 of Ray's {whom}", Injection(), {"whom": whom}

@@ -310,10 +310,14 @@ def _popen(counts: Path) -> Callable[..., Any]:
         def __new__(cls, words: Any, *arguments: Any, **how: Any) -> Any:
             if isinstance(words, list) and child.__file__ in words:
                 _, module, *rest = words[words.index(child.__file__) + 1 :]
-                return Forked(module, rest, counts, **how)
+                if module.endswith((".local", ".outbox")):
+                    return Forked(module, rest, counts, **how)
             return super().__new__(cls)
 
     return Popen
+
+
+KEPT: set[int] = set()  # processes that stay on purpose, with all below them
 
 
 def orphans() -> list[psutil.Process]:
@@ -321,7 +325,12 @@ def orphans() -> list[psutil.Process]:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    return [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
+    kept = {*KEPT}
+    for pid in KEPT:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            kept |= {one.pid for one in psutil.Process(pid).children(recursive=True)}
+    found = psutil.Process().children(recursive=True)
+    return [one for one in found if one.pid not in kept and one.status() != psutil.STATUS_ZOMBIE]
 
 
 def wait_for_orphans(seconds: float = ORPHAN_SECONDS) -> list[str]:

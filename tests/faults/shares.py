@@ -20,5 +20,5 @@ SHARES = {
 }
 
 # What runs only where it is asked for by --kinds: no faults, but what must change nothing; and the DVC of real processes,
-# which takes half a minute each.
-APART = {"surroundings": 10, "beside": 5, "dvc": 3}
+# which takes half a minute each, and two nodes in network namespaces, which take a minute each.
+APART = {"surroundings": 10, "beside": 5, "dvc": 3, "nodes": 2}

@@ -65,7 +65,7 @@ SOUND: dict[str, list[str]] = {
         "demo",
     ],
     "stage": ["nothing"],
-    "ui": ["--port", "0", "--no-browser"],
+    "ui": ["--port", "1", "--no-browser"],  # which needs rights: else it serves until it is stopped
     "verify": ["pictures"],
     "sample": ["--classes", "0", "--count", "1", "--out", "s.png"],
     "params show": [],

@@ -8,7 +8,9 @@ import tomllib
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.commands.runs import run_lines, show_lines, sync_runs
 from pipeline.tracking import outbox, store
 from pipeline.tracking.journal import Journal
@@ -94,3 +96,8 @@ def test_mlflow_finds_the_page_that_sets_what_the_browser_keeps_before_its_own()
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ValueError, match="choose another with --port"):
         check_port(other.getsockname()[1])
+
+
+@pytest.mark.parametrize("port", ["-1", "0", "65536"])
+def test_a_port_that_cannot_be_is_refused(port):
+    assert CliRunner().invoke(app, ["ui", "--no-browser", "--port", port]).exit_code == 2
