@@ -93,7 +93,7 @@ def _carrying(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(**values: Any) -> Any:
         try:
             _refuse_pipes(values)
-            _refuse_infinities(values)
+            _refuse_non_values(values)
             return function(**values)
         except (ValueError, OSError, RuntimeError, EOFError, KeyboardInterrupt) as error:
             if not _guarded:  # typer's own test runner calls commands without an edge around them
@@ -123,9 +123,11 @@ def _refuse_pipes(values: Mapping[str, Any]) -> None:
             raise OSError(f"{path} is a device, a pipe or a socket, expected a file or a folder")
 
 
-def _refuse_infinities(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a number of the command line that is none: no limit of an option keeps nan out."""
+def _refuse_non_values(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number that is none (no limit of an option keeps nan out), and for bytes that are no text."""
     for name, value in values.items():
+        if isinstance(value, str) and not value.isascii() and value != value.encode(errors="replace").decode():
+            raise ValueError(f"--{name.replace('_', '-')} is {value!a}, expected text in UTF-8")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
 

@@ -198,6 +198,22 @@ def test_a_number_that_is_none_is_refused_with_its_option(capsys, monkeypatch, v
     assert ended.value.code == 1 and f"--cfg-scale is {float(value)}, expected a finite number" in capsys.readouterr().err
 
 
+def test_bytes_that_are_no_text_are_refused_with_their_option(capsys, monkeypatch):
+    app = typer.Typer()
+
+    @app.command()
+    def read(key: Annotated[str, typer.Option()]) -> None:
+        print(f"read {key}")
+
+    boundary.carry_errors(app)
+    for value, status, expected in (("\udcff", 1, r"--key is '\udcff', expected text"), ("ä😀", 0, "read ä😀")):
+        monkeypatch.setattr(sys, "argv", ["dpar-cli", f"--key={value}"])
+        with pytest.raises(SystemExit) as ended:
+            boundary.guarded(app)
+        said = capsys.readouterr()
+        assert ended.value.code == status and expected in said.out + said.err
+
+
 UNREADABLE = {
     "pipe": (os.mkfifo, "a device, a pipe or a socket"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "a device, a pipe or a socket"),
