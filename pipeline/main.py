@@ -9,9 +9,10 @@ from pipeline.boundary import guarded
 
 def main() -> None:
     """Run dpar-cli; pipeline/boundary.py determines how it ends."""
-    # Threads of torch wait for each other asleep, here and in all that is started. Awake, as is the default, two of them on
-    # two cores that other programs use made steps eight times slower than so, and took eight times the CPU (docs/log.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads of torch wait for each other awake for microseconds only, here and in all that is started. By the default it is
+    # milliseconds, and on two cores that other programs use that made steps four to eight times slower (docs/log.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     guarded(_start)
 
 

@@ -1,5 +1,6 @@
 """Work spread over Ray's processes makes what one process makes, bit by bit. All tests share one start of Ray."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from dpar_core.evaluation.measure import PIECE
 from stages.shared.scoring import measure_images
-from stages.workers import cluster
+from stages.workers import cluster, tasks
 from tests.helpers.sample_artifacts import write_artifacts
 from tests.helpers.tiny_data import copy_of, make_project
 from tests.stages.shared.test_scoring import pictures
@@ -37,6 +38,30 @@ def test_ray_workers_draw_the_same_bytes(tmp_path):
     artifacts = write_artifacts(tmp_path)
     alone = run_dpar(artifacts, tmp_path / "alone")
     assert same(alone, run_dpar(artifacts, tmp_path / "workers", workers=1, batch_size=3))
+
+
+def test_what_a_lost_machine_had_in_hand_is_done_by_the_others_and_each_result_comes_once(tmp_path, monkeypatch, capfd):
+    nodes, looks = cluster.living_nodes(), []
+
+    def fewer():
+        looks.append(1)
+        return nodes if len(looks) == 1 else []
+
+    def build(threads):
+        def work(unit):
+            begun = tmp_path / f"begun-{unit}"
+            if unit == 1 and not begun.exists():
+                begun.touch()
+                time.sleep(600)  # as if its machine were cut off
+            return unit * unit
+
+        return work
+
+    monkeypatch.setattr(tasks, "living_nodes", fewer)
+    monkeypatch.setattr(tasks, "_LOOK_SECONDS", 0.5)
+    done = list(tasks.run_units(range(5), build, section="sample", workers=2))
+    assert sorted(done) == [(unit, unit * unit) for unit in range(5)]
+    assert "machine" in capfd.readouterr().err
 
 
 def test_workers_give_the_features_that_one_process_gives_and_end_with_their_own_sentence(network):
