@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ Kept = TypeVar("Kept")
 Worker = Callable[[Unit], Result]  # does one unit; it is built once per process, so that models are loaded once
 _RESTARTS = 3  # times a lost actor comes back before the run gives up
 _LOOK_SECONDS = 5.0  # without a result, after which the machines of the cluster are looked at
+_PATIENCE = 60.0  # seconds until it is reported that no worker has begun
 
 
 def run_units(
@@ -69,6 +71,9 @@ def run_units(
         class Actor:
             worker: Worker[Unit, Result] | None = None
 
+            def begin(self) -> None:
+                """Shows that there was room for this actor."""
+
             def work_on(self, unit: Unit) -> Result:
                 if self.worker is None:  # not in __init__, of whose errors Ray hands on the text alone
                     import torch
@@ -80,6 +85,7 @@ def run_units(
         kind = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(Actor)
         waiting = list(reversed(range(len(units))))
         actors = [kind.remote() for _ in range(min(workers, len(units)))]
+        begun, patient_until = [actor.begin.remote() for actor in actors], time.monotonic() + _PATIENCE
         busy: dict[Any, tuple[Any, int]] = {}
         free, missing = list(actors), {*waiting}
 
@@ -95,6 +101,13 @@ def run_units(
                         busy[actor.work_on.remote(units[number])] = actor, number
                 done, _ = ray.wait(list(busy), num_returns=1, timeout=_LOOK_SECONDS)
                 if not done:
+                    if begun and time.monotonic() > patient_until:
+                        if not ray.wait(begun, timeout=0)[0]:
+                            note(
+                                f"no worker has begun after {_PATIENCE:g} s: others use the Ray cluster, or its workers are "
+                                "still starting; it goes on when there is room, Ctrl-C stops it"
+                            )
+                        begun = []
                     if (now := room()) < before:
                         _say_lost(now, len(actors))
                     before = now
