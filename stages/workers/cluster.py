@@ -236,7 +236,8 @@ def _ask(address: str) -> None:
         raise _refusal(address, "TimeoutError", f"no answer within {ANSWER_SECONDS:g} s", reached=reached) from None
     lines = [line for line in found.stdout.splitlines() if line.startswith("{")]
     said = [line.strip() for line in found.stderr.splitlines() if line.strip()] or ["no reason given"]
-    answer = json.loads(lines[-1]) if lines else {"kind": "RaySystemError", "text": said[-1]}
+    died = [line.partition("what(): ")[2] for line in said if "what(): " in line]  # before a list of calls and modules
+    answer = json.loads(lines[-1]) if lines else {"kind": "RaySystemError", "text": (died or said)[-1]}
     if answer:
         raise _refusal(address, answer["kind"], answer["text"], reached=reached)
 
@@ -272,6 +273,12 @@ def _refusal(address: str | None, kind: str, text: str, *, reached: bool = False
         return ConnectionError(
             f"the Ray cluster at RAY_ADDRESS={shown} runs other versions ({first}): install the same on all nodes, with "
             "`-c constraints.txt`"
+        )
+    if reached and "Permission denied" in text:
+        return ConnectionError(
+            f"the Ray cluster at RAY_ADDRESS={shown} was started on this machine by another user, and Ray cannot write "
+            f"there ({first}): join it from another machine, have it started by this user, or unset RAY_ADDRESS to work on "
+            "this machine alone"
         )
     if reached:  # without a token, or with a wrong one, Ray speaks of time alone
         return ConnectionError(

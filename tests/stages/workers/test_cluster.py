@@ -1,5 +1,6 @@
 """Joining a cluster: seconds until a sentence with the way out; an own cluster leaves nothing behind and shows no token."""
 
+import io
 import json
 import os
 import shutil
@@ -69,6 +70,15 @@ def test_what_a_cluster_answers_is_named(kind, text, words):
     assert isinstance(error, ConnectionError)
     with pytest.raises(ConnectionError, match=words):
         raise error
+
+
+def test_a_cluster_of_another_user_of_this_machine_is_named_with_the_file_that_ray_cannot_write(monkeypatch):
+    said = "[E 1] logging.cc:118: Unhandled exception: E. what(): Failed opening /t/event.log: Permission denied\n@ calls\n"
+    died = subprocess.CompletedProcess([], -6, stdout="", stderr=f"{said}Extension modules: msgpack")
+    monkeypatch.setattr(cluster.subprocess, "run", lambda *_, **__: died)
+    monkeypatch.setattr(cluster.socket, "create_connection", lambda *_, **__: io.BytesIO())
+    with pytest.raises(ConnectionError, match=r"another user, .*\(Failed opening /t/event.log: Permission denied\)"):
+        cluster._ask("127.0.0.1:6379")
 
 
 def test_ray_that_cannot_start_here_is_a_sentence():
