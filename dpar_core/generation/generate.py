@@ -13,6 +13,7 @@ entries. A lane is the place of one image in the caches; with guidance lane b ha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -50,7 +51,7 @@ class Generated:
 Engine = TypeVar("Engine", StaticGPT, StaticDPAR)
 
 
-class _Generator(Generic[Engine]):
+class _Generator(ABC, Generic[Engine]):
     """What both generators share: the checks of a call, and the choice between the static decoder and the ragged one."""
 
     config: GPTConfig | DPARConfig
@@ -72,11 +73,11 @@ class _Generator(Generic[Engine]):
         self.static, self.capture = device.type == "cuda" if static is None else static, capture
         self.engine: Engine | None = None
 
-    def _new_engine(self, images: int, keep_logits: bool) -> Engine:
-        raise NotImplementedError
+    @abstractmethod
+    def _new_engine(self, images: int, keep_logits: bool) -> Engine: ...
 
-    def _ragged(self, labels: Tensor, sampler: TokenSampler, progress: OnTokens | None, lanes: int) -> Generated:
-        raise NotImplementedError
+    @abstractmethod
+    def _ragged(self, labels: Tensor, sampler: TokenSampler, progress: OnTokens | None, lanes: int) -> Generated: ...
 
     @torch.inference_mode()
     def generate(

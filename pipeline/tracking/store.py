@@ -67,10 +67,7 @@ def connect(root: Path) -> tuple[Any, str]:
     try:
         with locked(root):
             if uri.startswith("sqlite:///"):
-                path = uri.removeprefix("sqlite:///").split("?")[0]
-                _open_sqlite(path)
-                if Path(path).exists() and not Path(path).stat().st_size:  # not so for :memory:
-                    _make_sqlite(uri, path)
+                _open_sqlite(uri)
             client = _client(uri)
             here = None if os.environ.get("MLFLOW_TRACKING_URI") else (store_root(root) / "mlartifacts").as_uri()
             return client, _experiment(client, root, here)
@@ -127,11 +124,17 @@ def _move_artifacts(database: Path, old: str, new: str) -> None:
         )
 
 
-def _open_sqlite(path: str) -> None:
-    """Raise what keeps a SQLite file from being written, in seconds and without MLflow's retries."""
+def _open_sqlite(uri: str) -> None:
+    """Raise what keeps a SQLite file from being written, in seconds and without MLflow's retries; make a new one.
+
+    A new one is made while its empty file is locked, so that no other process, of another project either, makes it too.
+    """
+    path = uri.removeprefix("sqlite:///").split("?")[0]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path, timeout=_SQLITE_PATIENCE, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
+        if Path(path).exists() and not Path(path).stat().st_size:  # not so for :memory:
+            _make_sqlite(uri, path)
         connection.execute("ROLLBACK")
 
 
@@ -141,7 +144,7 @@ def _make_sqlite(uri: str, path: str) -> None:
     for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.new-*"):
         left.unlink()
     fresh = f"{path}.new-{secrets.token_hex(4)}"  # MLflow keeps a connection to each address that it has opened
-    _client(uri.replace(path, fresh, 1)).get_experiment_by_name(EXPERIMENT)
+    _client(f"sqlite:///{fresh}{uri.removeprefix(f'sqlite:///{path}')}").get_experiment_by_name(EXPERIMENT)
     os.replace(fresh, path)
 
 
