@@ -186,7 +186,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "flop": flop,
         "plain": plain,
         "duration": duration,
-        "percent": lambda share: f"{100 * share:.0f} %",
+        "percent": lambda share: f"{100 * share:.0f}\u00a0%",
         "breakable": lambda name: Markup("_<wbr>").join(name.split("_")),
     }
     page = environment.get_template("report.html.j2").render(**facts)

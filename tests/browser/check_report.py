@@ -40,7 +40,7 @@ def browser(tmp_path_factory):
         yield found
 
 
-@pytest.mark.parametrize("width", [390, 1024, 1440])
+@pytest.mark.parametrize("width", [390, 768, 1440])
 @pytest.mark.parametrize("dark", [False, True])
 def check_the_page_fits_and_asks_for_nothing(made, browser, width, dark):
     browser.loaded.clear()

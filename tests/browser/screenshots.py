@@ -1,7 +1,7 @@
 """Pictures of the report and of MLflow's pages for the docs and for looking at: `python -m tests.browser.screenshots`.
 
 Reads artifacts/report/index.html (made by `dpar-cli run`) and writes docs/report.png; with --all FOLDER the whole page at
-390, 1024 and 1440 pixels, light and dark, and as it is printed. With --mlflow it starts `dpar-cli ui` in the current project
+390, 768 and 1440 pixels, light and dark, and as it is printed. With --mlflow it starts `dpar-cli ui` in the current project
 and writes docs/mlflow-*.png of its newest pipeline run and, where there is one, its newest sweep.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
             browser.picture(DOCS / "report.png")
             return
         options.all.mkdir(parents=True, exist_ok=True)
-        for width in (390, 1024, 1440):
+        for width in (390, 768, 1440):
             for dark in (False, True):
                 browser.show(page, width=width, dark=dark)
                 browser.picture(options.all / f"{width}-{'dark' if dark else 'light'}.png", whole=True)

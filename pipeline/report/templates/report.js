@@ -79,9 +79,12 @@ for (const one of document.querySelectorAll("[data-nats]")) {
   one.onpointerleave = () => { if (one === hero) shown.textContent = quiet; };
 }
 
-// A table that goes on to the right fades there.
+// A table that goes on to the right fades there, and arrow keys move it.
 for (const one of document.querySelectorAll(".scroll")) {
-  const look = () => one.classList.toggle("more", one.scrollLeft + one.clientWidth < one.scrollWidth - 2);
+  const look = () => {
+    one.classList.toggle("more", one.scrollLeft + one.clientWidth < one.scrollWidth - 2);
+    if (one.clientWidth < one.scrollWidth - 2) one.tabIndex = 0; else one.removeAttribute("tabindex");
+  };
   one.addEventListener("scroll", look);
   addEventListener("resize", look);
   look();
