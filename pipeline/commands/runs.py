@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.project import project_folder
 from pipeline.tracking.ui import HEADLINE_METRICS
+
+if TYPE_CHECKING:  # ui and --help need none of it
+    from pipeline.tracking.reading import PipelineRun
 
 runs_app = typer.Typer(help="List the pipeline runs in MLflow, show one, or send what MLflow missed.")
 MOST_CHANGES = 4  # params named under a run
@@ -32,29 +35,28 @@ def show_run(identity: Annotated[str, typer.Argument(help="Run id, or its beginn
 
     Reads the store and params.yaml.
     """
-    from pipeline.runner import device_of
-    from stages.params import flattened, load_params, settled
+    from stages.params import flattened, load_params
 
-    found = [run for run in _pipeline_runs() if run.info.run_id.startswith(identity)]
+    found = [run for run in _pipeline_runs() if run.id.startswith(identity)]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} runs begin with {identity!r}, expected one: `dpar-cli runs` lists them")
-    asked = load_params(Path("params.yaml"))
-    # A run has what `auto` meant on its machine.
-    now = {name: str(value) for name, value in flattened(settled(asked, device_of(asked.compute))).items()}
+        count = "no run begins" if not found else f"{len(found)} runs begin"
+        raise ValueError(f"{count} with {identity!r}, expected one: `dpar-cli runs` lists them")
+    now = {name: str(value) for name, value in flattened(load_params(Path("params.yaml"))).items()}
     print("\n".join(show_lines(found[0], now)))
 
 
-def _pipeline_runs() -> list[Any]:
-    """Return the top-level runs, newest first."""
-    from pipeline.tracking.outbox import opened
-    from pipeline.tracking.tracker import PASS_TAG
+def _pipeline_runs() -> list[PipelineRun]:
+    """Return the pipeline runs, newest first, once the store has all of what processes left that are gone."""
+    from pipeline.tracking import outbox
+    from pipeline.tracking.reading import pipeline_runs
+    from stages.terminal import note
 
-    client, experiment = opened(project_folder())
-    found = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=1000)
-    return [run for run in found if PASS_TAG in run.data.tags]
+    root = project_folder()
+    outbox.sync(outbox.Outbox(root, note))
+    return pipeline_runs(root)
 
 
-def run_lines(runs: Sequence[Any]) -> list[str]:
+def run_lines(runs: Sequence[PipelineRun]) -> list[str]:
     """Return a table of pipeline runs for the terminal's width; under each the params that changed since the one before.
 
     runs: newest first.
@@ -63,33 +65,41 @@ def run_lines(runs: Sequence[Any]) -> list[str]:
 
     if not runs:
         return ["no pipeline run yet: dpar-cli run"]
-    lines = [f"{'id':8}  {'started':11}  {'status':8}  {'loss':>9}  {'distance':>9}  {'speed':>5}  name"]
+    narrow = columns() < 72  # the name goes below
+    head = f"{'id':8}  {'started':11}  {'status':8}  {'loss':>9}  {'distance':>9}  {'speed':>5}"
+    lines = [head if narrow else f"{head}  name"]
     for run, before in zip(runs, (*runs[1:], None)):
-        found, params = run.data.metrics, run.data.params
+        found, params = run.metrics, run.params
         loss, distance = (
             "/".join(f"{found[name]:.2f}" for name in (f"dpar_{what}", f"baseline_{what}") if name in found)
             for what in ("loss", "distance")
         )
         speed = f"{found['training_speed']:.2f}" if "training_speed" in found else ""
-        started = time.strftime("%m-%d %H:%M", time.localtime(run.info.start_time / 1000))
-        name = (run.info.run_name or "").partition(" · ")[0]
-        line = f"{run.info.run_id[:8]}  {started}  {run.info.status:8}  {loss:>9}  {distance:>9}  {speed:>5}  {name}"
-        lines.append(shortened(line, columns()))
-        old = {} if before is None else before.data.params
+        started = time.strftime("%m-%d %H:%M", time.localtime(run.started))
+        name = run.name.partition(" · ")[0]
+        line = f"{run.id[:8]}  {started}  {run.status:8}  {loss:>9}  {distance:>9}  {speed:>5}"
+        lines.append(shortened(line if narrow else f"{line}  {name}", columns()).rstrip())
+        below = [name] if narrow else []
+        if run.stages and not found:  # some stages made again
+            below.append("stages " + ", ".join(run.stages))
+        old = {} if before is None else before.params
         changed = [f"{key} {old[key]} -> {params[key]}" for key in params if key in old and old[key] != params[key]]
         if changed:
             more = [f"{len(changed) - MOST_CHANGES} more"] if len(changed) > MOST_CHANGES else []
-            lines.append(wrapped(", ".join([*changed[:MOST_CHANGES], *more]), first=" " * 10, rest=" " * 10))
+            below.append(", ".join([*changed[:MOST_CHANGES], *more]))
+        lines += [wrapped(words, first=" " * 10, rest=" " * 10) for words in below]
     return [shortened(lines[0], columns()), *lines[1:], "", "loss, distance: DPAR/baseline; speed: of training"]
 
 
-def show_lines(run: Any, params: Mapping[str, str]) -> list[str]:
-    """Return one pipeline run. params: those of params.yaml, by dotted name."""
-    lines = [f"{run.info.run_name}  ({run.info.status}, {run.info.run_id})"]
-    lines += [f"  {name:18} {run.data.metrics[name]:.4g}" for name in HEADLINE_METRICS if name in run.data.metrics]
-    other = {name: value for name, value in run.data.params.items() if name in params and params[name] != value}
+def show_lines(run: PipelineRun, params: Mapping[str, str]) -> list[str]:
+    """Return one pipeline run. params: those of params.yaml, by dotted name; a run has what `auto` meant on its machine."""
+    from stages.terminal import wrapped
+
+    lines = [wrapped(run.name), f"  {run.status}, {run.id}"]
+    lines += [f"  {name:18} {run.metrics[name]:.4g}" for name in HEADLINE_METRICS if name in run.metrics]
+    other = {name: value for name, value in run.params.items() if params.get(name, value) not in (value, "auto")}
     lines.append("params as in params.yaml" if not other else "params that differ from params.yaml (run, params.yaml):")
-    return [*lines, *(f"  {name} {value}, {params[name]}" for name, value in sorted(other.items()))]
+    return [*lines, *(wrapped(f"  {name} {value}, {params[name]}", rest="    ") for name, value in sorted(other.items()))]
 
 
 @runs_app.command("sync")

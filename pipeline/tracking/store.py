@@ -15,8 +15,8 @@ from dpar_core.secrets import redacted
 from stages.workers import lock
 
 EXPERIMENT = "dpar"
-PID_TAG, HOST_TAG, STARTED_TAG = "dpar.pid", "dpar.host", "dpar.started"
-_SQLITE_PATIENCE = 10.0  # seconds to wait for another process's transaction before saying that it holds the store
+PASS_TAG, PID_TAG, HOST_TAG, STARTED_TAG = "dpar.pass", "dpar.pid", "dpar.host", "dpar.started"
+SQLITE_PATIENCE = 10.0  # seconds to wait for another process's transaction before saying that it holds the store
 
 
 class TrackingError(RuntimeError):
@@ -109,7 +109,7 @@ def _experiment(client: Any, root: Path, here: str | None) -> str:
 
 def _move_artifacts(database: Path, old: str, new: str) -> None:
     """Let the runs of a project that was copied or moved keep their artifacts in it, not where the original was."""
-    with closing(sqlite3.connect(database, timeout=_SQLITE_PATIENCE)) as connection, connection:
+    with closing(sqlite3.connect(database, timeout=SQLITE_PATIENCE)) as connection, connection:
         connection.execute(
             "UPDATE experiments SET artifact_location = ? WHERE name = ? AND artifact_location = ?", (new, EXPERIMENT, old)
         )
@@ -131,7 +131,7 @@ def _open_sqlite(uri: str) -> None:
     """
     path = uri.removeprefix("sqlite:///").split("?")[0]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=_SQLITE_PATIENCE, isolation_level=None)) as connection:
+    with closing(sqlite3.connect(path, timeout=SQLITE_PATIENCE, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         if Path(path).exists() and not Path(path).stat().st_size:  # not so for :memory:
             _make_sqlite(uri, path)

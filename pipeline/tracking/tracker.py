@@ -23,7 +23,7 @@ from pipeline.tracking import summary
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.models import LoggedModel, models_of
 from pipeline.tracking.outbox import SENT, at_work, journal_folder, launch, lock_file, said_file
-from pipeline.tracking.store import HOST_TAG, PID_TAG, STARTED_TAG, store_root, tracking_uri
+from pipeline.tracking.store import HOST_TAG, PASS_TAG, PID_TAG, STARTED_TAG, store_root, tracking_uri
 from pipeline.tracking.system import system_metrics
 from stages.artifacts import FOLDER, OUTPUTS, REPORT_PAGE, SAMPLE_GRID, SAMPLES
 from stages.terminal import note
@@ -32,7 +32,6 @@ from stages.tracker import LineProgress, Progress, rate_words
 if TYPE_CHECKING:  # pydantic takes a while to import
     from stages.params import Params
 
-PASS_TAG = "dpar.pass"
 CLOSE_SECONDS = 15.0  # that the end of a stage waits for the store
 WATCH_SECONDS, LONGEST_WATCH_SECONDS = 30.0, 3600.0  # between looks whether the process that delivers is there
 

@@ -6,10 +6,11 @@ import pty
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 import threading
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import click
 import numpy as np
@@ -22,6 +23,8 @@ from dpar_core.evaluation.golden import Case
 from dpar_core.files import write_json
 from pipeline.cli import app, main
 from pipeline.results import MEANINGS
+from pipeline.tracking.store import EXPERIMENT, PASS_TAG
+from pipeline.tracking.ui import HEADLINE_METRICS
 from stages.terminal import columns, table, wrapped
 from stages.tracker import LineProgress
 from tests.helpers.paths import ROOT
@@ -40,7 +43,7 @@ def commands(group: click.Group, before: tuple[str, ...] = ()) -> list[tuple[str
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, fresh_store):
     """A project with everything made, outside git, and files of a user in it."""
     folder = tmp_path_factory.mktemp("project") / "of a user"
     params = tiny_params()
@@ -58,7 +61,29 @@ def made(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     (path.parent / "broken.jpg").write_bytes(b"no image")
+    write_runs(folder, fresh_store)
     return folder
+
+
+def write_runs(folder, fresh_store):
+    """Write two pipeline runs into the project's store: one with long numbers, one that failed, under other params."""
+    shutil.copy(fresh_store, folder)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        (experiment,) = database.execute("SELECT experiment_id FROM experiments WHERE name = ?", (EXPERIMENT,)).fetchone()
+        for number, (name, status) in enumerate((("a preset of a long name", "FINISHED"), ("demo", "FAILED"))):
+            run = f"{number}" * 32
+            columns = "run_uuid, name, status, start_time, lifecycle_stage, experiment_id"
+            values = (run, f"{name} · DPAR 12.34 / baseline 23.45 nats", status, 10**12 + number, "active", experiment)
+            database.execute(f"INSERT INTO runs ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values)
+            database.execute("INSERT INTO tags (key, value, run_uuid) VALUES (?, 'a', ?)", (PASS_TAG, run))
+            for param in ("train.steps", "entropy_model.train.learning_rate", "sample.cfg_scale"):
+                database.execute("INSERT INTO params (key, value, run_uuid) VALUES (?, ?, ?)", (param, str(number), run))
+            for metric in HEADLINE_METRICS[: 6 * (1 - number)]:
+                row = (metric, 1234.5678, 0, 0, 0, run)
+                insert = (
+                    "INSERT INTO latest_metrics (key, value, timestamp, step, is_nan, run_uuid) VALUES (?, ?, ?, ?, ?, ?)"
+                )
+                database.execute(insert, row)
 
 
 @contextmanager
@@ -135,6 +160,9 @@ PRINTED = {
     "run nothing": 1,
     "stage nothing": 1,
     "stage sources": 0,
+    "runs": 0,
+    "runs show 0": 0,
+    "runs show 5": 1,
     "runs sync": 0,
     "data check": 0,
     "data inspect nobody": 1,
@@ -244,7 +272,7 @@ def test_no_command_prints_a_password(made, printed, monkeypatch, words):
 
 
 def test_every_command_is_looked_at():
-    apart = {("ui",), ("runs",), ("runs", "show"), ("params", "show"), ()}  # serve, open MLflow, print a file
+    apart = {("ui",), ("params", "show"), ()}  # serve, print a file
     known = [tuple(words.split()) for words in PRINTED]
     for words in commands(typer.main.get_command(app)):
         named = words[:-1] if words[-1:] == ("image",) else words

@@ -5,24 +5,23 @@ import json
 import shutil
 import socket
 import tomllib
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.commands.runs import run_lines, show_lines, sync_runs
-from pipeline.tracking import outbox, store
+from pipeline.tracking import outbox, reading, store
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.reading import PipelineRun, pipeline_runs
 from pipeline.tracking.ui import APP, HEADLINE_METRICS, check_port, runs_address
 from tests.helpers.mlflow_stores import closed_port
 from tests.helpers.paths import ROOT
 
 
 def run(name="demo · DPAR 2.79 / baseline 2.86 nats", steps="480", **metrics):
-    info = SimpleNamespace(run_id="0123456789abcdef", run_name=name, status="FINISHED", start_time=1_700_000_000_000)
-    data = SimpleNamespace(metrics=metrics, params={"seed": "0", "train.steps": steps, "gone": "1"}, tags={})
-    return SimpleNamespace(info=info, data=data)
+    params = {"seed": "0", "train.steps": steps, "train.precision": "fp32", "gone": "1"}
+    return PipelineRun("0123456789abcdef", name, "FINISHED", 1_700_000_000.0, metrics, params, ["data", "report"])
 
 
 def test_runs_are_a_table_of_80_columns_with_what_changed_since_the_one_before():
@@ -31,16 +30,48 @@ def test_runs_are_a_table_of_80_columns_with_what_changed_since_the_one_before()
     assert max(map(len, lines)) <= 80
     assert lines[1].startswith("01234567  ") and lines[1].endswith("2.79/2.86  5.53/6.17   1.07  demo")
     assert lines[2].split(maxsplit=1) == ["train.steps", "8 -> 480"]
-    assert lines[3].endswith("own params")
+    assert lines[3].endswith("own params") and lines[4].strip() == "stages data, report"
     assert run_lines([]) == ["no pipeline run yet: dpar-cli run"]
 
 
 def test_one_run_shows_its_metrics_and_the_params_that_differ():
     lines = show_lines(run(dpar_loss=2.791), {"seed": "0", "train.steps": "8"})
-    assert lines[0] == "demo · DPAR 2.79 / baseline 2.86 nats  (FINISHED, 0123456789abcdef)"
-    assert lines[1].split() == ["dpar_loss", "2.791"]
-    assert lines[2:] == ["params that differ from params.yaml (run, params.yaml):", "  train.steps 480, 8"]
-    assert show_lines(run(), {"seed": "0", "train.steps": "480"})[-1] == "params as in params.yaml"
+    assert lines[:2] == ["demo · DPAR 2.79 / baseline 2.86 nats", "  FINISHED, 0123456789abcdef"]
+    assert lines[2].split() == ["dpar_loss", "2.791"]
+    assert lines[3:] == ["params that differ from params.yaml (run, params.yaml):", "  train.steps 480, 8"]
+    same = {"seed": "0", "train.steps": "480", "train.precision": "auto"}
+    assert show_lines(run(), same)[-1] == "params as in params.yaml"
+
+
+def test_the_store_is_read_as_mlflow_reads_it(fresh_store, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert pipeline_runs(tmp_path) == [] and list(tmp_path.iterdir()) == []
+    shutil.copy(fresh_store, tmp_path)
+    client, experiment = store.connect(tmp_path)
+    for number in range(3):
+        made = client.create_run(
+            experiment, start_time=1000 * number + 1000, run_name=f"run {number}", tags={store.PASS_TAG: "a"}
+        )
+        client.log_param(made.info.run_id, "train.steps", number)
+        for step, value in enumerate((5.0, float("inf"), 3.0)[: number + 1]):
+            client.log_metric(made.info.run_id, "dpar_loss", value, step=step)
+        below = client.create_run(experiment, tags={"mlflow.parentRunId": made.info.run_id, "dpar.stage": "data"})
+        client.log_param(below.info.run_id, "other", "1")
+        client.set_terminated(made.info.run_id, "FAILED")
+    client.create_run(client.create_experiment("another"), tags={store.PASS_TAG: "a"})
+    found = pipeline_runs(tmp_path)
+    assert [(one.name, one.status, one.started, one.params, one.stages) for one in found] == [
+        (f"run {number}", "FAILED", number + 1, {"train.steps": str(number)}, ["data"]) for number in (2, 1, 0)
+    ]
+    assert [one.metrics["dpar_loss"] for one in found][::2] == [3.0, 5.0]
+    asked = reading._asked(client, experiment)
+    assert asked == found
+    client.delete_run(found[0].id)
+    assert pipeline_runs(tmp_path) == found[1:]
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(store.TrackingError, match="not an SQLite database: restore or move it"):
+        pipeline_runs(tmp_path)
 
 
 def test_sync_sends_what_dead_processes_left_and_leaves_the_living_alone(fresh_store, tmp_path, monkeypatch, capsys):
