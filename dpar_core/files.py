@@ -180,7 +180,7 @@ def write_record(path: Path | str, content: Mapping[str, Any]) -> str:
 def read_record(path: Path | str, *, way_out: str) -> dict[str, Any]:
     """Return what `write_record` wrote, its digest included.
 
-    way_out: what to do about a missing or damaged file, as "run `dvc repro data`". Raises FileNotFoundError, or Damaged
+    way_out: what to do about a missing or damaged file, as "run `dpar-cli run data`". Raises FileNotFoundError, or Damaged
     when the content is not what its digest says.
     """
     try:

@@ -142,7 +142,7 @@ class Run:
         if model == "llamagen" and self.llamagen is not None:
             return GPTGenerator(self.llamagen, settings).generate(classes, seeds)
         if model in ("dpar", "llamagen"):
-            raise ValueError(f"this run has no trained {model}: run `dvc repro train_{model}`")
+            raise ValueError(f"this run has no trained {model}: run `dpar-cli run train_{model}`")
         raise ValueError(f"model must be dpar or llamagen; got {model!r}")
 
     def picture(self, image: ImageArray, *, title: str = "", side: int = 320) -> Image.Image:

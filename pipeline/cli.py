@@ -72,7 +72,7 @@ def stage(name: Annotated[str, typer.Argument(help="Stage of dvc.yaml, as data, 
     """Run one stage, as `dvc repro` does.
 
     Reads params.yaml and the artifacts of earlier stages; writes the stage's outputs under artifacts/ (dvc.yaml lists
-    them). Long work continues where an interrupted run stopped. Next: `dvc repro`, which runs what is out of date.
+    them). Long work continues where an interrupted run stopped. Next: `dpar-cli run`, which runs what is out of date.
     """
     from pipeline.runner import run_stage
 

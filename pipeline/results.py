@@ -51,7 +51,7 @@ def metrics_table(root: Path) -> str:
     from dpar_core.files import read_json
     from stages.terminal import table
 
-    found = read_json(A.SUMMARY_METRICS.require(root / A.FOLDER), way_out="run `dvc repro -f report`")
+    found = read_json(A.SUMMARY_METRICS.require(root / A.FOLDER), way_out="run `dvc repro -sf report`")
     rows = [(name, f"{found[name]:.4g}", words) for name, words in MEANINGS.items() if name in found]
     return table(("metric", "value", "what it is"), rows)
 

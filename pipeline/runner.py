@@ -25,7 +25,7 @@ from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
 from stages.params import Compute, Section, load_params, plain, precision_lines, section_of, select, settled
 from stages.shared.pace import machine_words
-from stages.terminal import note, print_fitted
+from stages.terminal import nearest, note, print_fitted
 from stages.workers.lock import locked
 from stages.workers.tasks import remove_leftovers
 
@@ -97,7 +97,7 @@ class LoadedStage:
 def load_stage(name: str) -> LoadedStage:
     """Import a stage. Raises StageError for an unknown name."""
     if name not in STAGES:
-        raise StageError(f"there is no stage {name!r}: expected one of {', '.join(STAGES)}")
+        raise StageError(f"there is no stage {name!r}: {nearest(name, list(STAGES), 'dpar-cli status')}")
     spec = STAGES[name]
     module = importlib.import_module(spec.module)
     names = (spec.run, "Params", f"{spec.kind}Inputs", f"{spec.kind}Outputs")
@@ -191,7 +191,7 @@ def _digests(name: str, inputs: Any, root: Path) -> dict[str, str]:
         path = getattr(inputs, field.name)
         if not path.exists():
             maker = maker_of(path, root)
-            run = f"`dvc repro {maker}`" if maker else "`dvc repro`"
+            run = f"`dpar-cli run {maker}`" if maker else "`dpar-cli run`"
             raise StageError(f"stage {name} reads {path}, which is missing: run {run} first")
         digests[field.name] = artifact_digest(path)
     return digests

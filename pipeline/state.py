@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from dpar_core.files import write_json
 from pipeline.dvc_cache import cache_folder, lacks
+from stages.terminal import nearest
 
 LAST = "last.json"  # work/STAGE/last.json: when a stage last ended here, and how long it took
 
@@ -106,7 +107,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = YAML(typ="safe").load(path.read_text("utf-8"))
     except YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        from stages.params import yaml_fault
+
+        raise ValueError(f"{path} is not YAML: {yaml_fault(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a mapping")
     return content
@@ -213,7 +216,7 @@ def with_needs(states: list[StageState], targets: list[str]) -> list[StageState]
     by_name = {state.name: state for state in states}
     for target in targets:
         if target not in by_name:
-            raise ValueError(f"there is no stage {target!r}: expected one of {', '.join(by_name)}")
+            raise ValueError(f"there is no stage {target!r}: {nearest(target, list(by_name), 'dpar-cli status')}")
     wanted = set(targets or by_name)
     for state in reversed(states):
         if state.name in wanted:

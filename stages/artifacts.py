@@ -44,7 +44,7 @@ class Artifact:
         """Return the path in a folder of artifacts. Raises FileNotFoundError, with the stage to run, when it is missing."""
         path = self.below(artifacts)
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: run `dvc repro {self.stage}`")
+            raise FileNotFoundError(f"{path} is missing: run `dpar-cli run {self.stage}`")
         return path
 
 
@@ -196,7 +196,7 @@ def artifact_digest(path: Path) -> str:
     Raises FileNotFoundError with the way out.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `dvc repro`, or the stage that makes it")
+        raise FileNotFoundError(f"{path} is missing: run `dpar-cli run`, or the stage that makes it")
     if path.is_file():
         return sha256_file(path)[:16]
     summary = path / SUMMARY

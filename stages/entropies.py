@@ -95,7 +95,7 @@ def load_entropy_model(path: Path, shards: TokenShards | None, device: str) -> t
     if shards is not None and (config.tokens, config.codebook_size) != (shards.meta.tokens, shards.meta.codebook_size):
         raise ValueError(
             f"entropy model {path} is for {config.tokens} tokens of {config.codebook_size} codes, but {shards.folder} "
-            f"holds {shards.meta.tokens} of {shards.meta.codebook_size}: run `dvc repro entropy_model`"
+            f"holds {shards.meta.tokens} of {shards.meta.codebook_size}: run `dpar-cli run entropy_model`"
         )
     return trained.build(device), trained.digest
 

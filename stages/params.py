@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dpar_core.choices import (
     EncodePrecisionChoice,
@@ -364,8 +365,15 @@ def load_params(path: Path) -> Params:
             )  # would take minutes
         raw = YAML(typ="safe").load(text)
     except YAMLError as error:
-        raise ParamsError([f"{path.name} is not YAML: {' '.join(str(error).split())}"]) from None
+        raise ParamsError([f"{path.name} is not YAML: {yaml_fault(error)}"]) from None
     return parse_params(raw, where=path.name)
+
+
+def yaml_fault(error: YAMLError) -> str:
+    """Return what is wrong with a YAML file, with its line where that is known."""
+    if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return " ".join(str(error).split())
 
 
 def parse_params(raw: object, *, where: str = "params.yaml") -> Params:
@@ -376,7 +384,7 @@ def parse_params(raw: object, *, where: str = "params.yaml") -> Params:
     try:
         Params.model_validate(raw)
     except ValidationError as error:
-        faults += [_sentence(fault, where) for fault in error.errors()]
+        faults += _sentences(error.errors(), where)
     whole: dict[str, Any] = {}
     for name, field in Params.model_fields.items():
         try:
@@ -392,8 +400,28 @@ def parse_params(raw: object, *, where: str = "params.yaml") -> Params:
     return Params.model_validate(raw)
 
 
+def _sentences(faults: Sequence[Mapping[str, Any]], where: str) -> list[str]:
+    """Return a sentence for each fault; a key that is misspelt, and so missing as well, gets one."""
+    missing = {fault["loc"] for fault in faults if fault["type"] == "missing"}
+    sentences: list[tuple[tuple[Any, ...], str]] = []
+    misspelt: set[tuple[Any, ...]] = set()
+    for fault in faults:
+        *section, key = fault["loc"]
+        absent = [other[-1] for other in missing - misspelt if list(other[:-1]) == section]
+        if fault["type"] == "extra_forbidden" and (near := get_close_matches(str(key), absent, n=1)):
+            misspelt.add((*section, *near))
+            sentences.append((fault["loc"], f"{where}: unknown key `{_dotted(fault)}`: write `{near[0]}`, which is missing"))
+        else:
+            sentences.append((fault["loc"], _sentence(fault, where)))
+    return [sentence for place, sentence in sentences if place not in misspelt]
+
+
+def _dotted(fault: Mapping[str, Any]) -> str:
+    return ".".join(str(part) for part in fault["loc"])
+
+
 def _sentence(fault: Mapping[str, Any], where: str) -> str:
-    name = ".".join(str(part) for part in fault["loc"])
+    name = _dotted(fault)
     found = fault.get("input")
     context = fault.get("ctx", {})
     kind = fault["type"]

@@ -99,11 +99,11 @@ def check_file(record: Path, name: str, path: Path) -> str:
         raise FileNotFoundError(f"{name} {path} is missing: check params.yaml")
     if not path.is_file():
         raise ValueError(f"{name} {path} is {'a folder' if path.is_dir() else 'no plain file'}: name the file itself")
-    noted, found = read_record(record, way_out="run `dvc repro sources`").get(name), sha256_file(path)
+    noted, found = read_record(record, way_out="run `dpar-cli run sources`").get(name), sha256_file(path)
     expected = noted.get("sha256") if noted else None
     if found != expected:
         raise ValueError(
             f"{name} {path} has changed since stage sources looked (digest {found[:16]}, it noted {str(expected)[:16]}): "
-            "run `dvc repro`"
+            "run `dpar-cli run`"
         )
     return found

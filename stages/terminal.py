@@ -8,6 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TextIO
 
 WIDTH, NARROWEST = 80, 30  # columns: lines are never longer than the first, and no terminal is taken for narrower
@@ -86,6 +87,12 @@ def size(count: float) -> str:
 def shortened(text: str, width: int) -> str:
     """Cut a text to a width, with an ellipsis where something is missing."""
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def nearest(name: str, names: Sequence[str], command: str) -> str:
+    """Return which names a misspelt one may have meant, for a sentence, and the command that lists all."""
+    near = get_close_matches(name, names, n=3, cutoff=0.7)
+    return f"did you mean {' or '.join(near)}? (all: `{command}`)" if near else f"`{command}` lists all"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

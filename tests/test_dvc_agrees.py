@@ -98,13 +98,13 @@ def test_a_preset_is_taken_and_own_changes_are_not_lost(tmp_path):
     assert (tmp_path / "params.yaml").read_text() == mine
     use_preset(tmp_path, "smoke", force=True)
     assert (tmp_path / "params.yaml.bak").read_text() == mine
-    with pytest.raises(ValueError, match="no preset 'smok': expected one of smoke"):
+    with pytest.raises(ValueError, match="no preset 'smok': did you mean smoke"):
         use_preset(tmp_path, "smok")
 
 
 def test_a_stage_whose_input_is_missing_says_what_to_run(tmp_path):
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    with pytest.raises(StageError, match="run `dvc repro data` first"):
+    with pytest.raises(StageError, match="run `dpar-cli run data` first"):
         run_stage("tokenizer", root=tmp_path, params_file=tmp_path / "params.yaml")
 
 

@@ -194,19 +194,19 @@ def read_manifest(path: Path) -> Manifest:
     """Read a manifest and hold rows and notes against the digests in it. Raises FileNotFoundError, or ValueError with the
     way out."""
     if not path.exists():
-        raise FileNotFoundError(f"no manifest at {path}: run `dvc repro data`")
+        raise FileNotFoundError(f"no manifest at {path}: run `dpar-cli run data`")
     try:
         table = pq.read_table(path)
         header = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # Arrow raises OSError on damaged headers
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged ({reason[:200]}): run `dvc repro -f data`") from None
+        raise ValueError(f"{path} is damaged ({reason[:200]}): run `dvc repro -sf data`") from None
     older = table.schema.names == SCHEMA.names[:-1]  # of version 0.1.0, which knew no contents and no seals
     if older:
         table = table.append_column(SCHEMA.field("content"), pa.nulls(len(table), pa.string()))
     if table.schema.names != SCHEMA.names or not header.keys() >= {"classes", "roots", "digest", "notes"}:
         raise ValueError(f"{path} is not a manifest: expected columns {SCHEMA.names}, found {table.schema.names}")
-    damaged = Damaged(f"{path} is damaged or was edited (its rows are not those its digest names): run `dvc repro -f data`")
+    damaged = Damaged(f"{path} is damaged or was edited (its rows are not those its digest names): run `dvc repro -sf data`")
     seal = header.pop("seal", None)
     try:
         loaded = {name: json.loads(header[name]) for name in ("classes", "roots", "notes")}

@@ -220,7 +220,7 @@ def read_summary(folder: Folder) -> ShardsSummary:
     """Read summary.json of a folder of shards. Raises FileNotFoundError or ValueError with the way out."""
     content = folder.read(SUMMARY)
     if content is None:
-        raise FileNotFoundError(f"no token shards in {folder}: run `dvc repro tokenize_images`")
+        raise FileNotFoundError(f"no token shards in {folder}: run `dpar-cli run tokenize_images`")
     try:
         found = json.loads(content)
         digest = digest_of({"meta": found["meta"], "shards": found["shards"]})
@@ -231,7 +231,7 @@ def read_summary(folder: Folder) -> ShardsSummary:
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
-        raise ValueError(f"{folder}/{SUMMARY} is damaged, or of an older version: run `dvc repro -f tokenize_images`")
+        raise ValueError(f"{folder}/{SUMMARY} is damaged, or of an older version: run `dvc repro -sf tokenize_images`")
     return summary
 
 
@@ -290,7 +290,7 @@ class TokenShards:
             for name in [INDEX, *(self._files[number].name for number in mine)]:
                 if not Path(self.folder, name).exists():
                     raise FileNotFoundError(
-                        f"shard {name} is missing: run `dpar-cli data check --repair`, or `dvc repro -f tokenize_images` "
+                        f"shard {name} is missing: run `dpar-cli data check --repair`, or `dvc repro -sf tokenize_images` "
                         f"(looked in {self.folder})"
                     )
         table = _map_index(source.path(INDEX, summary.index_sha256))

@@ -69,7 +69,7 @@ class ImageOpener:
         if row.content is not None and (found := hashlib.sha256(content).hexdigest()[:16]) != row.content:
             raise SourceChanged(
                 f"image {row.source} has changed since the manifest was made (digest {found}, listed {row.content}): "
-                "run `dvc repro`"
+                "run `dpar-cli run`"
             )
         return content
 

@@ -104,7 +104,7 @@ def read_scores(path: Path) -> Scores:
     except (ValueError, RecursionError, OSError):
         found = None
     if not isinstance(found, dict) or not {"protocol", "protocol_id", "intervals"} <= found.keys():
-        raise ScoreError(f"{path} is not a score file: expected one that `dpar-cli score` or `dvc repro` has written")
+        raise ScoreError(f"{path} is not a score file: expected one that `dpar-cli score` or `dpar-cli run` has written")
     return scores_in(read_record(path, way_out="score the images again"), path)
 
 

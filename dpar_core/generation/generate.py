@@ -283,7 +283,7 @@ class DPARGenerator(_Generator[StaticDPAR]):
         if self.asks_model and not sampled.entropies[:, 1:].isfinite().all():
             raise ValueError(
                 f"the entropy model's entropies in {self.gate_dtype} are not finite numbers: set entropies.precision to "
-                "fp32 and run `dvc repro`, or train the entropy model again"
+                "fp32 and run `dpar-cli run`, or train the entropy model again"
             )
         return sampled
 

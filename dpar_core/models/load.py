@@ -79,7 +79,7 @@ class Trained:
         if wrong:
             raise ValueError(
                 f"{self.path} does not fit its own config ({len(wrong)} tensors, first {wrong[0]}): "
-                f"run `dvc repro -f {_KINDS[self.role].stage}`"
+                f"run `dvc repro -sf {_KINDS[self.role].stage}`"
             )
         check_finite(state, self.path)
         model.load_state_dict(state)
@@ -95,22 +95,22 @@ def read_trained(path: Path, role: Role, *, made_with: Mapping[str, Any] | None 
     """
     kind = _KINDS[role]
     if not path.exists():
-        raise FileNotFoundError(f"no trained model at {path}: run `dvc repro {kind.stage}`")
+        raise FileNotFoundError(f"no trained model at {path}: run `dpar-cli run {kind.stage}`")
     weights = load_weights(path, kind=kind.kind)
     try:
         config = kind.config(**weights.config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has a config of another version ({error}): run `dvc repro -f {kind.stage}`") from None
+        raise ValueError(f"{path} has a config of another version ({error}): run `dvc repro -sf {kind.stage}`") from None
     classes = getattr(config, "num_classes", None)
     if role == "entropy_model" and classes is not None:
-        raise ValueError(f"{path} is conditioned on classes, an entropy model has none: run `dvc repro entropy_model`")
+        raise ValueError(f"{path} is conditioned on classes, an entropy model has none: run `dpar-cli run entropy_model`")
     if role == "llamagen" and classes is None:
         raise ValueError(f"{path} is an entropy model, which knows no classes: expected a model of {kind.stage}")
     for name, expected in (made_with or {}).items():
         found = weights.meta.get(name)
         if found != expected:
             raise ValueError(
-                f"{path} was trained {_WORDS[name]} {found}, but this run has {expected}: run `dvc repro {kind.stage}`"
+                f"{path} was trained {_WORDS[name]} {found}, but this run has {expected}: run `dpar-cli run {kind.stage}`"
             )
     return Trained(path, role, config, weights)
 

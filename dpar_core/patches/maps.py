@@ -115,7 +115,7 @@ def _expected(shards: TokenShards, part: slice) -> tuple[pa.Array, pa.Array]:
 
 def _check_order(table: pa.Table, keys: pa.Array, views: pa.Array, path: str, shard_name: str) -> None:
     """Raise ValueError, naming the first difference, unless the maps of a table are those of these keys and views."""
-    mend = "run `dpar-cli data check --repair`, or `dvc repro -f entropies`"
+    mend = "run `dpar-cli data check --repair`, or `dvc repro -sf entropies`"
     if len(table) != len(keys):
         raise ValueError(f"{path} holds {len(table)} maps, {shard_name} has {len(keys)}: {mend}")
     found_keys, found_views = (table[name].combine_chunks() for name in ("key", "view"))
@@ -185,7 +185,7 @@ def read_summary(folder: Path | Folder, *, stage: str) -> MapsSummary:
     source = folder if isinstance(folder, Folder) else Folder(folder)
     content = source.read(SUMMARY)
     if content is None:
-        raise FileNotFoundError(f"nothing whole in {folder}: run `dvc repro {stage}`")
+        raise FileNotFoundError(f"nothing whole in {folder}: run `dpar-cli run {stage}`")
     try:
         summary: dict[str, Any] = json.loads(content)
         made_by, files = MadeBy.read(summary["made_by"]), summary["files"]
@@ -194,7 +194,7 @@ def read_summary(folder: Path | Folder, *, stage: str) -> MapsSummary:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise ValueError(f"{folder}/{SUMMARY} is damaged, or of an older version: run `dvc repro -f {stage}`")
+        raise ValueError(f"{folder}/{SUMMARY} is damaged, or of an older version: run `dvc repro -sf {stage}`")
     return MapsSummary(made_by, files, summary["digest"], summary.get("facts", {}))
 
 
@@ -204,7 +204,7 @@ def _summary_of(folder: Folder, shards: TokenShards, *, stage: str) -> MapsSumma
     if summary.made_by.tokens != shards.digest:
         raise ValueError(
             f"{folder} was made with token shards {summary.made_by.tokens}, but {shards.folder} holds {shards.digest}: "
-            f"run `dvc repro {stage}`"
+            f"run `dpar-cli run {stage}`"
         )
     return summary
 
@@ -250,7 +250,7 @@ class EntropyMaps:
             raise ValueError(
                 f"entropies {name} were made with entropy model {found} in {precision} on tokens {made_by.get('tokens')}, "
                 f"this run has {self.made_by.entropy_model} in {self.made_by.precision} on {self.shards.digest}: "
-                "run `dvc repro -f entropies`"
+                "run `dvc repro -sf entropies`"
             )
         part = next(part for found, part in self.shards.shards() if found == shard_name)
         keys, views = _expected(self.shards, part)
@@ -293,12 +293,12 @@ class EntropyMaps:
 
 def _read_parquet(source: Folder, name: str, summary: MapsSummary, *, columns: list[str], stage: str) -> pa.Table:
     if name not in summary.files:
-        raise FileNotFoundError(f"{source} has no {name}: run `dvc repro -f {stage}`")
+        raise FileNotFoundError(f"{source} has no {name}: run `dvc repro -sf {stage}`")
     try:
         return pq.read_table(source.path(name, summary.files[name]), columns=columns, partitioning=None)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{source}/{name} is missing: run `dpar-cli data check --repair`, or `dvc repro -f {stage}`"
+            f"{source}/{name} is missing: run `dpar-cli data check --repair`, or `dvc repro -sf {stage}`"
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
@@ -312,21 +312,22 @@ def read_rule(path: Path, *, entropy_model: str | None = None) -> PatchRule:
     entropy_model: digest of the model whose entropies the rule will cut; None: not compared. Raises FileNotFoundError,
     Damaged when the file is not what its digest says, ValueError when its threshold belongs to another entropy model.
     """
-    record = read_record(path, way_out="run `dvc repro -f patch_maps`")
+    record = read_record(path, way_out="run `dvc repro -sf patch_maps`")
     try:
         rule, made_with = PatchRule(**record["rule"]), record["made_by"].get("entropy_model")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} holds no rule of this version ({error}): run `dvc repro -f patch_maps`") from None
+        raise ValueError(f"{path} holds no rule of this version ({error}): run `dvc repro -sf patch_maps`") from None
     if entropy_model is not None and rule.reads_entropies and made_with != entropy_model:
         raise ValueError(
-            f"{path} was made with entropy model {made_with}, but this run has {entropy_model}: run `dvc repro patch_maps`"
+            f"{path} was made with entropy model {made_with}, but this run has {entropy_model}: "
+            "run `dpar-cli run patch_maps`"
         )
     return rule
 
 
 def rule_precision(path: Path) -> GatePrecision:
     """Return the precision of the entropies that a rule of `write_rule` was made with. Raises as `read_rule`."""
-    return precision_in(read_record(path, way_out="run `dvc repro -f patch_maps`")["made_by"])
+    return precision_in(read_record(path, way_out="run `dvc repro -sf patch_maps`")["made_by"])
 
 
 def write_rule(path: Path, rule: PatchRule, *, made_by: MadeBy, facts: dict[str, Any] | None = None) -> None:
@@ -352,11 +353,11 @@ class PatchMaps:
         if entropy_model is not None and entropy_model != self.made_by.entropy_model:
             raise ValueError(
                 f"patch maps in {self._source} were made with entropy model {self.made_by.entropy_model}, this run has "
-                f"{entropy_model}: run `dvc repro patch_maps`"
+                f"{entropy_model}: run `dpar-cli run patch_maps`"
             )
         name = starts_name(shards.split)
         if not {RULE, name} <= files.keys():
-            raise ValueError(f"{self._source} has no maps of the {shards.split} images: run `dvc repro -f patch_maps`")
+            raise ValueError(f"{self._source} has no maps of the {shards.split} images: run `dvc repro -sf patch_maps`")
         self.rule = read_rule(self._source.path(RULE, files[RULE]))
         self._path = self._source.path(name, files[name])
         header = np.load(self._path, mmap_mode="r", allow_pickle=False)
@@ -364,7 +365,7 @@ class PatchMaps:
         if header.shape != expected or header.dtype != np.uint8 or not header.flags.c_contiguous:
             raise ValueError(
                 f"{self._source}/{name} holds maps of shape {header.shape}, expected {expected}: "
-                "run `dvc repro -f patch_maps`"
+                "run `dvc repro -sf patch_maps`"
             )
         self._offset = header.offset
         self._open = OpenFiles()
@@ -382,7 +383,7 @@ class PatchMaps:
         file = self._open.get(0, lambda: self._path)
         for row, offset in enumerate(((indices * meta.num_views + views) * size + self._offset).tolist()):
             if os.preadv(file.descriptor, [content[row * size : (row + 1) * size]], offset) != size:
-                raise OSError(f"{self._path} was cut off while it was read: run `dvc repro -f patch_maps`")
+                raise OSError(f"{self._path} was cut off while it was read: run `dvc repro -sf patch_maps`")
         return np.unpackbits(bits, axis=1, count=meta.tokens).astype(bool)
 
     def lengths(self, indices: np.ndarray, views: np.ndarray) -> list[np.ndarray]:

@@ -62,8 +62,8 @@ def patches_stats(
 ) -> None:
     """Print how long patches would be for other thresholds and maximum lengths, and draw the curves.
 
-    Reads artifacts/tokens and artifacts/entropies (made by `dvc repro entropies`); trains and changes nothing. To take a
-    threshold over: set patching.threshold in params.yaml, then `dvc repro`.
+    Reads artifacts/tokens and artifacts/entropies (made by `dpar-cli run entropies`); trains and changes nothing. To take a
+    threshold over: set patching.threshold in params.yaml, then `dpar-cli run`.
     """
     from pipeline.report.curves import draw_curves
     from stages.artifacts import ENTROPIES, TOKENS

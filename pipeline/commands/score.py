@@ -272,7 +272,7 @@ def _reference(
     if name in ("train", "validation"):
         if params is None or not Path(MANIFEST.path).exists():
             raise FileNotFoundError(
-                f"reference {name} is a split of {MANIFEST.path}, which is missing: run `dvc repro data` first"
+                f"reference {name} is a split of {MANIFEST.path}, which is missing: run `dpar-cli run data` first"
             )
         section = params.score.model_copy(update={"reference": name, "workers": workers})
         return make_reference(section, params.data, Path(MANIFEST.path), network, tracker, cache=WORK)

@@ -58,7 +58,7 @@ def sweep_threshold(
     Reads the models under artifacts/ (made by `dpar-cli run`) and params.yaml; without --retrain nothing is trained.
     Writes sweeps/NAME/: index.html, results.parquet, pictures; and an MLflow run with one run per trial (`dpar-cli ui`).
     After an interruption the same command continues. Example: `dpar-cli sweep threshold --thresholds 7.6:8.2:0.1
-    --cfg 1.0:3.0:0.25 --apply`, then `dvc repro` for the final scores.
+    --cfg 1.0:3.0:0.25 --apply`, then `dpar-cli run` for the final scores.
     """
     from stages.tools.sweep import Point, SweepPlan
 

@@ -450,7 +450,7 @@ def status_lines(states: list[StageState], root: Path, *, now: float, code: dict
         words = "DVC's cache lacks outputs that are here: `dvc repro` would make them again, `dpar-cli run` puts them back"
         found.append(wrapped(words))
     if other:
-        words = f"* made by different code ({code['version']}, {code['source'][:8]}); `dvc repro -f STAGE` repeats one"
+        words = f"* made by different code ({code['version']}, {code['source'][:8]}); `dvc repro -sf STAGE` repeats one"
         found.append(wrapped(words, rest="  "))
     return found
 

@@ -61,11 +61,11 @@ def paper_presets(demo: str) -> dict[str, str]:
                 name = f"imagenet{pixels}-{family}-{size.lower()}"
                 model = "DPAR" if family == "dpar" else "LlamaGen baseline of DPAR"
                 title = f"{model}-{size} at {pixels} pixels, {fid}"
-                goal = f"dvc repro score_{family}"
+                goal = f"dpar-cli run score_{family}"
                 texts[name] = _text(demo, f"ImageNet, {title}. Run: {goal}.", _imagenet(pixels, size, epochs=EPOCHS))
     for name, (words, changes) in ABLATIONS.items():
         values = {**_imagenet(256, "L", epochs=50, precision="auto"), **changes}
-        head = f"Ablation (DPAR-L, 256 pixels, 50 epochs): {words}. Run: dvc repro score_dpar."
+        head = f"Ablation (DPAR-L, 256 pixels, 50 epochs): {words}. Run: dpar-cli run score_dpar."
         if name in PATCH_RULE_ROWS:
             head += ENCODING_NOTE
         texts[f"ablation-{name}"] = _text(demo, head, values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from ruamel.yaml import YAML
 
 from dpar_core.files import atomic_write
 from stages.params import load_params
-from stages.terminal import wrapped
+from stages.terminal import nearest, wrapped
 
 
 def preset_names(root: Path) -> list[str]:
@@ -45,9 +44,7 @@ def preset_file(root: Path, name: str) -> Path:
     file = root / "params" / f"{name}.yaml"
     if file.exists():
         return file
-    names = preset_names(root)
-    near = difflib.get_close_matches(name, names, n=3) or names[:5]
-    raise ValueError(f"there is no preset {name!r}: expected one of {', '.join(near)} (all: `dpar-cli params list`)")
+    raise ValueError(f"there is no preset {name!r}: {nearest(name, preset_names(root), 'dpar-cli params list')}")
 
 
 def use_preset(root: Path, name: str, *, force: bool = False) -> str:

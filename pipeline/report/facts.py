@@ -71,7 +71,7 @@ def _stage(folder: Path) -> str:
 def read_training(folder: Path) -> TrainingFacts:
     """Read a folder that a training stage wrote. Raises ValueError when curve and timings have different steps."""
     header = read_weights_header(folder / WEIGHTS)
-    way_out = f"run `dvc repro -f {_stage(folder)}`"
+    way_out = f"run `dvc repro -sf {_stage(folder)}`"
     timings = files.read_json(folder / TIMINGS, way_out=way_out, digest="digest" in header)
     try:
         config = (DPARConfig if header["kind"] == "dpar" else GPTConfig)(**header["config"])
@@ -115,7 +115,7 @@ def count_patches(patch_maps: Path, histogram: Path, shards: TokenShards) -> Pat
     }
     expected = maps.summary.facts.get("patch_lengths_sha256")
     if expected is not None and sha256_file(histogram) != expected:
-        raise ValueError(f"{histogram} is damaged or was edited: run `dvc repro -f patch_maps`")
+        raise ValueError(f"{histogram} is damaged or was edited: run `dvc repro -sf patch_maps`")
     with open(histogram, newline="", encoding="utf-8") as stream:
         rows = [(int(row["length"]), int(row["train"])) for row in csv.DictReader(stream)]
     total = sum(count for _, count in rows)
@@ -246,7 +246,7 @@ class EqualTime:
         if self.spread > UNEQUAL:
             return (
                 f"the ratio of speeds is known only to within {100 * self.spread:.0f} %, too little to compare at equal "
-                f"times (at most {100 * UNEQUAL:.0f} %): run `dvc repro -f time_training` on a machine that is not busy"
+                f"times (at most {100 * UNEQUAL:.0f} %): run `dvc repro -sf time_training` on a machine that is not busy"
             )
         if self.is_equal:
             return ""
@@ -307,7 +307,7 @@ def scores_of(folder: Path, name: str) -> Scores:
 def read_json(path: Path) -> Any:
     """Read JSON, checked against its digest where it carries one. Raises FileNotFoundError, Damaged with the way out."""
     maker = maker_of(path, project_of(path))
-    way_out = f"run `dvc repro -f {maker}`" if maker else "make it again"
+    way_out = f"run `dvc repro -sf {maker}`" if maker else "make it again"
     return files.read_json(path, way_out=way_out, digest=path.name == SAMPLE_PROTOCOL)
 
 

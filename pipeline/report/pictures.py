@@ -115,7 +115,7 @@ def examples(
     if trained.digest != meta.tokenizer:
         raise ValueError(
             f"{shards.folder} was made with tokenizer {meta.tokenizer}, but {tokenizer} is {trained.digest}: run "
-            "`dvc repro tokenize_images`"
+            "`dpar-cli run tokenize_images`"
         )
     vq = trained.build()
     found = []
@@ -126,7 +126,7 @@ def examples(
             decoded = to_uint8(vq.decode(tokens))[0].numpy()
         row = manifest.find(shards.key(index))
         if row is None:
-            raise ValueError(f"{shards.folder} holds {shards.key(index)}, the manifest does not: run `dvc repro`")
+            raise ValueError(f"{shards.folder} holds {shards.key(index)}, the manifest does not: run `dpar-cli run`")
         photo = middle_square(opener(row))
         photo = fit(photo, LARGEST) if photo.width > LARGEST else photo
         found.append(

@@ -223,7 +223,7 @@ def too_few_images(scores: Scores) -> str:
     """
     protocol, features = scores.protocol, scores.feature_count
     if not features:
-        return "the score file does not say how many features an image has: run `dvc repro -f score_dpar score_llamagen`"
+        return "the score file does not say how many features an image has: run `dvc repro -sf score_dpar score_llamagen`"
     counts = [protocol.images, protocol.reference_images or features + 1]
     if min(counts) > features:
         return ""
@@ -238,7 +238,7 @@ def judge_scores(dpar: Scores, baseline: Scores) -> list[Comparison]:
     if dpar.protocol.id != baseline.protocol.id:
         raise ValueError(
             f"scores of protocols {dpar.protocol.id} and {baseline.protocol.id} are not compared: run "
-            "`dvc repro score_dpar score_llamagen`"
+            "`dpar-cli run score_dpar score_llamagen`"
         )
     doubt = too_few_images(dpar) or too_few_images(baseline)
 

@@ -106,11 +106,11 @@ def read_pace(path: Path) -> Pace:
     """Read what write_pace wrote. Raises FileNotFoundError or ValueError with the way out."""
     stage = f"time_{path.stem}"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `dvc repro {stage}`")
-    found = read_record(path, way_out=f"run `dvc repro -f {stage}`")
+        raise FileNotFoundError(f"{path} is missing: run `dpar-cli run {stage}`")
+    found = read_record(path, way_out=f"run `dvc repro -sf {stage}`")
     try:
         turns = Turns(tuple(found["turns"]["dpar"]), tuple(found["turns"]["llamagen"]))
         parts = {name: dict(of) for name, of in found.get("parts", {}).items()}
         return Pace(found["unit"], int(found["images"]), turns, found.get("machine", ""), parts)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): run `dvc repro -f {stage}`") from None
+        raise ValueError(f"{path} is damaged ({error}): run `dvc repro -sf {stage}`") from None

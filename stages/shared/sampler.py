@@ -92,7 +92,7 @@ class Sampler:
         if self.config.codebook_size != config.codebook_size:
             raise ValueError(
                 f"{files.model} predicts {self.config.codebook_size} codes, {files.tokenizer} has "
-                f"{config.codebook_size}: run `dvc repro {'train_dpar' if self.is_dpar else 'train_llamagen'}`"
+                f"{config.codebook_size}: run `dpar-cli run {'train_dpar' if self.is_dpar else 'train_llamagen'}`"
             )
         self.image_size = self.config.row_width * config.downsample
         names = self.weights.meta.get("classes") or []
@@ -130,7 +130,7 @@ class Sampler:
         if found is not None and found != now:
             raise ValueError(
                 f"{files.model} was trained with the patch rule {found}, but {files.rule} holds {now}: run "
-                "`dvc repro train_dpar`, or set sample.threshold to sample with another one"
+                "`dpar-cli run train_dpar`, or set sample.threshold to sample with another one"
             )
         if not self.asks_model:
             return None
@@ -139,7 +139,7 @@ class Sampler:
         if found is not None and trained_on != self.gate_precision:
             raise ValueError(
                 f"{files.model} was trained on patches cut by entropies in {trained_on}, but {files.rule} holds those "
-                f"in {self.gate_precision}: run `dvc repro train_dpar`, or set entropies.precision to {trained_on}"
+                f"in {self.gate_precision}: run `dpar-cli run train_dpar`, or set entropies.precision to {trained_on}"
             )
         entropy_model = read_trained(files.entropy_model, "entropy_model", made_with=self.trained_with)
         read_rule(files.rule, entropy_model=entropy_model.digest)

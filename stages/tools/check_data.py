@@ -125,7 +125,7 @@ def _open(problems: list[Problem], paths: Artifacts, path: Path, read: Callable[
 def _whole_manifest(path: Path) -> Manifest:
     found = read_manifest(path)
     if Manifest.of(found.rows, found.classes).digest != found.digest:
-        raise ValueError("its rows are not those its digest names: run `dvc repro -f data`")
+        raise ValueError("its rows are not those its digest names: run `dvc repro -sf data`")
     return found
 
 
@@ -200,7 +200,7 @@ def _relations(
 
     def compare(path: Path, of: str, found: str, now: str | None, stage: str) -> Iterator[Problem]:
         if now is not None and found != now:
-            yield Problem(paths.name(path), f"was made with {of} {found}, there is {now} now: run `dvc repro {stage}`")
+            yield Problem(paths.name(path), f"was made with {of} {found}, there is {now} now: run `dpar-cli run {stage}`")
 
     if summary:
         meta, tokens = summary.meta, paths.tokens / SUMMARY
@@ -244,7 +244,7 @@ def repair_data(
                     raise ValueError(
                         f"{broken[name].file}: made again, it has digest {digest[:16]}, expected "
                         f"{expected[:16]}: its images, params, device or library versions are others now; "
-                        f"run `dvc repro -f {remedy}`"
+                        f"run `dvc repro -sf {remedy}`"
                     )
                 _put(folder / name, artifacts / stage / name)
                 mended.append(broken[name].file)
@@ -275,7 +275,7 @@ def _tokens(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Pa
         if now != summary.meta:
             raise ValueError(
                 f"{paths.tokens} was made with other params, images or tokenizer than there are now: "
-                "run `dvc repro tokenize_images`"
+                "run `dpar-cli run tokenize_images`"
             )
         plan = {shard.name: shard for shard in tokenize_images.plan_shards(manifest, params.tokenize_images.shard_images)}
     if shards:
@@ -284,7 +284,7 @@ def _tokens(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Pa
             if name not in plan:
                 raise ValueError(
                     f"{paths.tokens} has {name}, which shards of {params.tokenize_images.shard_images} images have not: "
-                    "run `dvc repro tokenize_images`"
+                    "run `dpar-cli run tokenize_images`"
                 )
             make(plan[name])
             yield name
@@ -315,7 +315,7 @@ def _try_again(
                 yield tokenize_images.Bad(row.key, row.source, str(error))
             else:
                 raise ValueError(
-                    f"image {row.source} can be used now, but has no tokens: run `dvc repro -f tokenize_images`"
+                    f"image {row.source} can be used now, but has no tokens: run `dvc repro -sf tokenize_images`"
                 )
 
 
@@ -323,7 +323,7 @@ def _entropies(paths: Artifacts, params: P.Params, broken: dict[str, Any], work:
     make = entropies.ShardEntropies(paths.tokens, paths.entropy_model, params.entropies, work, device)
     if read_maps_summary(paths.entropies, stage="entropies").made_by != make.made_by():
         raise ValueError(
-            f"{paths.entropies} was made with other tokens, another model or precision: run `dvc repro entropies`"
+            f"{paths.entropies} was made with other tokens, another model or precision: run `dpar-cli run entropies`"
         )
     for unit in entropies.plan_units([make.shards[split] for split in SPLITS]):
         if unit.name in broken:
@@ -336,7 +336,7 @@ def _maps(paths: Artifacts, params: P.Params, broken: dict[str, Any], work: Path
     maps = {split: EntropyMaps(paths.entropies, TokenShards(paths.tokens, split)) for split in SPLITS}
     train = maps["train"]
     if made_by != train.maps_made_by():
-        raise ValueError(f"{paths.patch_maps} was made with other tokens or entropies: run `dvc repro patch_maps`")
+        raise ValueError(f"{paths.patch_maps} was made with other tokens or entropies: run `dpar-cli run patch_maps`")
     if RULE in broken:
         rule, measured_on = patch_maps.make_rule(params.patching, train)
         write_rule(work / RULE, rule, made_by=made_by, facts={"threshold_measured_on_maps": measured_on})

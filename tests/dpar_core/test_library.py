@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(run, project, tmp_path):
         run.decode(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="dpar or llamagen"):
         run.generate([0], [0], model="gpt")
-    with pytest.raises(FileNotFoundError, match="dvc repro tokenizer"):
+    with pytest.raises(FileNotFoundError, match="dpar-cli run tokenizer"):
         dpar_core.load_run(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_a_rule_of_another_entropy_model_is_refused(project, tmp_path):
     copy = shutil.copytree(project / "artifacts", tmp_path / "artifacts")
     rule = json.loads((copy / library.RUN_FILES["rule"]).read_text())["rule"]
     write_rule(copy / library.RUN_FILES["rule"], dpar_core.PatchRule(**rule), made_by=MadeBy("0" * 16, "another"))
-    with pytest.raises(ValueError, match="dvc repro patch_maps"):
+    with pytest.raises(ValueError, match="dpar-cli run patch_maps"):
         dpar_core.load_run(copy, device="cpu")
 
 

@@ -158,7 +158,7 @@ def test_targets_bring_what_they_need(project):
     found = project_state(project)
     assert [state.name for state in with_needs(found, ["model"])] == ["tokens", "model"]
     assert len(with_needs(found, [])) == 3
-    with pytest.raises(ValueError, match="no stage 'modle': expected one of tokens, model, report"):
+    with pytest.raises(ValueError, match=r"no stage 'modle': did you mean model\? \(all: `dpar-cli status`\)"):
         with_needs(found, ["modle"])
 
 

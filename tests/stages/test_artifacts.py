@@ -38,7 +38,7 @@ def folders() -> list[Artifact]:
 
 
 def test_a_missing_artifact_names_the_stage_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.safetensors is missing: run `dvc repro tokenizer`"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.safetensors is missing: run `dpar-cli run tokenizer`"):
         artifacts.TOKENIZER.require(tmp_path)
     assert maker_of(tmp_path / "elsewhere", tmp_path) is None
 

@@ -124,6 +124,16 @@ def test_faults_of_all_kinds_are_said_at_once(demo):
         assert words in text
 
 
+def test_a_misspelt_key_is_one_fault_and_names_the_one_that_is_missing(demo):
+    demo["train"]["stepz"] = demo["train"].pop("steps")
+    demo["model"]["other"] = 1
+    with pytest.raises(P.ParamsError) as caught:
+        P.parse_params(demo)
+    typo, other = sorted(caught.value.sentences, reverse=True)
+    assert typo == "params.yaml: unknown key `train.stepz`: write `steps`, which is missing"
+    assert other.startswith("params.yaml: unknown key `model.other`: remove it")
+
+
 def test_a_stage_gets_its_sections_and_cannot_change_them():
     @dataclass(frozen=True)
     class Wanted:
@@ -138,7 +148,7 @@ def test_a_stage_gets_its_sections_and_cannot_change_them():
 
 def test_broken_yaml_and_a_missing_file_get_one_sentence(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
-    with pytest.raises(P.ParamsError, match="is not YAML"):
+    with pytest.raises(P.ParamsError, match=r"broken\.yaml is not YAML: .* in line 2, column \d"):
         P.load_params(tmp_path / "broken.yaml")
     with pytest.raises(FileNotFoundError, match="no params file"):
         P.load_params(tmp_path / "none.yaml")

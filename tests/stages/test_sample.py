@@ -143,7 +143,7 @@ def test_a_threshold_above_the_largest_entropy_is_refused(artifacts, tmp_path, t
 
 def test_a_gate_trained_on_another_tokenizer_is_refused(tmp_path):
     strange = write_artifacts(tmp_path, gate_trained_on="0123456789abcdef")
-    with pytest.raises(ValueError, match=r"was trained on tokens of tokenizer 0123456789abcdef.*dvc repro entropy_model"):
+    with pytest.raises(ValueError, match=r"was trained on tokens of tokenizer 0123456789abcdef.*dpar-cli run entropy_model"):
         run_dpar(strange, tmp_path / "run")
     run_dpar(strange, tmp_path / "run", gate="decoder")  # which does not read it
 
@@ -187,10 +187,10 @@ def test_an_edited_rule_is_refused_and_so_is_one_of_another_entropy_model(tmp_pa
     made = write_artifacts(tmp_path)
     text = made.rule.read_text()
     made.rule.write_text(text.replace("1.8", "1.7"))
-    with pytest.raises(ValueError, match=r"rule\.json is damaged or was edited .* run `dvc repro -f patch_maps`"):
+    with pytest.raises(ValueError, match=r"rule\.json is damaged or was edited .* run `dvc repro -sf patch_maps`"):
         Sampler(made.dpar_files, sample_section(), device="cpu")
     write_rule(made.rule, PatchRule("entropy_rows", 4, 1.8, 4), made_by=MadeBy("0" * 16, "0" * 16))
-    with pytest.raises(ValueError, match=r"with entropy model 0{16}, but this run has .* run `dvc repro patch_maps`"):
+    with pytest.raises(ValueError, match=r"with entropy model 0{16}, but this run has .* run `dpar-cli run patch_maps`"):
         Sampler(made.dpar_files, sample_section(), device="cpu")
 
 
@@ -207,7 +207,7 @@ def test_the_gate_has_the_precision_of_the_entropies_that_dpar_was_trained_on(tm
         other = sampler.with_settings(sample_section(precision="bf16"))
         assert (other.generator.gate_dtype, other.generator.dtype) == (torch.float16, torch.bfloat16)
         return
-    words = r"trained on patches cut by entropies in fp32, but .*rule\.json holds those in fp16: run `dvc repro train_dpar`"
+    words = r"trained on patches cut by entropies in fp32, but .*rule\.json holds those in fp16: .*`dpar-cli run train_dpar`"
     with pytest.raises(ValueError, match=words):
         Sampler(made.dpar_files, sample_section(), device="cpu")
     Sampler(made.dpar_files, sample_section(gate="decoder"), device="cpu")  # which asks no entropy model

@@ -46,7 +46,7 @@ def test_images_replaced_under_the_same_names_are_seen_and_refused_where_the_old
     assert after[0] != before[0] and after[1:] == before[1:]
     row = next(row for row in manifest.rows if row.source == "train:a/000.png")
     with pytest.raises(
-        SourceChanged, match=r"image train:a/000\.png has changed since the manifest was made .* run `dvc repro`"
+        SourceChanged, match=r"image train:a/000\.png has changed since the manifest was made .* run `dpar-cli run`"
     ):
         ManifestOpener(manifest)(row)
     with pytest.raises(SourceChanged):
@@ -107,7 +107,7 @@ def test_a_file_that_changed_since_the_look_is_not_used(tmp_path):
     )
     edit(weights, b"two")
     with pytest.raises(
-        ValueError, match=r"tokenizer\.weights .*vq\.pt has changed since stage sources looked .* `dvc repro`"
+        ValueError, match=r"tokenizer\.weights .*vq\.pt has changed since stage sources looked .* `dpar-cli run`"
     ):
         sources.check_file(record, "tokenizer.weights", weights)
     weights.unlink()
@@ -159,6 +159,6 @@ def test_an_edited_manifest_is_refused(tmp_path, place):
     try:
         found = read_manifest(path)
     except ValueError as error:
-        assert "dvc repro -f data" in str(error) or "is not a manifest" in str(error)
+        assert "dvc repro -sf data" in str(error) or "is not a manifest" in str(error)
     else:
         assert (found.digest, list(found.rows), found.notes) == (sound.digest, list(sound.rows), sound.notes)

@@ -83,7 +83,7 @@ def test_both_models_take_real_steps_and_the_turns_are_kept(inputs, tmp_path):
 def test_a_model_of_other_tokens_is_not_timed(inputs, tmp_path):
     write_tokens(tmp_path / "others", train=20)
     others = time_training.Inputs(tmp_path / "others", *list(vars(inputs).values())[1:])
-    with pytest.raises(ValueError, match="run `dvc repro train_dpar`"):
+    with pytest.raises(ValueError, match="run `dpar-cli run train_dpar`"):
         run(others, tmp_path / "out")
 
 
@@ -101,10 +101,10 @@ def test_sampling_is_timed_in_turns_too(tmp_path):
 
 
 def test_a_damaged_or_missing_file_of_speeds_says_what_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run `dvc repro time_training`"):
+    with pytest.raises(FileNotFoundError, match="run `dpar-cli run time_training`"):
         pace.read_pace(tmp_path / "training.json")
     (tmp_path / "sampling.json").write_text('{"unit": "image", "images": 4, "turns": {"dpar": [1.0], "llamagen": [1.0]}}')
-    with pytest.raises(ValueError, match=r"is damaged.*run `dvc repro -f time_sampling`"):
+    with pytest.raises(ValueError, match=r"is damaged.*run `dvc repro -sf time_sampling`"):
         pace.read_pace(tmp_path / "sampling.json")
 
 

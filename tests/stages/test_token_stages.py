@@ -219,14 +219,14 @@ def test_shards_of_another_tokenizer_are_refused(project, tmp_path):
     other = copy_of(project, tmp_path / "other")
     save_tokenizer(other.root / "tokenizer.safetensors", seed=1)
     other.tokenize()
-    with pytest.raises(ValueError, match=r"was trained on tokens of tokenizer \w{16}, but .* run `dvc repro entropy_model`"):
+    with pytest.raises(ValueError, match=r"was trained on tokens of tokenizer \w{16}, .*`dpar-cli run entropy_model`"):
         other.entropies()
     (other.root / "entropy_model.safetensors").unlink()
     other.entropies()
     shards = TokenShards(other.root / "tokens", "train")
-    with pytest.raises(ValueError, match=r"was made with token shards \w{16}, but .* holds \w{16}: run `dvc"):
+    with pytest.raises(ValueError, match=r"was made with token shards \w{16}, but .* holds \w{16}: run `dpar-cli"):
         EntropyMaps(project.root / "entropies", shards)
-    with pytest.raises(ValueError, match=r"was made with token shards .* run `dvc repro patch_maps`"):
+    with pytest.raises(ValueError, match=r"was made with token shards .* run `dpar-cli run patch_maps`"):
         PatchMaps(project.root / "patch_maps", shards)
 
 
@@ -238,7 +238,7 @@ def sign_again(folder):
 
 def test_maps_of_another_entropy_model_are_refused(project, tmp_path):
     shards = TokenShards(project.root / "tokens", "train")
-    with pytest.raises(ValueError, match=r"were made with entropy model \w{16}, this run has another: run `dvc"):
+    with pytest.raises(ValueError, match=r"were made with entropy model \w{16}, this run has another: run `dpar-cli"):
         PatchMaps(project.root / "patch_maps", shards, entropy_model="another")
     other = copy_of(project, tmp_path / "other")
     save_entropy_model(other.root / "entropy_model.safetensors", shards.meta.tokenizer, seed=1)
@@ -250,7 +250,7 @@ def test_maps_of_another_entropy_model_are_refused(project, tmp_path):
     shutil.copytree(project.root / "entropies", mixed)
     shutil.copy(tmp_path / name, mixed / name)
     sign_again(mixed)
-    with pytest.raises(ValueError, match=r"train-000001\.parquet were made with entropy model .* run `dvc repro"):
+    with pytest.raises(ValueError, match=r"train-000001\.parquet were made with entropy model .* run `dvc repro -sf"):
         EntropyMaps(mixed, shards).all()
 
 
@@ -266,7 +266,7 @@ def test_entropies_in_another_order_than_the_index_are_refused(project, tmp_path
     ):
         pq.write_table(table.take(order), path)
         sign_again(tmp_path / "maps")
-        with pytest.raises(ValueError, match=re.escape(words) + r".*: run `dpar-cli data check --repair`, or `dvc repro -f"):
+        with pytest.raises(ValueError, match=re.escape(words) + r".*: run `dpar-cli data check --repair`, or `dvc repro"):
             EntropyMaps(tmp_path / "maps", shards).shard(name)
 
 

@@ -220,7 +220,7 @@ def test_a_change_of_placement_keeps_the_work_folder(module):
 
 def test_patch_maps_of_other_shards_are_refused(data, tmp_path):
     write_tokens(tmp_path / "tokens", train=20)
-    with pytest.raises(ValueError, match=r"was made with token shards .* run `dvc repro patch_maps`"):
+    with pytest.raises(ValueError, match=r"was made with token shards .* run `dpar-cli run patch_maps`"):
         train.run_dpar(
             select(tiny_params(), train.Params),
             train.DPARInputs(tmp_path / "tokens", data / "maps"),

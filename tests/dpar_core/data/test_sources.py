@@ -184,7 +184,7 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and so on")
     with pytest.raises(ValueError, match=r"damaged"):
         read_manifest(tmp_path / "broken.parquet")
-    with pytest.raises(FileNotFoundError, match=r"run `dvc repro data`"):
+    with pytest.raises(FileNotFoundError, match=r"run `dpar-cli run data`"):
         read_manifest(tmp_path / "none.parquet")
 
 

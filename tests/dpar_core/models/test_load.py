@@ -33,7 +33,7 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path):
 @pytest.mark.parametrize(
     "role, made_with, sentence",
     [
-        ("entropy_model", {"tokenizer": "c" * 16}, "on tokens of tokenizer a{16}, but this run has c{16}: run `dvc repro"),
+        ("entropy_model", {"tokenizer": "c" * 16}, "on tokens of tokenizer a{16}, but .*: run `dpar-cli run"),
         ("entropy_model", {"tokens": "c" * 16}, "was trained on token shards b{16}, but"),
         ("dpar", {}, "holds weights of kind 'gpt', expected 'dpar'"),
         ("llamagen", {}, "is an entropy model, which knows no classes"),
@@ -58,9 +58,9 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"does not fit its own config \(\d+ tensors, first layers\.1"):
         read_trained(file, "entropy_model").build()
     save(file, config={"no": 1})
-    with pytest.raises(ValueError, match=r"has a config of another version .* run `dvc repro -f entropy_model`"):
+    with pytest.raises(ValueError, match=r"has a config of another version .* run `dvc repro -sf entropy_model`"):
         read_trained(file, "entropy_model")
-    with pytest.raises(FileNotFoundError, match=r"no trained model at .*: run `dvc repro entropy_model`"):
+    with pytest.raises(FileNotFoundError, match=r"no trained model at .*: run `dpar-cli run entropy_model`"):
         read_trained(tmp_path / "none.safetensors", "entropy_model")
 
 

@@ -293,8 +293,8 @@ def test_a_table_is_aligned_where_it_fits_and_a_list_where_it_does_not(monkeypat
 
 def test_commands_in_backticks_can_be_copied(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    text = wrapped("artifacts/tokens is missing: run `dvc repro tokenize_images`, which makes it", rest="  ")
-    assert text.splitlines()[1] == "  `dvc repro tokenize_images`, which"
+    text = wrapped("artifacts/tokens is missing: run `dpar-cli run tokenize_images`, which makes it", rest="  ")
+    assert text.splitlines()[1] == "  `dpar-cli run tokenize_images`, which"
     assert "dpar-cli\n" in wrapped(f"run `dpar-cli {'x' * 39}`") and "\0" not in text
 
 

@@ -89,7 +89,7 @@ def test_what_a_repair_cannot_mend_names_the_stage_and_ends_with_1(place, run):
     for words in (("data", "check"), ("data", "check", "--repair")):
         code, lines, _ = run(*words)
         assert code == 1 and len(lines) == 2
-        assert lines[0].startswith("entropies/summary.json is missing: ") and "run `dvc repro entropies`" in lines[0]
+        assert lines[0].startswith("entropies/summary.json is missing: ") and "run `dpar-cli run entropies`" in lines[0]
         assert lines[1].endswith(", 1 problems")
     (place / "artifacts" / "tokens" / "train-000001.tar").unlink()
     (place / "params.yaml").unlink()
@@ -110,7 +110,7 @@ def test_inspect_refuses_what_it_cannot_find_and_writes_nothing(place, run):
     refused(run("data", "inspect", "nobody"), "no image 'nobody' in the manifest: expected a key, as ")
     refused(run("data", "inspect", ".png"), "19 images end with '.png': give a key, as one of ")
     (place / "artifacts" / "data" / "manifest.parquet").unlink()
-    refused(run("data", "inspect", "nobody"), "run `dvc repro data`")
+    refused(run("data", "inspect", "nobody"), "run `dpar-cli run data`")
     assert not (place / "inspect.png").exists()
 
 
@@ -156,4 +156,4 @@ def test_patch_statistics_of_no_maps_are_a_wrong_use(place, run):
 
 def test_patch_statistics_without_entropies_name_the_stage(place, run):
     shutil.rmtree(place / "artifacts" / "entropies")
-    refused(run("patches", "stats"), "run `dvc repro entropies`")
+    refused(run("patches", "stats"), "run `dpar-cli run entropies`")

@@ -133,5 +133,5 @@ def test_pictures_whose_caches_cannot_fit_are_refused(root, monkeypatch):
 
 
 def test_models_that_are_not_trained_yet_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is missing: run `dvc repro train_llamagen`"):
+    with pytest.raises(FileNotFoundError, match="is missing: run `dpar-cli run train_llamagen`"):
         sample_once(tmp_path, model="llamagen")

@@ -97,7 +97,7 @@ def test_several_sets_are_seeds_and_get_a_spread(place):
         (["junk.npz", "--reference", "r.npz"], "junk.npz is a text file, expected an npz"),
         (["none.npz", "--reference", "r.npz"], "none.npz holds 0 images: a distance needs at least two"),
         (["a.npz", "--reference", "half.npz"], "half.npz has mu_s without sigma_s"),
-        (["a.npz", "--reference", "train"], "run `dvc repro data` first"),
+        (["a.npz", "--reference", "train"], "run `dpar-cli run data` first"),
         (["a.npz", "--reference", "r.npz", "--images", "21"], "holds 20 images, the protocol asks for 21"),
         (["a.npz", "--reference", "r.npz", "--features", "inception"], "needs --features-file"),
         (["a.npz", "--reference", "r.npz", "--sha256", "00"], "expected 00: fetch it again"),

@@ -179,7 +179,7 @@ def test_a_second_sweep_of_the_same_name_is_refused(tmp_path):
     [
         (["threshold", "--search", "best"], "--search is 'best', expected grid, random or optuna"),
         (["threshold", "--search", "optuna", "--retrain"], "--retrain trains a model for each threshold of a grid"),
-        (["threshold"], "is missing: run `dvc repro"),
+        (["threshold"], "is missing: run `dpar-cli run"),
         (["cfg", "--model", "gan"], "--model is 'gan', expected dpar or llamagen"),
     ],
 )

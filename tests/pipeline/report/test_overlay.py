@@ -70,7 +70,7 @@ def test_the_square_is_cut_from_the_middle():
 @pytest.mark.parametrize("missing", [TOKENIZER, ENTROPY_MODEL, RULE])
 def test_a_missing_model_names_what_to_run(artifacts, photo, tmp_path, missing):
     (artifacts / missing).unlink()
-    with pytest.raises(FileNotFoundError, match="is missing: run `dvc repro"):
+    with pytest.raises(FileNotFoundError, match="is missing: run `dpar-cli run"):
         draw_patches(photo, tmp_path / "o.png", artifacts=artifacts)
 
 
@@ -88,9 +88,9 @@ def test_models_that_do_not_belong_together_are_refused(artifacts, photo, tmp_pa
     state = load_weights(artifacts / ENTROPY_MODEL, kind="gpt").state
     strange = {**head["meta"], "seed": 9}
     save_weights(artifacts / ENTROPY_MODEL, state, kind="gpt", config=head["config"], meta=strange)
-    with pytest.raises(ValueError, match="run `dvc repro patch_maps`"):
+    with pytest.raises(ValueError, match="run `dpar-cli run patch_maps`"):
         draw_patches(photo, tmp_path / "o.png", artifacts=artifacts)
     strange["tokenizer"] = "0123456789abcdef"
     save_weights(artifacts / ENTROPY_MODEL, state, kind="gpt", config=head["config"], meta=strange)
-    with pytest.raises(ValueError, match=r"tokenizer 0123456789abcdef, but .* run `dvc repro entropy_model`"):
+    with pytest.raises(ValueError, match=r"tokenizer 0123456789abcdef, but .* run `dpar-cli run entropy_model`"):
         draw_patches(photo, tmp_path / "o.png", artifacts=artifacts)

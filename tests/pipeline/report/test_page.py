@@ -139,7 +139,7 @@ def test_the_footer_says_when_and_by_which_code_the_stages_last_ran_here(inputs,
     text = Page(render(inputs, tmp_path / "some", params)).text
     assert "Made by dpar 1.0 (sources abcdef012345), commit 0123456789ab, between 2023-11-14 22:13 and 2023-11-14" in text
     assert "2 stages, 3 min 00 s in all, by the last run of each on this machine: a machine (Python 3.11.9, torch" in text
-    assert re.search(r"DPAR [0-9a-f]{16} dvc repro -f train_dpar 2023-11-14 22:28 1 min 30 s", text)
+    assert re.search(r"DPAR [0-9a-f]{16} dvc repro -sf train_dpar 2023-11-14 22:28 1 min 30 s", text)
     assert "not recorded" in text  # of the stages that did not run here
 
 
@@ -296,13 +296,13 @@ def test_scores_of_two_protocols_are_refused(inputs, params, tmp_path):
 
 def test_a_model_of_other_tokens_is_refused(inputs, params, tmp_path):
     edit_json(inputs.tokens / "summary.json", digest="0123456789abcdef")
-    with pytest.raises(ValueError, match="run `dvc repro"):
+    with pytest.raises(ValueError, match="run `dvc repro -sf"):
         render(inputs, tmp_path / "r", params)
 
 
 def test_a_missing_score_says_what_to_run(inputs, params, tmp_path):
     (inputs.scores / "llamagen_equal_time.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"llamagen_equal_time\.json is missing: run `dvc repro -f score_llamagen`"):
+    with pytest.raises(FileNotFoundError, match=r"llamagen_equal_time\.json is missing: run `dvc repro -sf score_llamagen`"):
         render(inputs, tmp_path / "r", params)
 
 
@@ -390,7 +390,7 @@ def test_equal_time_takes_the_model_of_the_baseline_that_trained_about_as_long(m
 
 def test_a_curve_of_another_run_is_refused(inputs):
     edit_json(inputs.models / "dpar/timings.json", curve=[])
-    with pytest.raises(ValueError, match=r"of different runs: run `dvc repro -f train_dpar`"):
+    with pytest.raises(ValueError, match=r"of different runs: run `dvc repro -sf train_dpar`"):
         read_training(inputs.models / "dpar")
 
 

@@ -113,7 +113,7 @@ def test_what_comes_out_differently_is_not_put_in_place(project, artifacts):
     try:
         for path in victims:
             path.write_bytes(other)
-        with pytest.raises(ValueError, match=r"image train:.* has changed since the manifest was made .* run `dvc repro`"):
+        with pytest.raises(ValueError, match=r"image train:.* has changed since the manifest .* run `dpar-cli run`"):
             repair(project, artifacts)
     finally:
         for path, content in victims.items():
@@ -135,7 +135,7 @@ def test_what_does_not_belong_together_is_reported(project, artifacts, tmp_path)
     (artifacts / "entropies" / "notes.txt").write_text("mine")
     found = [str(problem) for problem in check_data(artifacts).problems]
     (message,) = [one for one in found if "tokens/summary.json was made with tokenizer" in one]
-    assert "run `dvc repro tokenize_images`" in message
+    assert "run `dpar-cli run tokenize_images`" in message
     assert any("entropies/notes.txt does not belong there" in one for one in found)
     assert len(found) == 2
     shutil.copy(artifacts / "tokenizer" / "tokenizer.safetensors", artifacts / "entropy_model" / "model.safetensors")
@@ -157,7 +157,7 @@ def test_an_absent_folder_or_summary_is_missing_and_names_the_stage_to_run(artif
     (problem,) = check_data(artifacts).problems
     run = "tokenize_images" if stage == "tokens" else stage
     assert problem.file == f"{stage}/summary.json" and problem.what.startswith("is missing: ")
-    assert f"run `dvc repro {run}`" in problem.what and not problem.repairable
+    assert f"run `dpar-cli run {run}`" in problem.what and not problem.repairable
 
 
 def test_a_file_that_cannot_be_read_is_damaged_and_the_check_goes_on(project, artifacts, monkeypatch):
@@ -250,7 +250,7 @@ def test_inspect_shows_what_there_is_before_later_stages_ran(project, artifacts)
     shutil.rmtree(artifacts / "entropies")
     found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
     assert found.tokens is not None and found.entropies is None
-    assert "run `dvc repro entropies`" in describe(found)
+    assert "run `dpar-cli run entropies`" in describe(found)
     shutil.rmtree(artifacts / "tokens")
     found = inspect_image("train:b/001.png", artifacts=artifacts, data=project.params.data)
     assert found.tokens is None and draw_inspection(found).width > 200
