@@ -366,12 +366,12 @@ _ROWS = [
 def cost(
     preset: Annotated[str | None, typer.Argument(help="A preset of params/, or a params file; else params.yaml.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
-    patches: Annotated[float | None, typer.Option(help="Patches per image, where they depend on the data.")] = None,
-    images: Annotated[int | None, typer.Option(help="Training images; ImageNet's when left out.")] = None,
-    classes: Annotated[int | None, typer.Option(help="Classes; ImageNet's when left out.")] = None,
+    patches: Annotated[float | None, typer.Option(min=1, help="Patches per image, where they depend on the data.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Training images; ImageNet's when left out.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Classes; ImageNet's when left out.")] = None,
     gpu: Annotated[str, typer.Option(help="GPU, as H200 or A100.")] = "A100",
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
-    price: Annotated[float, typer.Option(help="Price of a GPU-hour.")] = 2.0,
+    price: Annotated[float, typer.Option(min=0, help="Price of a GPU-hour.")] = 2.0,
     currency: Annotated[str, typer.Option(help="Currency of the price.")] = "USD",
 ) -> None:
     """Estimate what a preset costs before it is started.

@@ -257,7 +257,7 @@ def validation_synsets(tar: Path) -> dict[str, str]:
 
 def _solution(path: Path) -> dict[str, str]:
     """Read Kaggle's list: an image's name, and its boxes, each with the synset first."""
-    with open(path, newline="", encoding="utf-8", errors="replace") as stream:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as stream:
         rows = list(csv.DictReader(stream))
     if not rows or not {"ImageId", "PredictionString"} <= rows[0].keys():
         found = ", ".join(map(str, rows[0]))[:100] if rows else "nothing"
@@ -266,6 +266,8 @@ def _solution(path: Path) -> dict[str, str]:
     without = [name for name, synset in synsets.items() if not synset]
     if without:
         raise ValueError(f"{path} names no class for {without[0]} ({len(without)} in all): put Kaggle's own file there")
+    if len(synsets) < len(rows):
+        raise ValueError(f"{path} lists {len(rows) - len(synsets)} images more than once: put Kaggle's own file there")
     return {name: synset[0] for name, synset in synsets.items()}
 
 
@@ -280,6 +282,12 @@ def _pair(tar: Path, synsets: list[str], where: Path) -> dict[str, str]:
     names = sorted(Path(member.name).stem for member in members(tar) if not is_litter(Path(member.name).name))
     if len(names) != len(synsets):
         raise ValueError(f"{where} has {len(synsets)} classes for {len(names)} images in {tar}: they must be as many")
+    numbers = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
+    if sorted(set(numbers)) != numbers:  # as 1, 10, 2: the list is in the order of numbers, and other names have none
+        raise ValueError(
+            f"{tar} holds {names[0]} and others whose sorted names do not count up, so {where}, a list in the order of the "
+            f"images, does not fit them: take ILSVRC2012_img_val.tar as it is, or put {SOLUTION} beside it"
+        )
     return dict(zip(names, synsets))
 
 

@@ -163,12 +163,15 @@ def read_class_names(path: Path) -> list[str]:
     if not names or "" in names:
         found = f"line {names.index('') + 1} of {path} is empty" if names else f"{path} is empty"
         raise ValueError(f"{found}: expected the name of a class on every line, in the order of the labels")
-    numbers = [match[1] for match in (re.match(r"([0-9]{1,9})[\s,:]+\S", name) for name in names) if match]
-    if len(numbers) == len(names):  # as "0 tench": a number before every name
+    for place, pattern in (("before", r"([0-9]{1,9})[\s,:]+\S.*"), ("behind", r".*\S[\s,:]+([0-9]{1,9})")):
+        numbers = [match[1] for match in (re.fullmatch(pattern, name) for name in names) if match]
+        if len(numbers) < len(names):  # as "0 tench", or "tench,0"
+            continue
         values = [int(number) for number in numbers]
-        if values != list(range(values[0], values[0] + len(values))):
+        counting = list(range(min(values), min(values) + len(values)))
+        if values != counting and (place == "before" or sorted(values) == counting):  # "Sedan 2012" ends in a year
             raise ValueError(
-                f"the numbers before the names in {path} do not count up by one ({first_few(numbers)}): lines must stand "
+                f"the numbers {place} the names in {path} do not count up by one ({first_few(numbers)}): lines must stand "
                 "in the order of the labels"
             )
     return names

@@ -218,6 +218,8 @@ def _chosen(
 ) -> str:
     """Return the column that is wanted, or the only one that fits, or of several the one with the usual name."""
     shown = ", ".join(f"{field.name} ({field.type})"[:80] for field in schema)
+    if double := [name for name in fitting if fitting.count(name) > 1 and wanted in (None, name)]:
+        raise ValueError(f"{where} has {fitting.count(double[0])} columns named {double[0]!r}: write it anew with one")
     if wanted is not None:
         if wanted not in fitting:
             raise ValueError(f"{where} has no column {wanted!r} of {what} ({param}); it has {shown}")

@@ -138,10 +138,12 @@ def _scale_clear_grey(image: Image.Image) -> None:
 def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:
     """Return the bits of a TIFF's samples and whether 0 is white, both of which Pillow heeds up to eight bits alone.
 
-    Raises BadImage for integers whose range nobody states.
+    Raises BadImage for integers whose range nobody states, and for planes of 16 bits, of which Pillow reads single bytes.
     """
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
+    if tags.get(284) == 2 and max(bits) > 8:
+        raise BadImage(f"channels of {max(bits)} bits in planes of their own: store the channels of a pixel together")
     if image.mode == "I" and bits[0] == 32:
         raise BadImage("integer pixels of 32 bits, whose range nobody states: store 8 or 16 bits")
     if 2 in kinds:
@@ -160,12 +162,13 @@ def _clear_16_bit_colour(image: Image.Image, content: bytes) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, *, bits: int = 16, zero_is_white: bool = False) -> Image.Image:
-    """bits, zero_is_white: of grey pixels of more than eight bits."""
+    """bits, zero_is_white: of grey pixels of more than eight bits, or in floating point."""
     if image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         if not (values >= 0).all() or values.max() > 255:  # NaN is refused as well
             raise BadImage(f"float pixels from {values.min():g} to {values.max():g}, expected 0..1 or 0..255")
-        image = Image.fromarray((values * (255.0 if values.max() <= 1.0 else 1.0)).round().astype(np.uint8))
+        light = (values * (255.0 if values.max() <= 1.0 else 1.0)).round()
+        image = Image.fromarray((255 - light if zero_is_white else light).astype(np.uint8))
     elif image.mode == "I" or image.mode.startswith("I;16"):
         values, clear = np.asarray(image).astype(np.int64), image.info.get("transparency")
         grey = values.clip(0, 2**bits - 1) >> bits - 8

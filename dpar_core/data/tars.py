@@ -14,6 +14,7 @@ from pathlib import Path
 
 BLOCK = 512
 _REFUSED = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "sparse"}
+_CHUNK = 1 << 20  # bytes read at once behind the end mark
 _LONGEST_NAME = 1 << 20  # bytes of a name or pax header that we are willing to read
 
 
@@ -34,7 +35,7 @@ def members(path: Path, *, within: Member | None = None) -> Iterator[Member]:
     """Yield the regular files of a tar in order; with `within`, of a tar that is itself a member of the tar at `path`.
 
     Folders are passed over. Raises BadTar for links, devices, names that are absolute or point outside, damaged headers
-    and a missing end; OSError when the file cannot be read.
+    a missing end and what follows the end; OSError when the file cannot be read.
     """
     where = str(path) if within is None else f"{path}, inner {within.name}"
     descriptor = os.open(path, os.O_RDONLY)
@@ -54,7 +55,7 @@ def _scan(descriptor: int, position: int, end: int, where: str) -> Iterator[Memb
         if len(header) < BLOCK:
             raise BadTar(f"tar {where} ends without its end mark at byte {position}: it is cut off, copy it again")
         if not header.strip(b"\0"):
-            return
+            return _refuse_more(descriptor, position, end, where)
         if _number(header[148:156], where) != sum(header) - sum(header[148:156]) + 8 * 32:
             what = "is not a tar" if position == first else f"is damaged at byte {position}"
             raise BadTar(f"{where} {what}: a header has a wrong checksum")
@@ -85,6 +86,17 @@ def _scan(descriptor: int, position: int, end: int, where: str) -> Iterator[Memb
             yield Member(name, position, size)
             position += -(-size // BLOCK) * BLOCK
         long_name, pax = None, {}
+
+
+def _refuse_more(descriptor: int, position: int, end: int, where: str) -> None:
+    """Raise BadTar for what follows the end mark at `position`, as a second tar does: no reader would look there."""
+    for first in range(position, end, _CHUNK):
+        if more := os.pread(descriptor, min(_CHUNK, end - first), first).lstrip(b"\0"):
+            at = min(first + _CHUNK, end) - len(more)
+            raise BadTar(
+                f"tar {where} has its end mark at byte {position}, and more follows at byte {at}: two tars were joined, or "
+                "one was written over another; pack the files in one tar"
+            )
 
 
 def _refuse_others(head: bytes, where: str) -> None:

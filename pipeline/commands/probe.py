@@ -17,8 +17,8 @@ PUBLISHED = {"DPAR-L": (37.82, 61.15), "LlamaGen-L": (32.62, 56.61)}
 
 def probe(
     models: Annotated[str, typer.Option(help="Trained models, separated by commas.")] = "dpar,llamagen",
-    images: Annotated[int, typer.Option(help="Training images the probe is fitted on (0: all).")] = 5000,
-    held_out: Annotated[int, typer.Option(help="Validation images it is tested on (0: all).")] = 5000,
+    images: Annotated[int, typer.Option(min=0, help="Training images the probe is fitted on (0: all).")] = 5000,
+    held_out: Annotated[int, typer.Option(min=0, help="Validation images it is tested on (0: all).")] = 5000,
     out: Annotated[Path | None, typer.Option(help="Folder for probe.json and probe.png; default artifacts/probe.")] = None,
 ) -> None:
     """Fit a linear classifier on the frozen features of every block of the trained models.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -230,9 +231,12 @@ def _expected(size: str, grid: int, given: list[str] | None) -> dict[str, float]
     if given:
         pairs = [word.partition("=") for word in given]
         try:
-            return {f"eval/{name.strip()}": float(value) for name, _, value in pairs}
+            expected = {f"eval/{name.strip()}": float(value) for name, _, value in pairs}
         except ValueError:
-            raise ValueError(f"--expect {' '.join(given)}: expected NAME=VALUE, as fid=5.46") from None
+            expected = {}
+        if len(expected) < len(pairs) or not all(0 < value < math.inf for value in expected.values()):
+            raise ValueError(f"--expect {' '.join(given)}: expected NAME=VALUE for different names, as fid=5.46")
+        return expected
     pixels = {16: 256, 24: 384}.get(grid)
     rows = [row for row in PUBLISHED if row.model == f"LlamaGen-{size}" and row.size == pixels]
     if not rows:

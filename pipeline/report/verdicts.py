@@ -18,6 +18,7 @@ Side = Literal["dpar", "baseline"]
 NAMES: dict[Side, str] = {"dpar": "DPAR", "baseline": "the baseline"}
 RESAMPLES, LEVEL = 2000, (2.5, 97.5)
 FEWEST_STEPS = 100  # optimizer steps below which two models are still near their initial weights
+FEWEST_IMAGES = 20  # of fewer a bootstrap's intervals are far too narrow: of two images every other one excludes zero
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def judge(
 def judge_losses(words: str, dpar: np.ndarray, baseline: np.ndarray) -> Comparison:
     """Compare losses (n,) in nats per token of the same n images by a paired bootstrap of the mean difference.
 
-    One side is better when the interval of the difference excludes zero.
+    One side is better when the interval of the difference excludes zero. Fewer than FEWEST_IMAGES are not judged.
     """
     picks = np.random.default_rng(0).integers(0, len(dpar), (RESAMPLES, len(dpar)))
 
@@ -196,8 +197,11 @@ def judge_losses(words: str, dpar: np.ndarray, baseline: np.ndarray) -> Comparis
     assert difference.interval is not None
     low, high = difference.interval
     winner: Side | None = "dpar" if high < 0 else "baseline" if low > 0 else None
-    why = f"difference {difference.value:+.3f} ({low:+.3f} to {high:+.3f}) nats, paired by image"
-    return Comparison(words, "lower", estimate(dpar), estimate(baseline), winner, why, difference=difference)
+    why, judged = f"difference {difference.value:+.3f} ({low:+.3f} to {high:+.3f}) nats, paired by image", True
+    if len(dpar) < FEWEST_IMAGES:
+        winner, judged = None, False
+        why = f"{len(dpar)} validation images are too few (at least {FEWEST_IMAGES})"
+    return Comparison(words, "lower", estimate(dpar), estimate(baseline), winner, why, judged, difference)
 
 
 def score_name(key: str) -> str:

@@ -56,13 +56,16 @@ def checks(scores: Mapping[str, float], expected: Mapping[str, float], *, tolera
     """Set scores beside published ones.
 
     tolerance: share of the published value for distances and IS; precision and recall may differ by 0.01 times as many
-    twentieths (0.05 -> 0.01). Raises ValueError when nothing can be compared.
+    twentieths (0.05 -> 0.01). Raises ValueError when one of them was not measured.
     """
-    found = []
-    for name, value in expected.items():
-        if name in scores:
-            allowed = 0.2 * tolerance if name in ABSOLUTE else tolerance * value
-            found.append(ScoreCheck(name, value, scores[name], allowed))
-    if not found:
-        raise ValueError(f"none of {', '.join(expected)} was measured: calibrate with the features those were published for")
-    return found
+    missing = [name.removeprefix("eval/") for name in expected if name not in scores]
+    if missing:
+        measured = ", ".join(name.removeprefix("eval/") for name in scores)
+        raise ValueError(
+            f"{', '.join(missing)} {'was' if len(missing) == 1 else 'were'} not measured, but {measured}: calibrate with "
+            "the features those were published for and a reference that holds images, or name what to expect with --expect"
+        )
+    return [
+        ScoreCheck(name, value, scores[name], 0.2 * tolerance if name in ABSOLUTE else tolerance * value)
+        for name, value in expected.items()
+    ]

@@ -498,10 +498,11 @@ class _Runner:
 
 
 def point_of(config: dict[str, Any]) -> Point:
-    """Return the point of a Tune config: a grid's, or one an optimizer made up."""
-    values = config.get("point", config)
-    threshold = values.get("threshold")
-    return Point(None if threshold is None else round(threshold, DIGITS), round(values["cfg_scale"], DIGITS))
+    """Return the point of a Tune config: one that was asked for, as it is, or one an optimizer made up, rounded."""
+    if "point" in config:
+        return Point(**config["point"])
+    threshold = config.get("threshold")
+    return Point(None if threshold is None else round(threshold, DIGITS), round(config["cfg_scale"], DIGITS))
 
 
 def _callback(settled: Callable[[dict[str, Any], dict[str, Any] | None, str | None], None]) -> Any:

@@ -236,6 +236,15 @@ def test_the_command_prints_a_table_or_json(monkeypatch):
     assert float(row.split()[-1].replace(",", "")) == pytest.approx(whole, abs=0.005)
 
 
+@pytest.mark.parametrize("option", ["--images=0", "--patches=0", "--classes=0", "--price=-1", "--utilisation=0"])
+def test_a_number_that_cannot_be_is_refused_and_not_taken_for_left_out(monkeypatch, option):
+    monkeypatch.chdir(ROOT)
+    app = Typer()
+    app.command()(cost)
+    refused = CliRunner().invoke(app, ["demo", option])
+    assert refused.exit_code and option.partition("=")[0] in f"{refused.output}{refused.exception}"
+
+
 PAPER = [f"imagenet{pixels}-{kind}-{size}" for pixels in (256, 384) for kind in ("dpar", "llamagen") for size in SIZES]
 
 

@@ -200,6 +200,28 @@ def test_another_file_than_kaggles_is_refused_in_one_sentence(tmp_path, content,
     assert "\n" not in str(caught.value)
 
 
+def test_a_list_of_an_image_twice_is_refused_and_one_of_a_windows_editor_read(tmp_path):
+    tars = make_ilsvrc(tmp_path)
+    beside_solution(tmp_path)
+    file = tmp_path / "LOC_val_solution.csv"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert run(tmp_path / "out", **tars).manifest.exists()
+    file.write_text(f"{file.read_text(encoding='utf-8-sig')}ILSVRC2012_val_00000001,n00000001 1 2 3 4\n")
+    with pytest.raises(ValueError, match="lists 1 images more than once"):
+        run(tmp_path / "out", **tars)
+
+
+@pytest.mark.parametrize("names", [[str(number) for number in range(1, 12)], ["a", "b", "c"], ["val_1", "val_01", "val_2"]])
+def test_a_list_in_the_order_of_images_is_refused_beside_names_that_sort_otherwise(tmp_path, names):
+    tars = make_ilsvrc(tmp_path)
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for name in names:
+            tar.add(tmp_path / "x.JPEG", f"{name}.JPEG")
+    (tmp_path / "ILSVRC2012_validation_synsets.txt").write_text("n00000002\n" * len(names))
+    with pytest.raises(ValueError, match="whose sorted names do not count up"):
+        run(tmp_path / "out", **tars)
+
+
 def put_parquet(folder: Path, names: list[str] | None) -> dict[str, str]:
     """1,000 classes, an image each; names as the Hugging Face hub ships them."""
     stream = io.BytesIO()

@@ -73,7 +73,11 @@ def test_a_list_of_classes_with_numbers_in_another_order_is_refused(tmp_path):
     (tmp_path / "classes.txt").write_text("1 ant\n0 bee\n")
     with pytest.raises(ValueError, match=r"do not count up by one .1, 0."):
         read_class_names(tmp_path / "classes.txt")
-    for content in ("1 ant\n2 bee\n", "0: ant\n1: bee\n", "3 toed sloth\nbee\n"):
+    (tmp_path / "classes.txt").write_text("ant,1\nbee,0\n")
+    with pytest.raises(ValueError, match=r"numbers behind the names .* do not count up by one .1, 0."):
+        read_class_names(tmp_path / "classes.txt")
+    kept = ("1 ant\n2 bee\n", "0: ant\n1: bee\n", "3 toed sloth\nbee\n", "ant,0\nbee,1\n", "Sedan 2012\nVan 2009\n")
+    for content in kept:
         (tmp_path / "classes.txt").write_text(content)
         assert read_class_names(tmp_path / "classes.txt") == content.split("\n")[:2]
 

@@ -180,6 +180,43 @@ def test_grey_tiffs_of_over_eight_bits_are_scaled_by_their_bits_whichever_end_is
             decode_image(tiff_of(bits, b"\0" * (bits // 4), signed=True))
 
 
+def tiff(pixels: np.ndarray, *, photometric: int, planes: bool = False) -> bytes:
+    """Write the simplest TIFF: (h, w) or (h, w, 3) of little-endian numbers, in planes of their own or pixel by pixel."""
+    height, width, samples = *pixels.shape[:2], pixels.shape[2] if pixels.ndim == 3 else 1
+    data = np.moveaxis(pixels, 2, 0).tobytes() if planes else pixels.tobytes()
+    strips, end = samples if planes else 1, 8 + len(data)
+    more = end + 2 + 12 * 11 + 4
+    lists = [[8 * pixels.dtype.itemsize] * samples, [8 + n * len(data) // strips for n in range(strips)]]
+    lists += [[len(data) // strips] * strips]
+    tags = {256: width, 257: height, 259: 1, 262: photometric, 277: samples, 278: height, 284: 2 if planes else 1}
+    entries = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()}
+    entries[339] = struct.pack("<HHII", 339, 4, 1, 3 if pixels.dtype.kind == "f" else 1)
+    tail = b""
+    for tag, values in zip((258, 273, 279), lists):
+        place = values[0] if len(values) == 1 else more + len(tail)
+        entries[tag] = struct.pack("<HHII", tag, 4, len(values), place)
+        tail += struct.pack(f"<{len(values)}I", *values) if len(values) > 1 else b""
+    head = b"II*\0" + struct.pack("<I", end) + data + struct.pack("<H", len(entries))
+    return head + b"".join(entries[tag] for tag in sorted(entries)) + b"\0\0\0\0" + tail
+
+
+def test_channels_of_sixteen_bits_in_planes_are_refused_as_pillow_reads_single_bytes_of_them():
+    pixels = picture(12, 16)
+    assert np.array_equal(decode_image(tiff(pixels, photometric=2, planes=True)), pixels)
+    wide = pixels.astype("<u2") * 257
+    assert np.array_equal(decode_image(tiff(wide, photometric=2)), pixels)
+    with pytest.raises(BadImage, match="channels of 16 bits in planes of their own"):
+        decode_image(tiff(wide, photometric=2, planes=True))
+
+
+def test_float_grey_is_read_whichever_end_is_white():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for stored, photometric in ((grey, 1), (255 - grey, 0)):
+        for scale in (1, 255):
+            content = tiff((stored / scale).astype("<f4"), photometric=photometric)
+            assert np.array_equal(decode_image(content)[..., 0], grey)
+
+
 def test_a_format_that_this_pillow_lacks_keeps_no_other_from_being_read(monkeypatch):
     images.readable_formats.cache_clear()
     monkeypatch.setattr(images, "FORMATS", ("NO_SUCH_FORMAT", *images.FORMATS))

@@ -126,6 +126,16 @@ def test_a_pax_header_with_an_endless_length_is_refused(tmp_path):
         list(members(path))
 
 
+def test_what_follows_the_end_of_a_tar_is_refused_and_not_lost(tmp_path):
+    path, one = tmp_path / "some.tar", tar_of({"a.jpg": b"x"})
+    path.write_bytes(one + b"\0" * 100_000)
+    assert [member.name for member in members(path)] == ["a.jpg"]
+    for more in (tar_of({"b.jpg": b"y"}), b"\0" * 70_000 + b"junk"):
+        path.write_bytes(one + more)
+        with pytest.raises(BadTar, match=r"has its end mark at byte 1024, and more follows at byte \d+"):
+            list(members(path))
+
+
 def test_an_inner_tar_cannot_reach_beyond_its_own_end(tmp_path):
     inner = bytearray(tar_of({"a.jpg": b"x"}))
     inner[124:135] = b"%011o" % 50_000

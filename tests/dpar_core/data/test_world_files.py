@@ -77,6 +77,15 @@ def test_labels_are_read_from_every_kind_of_column(tmp_path, kind, column):
     assert list_parquet(tmp_path, "train").labels == [2, 1, 0]
 
 
+def test_two_columns_of_one_name_are_refused_whether_named_or_not(tmp_path):
+    for names in (["image", "label", "label"], ["image", "image", "label"]):
+        arrays = [PLAIN if name == "image" else pa.array([0, 1, 0]) for name in names]
+        pq.write_table(pa.Table.from_arrays(arrays, names=names), tmp_path / "a.parquet")
+        for keys in ({}, {"image_key": "image", "label_key": "label"}):
+            with pytest.raises(ValueError, match=f"has 2 columns named '{names[1]}': write it anew with one"):
+                list_parquet(tmp_path, "train", **keys)
+
+
 def test_where_several_columns_fit_the_params_choose(tmp_path):
     other = pa.array([png(7)] * 3, pa.binary())
     write(tmp_path / "a.parquet", "img", PLAIN, label="fine_label", png=other, coarse_label=pa.array([0, 0, 1]))

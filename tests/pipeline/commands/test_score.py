@@ -16,8 +16,10 @@ from dpar_core.evaluation.features import DemoClassifier
 from dpar_core.files import save_weights
 from dpar_core.models.gpt import GPT, GPTConfig
 from pipeline.cli import app
+from pipeline.commands.score import _expected
 from pipeline.download import download
 from stages.params import load_params
+from stages.tools.calibrate import checks
 from tests.helpers.paths import ROOT
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -221,6 +223,16 @@ def test_a_published_checkpoint_is_drawn_and_scored_against_what_is_expected(pla
     assert "they are not a pair" in str(pair.exception)
     unknown = run(*arguments)
     assert "no published figures of LlamaGen-tiny" in str(unknown.exception)
+
+
+def test_what_is_expected_is_measured_or_calibration_stops():
+    measured = {"eval/fid": 5.5, "eval/is": 190.0}  # against statistics alone: neither precision nor recall
+    assert [one.holds for one in checks(measured, {"eval/fid": 5.46, "eval/is": 250.0}, tolerance=0.05)] == [True, False]
+    with pytest.raises(ValueError, match=r"^precision was not measured, but fid, is: "):
+        checks(measured, {"eval/fid": 5.46, "eval/precision": 0.84}, tolerance=0.05)
+    for words in (["fid=inf"], ["fid=nan"], ["fid=-1"], ["fid"], ["fid=5", "fid=6"]):
+        with pytest.raises(ValueError, match=r"expected NAME=VALUE for different names, as fid=5\.46"):
+            _expected("B", 16, words)
 
 
 def test_help_of_each_command_names_what_it_reads_and_writes(place):

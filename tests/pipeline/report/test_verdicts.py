@@ -51,6 +51,13 @@ def test_losses_are_compared_image_by_image():
     assert judge_losses("loss", hard + 0.05, hard).winner == "baseline"
 
 
+def test_losses_of_a_few_images_are_not_judged():
+    row = judge_losses("loss", np.array([1.0, 2.0]), np.array([1.1, 2.4]))  # whose bootstrap is all below zero
+    assert row.difference.interval[1] < 0
+    assert row.winner is None and not row.judged
+    assert row.why == "2 validation images are too few (at least 20)"
+
+
 def test_the_same_losses_give_the_same_verdict_every_time():
     one, other = np.random.default_rng(2).normal(3, 1, (2, 50))
     assert judge_losses("loss", one, other) == judge_losses("loss", one, other)

@@ -1,6 +1,6 @@
 """Sweeps: trials are functions of their settings, finished ones are kept, bad settings and failures get a sentence."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -161,6 +161,12 @@ def test_optuna_goes_on_from_the_trials_it_finds(ray_here, subject, tmp_path):
     for one in again.search:
         assert 1.0 <= one.point.threshold <= 2.6
         assert 1.0 <= one.point.cfg_scale <= 2.0
+
+
+def test_points_that_were_asked_for_are_tried_with_all_their_digits():
+    asked = Point(1.23456789, 1.000049)
+    assert sweep.point_of({"point": asdict(asked)}) == asked
+    assert sweep.point_of({"threshold": 1.23456789, "cfg_scale": 1.000049}) == Point(1.2346, 1.0)
 
 
 def test_a_random_search_follows_from_its_plan():
