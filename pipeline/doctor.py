@@ -51,7 +51,7 @@ class Check:
 def examine(root: Path) -> list[Check]:
     """Look at everything that a run depends on; nothing is changed and nothing is downloaded. root: the project's folder."""
     params, faults = _read_params(root)
-    checks = [*_python(root), *_versions(root), _git(root), *faults]
+    checks = [*_python(root), *_versions(root), *_git(root), *faults]
     checks += [*_device(params), _memory(), _disk(root), *_writable(root), _ray(), _store(root)]
     return [*checks, *(paths(params) if params else [])]
 
@@ -111,10 +111,13 @@ def _versions(root: Path) -> Iterator[Check]:
         yield Check("packages", "ok", f"{len(PACKAGES)} checked, all as pinned")
 
 
-def _git(root: Path) -> Check:
+def _git(root: Path) -> Iterator[Check]:
+    if not (root / ".dvc").is_dir():  # some copies lack hidden folders
+        yield Check("dvc", "fail", "no folder .dvc beside dvc.yaml", "git checkout .dvc; outside git: dvc init --no-scm")
     if any((folder / ".git").exists() for folder in (root, *root.parents)):
-        return Check("git", "ok", "the project is under git")
-    return Check("git", "warn", "not under git: `dvc exp` and `dvc diff` need it, runs do not", "git init && git add -A")
+        yield Check("git", "ok", "the project is under git")
+    else:
+        yield Check("git", "warn", "not under git: `dvc exp` and `dvc diff` need it, runs do not", "git init && git add -A")
 
 
 def _device(params: Params | None) -> Iterator[Check]:
@@ -231,7 +234,7 @@ def paths(params: Params) -> list[Check]:
 
 def check_path(name: str, text: str) -> Check:
     """Look at one path of params. An address (s3://...) is not followed: checkpoints alone may be kept at one."""
-    from dpar_core.evaluation.features import INCEPTION_SHA256
+    from dpar_core.evaluation.features import INCEPTION_SHA256, INCEPTION_URL
     from dpar_core.secrets import redacted
     from dpar_core.signatures import described, kind_of
     from stages.terminal import size
@@ -246,7 +249,8 @@ def check_path(name: str, text: str) -> Check:
         while not near.exists():
             near = near.parent
         there = "" if near in (Path(), Path("/")) else f" ({near} exists)"
-        return Check(name, "fail", f"{text} does not exist", f"put it there, or change {name}{there}")
+        get = f"dpar-cli fetch inception --to {text}" if path.name == INCEPTION_URL.rpartition("/")[2] else "put it there"
+        return Check(name, "fail", f"{text} does not exist", f"{get}, or change {name}{there}")
     if path.is_dir() and name in ("tokenizer.weights", "score.features_file"):
         return Check(name, "fail", f"{text} is a folder", "name the file itself")
     if path.is_dir():

@@ -59,7 +59,8 @@ def list_folder(root: Path, split: str) -> Listing:
     walk.left_out |= {f"{base}{file.name}": "beside the class folders" for file in files}
     listing.left_out = dict(sorted(walk.left_out.items()))
     if not listing.keys:
-        beside = f"; {len(files)} files lie in it, but in no class folder" if files else ""
+        lie = "1 file lies" if len(files) == 1 else f"{len(files)} files lie"
+        beside = f"; {lie} in it, but in no class folder" if files else ""
         raise ValueError(f"data.{split} {root} holds no images: expected a tree {root}/class/image.jpg{beside}")
     return listing
 

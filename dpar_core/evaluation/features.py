@@ -196,7 +196,7 @@ def _rehearse(path: Path) -> None:
 def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
     """Load a TorchScript file, first in a process of its own. Raises FileNotFoundError or ValueError with the way out."""
     if not path.exists():
-        raise FileNotFoundError(f"no feature network at {path}: put the file there, for inception from {INCEPTION_URL}")
+        raise FileNotFoundError(f"no feature network at {path}: put the file there, for inception by `dpar-cli fetch`")
     if (kind := kind_of(path)) != "zip":
         problem = described(path, kind) or f"{path} is not a TorchScript file"
         raise ValueError(f"{problem}; expected a TorchScript file, as torch.jit.save writes it")

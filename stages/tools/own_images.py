@@ -113,7 +113,8 @@ def describe(found: OwnImages, images: Path) -> list[str]:
     if without:
         lines.append(f"no validation images of {len(without)} classes ({first_few(without)}): none can be spared")
     if found.copies:
-        lines.append(f"{found.copies} files are copies of others, byte by byte: they are all in training")
+        files = "1 file is a copy of another" if found.copies == 1 else f"{found.copies} files are copies of others"
+        lines.append(f"{files}, byte by byte: such files are all in training")
     for name, reason in list(found.bad.items())[:_LONGEST_LIST]:
         lines.append(f"cannot be read: {name}: {reason}")
     if len(found.bad) > _LONGEST_LIST:

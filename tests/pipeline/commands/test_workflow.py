@@ -34,7 +34,8 @@ def project(tmp_path, monkeypatch):
     """An empty project with the params and the workflow of this one."""
     for name in ("dvc.yaml", "params.yaml", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / "params").mkdir()
+    for name in (".dvc", "params"):
+        (tmp_path / name).mkdir()
     (tmp_path / "params/demo.yaml").write_text((ROOT / "params/demo.yaml").read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -106,6 +107,8 @@ def test_every_path_of_the_params_is_looked_at(project):
     named = {check.name: check.verdict for check in health.paths(load_params(project / "params.yaml"))}
     assert named["data.train"] == named["data.validation"] == "fail"
     assert {"train.storage", "entropy_model.train.storage"} < set(named)
+    lacking = health.check_path("score.features_file", "weights/inception-2015-12-05.pt")
+    assert lacking.fix.startswith("dpar-cli fetch inception --to weights/inception-2015-12-05.pt, or change")
 
 
 def test_doctor_tells_what_is_wrong_with_the_surroundings(project, monkeypatch):
@@ -113,7 +116,9 @@ def test_doctor_tells_what_is_wrong_with_the_surroundings(project, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setattr(sys, "version_info", (3, 9, 0, "final", 0))
     set_param(project, "seed: 0 ", "seed: -1 ")
+    (project / ".dvc").rmdir()
     found = {check.name: check for check in health.examine(project)}
+    assert found["dvc"].verdict == "fail" and "dvc init" in found["dvc"].fix
     assert found["mlflow"].verdict == "warn" and found["ray"].verdict == "fail" and found["python"].verdict == "fail"
     assert found["params.yaml"].verdict == "fail" and "`seed` is -1" in found["params.yaml"].found
     assert all(check.fix for check in found.values() if check.verdict != "ok")

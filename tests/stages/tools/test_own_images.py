@@ -55,7 +55,7 @@ def test_copies_stay_together_in_training_and_bad_files_are_left_out_and_said(tm
     assert found.counts == {"ant": (2, 2), "bee": (8, 0), "lone": (1, 0)}
     said = describe(found, images)
     assert said[0] == f"{images}: 3 classes, 11 images for training, 2 for validation"
-    assert "4 files are copies of others, byte by byte: they are all in training" in said
+    assert "4 files are copies of others, byte by byte: such files are all in training" in said
     assert "no validation images of 2 classes (bee, lone): none can be spared" in said
     assert any(line.startswith("cannot be read: ant/broken.jpg: ") for line in said)
     assert "left out: 1 files that are not images (ant/notes.txt)" in said
