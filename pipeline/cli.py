@@ -47,7 +47,7 @@ def options(
     """Dynamic patchification for autoregressive image generation (DPAR), as one reproducible workflow.
 
     Begin with `dpar-cli run`: it makes everything from the built-in photographs to the report.
-    Then open artifacts/report/index.html, or compare runs with `dpar-cli ui`.
+    Then open artifacts/report/index.html, or compare runs with `dpar-cli ui`. `dpar-cli COMMAND -h` has examples.
     """
 
 
@@ -160,12 +160,9 @@ def sample(
     Reads the models under artifacts/ and the sample section of params.yaml; writes one PNG. The same seed gives the same
     pictures. A whole set with its scores: `dpar-cli run score_dpar`.
 
-    Pictures of three classes: `dpar-cli sample --classes 1,2,3 --seed 7 --out grid.png`
-
-    With patch borders: `dpar-cli sample --classes 1,2,3 --borders`
-
-    The upper half of a picture continued, in a model of 8 rows of tokens:
-    `dpar-cli sample --classes astronaut --given photo.png --keep-rows 4`
+        dpar-cli sample --classes 1,2,3 --seed 7 --out grid.png
+        dpar-cli sample --classes 1,2,3 --borders
+        dpar-cli sample --classes cat --given photo.png --keep-rows 4
     """
     from pipeline.commands.sample import sample_grid
     from stages.terminal import print_fitted

@@ -379,6 +379,8 @@ def cost(
     Reads a params file only. Prints parameters, FLOPs with and without the entropy model, memory, checkpoints, disk,
     GPU-hours and wall time for DPAR, its LlamaGen baseline and the entropy model, then the rest of a run: tokenizing,
     entropies, sampling, scoring. Next: `dpar-cli params use PRESET`.
+
+        dpar-cli cost imagenet256-dpar-l --gpu H100 --price 2.5
     """
     from stages.params import load_params
 

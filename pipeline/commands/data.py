@@ -42,6 +42,8 @@ def patches_image(
 
     Reads the image, the tokenizer, the entropy model and the patch rule under artifacts/ (made by `dpar-cli run`);
     writes one PNG: image, entropies in nats, patch borders.
+
+        dpar-cli patches photo.jpg --out patches.png
     """
     from pipeline.report.overlay import draw_patches
     from stages.terminal import print_fitted
@@ -64,6 +66,8 @@ def patches_stats(
 
     Reads artifacts/tokens and artifacts/entropies (made by `dpar-cli run entropies`); trains and changes nothing. To take a
     threshold over: set patching.threshold in params.yaml, then `dpar-cli run`.
+
+        dpar-cli patches stats --thresholds 7.6:8.1:0.1 --max-lengths 1,2,4,8
     """
     from pipeline.report.curves import draw_curves
     from stages.artifacts import ENTROPIES, TOKENS

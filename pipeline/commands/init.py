@@ -25,6 +25,8 @@ def init(
 
     Reads every image below --images and changes none; writes links to them below --into, and params.yaml. A params.yaml that
     you have changed is kept as params.yaml.bak with --force. Next: `dpar-cli run`. docs/own-images.md is the recipe.
+
+        dpar-cli init --images pictures    # pictures/cat/001.jpg, pictures/dog/...
     """
     from dpar_core.files import atomic_write
     from pipeline.presets.use import preset_file, with_values

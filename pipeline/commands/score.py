@@ -54,9 +54,11 @@ def score(
     """Score anyone's images: Frechet distance, sFID, IS, KID, precision and recall, with intervals and a protocol.
 
     Reads images and reference; writes nothing but --out and the reference's features, kept in work/references. With
-    `--features inception` the distance is FID; names of other networks say which. Example: `dpar-cli score samples.npz
-    --reference VIRTUAL_imagenet256_labeled.npz --features inception --features-file inception-2015-12-05.pt
-    --images 50000 --out mine.json`. Next: `dpar-cli compare mine.json theirs.json`.
+    `--features inception` the distance is FID; names of other networks say which. Next: `dpar-cli compare`.
+
+        dpar-cli score samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
+            --features inception --features-file inception-2015-12-05.pt \\
+            --images 50000 --out mine.json
     """
     from dpar_core.data.splits import counted
     from dpar_core.files import write_record
@@ -108,7 +110,9 @@ def compare(
 ) -> None:
     """Compare score files; those of different protocols are refused, as their numbers are not comparable.
 
-    Reads score files, writes nothing. Example: `dpar-cli compare artifacts/scores/dpar.json artifacts/scores/llamagen.json`.
+    Reads score files, writes nothing.
+
+        dpar-cli compare artifacts/scores/dpar.json artifacts/scores/llamagen.json
     """
     from dpar_core.evaluation.protocol import differences, read_scores, refuse_mixed
     from stages.terminal import note
@@ -176,6 +180,10 @@ def calibrate(
     Do this before any number of your own is trusted: it tests tokens to pixels, sampling, features and reference at once.
     Reads the weights you have and the sample section of params.yaml (batch size, precision, workers); writes samples and
     scores under --out. An interrupted one continues. Exit 1 when a score is outside its tolerance.
+
+        dpar-cli calibrate --gpt c2i_B_256.pt --vq vq_ds16_c2i.pt --size B --cfg 2 \\
+            --reference VIRTUAL_imagenet256_labeled.npz \\
+            --features-file weights/inception-2015-12-05.pt
     """
     from dpar_core.files import digest_of, write_record
     from dpar_core.models.sizes import MODEL_SIZES

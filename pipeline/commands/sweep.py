@@ -57,8 +57,9 @@ def sweep_threshold(
 
     Reads the models under artifacts/ (made by `dpar-cli run`) and params.yaml; without --retrain nothing is trained.
     Writes sweeps/NAME/: index.html, results.parquet, pictures; and an MLflow run with one run per trial (`dpar-cli ui`).
-    After an interruption the same command continues. Example: `dpar-cli sweep threshold --thresholds 7.6:8.2:0.1
-    --cfg 1.0:3.0:0.25 --apply`, then `dpar-cli run` for the final scores.
+    After an interruption the same command continues. After --apply, `dpar-cli run` makes the final scores.
+
+        dpar-cli sweep threshold --thresholds 7.6:8.2:0.1 --cfg 1.0:3.0:0.25 --apply
     """
     from stages.tools.sweep import Point, SweepPlan
 
@@ -87,6 +88,8 @@ def sweep_cfg(
     """Sweep the guidance scale alone, of DPAR at its threshold or of its LlamaGen baseline.
 
     Reads, writes and continues as `dpar-cli sweep threshold` does; the folder is sweeps/cfg-MODEL/ unless named.
+
+        dpar-cli sweep cfg --model llamagen --cfg 1.0:3.0:0.25
     """
     from stages.tools.sweep import Point, SweepPlan
 

@@ -71,14 +71,18 @@ LEAVING = 30.0  # seconds that stages have to end after Ctrl-C
 
 def run(
     targets: Annotated[list[str] | None, typer.Argument(help="Stages to bring up to date; all when left out.")] = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Run stages that are up to date as well.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Run stages that are up to date as well, and all that they need.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what DVC prints, too.")] = False,
 ) -> None:
     """Bring the whole workflow up to date.
 
     Checks the machine and every path in params.yaml, prints a plan, runs `dvc repro` on the stages named, and ends with
-    the verdict. Writes artifacts/ and the MLflow store. Example: `dpar-cli run score_dpar`. An interrupted run continues
-    when it is started again.
+    the verdict. Writes artifacts/ and the MLflow store. An interrupted run continues when it is started again.
+
+        dpar-cli run               # everything that is out of date
+        dpar-cli run score_dpar    # one stage, and what it needs
     """
     from pipeline.doctor import examine, lines
     from pipeline.state import project_state, with_needs

@@ -162,7 +162,10 @@ _REASONS = (
         "a process was stopped while it changed the tables: restore the file, or move it away, then `dpar-cli runs sync`",
     ),
     (r"out-of-date database schema", "it was made by another version of MLflow: `mlflow db upgrade` with its address"),
-    (r"filesystem tracking backend", "MLflow keeps no runs in folders: set MLFLOW_TRACKING_URI to http://... or sqlite:///..."),
+    (
+        r"filesystem tracking backend",
+        "MLflow keeps no runs in folders: set MLFLOW_TRACKING_URI to http://... or sqlite:///...",
+    ),
     (r"Connection refused", "nothing listens there: start the server, or set MLFLOW_TRACKING_URI"),
     (r"timed out|Timeout", "it accepts connections but does not answer: look at the server"),
     (

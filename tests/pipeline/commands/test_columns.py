@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -141,6 +142,26 @@ def test_the_help_of_every_command_fits(monkeypatch):
         width = (40, 80)[number % 2]
         text = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": str(width), "NO_COLOR": "1"}).output
         assert "Usage" in text and max(map(len, text.splitlines())) <= width, words
+
+
+def test_the_examples_of_every_help_can_be_pasted():
+    group = typer.main.get_command(app)
+    found = 0
+    for words in commands(group):
+        command = group
+        for word in words:
+            command = command.commands[word]
+        for line in (command.help or "").replace("\\\n", " ").splitlines():
+            if line.startswith("    dpar-cli "):
+                parsed = group.make_context("dpar-cli", shlex.split(line, comments=True)[1:])
+                while rest := parsed._protected_args + parsed.args:
+                    name, _, rest = parsed.command.resolve_command(parsed, rest)
+                    parsed = parsed.command.commands[name].make_context(name, list(rest), parent=parsed)
+                    if not hasattr(parsed.command, "commands"):
+                        break
+                assert parsed.command is command, line
+                found += 1
+    assert found > 10
 
 
 # Every command that trains nothing and starts neither DVC nor Ray: words, and the status that it ends with.
