@@ -18,6 +18,8 @@ LearningRateSchedule = Literal["constant", "cosine"]  # see training.optim
 Strategy = Literal["ddp", "fsdp"]  # how a model is spread over ranks, see training.parallel
 GuidanceSchedule = Literal["constant", "linear", "interval"]  # see generation.sampling
 Gate = Literal["entropy_model", "decoder"]  # whose entropies cut patches while sampling, see generation.sampling
+LARGEST_CFG_SCALE = 1e4  # beyond it, and below the least temperature, float32 logits overflow and no token can be chosen
+LEAST_TEMPERATURE = 1e-4
 
 Coordinate = Literal["row", "first_column", "last_column", "number"]  # of a patch in its image
 # What turns the pairs of a head (DPAR, Sec. 3.3): half of them the first coordinate, the rest the others in equal shares.

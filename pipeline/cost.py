@@ -189,12 +189,15 @@ def other_work(
     gate, forward: FLOPs of one image through the entropy model, through each model.
     The baseline is sampled twice, at equal steps and at equal training time.
     """
+    from dpar_core.models.flops import guidance_passes
     from stages.tokenizer import vq_config
 
     encode, decode = tokenizer_flops(vq_config(params.tokenizer), params.data.image_size)
-    images, guided = params.sample.images, 2 if params.sample.cfg_scale > 1 else 1
+    images, tokens = params.sample.images, (params.data.image_size // params.tokenizer.downsample) ** 2
+    how = params.sample
+    guided = guidance_passes(how.cfg_scale, how.cfg_schedule, how.cfg_interval, tokens=tokens)
     trained = 0 if params.tokenizer.weights else params.tokenizer.steps * params.tokenizer.batch_size
-    gated = gate if params.sample.gate == "entropy_model" else 0.0
+    gated = gate if how.gate == "entropy_model" and params.patching.mode in ("entropy_rows", "entropy") else 0.0
     sampled = guided * (forward["dpar"] + 2 * forward["llamagen"]) + gated + 3 * decode
     exact = "entropies in fp32" if params.entropies.precision == "fp32" else "entropies"
     work = {
@@ -384,6 +387,8 @@ def cost(
     """
     from stages.params import load_params
 
+    if not 1 <= len(currency) <= 8 or not currency.isprintable():
+        raise ValueError(f"--currency has {len(currency)} characters, expected a short name, as EUR")
     params = load_params(_params_file(preset))
     estimate = costs(
         params, prices=Prices(gpu, utilisation, price, currency), patches=patches, images=images, classes=classes

@@ -16,6 +16,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dpar_core.choices import (
+    LARGEST_CFG_SCALE,
+    LEAST_TEMPERATURE,
     EncodePrecisionChoice,
     FeatureName,
     Gate,
@@ -215,10 +217,10 @@ class Sample(Section):
     batch_size: Count
     precision: PrecisionChoice
     seed: Seed
-    cfg_scale: Annotated[Finite, Field(ge=1)]
+    cfg_scale: Annotated[float, Field(ge=1, le=LARGEST_CFG_SCALE)]
     cfg_schedule: GuidanceSchedule
     cfg_interval: Annotated[list[Share], Field(min_length=2, max_length=2)]
-    temperature: Positive
+    temperature: Annotated[Finite, Field(ge=LEAST_TEMPERATURE)]
     top_k: OrZero
     top_p: Annotated[float, Field(gt=0, le=1)]
     gate: Gate
@@ -505,6 +507,13 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
         yield f"`sample.cfg_interval` {sample.cfg_interval} ends before it begins"
     if sample and sample.cfg_schedule == "interval" and sample.cfg_interval[0] == sample.cfg_interval[1]:
         yield f"`sample.cfg_interval` {sample.cfg_interval} is empty, so nothing is guided: set cfg_scale to 1 for that"
+    elif sample and sample.cfg_schedule == "interval" and data and tokenizer:
+        tokens, (low, high) = (data.image_size // tokenizer.downsample) ** 2, sample.cfg_interval
+        if low < high and math.ceil(low * tokens) >= high * tokens:
+            yield (
+                f"`sample.cfg_interval` {sample.cfg_interval} holds none of the {tokens} tokens of an image, so nothing is "
+                "guided: widen it, or set cfg_scale to 1 for that"
+            )
     own = bool(score and score.reference in ("train", "validation"))
     if data and sample and score and own and sample.resize not in (None, data.image_size):
         yield (

@@ -37,7 +37,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
     if path.is_dir():
         folders = [path]
         with os.scandir(path) as entries:
-            folders += sorted(Path(entry.path) for entry in entries if entry.is_dir())
+            folders += sorted(Path(entry.path) for entry in entries if is_folder(entry))
         with ThreadPoolExecutor(_THREADS) as pool:
             parts = list(pool.map(lambda folder: _part(folder, path, deep=folder != path), folders))
     else:
@@ -45,6 +45,14 @@ def fingerprint(path: Path) -> dict[str, Any]:
         parts = [_part(folder, path.parent, deep=False) for folder in beside if folder.is_dir()]
     whole = hashlib.sha256(json.dumps([part[2] for part in parts]).encode()).hexdigest()[:16]
     return {"files": sum(part[0] for part in parts), "bytes": sum(part[1] for part in parts), "listing": whole}
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one; False for a link to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _part(folder: Path, root: Path, *, deep: bool) -> tuple[int, int, str]:

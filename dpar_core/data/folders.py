@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpar_core.data.classes import normal_name
+from dpar_core.data.fingerprint import is_folder
 from dpar_core.data.images import ENDINGS, looks_like_image
 from dpar_core.data.listing import LITTER, Listing, is_litter, require
 from dpar_core.data.splits import TEST, first_few, splits_said
@@ -135,12 +136,12 @@ class _Walk:
             found = sorted(entries, key=lambda entry: entry.name)
         for entry in found:
             shown = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
-            is_folder = _is_folder(entry) or (top and _leads_nowhere(entry) and not _has_image_ending(entry.name))
+            as_folder = is_folder(entry) or (top and _leads_nowhere(entry) and not _has_image_ending(entry.name))
             if is_litter(entry.name):
                 self.left_out[f"{within}{shown}"] = LITTER
-            elif shown != entry.name and not (top and is_folder):
+            elif shown != entry.name and not (top and as_folder):
                 self.left_out[f"{within}{shown}"] = "its name is not UTF-8"
-            elif is_folder:
+            elif as_folder:
                 folders.append(entry.name)
             else:
                 files.append(entry)
@@ -192,13 +193,6 @@ class _Walk:
 
     def _leave_out(self, name: str, reason: str) -> None:
         self.left_out[name] = self.reason = reason
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpar_core.choices import Gate, GuidanceSchedule
+from dpar_core.choices import LARGEST_CFG_SCALE, LEAST_TEMPERATURE, Gate, GuidanceSchedule
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import GPTConfig
 from dpar_core.patches.rule import PatchRule
@@ -25,7 +25,7 @@ class SampleSettings:
     cfg_scale: guided logits are uncond + s (cond - uncond); 1 is off.
     cfg_schedule: "constant" (s = cfg_scale), "linear" (from 1 at the first token to cfg_scale at the last), "interval"
         (cfg_scale for tokens whose share t / T of the image lies in [cfg_interval[0], cfg_interval[1]), else 1).
-    temperature: above 0.
+    temperature: 1 samples from the model's own distribution.
     top_k, top_p: 0 and 1 are off.
     greedy: take the likeliest token.
     gate: whose entropy cuts patches, "entropy_model" or "decoder".
@@ -48,15 +48,17 @@ class SampleSettings:
             raise ValueError(f"cfg_schedule must be constant, linear or interval; got {self.cfg_schedule!r}")
         if self.gate not in ("entropy_model", "decoder"):
             raise ValueError(f"gate must be entropy_model or decoder; got {self.gate!r}")
-        if not self.cfg_scale >= 1:
-            raise ValueError(f"cfg_scale must be at least 1 (1 is off); got {self.cfg_scale}")
+        if not 1 <= self.cfg_scale <= LARGEST_CFG_SCALE:
+            raise ValueError(
+                f"cfg_scale must be at least 1 (1 is off) and at most {LARGEST_CFG_SCALE:g}; got {self.cfg_scale}"
+            )
         low, high = self.cfg_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"cfg_interval must be two shares 0 <= a <= b <= 1; got {self.cfg_interval}")
-        if not (self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+        if not (self.temperature >= LEAST_TEMPERATURE and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ValueError(
-                f"expected temperature > 0, top_k >= 0 and 0 < top_p <= 1; got {self.temperature}, {self.top_k}, "
-                f"{self.top_p}"
+                f"expected temperature >= {LEAST_TEMPERATURE:g}, top_k >= 0 and 0 < top_p <= 1; got {self.temperature}, "
+                f"{self.top_k}, {self.top_p}"
             )
 
     def scales(self, tokens: int) -> Tensor:

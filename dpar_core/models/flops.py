@@ -6,8 +6,12 @@ N tokens per image, M patches, D width, F feed-forward width, V codebook entries
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Protocol
+
+from dpar_core.choices import GuidanceSchedule
 
 BACKWARD = 2  # a backward pass costs two forward passes
 
@@ -79,6 +83,17 @@ def dpar_forward_flops(shape: DPARShape, patches: float) -> float:
 def training_flops(forward: float) -> float:
     """Return FLOPs of a forward and a backward pass."""
     return (1 + BACKWARD) * forward
+
+
+def guidance_passes(cfg_scale: float, schedule: GuidanceSchedule, interval: Sequence[float], *, tokens: int) -> float:
+    """Return how many forward passes a sampled image takes: 1, or up to 2 with guidance.
+
+    The unconditional half runs up to the last guided token. That is exact for products; attention, whose cost grows with
+    the position, takes a little less.
+    """
+    if cfg_scale <= 1:
+        return 1.0
+    return 1 + (math.ceil(interval[1] * tokens) / tokens if schedule == "interval" else 1.0)
 
 
 # Dense bf16 FLOP/s as the makers publish them, by words of the device name; of two that fit, the first counts.

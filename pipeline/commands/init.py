@@ -33,12 +33,14 @@ def init(
     from stages.params import load_params
     from stages.terminal import print_fitted, wrapped
     from stages.tools.own_images import describe, split_images
+    from stages.tracker import PrintTracker
 
     root = project_folder()
     if not images.is_dir():
         raise FileNotFoundError(f"no folder at {images}: expected a folder with a folder of images for each class")
     text, kept = _checked(root, preset, force)
-    found = split_images(images, into, share=share)
+    print_fitted(f"looking at what is in {images}")
+    found = split_images(images, into, share=share, tracker=PrintTracker())
     for line in describe(found, images):
         print(wrapped(line.strip(), first="  " if line.startswith(" ") else "", rest="  "))
     values = suggested(text, train=found.training, validation=found.validation, classes=len(found.counts), into=into)

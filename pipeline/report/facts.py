@@ -25,6 +25,7 @@ from dpar_core.models.gpt import GPTConfig
 from dpar_core.models.load import read_trained, role_of
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
+from dpar_core.patches.rule import PatchRule
 from dpar_core.training.order import fixed_subset
 from pipeline.report.speeds import Speed, Speeds, read_speeds
 from pipeline.report.verdicts import Comparison, Contest, judge_losses, judge_scores, nothing_learned, too_little_training
@@ -155,8 +156,10 @@ def count_costs(trainings: dict[str, TrainingFacts], gate: flops.GPTShape, patch
     how = read_json(samples / "dpar" / SAMPLE_PROTOCOL)
     dpar, baseline = trainings["dpar"].config, trainings["llamagen"].config
     assert isinstance(dpar, DPARConfig)
-    forwards = 2 if how["cfg_scale"] > 1 else 1
-    gate_flops = float(flops.gpt_forward_flops(gate)) if how["gate"] == "entropy_model" else 0.0
+    guidance = [how[name] for name in ("cfg_scale", "cfg_schedule", "cfg_interval")]
+    forwards = flops.guidance_passes(*guidance, tokens=dpar.tokens)
+    asked = how["gate"] == "entropy_model" and PatchRule(**how["rule"]).reads_entropies
+    gate_flops = float(flops.gpt_forward_flops(gate)) if asked else 0.0
     return Costs(
         forward={"dpar": flops.dpar_forward_flops(dpar, patches.mean), "llamagen": flops.gpt_forward_flops(baseline)},
         sampling={
@@ -168,7 +171,7 @@ def count_costs(trainings: dict[str, TrainingFacts], gate: flops.GPTShape, patch
     )
 
 
-def sampling_parts(config: DPARConfig, patches: float, forwards: int, gate: float) -> dict[str, float]:
+def sampling_parts(config: DPARConfig, patches: float, forwards: float, gate: float) -> dict[str, float]:
     """Return the FLOPs of a sampled image by part of DPAR: what a model without that part would not need."""
     whole = flops.dpar_forward_flops(config, patches)
     parts = {"entropy model": gate}

@@ -222,10 +222,10 @@ def times_by_part(parts: Mapping[str, Mapping[str, float]]) -> list[dict[str, An
 
 
 def number(value: float) -> str:
-    """Write a number with about three figures that count: 0.012, 0.640, 4.56, 12.3, 12,345; whole ones as they are."""
+    """Write a number with two or three figures that count: 0.00042, 0.640, 4.56, 12.3, 12,345; whole ones as they are."""
     if value == round(value) or abs(value) >= 100:
         return f"{value:,.0f}"
-    decimals = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    decimals = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else max(3, 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{decimals}f}"
 
 

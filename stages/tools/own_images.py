@@ -14,6 +14,7 @@ from dpar_core.data.folders import list_folder
 from dpar_core.data.images import BadImage, decode_image, read_file
 from dpar_core.data.splits import first_few
 from dpar_core.files import atomic_folder, digest_of, write_json
+from stages.tracker import NullTracker, Tracker
 
 SPLIT = "split.json"  # beside the links: marks a folder that was made here
 _LONGEST_LIST = 5
@@ -44,7 +45,7 @@ class OwnImages:
         return sum(validation for _, validation in self.counts.values())
 
 
-def split_images(images: Path, target: Path, *, share: float) -> OwnImages:
+def split_images(images: Path, target: Path, *, share: float, tracker: Tracker | None = None) -> OwnImages:
     """Make target/train/class and target/validation/class of links to the images in images/class.
 
     Every image is read: what cannot be decoded is left out, copies of one content go to training together. Of each class
@@ -64,17 +65,19 @@ def split_images(images: Path, target: Path, *, share: float) -> OwnImages:
     bad: dict[str, str] = {}
     sides: list[int] = []
     seen: dict[str, int] = defaultdict(int)
-    for source, label in zip(listing.sources, listing.labels):
-        path = source.partition(":")[2]
-        try:
-            whole = read_file(images / path)
-            sides.append(min(decode_image(whole).shape[:2]))
-        except BadImage as error:
-            bad[path] = str(error)
-            continue
-        name = hashlib.sha256(whole).hexdigest()
-        of_class[listing.classes[label]][name].append(path)
-        seen[name] += 1
+    with (tracker or NullTracker()).progress(len(listing.sources), "reading the images", unit="images") as progress:
+        for source, label in zip(listing.sources, listing.labels):
+            path = source.partition(":")[2]
+            progress.advance()
+            try:
+                whole = read_file(images / path)
+                sides.append(min(decode_image(whole).shape[:2]))
+            except BadImage as error:
+                bad[path] = str(error)
+                continue
+            name = hashlib.sha256(whole).hexdigest()
+            of_class[listing.classes[label]][name].append(path)
+            seen[name] += 1
     empty = [name for name, found in of_class.items() if not found]
     if empty:
         reason = listing.empty.get(empty[0], "none of its files can be read")

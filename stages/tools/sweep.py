@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from dpar_core.choices import LARGEST_CFG_SCALE
 from dpar_core.evaluation.features import FeatureNetwork, feature_network
 from dpar_core.evaluation.image_sets import ImageSet
 from dpar_core.evaluation.protocol import DISTANCE_NAMES, Interval, Scores, scores_in
@@ -216,9 +217,10 @@ def check_points(points: Sequence[Point], files: Files) -> None:
         )
     if asked and (files.rule is None or not read_rule(files.rule).reads_entropies):
         raise ValueError("this model's patches do not follow a threshold: sweep the guidance with `dpar-cli sweep cfg`")
-    wrong = sorted({p.cfg_scale for p in points if not 1 <= p.cfg_scale < math.inf})
+    wrong = sorted({p.cfg_scale for p in points if not 1 <= p.cfg_scale <= LARGEST_CFG_SCALE})
     if wrong:
-        raise ValueError(f"cfg scales {', '.join(f'{c:g}' for c in wrong)}: expected numbers from 1 (guidance off) on")
+        shown = ", ".join(f"{c:g}" for c in wrong)
+        raise ValueError(f"cfg scales {shown}: expected numbers from 1 (guidance off) to {LARGEST_CFG_SCALE:g}")
 
 
 def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> TrialResult:

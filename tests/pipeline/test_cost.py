@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from dpar_core.data.images import VIEW_COUNTS
 from dpar_core.data.shards import TokenMeta, TokenSample, write_shard
 from dpar_core.models import memory
+from dpar_core.models.flops import guidance_passes
 from dpar_core.models.vq import VQ, VQConfig, most_images
 from pipeline.cost import Prices, cost, costs, tokenizer_flops
 from stages.entropy_model import entropy_config
@@ -140,6 +141,27 @@ def test_generation_counts_the_entropy_model_once_and_the_rest_twice(size, pixel
     assert round(costed["llamagen"].generation_cfg_gflops) == baseline
 
 
+def test_sampling_counts_what_is_guided_and_a_gate_that_is_asked():
+    """Whole forward passes for all tokens or up to the last guided one; static patches ask no entropy model."""
+    assert guidance_passes(1.0, "constant", (0, 1), tokens=256) == 1
+    assert guidance_passes(2.0, "linear", (0, 0.1), tokens=256) == 2
+    assert guidance_passes(2.0, "interval", (0.2, 0.501), tokens=100) == 1.51
+
+    def sampling(**changes):
+        raw = paper("b", 256).model_dump()
+        for section, values in changes.items():
+            raw[section] |= values
+        return costs(parse_params(raw), prices=A100, patches=142).other_work["sampling"].exaflops
+
+    whole, half = sampling(), sampling(sample={"cfg_schedule": "interval", "cfg_interval": [0.0, 0.5]})
+    static = sampling(patching={"mode": "static", "threshold": None, "max_patch_length": None})
+    costed = costs(paper("b", 256), prices=A100, patches=142).models
+    images = paper("b", 256).sample.images
+    passes = costed["dpar"].forward_gflops + 2 * costed["llamagen"].forward_gflops
+    assert whole - half == pytest.approx(images * 0.5 * passes * 1e-9)
+    assert whole - static == pytest.approx(images * costed["entropy_model"].forward_gflops * 1e-9)
+
+
 def test_hours_and_price_follow_from_flops():
     costed = costs(paper("b", 256), prices=Prices("A100", 0.5, 3.0)).models["dpar"]
     operations = 3 * costed.forward_gflops * 1e9 * 1_501_368 * 256
@@ -236,7 +258,9 @@ def test_the_command_prints_a_table_or_json(monkeypatch):
     assert float(row.split()[-1].replace(",", "")) == pytest.approx(whole, abs=0.005)
 
 
-@pytest.mark.parametrize("option", ["--images=0", "--patches=0", "--classes=0", "--price=-1", "--utilisation=0"])
+@pytest.mark.parametrize(
+    "option", ["--images=0", "--patches=0", "--classes=0", "--price=-1", "--utilisation=0", "--currency=s3://A:B@c"]
+)
 def test_a_number_that_cannot_be_is_refused_and_not_taken_for_left_out(monkeypatch, option):
     monkeypatch.chdir(ROOT)
     app = Typer()

@@ -125,6 +125,7 @@ def test_trees_with_links_back_and_missing_folders_have_a_fingerprint(tmp_path):
     put_images(tmp_path / "images", train=4, validation=0)
     (tmp_path / "images" / "train" / "a" / "up").symlink_to("..", target_is_directory=True)
     (tmp_path / "images" / "train" / "a" / "nowhere.png").symlink_to("gone.png")
+    (tmp_path / "images" / "train" / "itself").symlink_to("itself")
     found = fingerprint(tmp_path / "images" / "train")
     assert found["files"] >= 5 and found == fingerprint(tmp_path / "images" / "train")
     assert fingerprint(tmp_path / "nowhere" / "train")["files"] == 0

@@ -73,7 +73,9 @@ def test_numbers_of_an_image_follow_from_its_seed_alone():
         (dict(cfg_schedule="cosine"), "constant, linear or interval"),
         (dict(cfg_interval=(0.8, 0.2)), "two shares"),
         (dict(gate="encoder"), "entropy_model or decoder"),
-        (dict(temperature=0.0), "temperature > 0"),
+        (dict(temperature=0.0), "temperature >= 0.0001"),
+        (dict(temperature=1e-40), "temperature >= 0.0001"),
+        (dict(cfg_scale=1e38), "at most 10000"),
         (dict(top_p=0.0), "0 < top_p <= 1"),
     ],
 )

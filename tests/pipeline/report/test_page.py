@@ -423,8 +423,8 @@ def test_border_paths_are_in_token_units():
 
 
 def test_numbers_are_written_for_people():
-    written = [report.number(v) for v in (0.01234, 4.567, 123.4, 12345.6)]
-    assert written == ["0.012", "4.57", "123", "12,346"]
+    written = [report.number(v) for v in (0.01234, 0.0004, -0.00321, 4.567, 123.4, 12345.6)]
+    assert written == ["0.012", "0.00040", "-0.0032", "4.57", "123", "12,346"]
     assert [report.flop(v) for v in (8.1e6, 2.34e9, 1.2e13)] == ["8.1 MFLOP", "2.34 GFLOP", "12 TFLOP"]
 
 
