@@ -9,7 +9,9 @@ needed as input), S longest patch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +91,10 @@ class PatchAttention(nn.Module):
         self.wv = nn.Linear(width, width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
 
+    def forward(self, q_KD: Tensor | None, x_BnD: Tensor, pool: _Gathered | _Segments) -> Tensor:
+        """Let patches read their tokens x: vectors q (K, D), or without any the maxima of the tokens -> (K, D)."""
+        return pool.refine(self, pool.maximum(x_BnD) if q_KD is None else q_KD, x_BnD)
+
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (..., D) token states -> k, v: (..., D)."""
         normed = self.cross_attn_norm_kv(x)
@@ -124,16 +130,17 @@ def segment_max(x_UD: Tensor, segment_U: Tensor, segments: int) -> Tensor:
 
 
 class CopyPatch(nn.Module):
-    """What a decoder layer adds to each token from the state of its patch: Wo RMS(h), the copy operation."""
+    """y_t += Wo RMS(h_p) for every token t of patch p, the copy operation."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.cross_attn_norm_kv = RMSNorm(width)
         self.wo = nn.Linear(width, width, bias=False)
 
-    def forward(self, h: Tensor) -> Tensor:
-        added: Tensor = self.wo(self.cross_attn_norm_kv(h))
-        return added
+    def forward(self, y_BnD: Tensor, h_PD: Tensor, patch_ids: Tensor, slots: Slots | None) -> Tensor:
+        """Add to token states what each reads from its patch; patch_ids: (B, n); slots: where `spread` can use them."""
+        added = self.wo(self.cross_attn_norm_kv(h_PD))
+        return y_BnD + (F.embedding(patch_ids, added) if slots is None else spread(added, patch_ids, slots))
 
 
 class LocalEncoder(nn.Module):
@@ -187,9 +194,9 @@ class DPAR(nn.Module):
         return Rotary(self.rotary_cos, self.rotary_sin)
 
     @property
-    def packed_blocks(self) -> list[Block]:
-        """The blocks that see packed rows, of which every batch has another number."""
-        return list(self.layers)
+    def packed_blocks(self) -> list[nn.Module]:
+        """The modules that see packed rows, of which every batch has another number."""
+        return [*self.local_encoder.cross_attn_layers, *self.layers, *self.local_decoder.cross_attn_layers]
 
     def forward(self, tokens: Tensor, labels: Tensor, layout: PatchLayout, *, targets: Tensor | None = None) -> Tensor:
         """Predict every token from the tokens before it.
@@ -217,8 +224,7 @@ class DPAR(nn.Module):
         patches: Tensor | None = None
         for block, attention in zip(self.local_encoder.layers, self.local_encoder.cross_attn_layers):
             x = block(x, table)
-            patches = pool.maximum(x) if patches is None else patches
-            patches = pool.refine(attention, patches, x)
+            patches = attention(patches, x, pool)
         assert patches is not None, "the encoder has a layer"
         return x, patches
 
@@ -260,8 +266,9 @@ class DPAR(nn.Module):
         start = self.decoder_start_embedding.weight.expand(layout.images, 1, -1)
         y = torch.cat([start.type_as(x_BnD), x_BnD], dim=1)
         table = self.rotary.at(slice(y.shape[1]))
+        slots = copy_slots(layout)
         for block, copy in zip(self.local_decoder.layers, self.local_decoder.cross_attn_layers):
-            y = block(y + F.embedding(layout.patch_ids, copy(h_PD)), table)
+            y = block(copy(y, h_PD, layout.patch_ids, slots), table)
         return y
 
 
@@ -273,25 +280,99 @@ def _complete(layout: PatchLayout) -> Tensor:
     return torch.nonzero_static(keep, size=layout.patches - layout.images).flatten()
 
 
+class Slots(NamedTuple):
+    """The tokens of some patches as rows of S slots; a short patch has its first token in the slots left over.
+
+    token_KS: (K, S) int64, place of each slot's token among all n tokens of all images.
+    mask_KS: (K, S) bool, False where a slot is left over.
+    """
+
+    token_KS: Tensor
+    mask_KS: Tensor
+
+    @staticmethod
+    def of(layout: PatchLayout, patches_K: Tensor, *, tokens: int | None = None) -> Slots:
+        """Lay out the patches with these numbers, in images of `tokens` tokens (default: the layout's)."""
+        image = torch.searchsorted(layout.offsets, patches_K, right=True) - 1
+        within = torch.arange(layout.longest, device=patches_K.device)
+        mask = within < layout.lengths[patches_K, None]
+        first = image * (layout.tokens if tokens is None else tokens) + layout.starts[patches_K]
+        return Slots(first[:, None] + torch.where(mask, within, 0), mask)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of patches for their tokens. To sum, an embedding sorts all numbers backward; here they are rows already."""
+
+    @staticmethod
+    def forward(ctx: Any, h_PD: Tensor, patch_ids: Tensor, token_PS: Tensor, mask_PS: Tensor) -> Tensor:
+        ctx.save_for_backward(token_PS, mask_PS)
+        ctx.rows = len(h_PD)
+        return F.embedding(patch_ids, h_PD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        token_PS, mask_PS = ctx.saved_tensors
+        grads_PSD = F.embedding(token_PS, grad.flatten(0, 1)).masked_fill(~mask_PS.unsqueeze(-1), 0)
+        return F.pad(grads_PSD.sum(1), (0, 0, 0, ctx.rows - len(token_PS))), None, None, None
+
+
+def spread(h_PD: Tensor, patch_ids: Tensor, slots: Slots) -> Tensor:
+    """Return the row of its patch for every token, as F.embedding does: h (P, D), patch_ids (B, n) -> (B, n, D).
+
+    slots: of all P patches; their tokens are summed in the backward pass. h may have spare rows after P.
+    """
+    apply: Callable[..., Tensor] = _Spread.apply
+    return apply(h_PD, patch_ids, *slots)
+
+
+def copy_slots(layout: PatchLayout) -> Slots | None:
+    """Return the slots of all patches for `spread`, or None where an embedding serves better.
+
+    That is for long patches, and on a CPU, where its backward pass does not sort (and rounds every sum in bfloat16).
+    """
+    device = layout.offsets.device
+    if layout.longest > LONGEST_GATHERED or device.type == "cpu":
+        return None
+    return Slots.of(layout, torch.arange(layout.patches, device=device))
+
+
+class _Collect(torch.autograd.Function):
+    """Rows of tokens by slots. No two slots that count hold the same token, so the backward pass is a look-up as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, token_KS: Tensor, slot_N: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_N)
+        return F.embedding(token_KS, x_ND)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KSD: Tensor) -> tuple[Tensor, None, None]:
+        (slot_N,) = ctx.saved_tensors
+        found = F.embedding(slot_N.clamp(min=0), grad_KSD.flatten(0, 1))
+        return found.masked_fill(slot_N.unsqueeze(-1) < 0, 0), None, None
+
+
 class _Gathered:
-    """Pooling over the tokens of each complete patch, gathered to (K, S) rows; for short patches."""
+    """Pooling over the tokens of each complete patch, gathered to (K, S) rows; for short patches.
+
+    slot_N: for every token the number of its slot, -1 in the last patch of an image.
+    """
 
     def __init__(self, layout: PatchLayout, tokens: int) -> None:
         ids = _complete(layout)
-        image = torch.searchsorted(layout.offsets, ids, right=True) - 1
-        within = torch.arange(layout.longest, device=ids.device)
-        mask = within < layout.lengths[ids, None]
-        first = image * tokens + layout.starts[ids]
-        token = first[:, None] + torch.where(mask, within, 0)
+        token, mask = Slots.of(layout, ids, tokens=tokens)
+        patch = layout.patch_ids[:, :tokens]
+        image = torch.arange(layout.images, device=ids.device)[:, None]  # one patch of every earlier image is left out
+        slot = (patch - image) * layout.longest + torch.arange(tokens, device=ids.device) - layout.starts[patch]
+        self.slot_N = torch.where(patch < layout.offsets[1:, None] - 1, slot, -1).flatten()
         spare = spare_rows(len(ids), ids.device)  # each is a patch of the first token
         self.token, self.mask = F.pad(token, (0, 0, 0, spare)), F.pad(mask, (0, 0, 0, spare))
         self.mask[len(ids) :, 0] = True
 
     def _gather(self, x: Tensor) -> Tensor:
-        return F.embedding(self.token, x.flatten(0, 1))  # its backward pass is faster than that of indexing
+        apply: Callable[..., Tensor] = _Collect.apply
+        return apply(x.flatten(0, 1), self.token, self.slot_N)
 
     def maximum(self, x_BnD: Tensor) -> Tensor:
-
         return self._gather(x_BnD).masked_fill(~self.mask.unsqueeze(-1), float("-inf")).amax(dim=1)
 
     def refine(self, attention: PatchAttention, patches_KD: Tensor, x_BnD: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class PackedCausal:
         within = torch.arange(rows, device=offsets.device) - offsets[:-1][image]
         self.slots_N = image * longest + within  # the row of each packed position among the padded ones
         self.kernel = _ragged_kernel() if offsets.is_cuda and _has_flash_attention(offsets.device) else None
-        self.counts = [] if offsets.is_cuda else offsets.diff().tolist()
+        self.counts = offsets.diff().tolist() if offsets.device.type == "cpu" else []  # `alone` reads them, there only
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.kernel is not None and _fits_flash_attention(q):

@@ -49,23 +49,26 @@ class _BlockwiseLoss(torch.autograd.Function):
             table = weight.to(dtype)
             for first in range(0, len(x), rows):
                 states, wanted = x[first : first + rows].to(dtype), targets[first : first + rows, None]
-                log_p = torch.log_softmax(states @ table.T, dim=-1, dtype=torch.float32)
-                total -= log_p.gather(1, wanted).sum()
+                logits = states @ table.T
+                log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+                log_p_wanted = log_p.gather(1, wanted)
+                total -= log_p_wanted.sum()
                 if not (wants_x or wants_weight):
                     continue
-                grad = log_p.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
-                grad = grad.div_(len(x)).to(dtype)  # of the mean loss, by the block's logits
+                # Of the summed loss, by the block's logits, in whose place it is written: p, less 1 at the targets.
+                grad = torch.exp(log_p, out=logits).scatter_(1, wanted, log_p_wanted.expm1().to(dtype))
                 if grad_x is not None:
                     grad_x[first : first + rows] = grad @ table
                 if grad_weight is not None:
                     grad_weight += grad.T @ states
         ctx.save_for_backward(grad_x, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.positions = weight.dtype, len(x)
         return total / len(x)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        scaled_x = None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype)
-        scaled_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype)
+        scale = grad_loss / ctx.positions  # of the mean
+        scaled_x = None if grad_x is None else (grad_x.float() * scale).type_as(grad_x)
+        scaled_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
         return scaled_x, scaled_weight, None, None

@@ -73,18 +73,18 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
-    """Compile every block; they share their code.
+    """Compile every block, and what pools and copies patches; all that are alike share their code.
 
-    Packed rows differ from batch to batch, so the shapes of those blocks stay open; the others see the same shape at every
+    Packed rows differ from batch to batch, so the shapes of those modules stay open; the others see the same shape at every
     step and are compiled for it. Only the forward function: what checkpoints activations or gathers sharded weights goes
     around it, uncompiled.
     """
     # One code object serves blocks over T - 1, T and packed rows, with and without dropout and gradients, and the last
     # batch of a validation: more than the 8 forms after which torch gives up and runs it uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _FORMS)
-    packed = {id(block) for block in getattr(model, "packed_blocks", ())}
-    for block in transformer_blocks(model):
-        block.forward = torch.compile(block.forward, dynamic=id(block) in packed, backend=backend)
+    packed: list[nn.Module] = list(getattr(model, "packed_blocks", ()))
+    for block in {*transformer_blocks(model), *packed}:
+        block.forward = torch.compile(block.forward, dynamic=block in packed, backend=backend)
 
 
 def spread(model: nn.Module, strategy: Strategy, ranks: Ranks) -> nn.Module:
