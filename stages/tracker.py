@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from stages.terminal import columns, print_fitted, shortened
+from stages.terminal import columns, print_fitted, shortened, size
 
 PROGRESS_SECONDS = "DPAR_PROGRESS_SECONDS"  # variable of the environment: seconds between lines of progress, 10 when unset
 
@@ -46,6 +46,8 @@ class Tracker(Protocol):
 
 def rate_words(rate: float, unit: str) -> str:
     """Write a rate of units per second; below one as the seconds that a unit takes: `312.4 images/s`, `2.5 s/step`."""
+    if unit == "bytes":
+        return f"{size(rate)}/s"
     if rate >= 1 or rate <= 0:
         return f"{rate:.1f} {unit}/s"
     return f"{1 / rate:.1f} s/{unit.removesuffix('s') if unit != 's' else unit}"

@@ -265,6 +265,7 @@ class MlflowTracker:
         """source: tags of who started it from what, which models that it records carry as well."""
         self.records, self.run, self.parent, self.stage, self.source = records, run, parent, stage, source
         self._last: dict[str, tuple[float, int | None, int]] = {}  # value, step, when in milliseconds since 1970
+        self._curves: set[str] = set()  # metrics that have a value for each of several steps
         self._datasets: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -273,9 +274,13 @@ class MlflowTracker:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         now = int(time.time() * 1000)
-        self.records.metrics(self.run, metrics, step, time_ms=now)
         with self._lock:
-            self._last |= {name: (float(value), step, now) for name, value in metrics.items()}
+            self._curves |= set() if step is None else set(metrics)
+            # MLflow takes a value without a step for one of step 0: the end of a curve would be drawn as its beginning.
+            written = {name: value for name, value in metrics.items() if step is not None or name not in self._curves}
+            self._last |= {name: (float(value), step, now) for name, value in written.items()}
+        if written:
+            self.records.metrics(self.run, written, step, time_ms=now)
 
     def log_input(self, name: str, path: Path, digest: str) -> None:
         self._datasets[name] = digest

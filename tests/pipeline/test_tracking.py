@@ -109,7 +109,7 @@ def test_one_pipeline_run_through_the_client(project, by_hand, monkeypatch):
         one.log_input("tokens", root / "tokens", "abc123")
         for step in range(3):
             one.log_metrics({"train/loss": 3.0 - step}, step=step)
-        one.log_metrics({"validation/loss": 2.79})
+        one.log_metrics({"validation/loss": 2.79, "train/loss": 1.5})
         (root / "p.png").write_bytes(b"picture")
         one.log_picture(root / "p.png")
         time.sleep(0.05)
@@ -413,7 +413,7 @@ def test_a_store_that_cannot_be_used_gets_one_sentence_and_loses_nothing(project
     root, *_ = project
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(store, "_SQLITE_PATIENCE", 0.2)
+    monkeypatch.setattr(store, "SQLITE_PATIENCE", 0.2)
     with outage(root) as uri:
         journal = journal_of_a_run(root)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

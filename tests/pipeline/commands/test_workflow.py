@@ -326,7 +326,7 @@ def test_words_for_people(monkeypatch):
         "2.5 s/step",
         "0.0 step/s",
     ]
-    assert rate_words(0.25, "images") == "4.0 s/image"
+    assert rate_words(0.25, "images") == "4.0 s/image" and rate_words(188_234_251.0, "bytes") == "188.2 MB/s"
     assert [duration(s) for s in (4, 151, 11100, 187200)] == ["4 s", "2 min 31 s", "3 h 05 min", "2 days 4 h"]
     assert [about(s) for s in (0.2, 39, 720, 7200)] == ["1 s", "39 s", "12 min", "2.0 h"]
     assert [size(n) for n in (264, 1.2e6, 5e8, 2.1e12)] == ["264 B", "1.2 MB", "0.5 GB", "2.1 TB"]
