@@ -49,6 +49,7 @@ if not __package__:  # started by its path: again as a module, so that this repo
 from dpar_core.choices import Strategy
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator
 from dpar_core.generation.sampling import SampleSettings, filter_logits, guide, sample_tokens, uniforms
+from dpar_core.generation.static import Schedule
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.flops import dpar_forward_flops, gpt_forward_flops
 from dpar_core.models.gpt import GPT, GPTConfig, entropies_of, next_token_entropies
@@ -58,6 +59,7 @@ from dpar_core.patches.rule import PatchRule, lengths_from_starts, patch_starts,
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 MEAN_LENGTH, MAX_LENGTH, CLASSES = 1.81, 4, 1000
+IN_A_ROW = 4  # images that a place takes one after another where images are at tokens of their own (schedule rounds)
 Write = Callable[[dict[str, Any]], None]
 begun = time.monotonic()
 
@@ -249,16 +251,19 @@ def correctness(device: torch.device, tiny: bool, budget_s: float, write: Write)
         some, few = (labels, seeds) if name != "batch 1" else (labels[:1], seeds[:1])
         by_model = gate if settings.rule.reads_entropies and settings.gate == "entropy_model" else None
 
-        def sampled(model=model, settings=settings, some=some, few=few, **how: Any) -> Generated:
-            return DPARGenerator(model, gate, settings, **how).generate(some, few)
+        def sampled(model=model, settings=settings, some=some, few=few, lanes: int | None = None, **how: Any) -> Generated:
+            return DPARGenerator(model, gate, settings, **how).generate(some, few, lanes=lanes)
 
         expected = uncached(model, by_model, some.to(device), few, settings)
         ways = {
             "ragged": sampled(static=False),
             "buckets": sampled(static=True, schedule="buckets"),
             "ahead": sampled(static=True, schedule="ahead"),
+            "rounds": sampled(static=True, schedule="rounds"),
             "not captured": sampled(static=True, schedule="buckets", capture=False),
         }
+        if len(some) > 1 and by_model is not None:
+            ways["rounds, refilled"] = sampled(static=True, schedule="rounds", lanes=len(some) // 2)
         if device.type == "cuda":
             triton_ops = importlib.import_module("dpar_core.generation.triton_ops")
             with patch.object(triton_ops, "FUSED", 512):
@@ -343,11 +348,11 @@ def synchronized(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds_of(generator: Any, tokens: Tensor, device: torch.device) -> tuple[float, Generated]:
-    """Time the sampling of a batch."""
+def seconds_of(generator: Any, tokens: Tensor, device: torch.device, batch: int) -> tuple[float, Generated]:
+    """Time the sampling of images, a batch at a time."""
     labels, seeds = torch.arange(len(tokens)) % CLASSES, list(range(len(tokens)))
     started_at = synchronized(device)
-    generated = generator.generate(labels, seeds, given=tokens)
+    generated = generator.generate(labels, seeds, given=tokens, lanes=batch)
     return synchronized(device) - started_at, generated
 
 
@@ -397,7 +402,8 @@ def sampling(
                     precision = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
                     label = f"DPAR, gate {name} {precision}" + (f", {schedule}" if schedule else "")
                     makers[label] = lambda make=make, schedule=schedule, **how: make(**{"schedule": schedule, **how})
-                    tokens[label] = images[name].tokens[:batch]
+                    wanted = torch.arange(batch * (IN_A_ROW if schedule == "rounds" else 1))
+                    tokens[label] = images[name].tokens[wanted % len(images[name].tokens)]
             runs: dict[str, Any] = {}
             ready: dict[str, float] = {}
             if time.monotonic() > until:
@@ -411,41 +417,42 @@ def sampling(
                 tokens: dict[str, Tensor] = tokens,
                 generated: dict[str, Generated] = generated,
                 taken: dict[str, list[float]] = taken,
+                batch: int = batch,
             ) -> None:
                 for _ in range(scale.repeats):
                     for name, generator in runs.items():
-                        seconds, generated[name] = seconds_of(generator, tokens[name], device)
+                        seconds, generated[name] = seconds_of(generator, tokens[name], device, batch)
                         taken[name].append(seconds)
 
             alone = batch == scale.batches[-1]  # the caches of all of them do not fit beside each other
             for name, maker in makers.items():
                 begin = synchronized(device)
                 runs[name] = maker(static=True)
-                seconds_of(runs[name], tokens[name], device)
+                seconds_of(runs[name], tokens[name], device, batch)
                 ready[name] = synchronized(device) - begin
                 if alone:
                     repeat()
                     runs.clear()
             if not alone:
                 repeat()
-            base = statistics.median(taken["LlamaGen"])
+            base = batch / statistics.median(taken["LlamaGen"])
             allowed = image_costs(baseline.config, None, 0, batch)
             for name in makers:
-                median = statistics.median(taken[name])
-                patches = sum(map(len, generated[name].patch_lengths)) / batch
+                speed = len(tokens[name]) / statistics.median(taken[name])
+                patches = sum(map(len, generated[name].patch_lengths)) / len(tokens[name])
                 gate_config = gates[name.split(", ")[1].split()[1]].config if patches else None
                 costs = image_costs(config if patches else baseline.config, gate_config, patches, batch)
                 row = {
                     "size": size_name,
                     "batch": batch,
                     "model": name,
-                    "images_per_s": batch / median,
-                    "ratio": base / median,
+                    "images_per_s": speed,
+                    "ratio": speed / base,
                     "flop_ratio": allowed[0] / costs[0],
                     "byte_ratio": allowed[1] / costs[1],
                     "mean_length": config.tokens / patches if patches else None,
                     "seconds": taken[name],
-                    "ms_per_token": 1000 * median / config.tokens,
+                    "ms_per_token": 1000 * batch / speed / config.tokens,
                     "ready_s": ready[name],
                 }
                 rows.append(row)
@@ -461,7 +468,7 @@ def sampling(
                     for name in list(makers)[:2]:
                         if time.monotonic() > until:
                             continue
-                        seconds, _ = seconds_of(makers[name](**options), tokens[name], device)
+                        seconds, _ = seconds_of(makers[name](**options), tokens[name], device, batch)
                         rows.append(
                             {
                                 "size": size_name,
@@ -585,7 +592,7 @@ def main() -> None:
         say(f"part {name}")
         more: dict[str, Any] = {"sizes": sizes} if name in ("sampling", "training") else {}
         if name == "sampling":
-            more["schedules"] = ("ahead", "buckets") if options.schedules else (None,)
+            more["schedules"] = get_args(Schedule) if options.schedules else (None,)
             more["batches"] = tuple(int(batch) for batch in options.batches.split(",")) if options.batches else ()
         if name == "training":
             more["strategy"] = options.strategy

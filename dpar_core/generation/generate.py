@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dpar_core.generation.lanes import Lanes, longest_patch
+from dpar_core.generation.rounds import RoundsDPAR
 from dpar_core.generation.sampling import SampleSettings, TokenSampler
 from dpar_core.generation.static import Schedule, StaticDPAR, StaticGPT, static_dpar_bytes, static_gpt_bytes
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
@@ -74,7 +75,8 @@ class _Generator(ABC, Generic[Engine]):
         self.engine: Engine | None = None
 
     @abstractmethod
-    def _new_engine(self, images: int, keep_logits: bool) -> Engine: ...
+    def _new_engine(self, lanes: int, images: int, keep_logits: bool) -> Engine:
+        """Return a static decoder of `lanes` images at a time, which may be asked for `images` at once."""
 
     @abstractmethod
     def _ragged(self, labels: Tensor, sampler: TokenSampler, progress: OnTokens | None, lanes: int) -> Generated: ...
@@ -95,7 +97,8 @@ class _Generator(ABC, Generic[Engine]):
         labels: (B,) int64 in [0, classes] (the last is "no class").
         seeds: B integers.
         given: (B, n) int64, the first n tokens of each image.
-        lanes: images that the ragged decoder of DPAR generates at a time (None: all); a lane that is done takes the next.
+        lanes: images that are generated at a time (None: all); where they are at tokens of their own (ragged decoder, or
+            static one in rounds), a lane that is done takes the next.
         Raises ValueError in a sentence.
         """
         self._check(labels, seeds, given)
@@ -103,12 +106,19 @@ class _Generator(ABC, Generic[Engine]):
         if not self.static:
             sampler = TokenSampler(self.settings, seeds, given, self.config, device=self.device, keep_logits=keep_logits)
             return self._sound(self._ragged(labels, sampler, progress, min(lanes or images, images)))
+        lanes = min(lanes or images, images)
         # A smaller batch than the engine's is filled up, which keeps its kernels.
-        if engine is None or images > engine.images or keep_logits != (engine.logits is not None):
+        small = engine is None or lanes > engine.images or (engine.apart is not None and images > engine.most)
+        if engine is None or small or keep_logits != (engine.logits is not None):
             engine = self.engine = None  # its memory is free before the next one takes some
-            engine = self.engine = self._new_engine(images, keep_logits)
-        engine.run(labels, seeds, given, progress)
-        return self._sound(generated_by(engine, images))
+            engine = self.engine = self._new_engine(lanes, images, keep_logits)
+            engine.prepare()
+        parts = []
+        for first in range(0, images, engine.most):
+            some = slice(first, first + engine.most)
+            engine.run(labels[some], seeds[some], None if given is None else given[some], progress)
+            parts.append(generated_by(engine, len(labels[some])))
+        return self._sound(parts[0] if len(parts) == 1 else joined(parts))
 
     def _sound(self, sampled: Generated) -> Generated:
         return sampled
@@ -159,9 +169,9 @@ class GPTGenerator(_Generator[StaticGPT]):
             return static_gpt_bytes(self.stepper, images=images, halves=2 if self.guided else 1, dtype=self.dtype)
         return gpt_cache_bytes(self.config, images, guided=self.guided, value_bytes=self.dtype.itemsize)
 
-    def _new_engine(self, images: int, keep_logits: bool) -> StaticGPT:
+    def _new_engine(self, lanes: int, images: int, keep_logits: bool) -> StaticGPT:
         return StaticGPT(
-            self.stepper, self.settings, images=images, dtype=self.dtype, keep_logits=keep_logits, capture=self.capture
+            self.stepper, self.settings, images=lanes, dtype=self.dtype, keep_logits=keep_logits, capture=self.capture
         )
 
     def _ragged(self, labels: Tensor, sampler: TokenSampler, progress: OnTokens | None, lanes: int) -> Generated:
@@ -287,18 +297,21 @@ class DPARGenerator(_Generator[StaticDPAR]):
             )
         return sampled
 
-    def _new_engine(self, images: int, keep_logits: bool) -> StaticDPAR:
-        return StaticDPAR(
+    def _new_engine(self, lanes: int, images: int, keep_logits: bool) -> StaticDPAR:
+        schedule = self.schedule or fastest_schedule(self.config, lanes)
+        apart = schedule == "rounds" and self.asks_model  # where the model itself decides, all images go together
+        return (RoundsDPAR if apart else StaticDPAR)(
             self.stepper,
             self.gate,
             self.settings,
-            images=images,
+            images=lanes,
+            most=images if apart else None,
             dtype=self.dtype,
             gate_dtype=self.gate_dtype,
             longest=longest_patch(self.rule, self.config.tokens),
             keep_logits=keep_logits,
             capture=self.capture,
-            schedule=self.schedule or fastest_schedule(self.config, images),
+            schedule=schedule,
         )
 
 
@@ -318,4 +331,15 @@ def generated_by(engine: StaticDPAR | StaticGPT, images: int) -> Generated:
     if isinstance(engine, StaticGPT):
         return Generated(tokens, [], torch.full(tokens.shape, float("nan")), logits)
     lengths = lengths_from_starts(engine.starts_on_host()[:images])
-    return Generated(tokens, lengths, engine.entropies[:images, : engine.length].cpu(), logits)
+    return Generated(tokens, lengths, engine.entropies[:images, : engine.length].cpu().clone(), logits)
+
+
+def joined(parts: Sequence[Generated]) -> Generated:
+    """Return one batch after the other as one."""
+    logits = [part.logits for part in parts if part.logits is not None]
+    return Generated(
+        torch.cat([part.tokens for part in parts]),
+        [lengths for part in parts for lengths in part.patch_lengths],
+        torch.cat([part.entropies for part in parts]),
+        torch.cat(logits) if logits else None,
+    )

@@ -1,6 +1,6 @@
 """Generation in steps of fixed shape, for devices that launch work from a queue: on CUDA captured once and replayed.
 
-All images are at the same token. One step is: where a patch begins, close the open one and step the patch transformer;
+All images are at the same token here. One step is: where a patch begins, close the open one and step the patch transformer;
 decode and sample; encode the token; ask the gate and apply the rule to the next token. The gate needs nothing of the
 encoder, so the two run side by side. Tokens, caches, positions, boundaries and random numbers stay on the device. Rows
 that begin no patch are handled in one of two ways (`Schedule`):
@@ -11,7 +11,8 @@ that begin no patch are handled in one of two ways (`Schedule`):
 - "buckets": the host reads one number of four bytes per token, how many images begin a patch, and launches the patch
   transformer for at least as many (one captured graph per bucket), or not at all.
 
-Both give the images of the ragged decoder (lanes.py) up to rounding: the random numbers are the same.
+A third way leaves the images at tokens of their own (rounds.py). All give the images of the ragged decoder (lanes.py) up
+to rounding: the random numbers are the same.
 
 Shapes: B images, T tokens per image, D width, V codebook entries, k images of a bucket, hd head dimension.
 """
@@ -30,14 +31,14 @@ from torch import Tensor
 
 from dpar_core.choices import ENCODED, Coordinate
 from dpar_core.generation.sampling import SampleSettings, uniforms
-from dpar_core.generation.static_ops import Opened, StaticCache, TorchOps
+from dpar_core.generation.static_ops import Apart, Opened, StaticCache, TorchOps
 from dpar_core.generation.stepping import DPARStepper, GPTStepper
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.memory import cache_bytes
 from dpar_core.models.rope import frequencies, pairs_of
 from dpar_core.patches.rule import BoundaryState, PatchRule
 
-Schedule = Literal["ahead", "buckets"]
+Schedule = Literal["ahead", "buckets", "rounds"]
 
 BUCKETS = 8  # sizes of a launch of the patch transformer
 SMALLEST_BUCKET = 8
@@ -64,10 +65,13 @@ def ops_for(device: torch.device) -> Any:
 class Static:
     """What both models share: state of a batch, the loop, and the captured parts.
 
-    images: B.
-    position: (1,) int64, the token that is sampled next.
+    images: B, those that are sampled at a time.
+    most: N, images that may be asked for at once.
+    apart: where images are that are at tokens of their own (rounds.py); then N may exceed B, and row N is nobody's.
+    position: (1,) int64, or (B,) where apart, the token that is sampled next.
     current: (B,) int64, the last token.
-    given: (B, T) int64, -1 where nothing is given.
+    image: (B,) int64, rows of those that follow.
+    tokens, given, uniforms: (N, T) int64, int64 with -1 where nothing is given, and float64.
     """
 
     def __init__(
@@ -78,22 +82,27 @@ class Static:
         images: int,
         keep_logits: bool,
         capture: bool,
+        most: int | None = None,
     ) -> None:
+        """Make the state. most: N, where images are to be apart (None: all are at the same token)."""
         tokens, device = stepper.config.tokens, stepper.tokens.device
         self.settings, self.images, self.length, self.device = settings, images, tokens, device
+        self.most, self.apart = most or images, Apart.of(images, most, device) if most else None
+        rows = self.most + (1 if self.apart else 0)
         self.ops = ops_for(device)
         scales = settings.scales(tokens)
         guided = torch.nonzero(scales != 1).flatten().tolist()
         self.last_guided = max(guided, default=-1)
         self.halves = 2 if guided else 1
         self.scales = scales.to(device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(images if self.apart else 1, dtype=torch.int64, device=device)
         self.current = torch.zeros(images, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(images, tokens, dtype=torch.int64, device=device)
-        self.given = torch.full((images, tokens), -1, dtype=torch.int64, device=device)
-        self.uniforms = torch.zeros(images, tokens, dtype=torch.float64, device=device)
-        self.logits = torch.zeros(images, tokens, stepper.config.codebook_size, device=device) if keep_logits else None
+        self.tokens = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+        self.given = torch.full((rows, tokens), -1, dtype=torch.int64, device=device)
+        self.uniforms = torch.zeros(rows, tokens, dtype=torch.float64, device=device)
+        self.logits = torch.zeros(rows, tokens, stepper.config.codebook_size, device=device) if keep_logits else None
         self.all_rows = torch.arange(2 * images, device=device)
+        self.image = self.all_rows[:images].clone()
         self.capture = capture and device.type == "cuda"
         self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
 
@@ -142,7 +151,7 @@ class Static:
         self.position.zero_()
         self.current.zero_()
         numbers = uniforms(list(seeds), self.length)
-        self.uniforms.copy_(F.pad(numbers, (0, 0, 0, self.images - len(numbers))))
+        self.uniforms.copy_(F.pad(numbers, (0, 0, 0, len(self.uniforms) - len(numbers))))
         self.given.fill_(-1)
         if given is not None and given.numel():
             self.given[: len(given), : given.shape[1]] = given.to(self.device)
@@ -168,7 +177,6 @@ class StaticGPT(Static):
         self.table = torch.view_as_real(stepper.table).contiguous()
         self.classes = torch.zeros(rows, config.width, device=self.device)
         self.cache = StaticCache(config, config.layers, rows=rows, positions=positions, device=self.device, dtype=dtype)
-        self.prepare()
 
     def parts(self) -> dict[tuple[Any, ...], Callable[[], None]]:
         return {("step", halves): partial(self.step, halves) for halves in self.phases()}
@@ -176,7 +184,7 @@ class StaticGPT(Static):
     def step(self, halves: int) -> None:
         """Sample one token of every image."""
         x = self.ops.embed_or_class(self, halves)
-        plan = self.ops.lockstep(self.cache, self.position, self.table, shift=0)
+        plan = self.ops.placed(self.cache, self.position, self.table, shift=0)
         for layer, block in enumerate(self.stepper.blocks):
             x = self.ops.block(block, x, self.cache, layer, plan)
         self.ops.sample(self, self.ops.project(self.stepper.head.output, x), halves)
@@ -188,7 +196,7 @@ class StaticGPT(Static):
         """Sample a batch into `tokens`. labels: (B or fewer,) int64 on the host."""
         self.begin(seeds, given)
         assert self.stepper.classes is not None
-        self.classes.copy_(_class_vectors(self.stepper.classes, labels, self.images, self.halves))
+        self.classes.copy_(class_vectors(self.stepper.classes, labels, self.images, self.halves))
         for token in range(self.length):
             self.launch("step", self.halves_at(token))
             if progress:
@@ -203,7 +211,7 @@ class StaticDPAR(Static):
     count: (1,) int32, how many.
     first, index: (B,) int64, first token and number of the open patch.
     last_cut: (B,) int64, as in BoundaryState.
-    entropies, starts: (B, T + 1), the gate's entropies and where patches begin.
+    entropies, starts: (N, T + 1), the gate's entropies and where patches begin.
     state: (B or 2 B, D), x' of the last token, once per half.
     peak: (B, D), maximum of x' in the open patch.
     copied: (B or 2 B, layers D), what decoder layers add from the patch's state.
@@ -222,10 +230,11 @@ class StaticDPAR(Static):
         schedule: Schedule,
         keep_logits: bool,
         capture: bool,
+        most: int | None = None,
     ) -> None:
         config, rule = stepper.config, settings.rule
         assert rule is not None
-        super().__init__(stepper, settings, images=images, keep_logits=keep_logits, capture=capture)
+        super().__init__(stepper, settings, images=images, keep_logits=keep_logits, capture=capture, most=most)
         self.stepper, self.gate, self.config, self.rule = stepper, gate, config, rule
         self.asks_decoder = rule.reads_entropies and settings.gate == "decoder"
         self.known = None if rule.reads_entropies else _known_starts(rule, config.tokens)
@@ -237,13 +246,14 @@ class StaticDPAR(Static):
         def whole(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
-        self.begins, self.lanes = whole(1, images, dtype=torch.bool), torch.arange(images, device=device)
+        self.begins = self.apart.begins if self.apart else whole(1, images, dtype=torch.bool)
+        self.lanes = torch.arange(images, device=device)
         self.count = whole(images, 1, dtype=torch.int32)
         self.count_host = torch.full((1,), -1, dtype=torch.int32, pin_memory=self.capture)
         self.side = torch.cuda.Stream() if device.type == "cuda" else None
         self.first, self.index, self.last_cut = (whole(0, images) for _ in range(3))
-        self.entropies = torch.full((images, tokens + 1), float("nan"), device=device)
-        self.starts = whole(0, images, tokens + 1, dtype=torch.bool)
+        self.entropies = torch.full((len(self.tokens), tokens + 1), float("nan"), device=device)
+        self.starts = whole(0, len(self.tokens), tokens + 1, dtype=torch.bool)
         self.fixed = torch.from_numpy(rule.fixed_cuts(tokens + 1)).to(device)
         threshold = float("nan") if rule.threshold is None else rule.threshold
         self.threshold = torch.full((1,), threshold, dtype=torch.float32, device=device)
@@ -270,7 +280,6 @@ class StaticDPAR(Static):
             )
         self.probed: dict[int, Tensor] = {}
         self.restart()
-        self.prepare()
 
     def parts(self) -> dict[tuple[Any, ...], Callable[[], None]]:
         parts: dict[tuple[Any, ...], Callable[[], None]] = {}
@@ -282,6 +291,16 @@ class StaticDPAR(Static):
                 parts["keep", halves] = partial(self.keep, halves)
             parts["token", halves] = partial(self.token, halves)
         return parts
+
+    @property
+    def last_token(self) -> Tensor:
+        """Position of the last token: (1,) the same for all, or (B,) where images are apart."""
+        return self.apart.at if self.apart else self.position
+
+    @property
+    def moves(self) -> Tensor | None:
+        """Images that the last step sampled: (B,) bool, None: all."""
+        return self.apart.moves if self.apart else None
 
     def patch(self, images: int, halves: int) -> None:
         """Close the open patch of the first `images` of `lanes` and get the state of the next, where one begins."""
@@ -304,7 +323,7 @@ class StaticDPAR(Static):
         """Return the logits of the token at the position, given the state of the open patch: (halves B, V)."""
         ops, width = self.ops, self.config.width
         x = self.state[: halves * self.images]
-        plan = ops.lockstep(self.decoder_cache, self.position, self.table, shift=0)
+        plan = ops.placed(self.decoder_cache, self.position, self.table, shift=0, halves=halves)
         for layer, block in enumerate(self.stepper.decoder):
             copied = self.copied[: len(x), layer * width : (layer + 1) * width]
             x = ops.block(block, x, self.decoder_cache, layer, plan, copied)
@@ -318,19 +337,27 @@ class StaticDPAR(Static):
 
     def take_up(self, halves: int) -> None:
         """Encode the sampled token beside the gate, and go on to the next position."""
-        if self.side is not None:
-            self.side.wait_stream(torch.cuda.current_stream())
-        with nullcontext() if self.side is None else torch.cuda.stream(self.side):
-            self.decide_next()
+        self.ask_beside()
         self.encode()
         copies = None
         if self.ahead:  # as if each image began a patch at the next token; `commit` keeps what counts
             copies = self.transformed(self.ops.open(self, self.images, halves, ahead=True), halves)
-        if self.side is not None:
-            torch.cuda.current_stream().wait_stream(self.side)
+        self.wait_for_gate()
         if copies is not None:
             self.ops.commit(self, copies, halves)
         self.position.add_(1)
+
+    def ask_beside(self) -> None:
+        """Launch `decide_next` beside what follows."""
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream())
+        with nullcontext() if self.side is None else torch.cuda.stream(self.side):
+            self.decide_next()
+
+    def wait_for_gate(self) -> None:
+        """Let what follows wait for what `ask_beside` launched."""
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
 
     def decide_next(self) -> None:
         """Ask the entropy model about the next token and apply the rule; the decoder is asked later (`probe`)."""
@@ -339,17 +366,19 @@ class StaticDPAR(Static):
         ops, gate = self.ops, self.gate
         assert gate is not None
         x = ops.embed(gate.tokens, self.current)
-        plan = ops.lockstep(self.gate_cache, self.position, self.gate_table, shift=0)
+        plan = ops.placed(self.gate_cache, self.last_token, self.gate_table, shift=0, moves=self.moves)
         for layer, block in enumerate(gate.blocks):
             x = ops.block(block, x, self.gate_cache, layer, plan)
         ops.decide(self, ops.project(gate.head.output, x), 1)
-        self.send_count()
+        if self.reads_count:
+            self.send_count()
 
     def probe(self, halves: int) -> None:
         """Ask the decoder's entropy: its logits as if the token stayed in the open patch, which are kept if it does."""
         logits = self.probed[halves] = self.decode(halves)
         self.ops.decide(self, logits[: self.images], 0)
-        self.send_count()
+        if self.reads_count:
+            self.send_count()
 
     def keep(self, halves: int) -> None:
         """Sample from the logits of the probe, where no image begins a patch, and take the token up."""
@@ -357,19 +386,19 @@ class StaticDPAR(Static):
         self.take_up(halves)
 
     def send_count(self) -> None:
-        """Send the number of images that begin a patch to the host, which waits for it in `read_count`."""
-        if self.reads_count and self.capture:
+        """Send the count to the host, which waits for it in `read_count`."""
+        if self.capture:
             self.count_host.copy_(self.count, non_blocking=True)
 
     def read_count(self) -> int:
-        """Wait for the number of images that begin a patch. Raises RuntimeError when the device has stopped without it."""
+        """Wait for the count. Raises RuntimeError when the device has stopped without it."""
         if not self.capture:
             return int(self.count)
         seen, spins = self.count_host.numpy(), 0
         while seen[0] < 0:
             spins += 1
             if spins % SPINS == 0 and torch.cuda.current_stream().query() and seen[0] < 0:
-                raise RuntimeError("the device has ended its work without saying how many images begin a patch")
+                raise RuntimeError("the device has ended its work without sending the count that the host waits for")
         count, seen[0] = int(seen[0]), -1
         return count
 
@@ -377,7 +406,7 @@ class StaticDPAR(Static):
         """Turn the sampled token into x', and keep it for the patch that holds it."""
         ops, stepper = self.ops, self.stepper
         x = ops.embed(stepper.tokens, self.current)
-        plan = ops.lockstep(self.encoder_cache, self.position, self.table, shift=1)
+        plan = ops.placed(self.encoder_cache, self.last_token, self.table, shift=1, moves=self.moves)
         first_x, members = x, []
         for layer, (block, reader) in enumerate(zip(stepper.encoder, stepper.readers)):
             x = ops.block(block, x, self.encoder_cache, layer, plan)
@@ -406,7 +435,7 @@ class StaticDPAR(Static):
         """Sample a batch into `tokens`, `starts` and `entropies`. labels: (B or fewer,) int64 on the host."""
         self.begin(seeds, given)
         self.restart()
-        self.classes.copy_(_class_vectors(self.stepper.classes, labels, self.images, self.halves))
+        self.classes.copy_(class_vectors(self.stepper.classes, labels, self.images, self.halves))
         for token in range(self.length):
             halves = self.halves_at(token)
             begin = self.images
@@ -476,7 +505,7 @@ def _working_bytes(images: int, rows: int, tokens: int, codebook_size: int, hidd
     return images * per_image + rows * per_row
 
 
-def _class_vectors(table: Tensor, labels: Tensor, images: int, halves: int) -> Tensor:
+def class_vectors(table: Tensor, labels: Tensor, images: int, halves: int) -> Tensor:
     """Return the class vectors of all rows, the null class for the unconditional half and for images that fill up."""
     null = len(table) - 1
     labels = F.pad(labels.cpu(), (0, images - len(labels)), value=null)

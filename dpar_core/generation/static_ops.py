@@ -90,6 +90,35 @@ class Opened(NamedTuple):
     may_be_first: bool
 
 
+class Apart(NamedTuple):
+    """Where images are that are at tokens of their own, and who comes next.
+
+    at: (B,) int64, the last token of each.
+    moves, begins, done: (B,) bool, images that the last step sampled, that wait for a patch, and that have no token left.
+    taken, finished, total: (1,) int64, images begun, images whose place another took, and images asked for.
+    labels: (N + 1,) int64, classes of all images.
+    """
+
+    at: Tensor
+    moves: Tensor
+    begins: Tensor
+    done: Tensor
+    taken: Tensor
+    finished: Tensor
+    total: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, images: int, most: int, device: torch.device) -> Apart:
+        """Return the state of `images` at a time, of up to `most`."""
+
+        def zeros(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(count, dtype=dtype, device=device)
+
+        moves, begins, done = (zeros(images, torch.bool) for _ in range(3))
+        return cls(zeros(images), moves, begins, done, zeros(1), zeros(1), zeros(1), zeros(most + 1))
+
+
 class TorchOps:
     """The operations in plain torch."""
 
@@ -118,10 +147,24 @@ class TorchOps:
         x = x if halves == 1 else torch.cat([x, x])
         return torch.where(engine.position == 0, engine.classes[: len(x)], x)
 
-    def lockstep(self, cache: StaticCache, position: Tensor, table: Tensor, *, shift: int) -> LaunchPlan:
-        """Return the plan of rows that are all at the same position (1,)."""
-        turn = _turn(table[shift:].index_select(0, position))
-        return LaunchPlan(position, table, shift, seen=cache.hidden.index_select(0, position), turn=turn)
+    def placed(
+        self,
+        cache: StaticCache,
+        slots: Tensor,
+        table: Tensor,
+        *,
+        shift: int,
+        halves: int = 1,
+        moves: Tensor | None = None,
+    ) -> LaunchPlan:
+        """Return the plan of all rows of a cache, at the same position (1,) or each image at its own (B,), in both halves.
+
+        moves: (B,) bool, images whose result counts (None: all); the others may write where they have written before.
+        """
+        if len(slots) > 1 and halves == 2:
+            slots = slots.repeat(2)
+        turn = _turn(table[shift:].index_select(0, slots))
+        return LaunchPlan(slots, table, shift, seen=cache.hidden.index_select(0, slots), turn=turn)
 
     def block(
         self, block: BlockStepper, x: Tensor, cache: StaticCache, layer: int, plan: LaunchPlan, add: Tensor | None = None
@@ -147,8 +190,8 @@ class TorchOps:
 
     def take_up(self, engine: StaticDPAR, x: Tensor, first_x: Tensor, members: list[Tensor]) -> None:
         """Keep what the encoder made of a token: x' (B, D), the first layer's x' for the maximum, and the keys and values
-        (B, 2 D) of each layer for the patch vector."""
-        within = engine.position - engine.first
+        (B, 2 D) of each layer for the patch vector. (Images that wait repeat their last token, which changes nothing.)"""
+        within = engine.last_token - engine.first
         engine.state.copy_(x if len(engine.state) == len(x) else torch.cat([x, x]))
         opens = (within == 0).unsqueeze(1)
         torch.maximum(torch.where(opens, float("-inf"), engine.peak), first_x, out=engine.peak)
@@ -163,17 +206,17 @@ class TorchOps:
         """
         lanes = None if count == engine.images else engine.lanes[:count]
         begins, first, index = (_of(x, lanes) for x in (engine.begins, engine.first, engine.index))
-        position, width = engine.position + int(ahead), engine.config.row_width
-        opening = position == 0
+        position, width = (engine.position + int(ahead)).expand_as(first), engine.config.row_width
         slot = index + 1
-        last = ((position - 1) % width).expand_as(first)
-        values = torch.stack([first // width, first % width, last, index.clamp_min(0)], dim=1)
+        values = torch.stack([first // width, first % width, (position - 1) % width, index.clamp_min(0)], dim=1)
         table = engine.turns[values[:, engine.turn_source], engine.pair]  # (k, hd / 2, 2)
-        table = table * ~opening
+        table = table * (position > 0)[:, None, None]
         slots = slot if ahead else torch.where(begins, slot, engine.scratch)
         if not ahead:
             _put(engine.first, lanes, torch.where(begins, position, first))
             _put(engine.index, lanes, torch.where(begins, slot, index))
+            if engine.apart:
+                engine.begins.zero_()
         rows = lanes
         if halves == 2:
             slots, table = slots.repeat(2), table.repeat(2, 1, 1)
@@ -198,7 +241,8 @@ class TorchOps:
         x = patches if halves == 1 else torch.cat([patches, patches])
         if not opened.may_be_first:
             return x
-        return torch.where(engine.position == 0, engine.classes[: len(x)], x)
+        position = engine.position.repeat(halves) if engine.apart else engine.position
+        return torch.where((position == 0)[:, None], engine.classes[: len(x)], x)
 
     def keep_copies(self, engine: StaticDPAR, copies: Tensor, opened: Opened, halves: int) -> None:
         """Keep what the decoder adds from a patch's state, for rows that begin one: (halves k, layers D)."""
@@ -216,27 +260,54 @@ class TorchOps:
         engine.index.add_(begins)
 
     def sample(self, engine: StaticDPAR | StaticGPT, logits: Tensor, halves: int) -> None:
-        """Sample the token at the position of every image: logits (halves B, V)."""
-        position, images = engine.position, engine.images
+        """Sample the token at the position of every image, or where apart of those that can: logits (halves B, V)."""
+        rows, at, apart = engine.image, engine.position.expand(engine.images), engine.apart
         logits = logits.float()
         if halves == 2:
-            scale = engine.scales.index_select(0, position)
-            logits = guide(logits[:images], logits[images:], scale)
-        if engine.logits is not None:
-            engine.logits.index_copy_(1, position, logits.unsqueeze(1))
-        tokens = sample_tokens(logits, engine.uniforms.index_select(1, position).squeeze(1), engine.settings)
-        given = engine.given.index_select(1, position).squeeze(1)
-        torch.where(given >= 0, given, tokens, out=engine.current)
-        engine.tokens.index_copy_(1, position, engine.current.unsqueeze(1))
+            logits = guide(logits[: engine.images], logits[engine.images :], engine.scales[at])
+        tokens = sample_tokens(logits, engine.uniforms[rows, at], engine.settings)
+        given = engine.given[rows, at]
+        tokens = torch.where(given >= 0, given, tokens)
+        if apart:
+            torch.logical_not(apart.begins | apart.done, out=apart.moves)
+            tokens = torch.where(apart.moves, tokens, engine.current)
+        keep_logits(engine, logits)
+        engine.current.copy_(tokens)
+        engine.tokens[rows, at] = tokens if apart is None else torch.where(apart.moves, tokens, engine.tokens[rows, at])
+        if apart:
+            torch.where(apart.moves, at, apart.at, out=apart.at)
+            apart.done.logical_or_(apart.moves & (at == engine.length - 1))
+            engine.position.add_(apart.moves & ~apart.done)
+
+    def refill(self, engine: StaticDPAR, apart: Apart) -> None:
+        """Put the next images where one is done, and count the tokens that are settled."""
+        image = engine.image
+        free = apart.done & (image < apart.total)
+        torch.where(free, apart.taken + free.cumsum(0) - 1, image, out=image)
+        torch.minimum(image, apart.total, out=image)
+        fresh = free & (image < apart.total)
+        apart.taken.add_(free.sum())
+        apart.finished.add_(free.sum())
+        apart.done.logical_and_(~fresh)
+        apart.begins.logical_or_(fresh)
+        for x, value in ((engine.position, 0), (engine.first, 0), (engine.last_cut, 0), (engine.index, -1)):
+            x.masked_fill_(fresh, value)
+        both = fresh.repeat(engine.halves)[:, None]
+        torch.where(both, engine.stepper.start, engine.state, out=engine.state)
+        classes = F.embedding(apart.labels[image], engine.stepper.classes)
+        of_images = engine.classes[: len(image)]
+        torch.where(fresh[:, None], classes, of_images, out=of_images)
+        live = (engine.position + apart.done) * (image < apart.total)
+        engine.count.copy_(apart.finished * engine.length + live.sum())
 
     def decide(self, engine: StaticDPAR, logits: Tensor | None, ahead: int) -> None:
         """Apply the rule to the token `ahead` of the position, with the entropy of its logits (B, V) where it reads any.
 
         Where the decoder's entropy decides (ahead 0), a start that no entropy could prevent asks for none.
         """
-        rule, at = engine.rule, engine.position + ahead
-        fixed = engine.fixed.index_select(0, at)
-        cut = fixed
+        rule, rows, images = engine.rule, engine.image, engine.images
+        at = (engine.last_token + ahead).expand(images)
+        cut = fixed = engine.fixed[at]
         if logits is not None:
             entropies = next_token_entropies(logits)
             if ahead == 0:
@@ -244,18 +315,29 @@ class TorchOps:
                 if rule.max_patch_length is not None:
                     certain = certain | ((at - torch.where(fixed, at, engine.last_cut)) % rule.max_patch_length == 0)
                 entropies = torch.where(certain, float("nan"), entropies)
-            engine.entropies.index_copy_(1, at, entropies.unsqueeze(1))
+            engine.entropies[rows, at] = entropies
             cut = cut | (entropies > engine.threshold)
         torch.where(cut, at, engine.last_cut, out=engine.last_cut)
         if rule.max_patch_length is None:
-            engine.begins.copy_(cut.expand_as(engine.begins))
+            engine.begins.copy_(cut)
         else:
             torch.eq((at - engine.last_cut) % rule.max_patch_length, 0, out=engine.begins)
-        engine.starts.index_copy_(1, at, engine.begins.unsqueeze(1))
+        engine.starts[rows, at] = engine.begins
+        if engine.apart:
+            engine.begins.logical_and_(~engine.apart.done)
         if engine.reads_count:
             torch.sum(engine.begins, 0, keepdim=True, dtype=torch.int32, out=engine.count)
             if len(engine.buckets) > 1:
                 engine.lanes.copy_(torch.argsort(engine.begins.to(torch.uint8), descending=True, stable=True))
+
+
+def keep_logits(engine: StaticDPAR | StaticGPT, logits: Tensor) -> None:
+    """Keep the guided logits (B, V) of the images that move, where they were asked for."""
+    if engine.logits is not None:
+        rows, at = engine.image, engine.position.expand(engine.images)
+        if engine.apart:
+            logits = torch.where(engine.apart.moves[:, None], logits, engine.logits[rows, at])
+        engine.logits[rows, at] = logits
 
 
 def rows_of(plan: LaunchPlan, rows: int) -> Tensor:

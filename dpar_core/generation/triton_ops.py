@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpar_core.generation.sampling import filter_logits, guide
-from dpar_core.generation.static_ops import LaunchPlan, Opened, StaticCache
+from dpar_core.generation.static_ops import Apart, LaunchPlan, Opened, StaticCache, keep_logits
 from dpar_core.generation.stepping import BlockStepper, Matrix, PatchReader
 from dpar_core.models.layers import NORM_EPS
 
@@ -228,6 +228,7 @@ def _attend(
     half,
     H,
     C,
+    B,
     shift,
     HD: tl.constexpr,
     HDP: tl.constexpr,
@@ -235,8 +236,12 @@ def _attend(
     ROWS: tl.constexpr,
     ACTIVE: tl.constexpr,
     PER_ROW: tl.constexpr,
+    APART: tl.constexpr,
 ):
-    """Turn q and k, write k and v at the row's slot, attend to all slots up to it: one program per row and head."""
+    """Turn q and k, write k and v at the row's slot, attend to all slots up to it: one program per row and head.
+
+    Slots are one for all, PER_ROW one each, APART one per image, rows beyond B being the other half of the same images.
+    """
     a = tl.program_id(0)
     h = tl.program_id(1)
     d = tl.arange(0, HDP)
@@ -245,8 +250,9 @@ def _attend(
     other = d ^ 1
     sign = tl.where(d % 2 == 0, -1.0, 1.0)
     row = tl.load(rows_ptr + a) if ROWS else a.to(tl.int64)
-    slot = tl.load(slots_ptr + (a if PER_ROW else 0))
-    live = tl.load(active_ptr + a) if ACTIVE else slot >= 0
+    own = a % B if APART else a
+    slot = tl.load(slots_ptr + (own if PER_ROW or APART else 0))
+    live = tl.load(active_ptr + own) if ACTIVE else slot >= 0
     turn = a.to(tl.int64) if PER_ROW else slot + shift
     width = H * HD
     base = qkv_ptr + a.to(tl.int64) * 3 * width + h * HD
@@ -266,8 +272,8 @@ def _attend(
     # Every line of a tile keeps a softmax of its own, and they are joined once at the end, so that no step of the loop
     # waits for the other warps. All start from the row's own score, which is finite.
     q = q * LOG2E
-    own = tl.sum(q * k.to(tl.float32), axis=0)
-    most = tl.zeros([BLOCK], tl.float32) + own
+    score = tl.sum(q * k.to(tl.float32), axis=0)
+    most = tl.zeros([BLOCK], tl.float32) + score
     total = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK, HDP], tl.float32)
     end = tl.where(live, slot, 0)
@@ -287,7 +293,7 @@ def _attend(
         most = new
     top = tl.max(most, axis=0)
     share = tl.exp2(most - top)
-    itself = tl.exp2(own - top)
+    itself = tl.exp2(score - top)
     whole = tl.sum(total * share, axis=0) + itself
     result = (tl.sum(out * share[:, None], axis=0) + v.to(tl.float32) * itself) / whole
     result = tl.where(live, result, 0.0)
@@ -360,7 +366,8 @@ def _take_up(
     pending1_ptr,
     kv_ptr,
     members_ptr,
-    position_ptr,
+    at_ptr,
+    moves_ptr,
     first_ptr,
     state_ptr,
     peak_ptr,
@@ -375,12 +382,15 @@ def _take_up(
     PENDING1: tl.constexpr,
     FIRST: tl.constexpr,
     HALVES: tl.constexpr,
+    APART: tl.constexpr,
 ):
-    """Keep keys and values of a token for its patch; FIRST: also x' and the maximum."""
+    """Keep keys and values of a token for its patch; FIRST: also x' and the maximum. APART: of images that move."""
     b = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     mask = d < D
-    within = tl.load(position_ptr) - tl.load(first_ptr + b)
+    if APART:
+        mask = mask & tl.load(moves_ptr + b)
+    within = tl.load(at_ptr + (b if APART else 0)) - tl.load(first_ptr + b)
     at = ((b * H + d // HD) * S + within) * HD + d % HD
     k = tl.load(kv_ptr + b * 2 * D + d, mask=mask, other=0.0)
     v = tl.load(kv_ptr + b * 2 * D + D + d, mask=mask, other=0.0)
@@ -422,6 +432,7 @@ def _open(
     ROWS: tl.constexpr,
     HALVES: tl.constexpr,
     AHEAD: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """Move an image that begins a patch on to it: its slot, rows, rotary table, and the length of the patch that ends."""
     i = tl.program_id(0)
@@ -429,7 +440,7 @@ def _open(
     begins = tl.load(begins_ptr + lane)
     first = tl.load(first_ptr + lane)
     index = tl.load(index_ptr + lane)
-    position = tl.load(position_ptr) + AHEAD
+    position = tl.load(position_ptr + (lane if APART else 0)) + AHEAD
     slot = index + 1
     if not AHEAD:
         slot = tl.where(begins, slot, scratch)
@@ -453,6 +464,8 @@ def _open(
     if not AHEAD:
         tl.store(first_ptr + lane, tl.where(begins, position, first))
         tl.store(index_ptr + lane, tl.where(begins, index + 1, index))
+    if APART:
+        tl.store(begins_ptr + lane, lane < 0)  # false: it waits no longer
 
 
 @triton.jit
@@ -467,6 +480,7 @@ def _spread(
     BD: tl.constexpr,
     PENDING: tl.constexpr,
     CLASSES: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """The patch vectors once per half; at position 0 the classes."""
     a = tl.program_id(0)
@@ -476,7 +490,7 @@ def _spread(
     if PENDING:
         x += tl.load(pending_ptr + (a % k) * D + d, mask=mask, other=0.0).to(tl.float32)
     if CLASSES:  # noqa: SIM102, decided by the compiler, what follows by the kernel
-        if tl.load(position_ptr) == 0:
+        if tl.load(position_ptr + (a % k if APART else 0)) == 0:
             x = tl.load(classes_ptr + a * D + d, mask=mask, other=0.0)
     tl.store(out_ptr + a * D + d, x, mask=mask)
 
@@ -526,6 +540,11 @@ def _sample(
     current_ptr,
     tokens_ptr,
     kept_ptr,
+    image_ptr,
+    begins_ptr,
+    at_ptr,
+    moves_ptr,
+    done_ptr,
     B,
     T,
     V,
@@ -534,22 +553,31 @@ def _sample(
     GUIDED: tl.constexpr,
     GREEDY: tl.constexpr,
     KEEP: tl.constexpr,
+    APART: tl.constexpr,
 ):
-    """Guide, and invert the cumulative distribution: blocks of 128 tokens first, then the tokens of one block."""
+    """Guide, and invert the cumulative distribution: blocks of 128 tokens first, then the tokens of one block.
+
+    APART: of images that wait for no patch and have a token left, which go on to the next.
+    """
     b = tl.program_id(0)
-    position = tl.load(position_ptr)
+    image = b.to(tl.int64)
+    position = tl.load(position_ptr + (b if APART else 0))
+    moves = b >= 0
+    if APART:
+        image = tl.load(image_ptr + b)
+        moves = (tl.load(begins_ptr + b) == 0) & (tl.load(done_ptr + b) == 0)
     scale = tl.load(scales_ptr + position)
     v = tl.arange(0, NB)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     x = _guided(logits_ptr, b, v, v < V, V, scale, B, GUIDED)
     if KEEP:
-        tl.store(kept_ptr + (b.to(tl.int64) * T + position) * V + v, x, mask=v < V)
+        tl.store(kept_ptr + (image * T + position) * V + v, x, mask=(v < V) & moves)
     x = tl.where(v < V, x / temperature, float("-inf"))
     most = tl.max(tl.max(x, axis=1), axis=0)
     if GREEDY:
         token = tl.min(tl.min(tl.where(x == most, v, V), axis=1), axis=0)
     else:
         sums = tl.sum(tl.exp(x - most).to(tl.float64), axis=1)
-        target = tl.load(uniforms_ptr + b.to(tl.int64) * T + position) * tl.sum(sums, axis=0)
+        target = tl.load(uniforms_ptr + image * T + position) * tl.sum(sums, axis=0)
         upto = tl.cumsum(sums, axis=0)
         block = tl.minimum(tl.sum((upto <= target).to(tl.int32), axis=0), NB - 1)
         before = tl.sum(tl.where(tl.arange(0, NB) < block, sums, 0.0), axis=0)
@@ -560,10 +588,15 @@ def _sample(
         token = block * LANES + tl.sum((inside <= target).to(tl.int32), axis=0)
         # Sums in another order: never beyond the last token of the block that has a probability.
         token = tl.minimum(token, tl.max(tl.where(e > 0, w, block * LANES), axis=0))
-    given = tl.load(given_ptr + b.to(tl.int64) * T + position)
+    given = tl.load(given_ptr + image * T + position)
     token = tl.where(given >= 0, given, token.to(tl.int64))
-    tl.store(current_ptr + b, token)
-    tl.store(tokens_ptr + b.to(tl.int64) * T + position, token)
+    tl.store(current_ptr + b, token, mask=moves)
+    tl.store(tokens_ptr + image * T + position, token, mask=moves)
+    if APART:
+        tl.store(at_ptr + b, position, mask=moves)
+        tl.store(moves_ptr + b, moves)
+        tl.store(done_ptr + b, moves, mask=moves & (position == T - 1))
+        tl.store(position_ptr + b, position + 1, mask=moves & (position < T - 1))
 
 
 @triton.jit
@@ -571,22 +604,31 @@ def _decide(
     logits_ptr,
     fixed_ptr,
     threshold_ptr,
-    position_ptr,
+    at_ptr,
     last_cut_ptr,
     begins_ptr,
     entropies_ptr,
     starts_ptr,
     count_ptr,
+    image_ptr,
+    moves_ptr,
+    done_ptr,
     stride,
     V,
     NB: tl.constexpr,
     AHEAD: tl.constexpr,
     LONGEST: tl.constexpr,
     ALONE: tl.constexpr,
+    APART: tl.constexpr,
 ):
-    """Entropy of the logits, and the patch rule (static_ops.TorchOps.decide)."""
+    """Entropy of the logits, and the patch rule (static_ops.TorchOps.decide). APART: of images that move."""
     b = tl.program_id(0)
-    at = tl.load(position_ptr) + AHEAD
+    image = b.to(tl.int64)
+    at = tl.load(at_ptr + (b if APART else 0)) + AHEAD
+    moves = b >= 0
+    if APART:
+        image = tl.load(image_ptr + b)
+        moves = tl.load(moves_ptr + b) != 0
     v = tl.arange(0, NB)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     x = tl.load(logits_ptr + b.to(tl.int64) * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
     most = tl.max(tl.max(x, axis=1), axis=0)
@@ -606,10 +648,12 @@ def _decide(
     begins = gate
     if LONGEST > 0:
         begins = (at - last) % LONGEST == 0
-    tl.store(last_cut_ptr + b, last)
-    tl.store(begins_ptr + b, begins)
-    tl.store(entropies_ptr + b * stride + at, entropy)
-    tl.store(starts_ptr + b * stride + at, begins)
+    tl.store(last_cut_ptr + b, last, mask=moves)
+    tl.store(entropies_ptr + image * stride + at, entropy, mask=moves)
+    tl.store(starts_ptr + image * stride + at, begins, mask=moves)
+    if APART:
+        begins = begins & (tl.load(done_ptr + b) == 0)
+    tl.store(begins_ptr + b, begins, mask=moves)
     if ALONE:
         tl.store(count_ptr, begins.to(tl.int32))
 
@@ -624,6 +668,80 @@ def _compact(begins_ptr, lanes_ptr, count_ptr, B, BB: tl.constexpr):
     rank = tl.where(begins > 0, upto - 1, count + i - upto)
     tl.store(lanes_ptr + rank, i.to(tl.int64), mask=i < B)
     tl.store(count_ptr, count)
+
+
+@triton.jit
+def _refill(
+    image_ptr,
+    position_ptr,
+    first_ptr,
+    index_ptr,
+    last_cut_ptr,
+    begins_ptr,
+    done_ptr,
+    fresh_ptr,
+    taken_ptr,
+    finished_ptr,
+    total_ptr,
+    count_ptr,
+    T,
+    B,
+    BB: tl.constexpr,
+):
+    """Number the images that take the place of those that are done, and count the tokens that are settled."""
+    b = tl.arange(0, BB)
+    there = b < B
+    total = tl.load(total_ptr)
+    image = tl.load(image_ptr + b, mask=there, other=0)
+    done = tl.load(done_ptr + b, mask=there, other=0) != 0
+    free = there & done & (image < total)
+    ones = free.to(tl.int64)
+    taken = tl.load(taken_ptr)
+    image = tl.where(free, tl.minimum(taken + tl.cumsum(ones, axis=0) - 1, total), image)
+    fresh = free & (image < total)
+    many = tl.sum(ones, axis=0)
+    finished = tl.load(finished_ptr) + many
+    tl.store(taken_ptr, taken + many)
+    tl.store(finished_ptr, finished)
+    tl.store(image_ptr + b, image, mask=there)
+    position = tl.load(position_ptr + b, mask=there, other=0)
+    position = tl.where(fresh, 0, position)
+    done = done & (fresh == 0)
+    zero = tl.zeros([BB], tl.int64)
+    tl.store(position_ptr + b, position, mask=there)
+    tl.store(first_ptr + b, zero, mask=fresh)
+    tl.store(index_ptr + b, zero - 1, mask=fresh)
+    tl.store(last_cut_ptr + b, zero, mask=fresh)
+    tl.store(begins_ptr + b, fresh, mask=fresh)
+    tl.store(done_ptr + b, done, mask=there)
+    tl.store(fresh_ptr + b, fresh, mask=there)
+    live = tl.where(there & (image < total), position + done.to(tl.int64), 0)
+    tl.store(count_ptr, (finished * T + tl.sum(live, axis=0)).to(tl.int32))
+
+
+@triton.jit
+def _enter(
+    fresh_ptr,
+    image_ptr,
+    labels_ptr,
+    table_ptr,
+    start_ptr,
+    classes_ptr,
+    state_ptr,
+    B,
+    D,
+    BD: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """The class and the first state of images that have just taken a place."""
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BD)
+    mask = (d < D) & (tl.load(fresh_ptr + b) != 0)
+    label = tl.load(labels_ptr + tl.load(image_ptr + b))
+    tl.store(classes_ptr + b * D + d, tl.load(table_ptr + label * D + d, mask=mask, other=0.0), mask=mask)
+    start = tl.load(start_ptr + d, mask=mask, other=0.0)
+    for half in tl.static_range(HALVES):
+        tl.store(state_ptr + (b + half * B) * D + d, start, mask=mask)
 
 
 def gemv_tile(outputs: int, columns: int, matrices: int) -> tuple[int, int, int]:
@@ -801,8 +919,17 @@ class TritonOps:
         )
         return out
 
-    def lockstep(self, cache: StaticCache, position: Tensor, table: Tensor, *, shift: int) -> LaunchPlan:
-        return LaunchPlan(position, table, shift)
+    def placed(
+        self,
+        cache: StaticCache,
+        slots: Tensor,
+        table: Tensor,
+        *,
+        shift: int,
+        halves: int = 1,
+        moves: Tensor | None = None,
+    ) -> LaunchPlan:
+        return LaunchPlan(slots, table, shift, active=moves)
 
     def attend(self, qkv: Tensor, cache: StaticCache, layer: int, plan: LaunchPlan, dtype: torch.dtype) -> Tensor:
         """Attend in the cache: qkv (A, 3 D) as the product gives it -> (A, D) in dtype."""
@@ -811,6 +938,7 @@ class TritonOps:
         rows = len(qkv)
         out = torch.empty(rows, heads * head_dim, dtype=dtype, device=qkv.device)
         block, warps = attend_tile(rows * heads, positions)
+        per_row = plan.shift is None
         self.go(
             _attend,
             (rows, heads),
@@ -824,13 +952,15 @@ class TritonOps:
             held.stride(0),
             heads,
             positions,
+            len(plan.slots),
             plan.shift or 0,
             HD=head_dim,
             HDP=triton.next_power_of_2(head_dim),
             BLOCK=block,
             ROWS=plan.rows is not None,
             ACTIVE=plan.active is not None,
-            PER_ROW=plan.shift is None,
+            PER_ROW=per_row,
+            APART=not per_row and len(plan.slots) > 1,
             num_warps=warps,
         )
         return out
@@ -876,7 +1006,8 @@ class TritonOps:
                 first.x if first.pending is None else first.pending,
                 kv,
                 held,
-                engine.position,
+                engine.last_token,
+                engine.first if engine.moves is None else engine.moves,
                 engine.first,
                 engine.state,
                 engine.peak,
@@ -891,6 +1022,7 @@ class TritonOps:
                 PENDING1=first.pending is not None,
                 FIRST=layer == 0,
                 HALVES=engine.halves,
+                APART=engine.apart is not None,
             )
 
     def open(self, engine: StaticDPAR, count: int, halves: int, *, ahead: bool) -> Opened:
@@ -924,6 +1056,8 @@ class TritonOps:
             ROWS=lanes is not None,
             HALVES=halves,
             AHEAD=int(ahead),
+            APART=engine.apart is not None,
+            num_warps=1,  # no warp loads what another has stored
         )
         plan = LaunchPlan(slots, table, None, rows, None if ahead else active)
         return Opened(lanes, active[:count], lengths, plan, lanes is None and not ahead)
@@ -985,6 +1119,7 @@ class TritonOps:
             BD=triton.next_power_of_2(width),
             PENDING=pending is not None,
             CLASSES=opened.may_be_first,
+            APART=engine.apart is not None,
         )
         return out
 
@@ -1023,12 +1158,14 @@ class TritonOps:
         temperature, guided = settings.temperature, halves == 2
         codes = logits.shape[1]
         filtered = not settings.greedy and (0 < settings.top_k < codes or settings.top_p < 1)
+        apart, unused = engine.apart, engine.current
         if filtered:
             if guided:
                 scale = engine.scales.index_select(0, engine.position)
                 logits = guide(logits[: engine.images].float(), logits[engine.images :].float(), scale)
-            if kept is not None:
-                kept.index_copy_(1, engine.position, logits.float().unsqueeze(1))
+            if apart and kept is not None:
+                torch.logical_not(apart.begins | apart.done, out=apart.moves)
+            keep_logits(engine, logits.float())
             logits = filter_logits(logits, temperature=temperature, top_k=settings.top_k, top_p=settings.top_p)
             temperature, guided = 1.0, False
         keep = kept is not None and not filtered
@@ -1043,6 +1180,11 @@ class TritonOps:
             engine.current,
             engine.tokens,
             kept if keep else logits,
+            engine.image,
+            apart.begins if apart else unused,
+            apart.at if apart else unused,
+            apart.moves if apart else unused,
+            apart.done if apart else unused,
             engine.images,
             engine.length,
             codes,
@@ -1051,35 +1193,79 @@ class TritonOps:
             GUIDED=guided,
             GREEDY=settings.greedy,
             KEEP=keep,
+            APART=apart is not None,
             num_warps=16 if codes > 4096 else 4,
         )
 
     def decide(self, engine: StaticDPAR, logits: Tensor | None, ahead: int) -> None:
         assert logits is not None  # without entropies the host knows where patches begin
-        images, codes = engine.images, logits.shape[1]
+        images, codes, apart = engine.images, logits.shape[1], engine.apart
         self.go(
             _decide,
             (images,),
             logits,
             engine.fixed,
             engine.threshold,
-            engine.position,
+            engine.last_token,
             engine.last_cut,
             engine.begins,
             engine.entropies,
             engine.starts,
             engine.count,
+            engine.image,
+            apart.moves if apart else engine.begins,
+            apart.done if apart else engine.begins,
             engine.entropies.shape[1],
             codes,
             NB=triton.next_power_of_2(-(-codes // 128)),
             AHEAD=ahead,
             LONGEST=engine.rule.max_patch_length or 0,
-            ALONE=images == 1,
+            ALONE=images == 1 and apart is None,
+            APART=apart is not None,
             num_warps=16 if codes > 4096 else 4,
         )
         if engine.reads_count and images > 1:
             block = triton.next_power_of_2(images)
             self.go(_compact, (1,), engine.begins, engine.lanes, engine.count, images, BB=block, num_warps=4)
+
+    def refill(self, engine: StaticDPAR, apart: Apart) -> None:
+        images, width = engine.images, engine.config.width
+        fresh = torch.empty_like(apart.done)
+        self.go(
+            _refill,
+            (1,),
+            engine.image,
+            engine.position,
+            engine.first,
+            engine.index,
+            engine.last_cut,
+            engine.begins,
+            apart.done,
+            fresh,
+            apart.taken,
+            apart.finished,
+            apart.total,
+            engine.count,
+            engine.length,
+            images,
+            BB=triton.next_power_of_2(images),
+            num_warps=4,
+        )
+        self.go(
+            _enter,
+            (images,),
+            fresh,
+            engine.image,
+            apart.labels,
+            engine.stepper.classes,
+            engine.stepper.start,
+            engine.classes,
+            engine.state,
+            images,
+            width,
+            BD=triton.next_power_of_2(width),
+            HALVES=engine.halves,
+        )
 
 
 def fuses(stream: Stream) -> bool:

@@ -15,6 +15,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_models_and_finds_everything_r
         "--tiny",
         "--parts",
         "correctness,sampling",
+        "--schedules",
         "--out",
         tmp_path / "out",
     ]
@@ -26,5 +27,6 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_models_and_finds_everything_r
     assert result == json.loads((tmp_path / "out").read_text())
     assert result["correctness"]["wrong"] == {} and len(result["correctness"]["cases"]) >= 10
     models = {row["model"] for row in result["sampling"]["rows"]}
-    assert {"LlamaGen", "DPAR, gate XS fp32", "LlamaGen, not captured", "LlamaGen, ragged"} <= models
+    assert {"LlamaGen", "LlamaGen, not captured", "LlamaGen, ragged"} <= models
+    assert {f"DPAR, gate XS fp32, {schedule}" for schedule in ("ahead", "buckets", "rounds")} <= models
     assert all(row["images_per_s"] > 0 for row in result["sampling"]["rows"])

@@ -1,5 +1,7 @@
 """The kernels of triton_ops.py on a CPU, by Triton's interpreter: run as a script, prints what came out as JSON.
 
+    python -m tests.helpers.interpreted_kernels [rounds ...]        # all cases, or those whose names begin so
+
 TRITON_INTERPRET holds for a whole process and must be set before Triton is imported, so tests run this file as a process
 of its own. The interpreter cannot multiply tiles of bfloat16.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -45,7 +48,7 @@ interpreter._patch_lang_tensor = _with_bounds
 
 
 class Enough(Exception):
-    """So many tokens are compared: the interpreter takes seconds for each."""
+    """So many tokens are compared: the interpreter takes seconds for each. In rounds, images are at tokens of their own."""
 
 
 def steps() -> dict[str, bool]:
@@ -55,19 +58,26 @@ def steps() -> dict[str, bool]:
         "ahead, products fused": (GUIDED, "ahead", 3, 64),
         "buckets, filtered": (FILTERED, "buckets", 3, 0),
         "one image": (replace(GUIDED, cfg_scale=1.0), "buckets", 1, 0),
+        "rounds": (FILTERED, "rounds", 3, 0),
+        "rounds, one after another": (replace(GUIDED, cfg_scale=1.0), "rounds", 2, 0),
         "baseline, products fused": (replace(GUIDED, rule=None), None, 3, 64),
     }
     found = {}
     for name, (settings, schedule, images, fused) in cases.items():
+        if sys.argv[1:] and not name.startswith(tuple(sys.argv[1:])):
+            continue
 
         def generator(settings=settings, schedule=schedule, **how):
             if settings.rule is None:
                 return GPTGenerator(tiny_baseline(), settings, **how)
             return DPARGenerator(tiny_dpar(), tiny_gate(), settings, schedule=schedule, **how)
 
-        def stop(count: int, left=[TOKENS_COMPARED * images]) -> None:  # noqa: B006
+        alone = name.endswith("one after another")
+        enough = TOKENS_COMPARED * images if not alone else GRID**2 + TOKENS_COMPARED
+
+        def stop(count: int, left=[enough]) -> None:  # noqa: B006
             left[0] -= count
-            if not left[0]:
+            if left[0] <= 0:
                 raise Enough
 
         expected = generator().generate(labels[:images], seeds[:images])
@@ -79,12 +89,17 @@ def steps() -> dict[str, bool]:
             suppress(Enough),
         ):
             drawn = generator(static=True)
-            drawn.generate(labels[:images], seeds[:images], progress=stop)
-        some = slice(TOKENS_COMPARED)
-        found[name] = torch.equal(drawn.engine.tokens[:, some], expected.tokens[:, some])
-        if settings.rule:
-            mine, theirs = drawn.engine.entropies[:, some], expected.entropies[:, some]
-            found[name] &= torch.allclose(mine, theirs, atol=1e-4, rtol=0, equal_nan=True)
+            drawn.generate(labels[:images], seeds[:images], progress=stop, lanes=1 if alone else None)
+        upto, engine, right = [TOKENS_COMPARED] * images, drawn.engine, []
+        if engine.apart:  # some are further, some less far
+            upto = [GRID**2] * int(engine.image[0]) if alone else []
+            upto += (engine.position + engine.apart.done).tolist()
+        for image, tokens in enumerate(upto):
+            right.append(torch.equal(engine.tokens[image, :tokens], expected.tokens[image, :tokens]))
+            if settings.rule:
+                mine, theirs = engine.entropies[image, :tokens], expected.entropies[image, :tokens]
+                right.append(torch.allclose(mine, theirs, atol=1e-4, rtol=0, equal_nan=True))
+        found[name] = all(right) and sum(upto) >= enough
     return found
 
 

@@ -220,6 +220,7 @@ def main() -> None:
                 "baseline": compared(baseline(interval), given=some),
                 "static decoder, ahead": compared(dpar(guided, static=True, schedule="ahead"), given=some),
                 "static decoder, buckets": compared(dpar(guided, static=True, schedule="buckets"), given=some),
+                "static decoder, rounds": compared(dpar(guided, static=True, schedule="rounds"), given=some, lanes=3),
                 "static decoder, top-k and top-p": compared(dpar(fixed, static=True)),
                 "static decoder, decoder's entropy": compared(dpar(decoder, static=True, schedule="ahead")),
                 "static decoder, baseline": compared(baseline(interval, static=True), given=some),

@@ -241,7 +241,8 @@ def test_on_another_device_everything_is_there_and_the_host_waits_once_a_token()
     assert cases["two lanes, guidance that ends"]["waits"] == 3 * (TOKENS - 1)  # five images, two at a time
     assert cases["static patches"]["waits"] == cases["baseline"]["waits"] == 0
     steps = {name.removeprefix("static decoder, "): case for name, case in cases.items() if name.startswith("static dec")}
-    assert {name: case["waits"] for name, case in steps.items()} == {
+    assert 0 < steps["rounds"].pop("waits") < 2 * TOKENS  # five images, three at a time: less than a read per token of each
+    assert {name: case["waits"] for name, case in steps.items() if "waits" in case} == {
         "ahead": 0,
         "buckets": TOKENS,
         "top-k and top-p": 0,

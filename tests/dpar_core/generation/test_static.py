@@ -81,9 +81,9 @@ def test_steps_of_fixed_shape_sample_what_the_ragged_decoder_samples(name):
     expected = DPARGenerator(model, gate, settings).generate(LABELS, SEEDS, given=given, keep_logits=True)
     if settings.rule.reads_entropies:
         assert len({len(one) for one in expected.patch_lengths}) > 1  # images begin patches at different tokens
-    for schedule in ("ahead", "buckets"):
+    for schedule, lanes in (("ahead", None), ("buckets", None), ("rounds", None), ("rounds", 2)):
         generator = DPARGenerator(model, gate, settings, static=True, schedule=schedule)
-        agree(generator.generate(LABELS, SEEDS, given=given, keep_logits=True), expected)
+        agree(generator.generate(LABELS, SEEDS, given=given, keep_logits=True, lanes=lanes), expected)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -120,6 +120,17 @@ def test_tritons_kernels_do_what_the_plain_operations_do():
         assert error < (1e-2 if "float16" in name else 1e-5), name  # of values around 1: a rounding each of both operands
 
 
+@pytest.mark.slow
+def test_tritons_kernels_compile_for_a_gpu_that_is_not_there_and_fit_its_shared_memory():
+    pytest.importorskip("triton", reason="comes with torch's CUDA builds; its compiler needs no GPU")
+    script = ["-m", "tests.helpers.compiled_kernels", "90"]
+    done = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"_attend", "_gemv", "_product", "_sample", "_decide", "_open", "_commit", "_refill"} <= found.keys()
+    assert all(shared <= 227 * 1024 for _, shared in found.values()), found  # of a multiprocessor of an H100
+
+
 @pytest.mark.parametrize("options", [dict(), dict(INTERVAL, top_k=5, temperature=0.7), dict(greedy=True)])
 def test_the_baseline_samples_the_same_in_steps_of_fixed_shape(options):
     settings, baseline = SampleSettings(cfg_scale=2.0, **options), tiny_baseline()
@@ -131,6 +142,7 @@ def test_a_smaller_batch_is_filled_up_and_the_next_batch_starts_afresh():
     settings = SampleSettings(cfg_scale=2.0, rule=ROWS)
     for make in (
         lambda **how: DPARGenerator(tiny_dpar(), tiny_gate(), settings, **how),
+        lambda **how: DPARGenerator(tiny_dpar(), tiny_gate(), settings, schedule="rounds", **how),
         lambda **how: GPTGenerator(tiny_baseline(), replace(settings, rule=None), **how),
     ):
         generator = make(static=True)
@@ -138,7 +150,9 @@ def test_a_smaller_batch_is_filled_up_and_the_next_batch_starts_afresh():
         engine = generator.engine
         found = generator.generate(LABELS[1:4], SEEDS[1:4], keep_logits=True)
         assert generator.engine is engine
-        agree(found, make(static=False).generate(LABELS[1:4], SEEDS[1:4], keep_logits=True))
+        expected = make(static=False).generate(LABELS[1:4], SEEDS[1:4], keep_logits=True)
+        agree(found, expected)
+        agree(make(static=True).generate(LABELS[1:4], SEEDS[1:4], keep_logits=True, lanes=2), expected)
 
 
 def test_the_patch_transformer_is_launched_for_no_more_images_than_the_next_bucket():
@@ -159,6 +173,26 @@ def test_the_patch_transformer_is_launched_for_no_more_images_than_the_next_buck
     expected = [next(size for size in (2, 4, 5) if size >= count) for count in starts.tolist() if count]
     assert [name[1] for name in launched if name[0] == "patch"] == expected
     assert len(expected) < TOKENS  # at some token no image begins a patch
+
+
+def test_in_rounds_two_tokens_at_most_follow_a_step_of_the_patch_transformer_and_who_is_done_makes_room(monkeypatch):
+    generator = DPARGenerator(tiny_dpar(), tiny_gate(), SampleSettings(rule=ROWS), static=True, schedule="rounds")
+    settled, launched = [], []
+    monkeypatch.setattr(static.Static, "launch", lambda self, *name: (launched.append(name), self.functions[name]()))
+    labels, seeds = torch.arange(11) % 5, list(range(11))
+    lengths = generator.generate(labels, seeds, progress=settled.append).patch_lengths
+    needed = [sum(-(-int(length) // 2) for length in one) for one in lengths]  # rounds of an image by itself
+    assert sum(settled) == len(labels) * TOKENS and len(set(needed)) > 1 and max(needed) < TOKENS
+    assert len(launched) == max(needed) + 1  # the last says that all are done
+    places = [0] * 3  # the first that is free takes the next image
+    for rounds in needed:
+        places[places.index(min(places))] += rounds
+    few = DPARGenerator(tiny_dpar(), tiny_gate(), SampleSettings(rule=ROWS), static=True, schedule="rounds")
+    few.generate(labels[:3], seeds[:3], lanes=3)
+    launched.clear()
+    again = few.generate(labels, seeds, lanes=3)  # more than the engine was made for
+    assert [one.tolist() for one in again.patch_lengths] == [one.tolist() for one in lengths]
+    assert len(launched) == max(places) + 1
 
 
 def test_the_memory_that_is_asked_for_beforehand_holds_all_that_the_decoder_keeps():
