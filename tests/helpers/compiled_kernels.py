@@ -4,7 +4,8 @@
 
 Triton brings its own compiler down to machine code, so that a mistake of types, or a tile that does not fit into the
 shared memory of a multiprocessor, is found without a GPU. Every kernel is compiled with the arguments that the static
-decoders launch it with; nothing runs. For each kernel: how many variants there are, and the most shared memory.
+decoders launch it with; nothing runs. For each kernel: how many variants there are, the most shared memory in bytes, and
+how many of them multiply on tensor cores.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from unittest.mock import patch
 
 import torch
 import triton
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpar_core.generation import static, stepping, triton_ops
+from dpar_core.generation import static, triton_ops
 from dpar_core.generation.generate import DPARGenerator, GPTGenerator
 from dpar_core.generation.sampling import SampleSettings
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.models.sizes import GATE_SIZES, MODEL_SIZES
 from dpar_core.patches.rule import PatchRule
+from tests.helpers.other_device import NAME, Elsewhere
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -41,9 +44,9 @@ CODES, ROW, CLASSES = 16384, 16, 1000
 
 
 class CompilingOps(triton_ops.TritonOps):
-    """Compiles what it should launch. found: shared memory in bytes of every variant, by kernel."""
+    """Compiles what it should launch. found: shared memory in bytes and use of tensor cores of every variant, by kernel."""
 
-    def __init__(self, target: GPUTarget, found: dict[str, dict[Any, int]]) -> None:
+    def __init__(self, target: GPUTarget, found: dict[str, dict[Any, tuple[int, bool]]]) -> None:
         super().__init__()
         self.target, self.found = target, found
 
@@ -66,15 +69,16 @@ class CompilingOps(triton_ops.TritonOps):
         key = (*signature.items(), *sorted(fixed.items()), *sorted(options.items()))
         if key not in variants:
             source = ASTSource(kernel, signature, fixed, hints)
-            variants[key] = triton.compile(source, target=self.target, options=options).metadata.shared
+            compiled = triton.compile(source, target=self.target, options=options)
+            variants[key] = compiled.metadata.shared, "mma" in compiled.asm["ptx"]
 
 
 def compile_all(size: str, images: int, fused: int, dtype: torch.dtype, ops: CompilingOps) -> None:
     """Compile what the decoders launch: one layer of each kind, in all schedules, with guidance."""
     shape, gate_shape = MODEL_SIZES[size], GATE_SIZES["XS"]
-    model = DPAR(DPARConfig(CODES, ROW, shape.width, shape.heads, 1, 1, 1, CLASSES, 256))
-    gate = GPT(GPTConfig(CODES, ROW, gate_shape.width, gate_shape.heads, 1, 256))
-    baseline = GPT(GPTConfig(CODES, ROW, shape.width, shape.heads, 1, 256, num_classes=CLASSES))
+    model = DPAR(DPARConfig(CODES, ROW, shape.width, shape.heads, 1, 1, 1, CLASSES, 256)).to(NAME)
+    gate = GPT(GPTConfig(CODES, ROW, gate_shape.width, gate_shape.heads, 1, 256)).to(NAME)
+    baseline = GPT(GPTConfig(CODES, ROW, shape.width, shape.heads, 1, 256, num_classes=CLASSES)).to(NAME)
     rule = PatchRule("entropy_rows", ROW, 7.0, 4)
     makers: list[Any] = [
         lambda schedule=schedule: DPARGenerator(
@@ -92,7 +96,6 @@ def compile_all(size: str, images: int, fused: int, dtype: torch.dtype, ops: Com
     with (
         patch.object(static, "ops_for", lambda device: ops),
         patch.object(triton_ops, "FUSED", fused),
-        patch.object(stepping, "can_pack", lambda device: False),
     ):
         for maker in makers:
             engine = maker()._new_engine(images, images, False)
@@ -104,13 +107,18 @@ def compile_all(size: str, images: int, fused: int, dtype: torch.dtype, ops: Com
 
 
 def main() -> None:
+    _setup_privateuseone_for_python_backend(NAME)  # on a CPU, matrices would be float32
     torch.set_num_threads(1)
-    found: dict[str, dict[Any, int]] = {}
+    found: dict[str, dict[Any, tuple[int, bool]]] = {}
     ops = CompilingOps(GPUTarget("cuda", int(sys.argv[1]) if sys.argv[1:] else 90, 32), found)
-    with torch.inference_mode():
+    with torch.no_grad(), Elsewhere():
         for size, images, fused in (("B", 1, 0), ("XL", 64, 0), ("XL", 64, 512)):
             compile_all(size, images, fused, torch.bfloat16, ops)
-    print(json.dumps({name: [len(variants), max(variants.values())] for name, variants in found.items()}))
+    summary = {}
+    for name, variants in found.items():
+        shared, cores = zip(*variants.values())
+        summary[name] = [len(variants), max(shared), sum(cores)]
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -55,15 +55,15 @@ def steps() -> dict[str, bool]:
     """Sample some tokens with the static decoder and these kernels, and compare them with the ragged decoder's."""
     labels, seeds = torch.tensor([3, 0, 4]), [11, 5, 900]
     cases = {
-        "ahead, products fused": (GUIDED, "ahead", 3, 64),
-        "buckets, filtered": (FILTERED, "buckets", 3, 0),
-        "one image": (replace(GUIDED, cfg_scale=1.0), "buckets", 1, 0),
-        "rounds": (FILTERED, "rounds", 3, 0),
-        "rounds, one after another": (replace(GUIDED, cfg_scale=1.0), "rounds", 2, 0),
-        "baseline, products fused": (replace(GUIDED, rule=None), None, 3, 64),
+        "ahead, products fused": (GUIDED, "ahead", 3, 4, 64),
+        "buckets, filtered": (FILTERED, "buckets", 3, 4, 0),
+        "one image": (replace(GUIDED, cfg_scale=1.0), "buckets", 1, 4, 0),
+        "rounds": (FILTERED, "rounds", 3, 0, 0),
+        "rounds, one after another": (GUIDED, "rounds", 2, 0, 0),
+        "baseline, products fused": (replace(GUIDED, rule=None), None, 3, 4, 64),
     }
     found = {}
-    for name, (settings, schedule, images, fused) in cases.items():
+    for name, (settings, schedule, images, small, fused) in cases.items():
         if sys.argv[1:] and not name.startswith(tuple(sys.argv[1:])):
             continue
 
@@ -85,6 +85,7 @@ def steps() -> dict[str, bool]:
             patch.object(stepping, "can_pack", lambda device: False),
             patch.object(static, "ops_for", lambda device: triton_ops.TritonOps()),
             patch.object(static, "SMALLEST_BUCKET", 2),
+            patch.object(triton_ops, "SMALL", small),
             patch.object(triton_ops, "FUSED", fused),
             suppress(Enough),
         ):
