@@ -11,6 +11,7 @@ import errno
 import functools
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -40,6 +41,7 @@ _DAMAGE = {
 }
 
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # of an address, as the first part of the path that it was taken for
 _guarded = False  # whether `guarded` is around the present call
 
 
@@ -92,7 +94,7 @@ def _carrying(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(**values: Any) -> Any:
         try:
-            _refuse_pipes(values)
+            _refuse_odd_paths(values)
             _refuse_non_values(values)
             return function(**values)
         except (ValueError, OSError, RuntimeError, EOFError, KeyboardInterrupt) as error:
@@ -106,13 +108,17 @@ def _carrying(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _refuse_pipes(values: Mapping[str, Any]) -> None:
-    """Raise OSError for a path of the command line that is a device, a pipe, a socket or a link to itself.
+def _refuse_odd_paths(values: Mapping[str, Any]) -> None:
+    """Raise OSError for a path of the command line that is an address, a device, a pipe, a socket or a link to itself.
 
-    Reading the former may never end; the latter ends pathlib in an error of its own.
+    What is written to an address would lie in a folder `s3:` here; reading pipes may never end; links to themselves end
+    pathlib in an error of its own.
     """
     paths = [one for value in values.values() for one in (value if isinstance(value, list | tuple) else [value])]
     for path in paths:
+        if isinstance(path, Path) and any(map(_SCHEME.fullmatch, path.parts)) and not os.path.exists(path):
+            scheme = next(part for part in path.parts if _SCHEME.fullmatch(part))
+            raise OSError(f"{scheme}//... is an address, expected a path of this machine")
         if isinstance(path, Path) and os.path.islink(path):
             try:
                 os.stat(path)

@@ -9,12 +9,13 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpar_core.data.splits import first_few
 from dpar_core.files import digest_of
 from dpar_core.system import cpus
 from pipeline.code import code_identity, commit_of, packages_used
@@ -23,7 +24,7 @@ from pipeline.tracking.outbox import lives
 from pipeline.tracking.tracker import open_tracker, pass_identity
 from stages import artifacts
 from stages.artifacts import artifact_digest, maker_of
-from stages.params import Compute, Section, load_params, plain, precision_lines, section_of, select, settled
+from stages.params import Compute, Section, dotted, load_params, plain, precision_lines, section_of, select, settled
 from stages.shared.pace import machine_words
 from stages.terminal import nearest, note, print_fitted
 from stages.workers.lock import locked
@@ -125,7 +126,8 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     chosen: Any = select(params, stage.params)
     inputs, outputs = stage.bind(root)
     # One work folder for one set of params and inputs: a rerun after a crash continues, changed params start afresh.
-    made_by = {"stage": name, "params": stage.identity(chosen), "inputs": _digests(name, inputs, root)}
+    decides, read = stage.identity(chosen), _digests(name, inputs, root)
+    made_by = {"stage": name, "params": decides, "inputs": read}
     work = root / "work" / name / digest_of(made_by)
     set_threads(params.compute)
     machine = machine_words(device)  # before the stage, which may set threads of its own
@@ -141,12 +143,26 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         started = time.time()
         with open_tracker(name, params, chosen, root=root) as tracker:
             stage.run(chosen, inputs, outputs, tracker, device=device, work=work)
+            # DVC records what it finds after a stage, not what the stage began with.
+            now = stage.identity(select(settled(load_params(params_file), device), stage.params))
+            _refuse_edited(name, dotted(decides), dotted(now), params_file.name)
+            _refuse_edited(name, read, _digests(name, inputs, root), "what it reads")
         ended = time.time()
         last = LastRun(ended, max(ended - started, 0.0), code_identity(), commit_of(root), packages_used(), machine)
         write_last(root, name, last)
         for old in work.parent.iterdir():
             if old.is_dir() and old != work:
                 shutil.rmtree(old)
+
+
+def _refuse_edited(name: str, before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Raise StageError where params or inputs of a stage are not those that it began with."""
+    edited = [f"{key} {before.get(key)} -> {now.get(key)}" for key in (*before, *now) if before.get(key) != now.get(key)]
+    if edited:
+        raise StageError(
+            f"{what} changed while stage {name} ran ({first_few(dict.fromkeys(edited))}), so its result, made with what was "
+            "there when it began, is not recorded: run `dpar-cli run`; with the former values it takes seconds"
+        )
 
 
 def _end_with_dvc(root: Path) -> None:

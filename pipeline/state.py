@@ -73,10 +73,10 @@ class StageState:
 def project_state(root: Path) -> list[StageState]:
     """Return the state of all stages, each after what it needs. Raises ValueError when a file is not readable YAML."""
     stages = read_yaml(root / "dvc.yaml")["stages"]
-    lock = read_yaml(root / "dvc.lock").get("stages") or {} if (root / "dvc.lock").exists() else {}
+    lock = read_lock(root)
     params = read_yaml(root / "params.yaml") if (root / "params.yaml").exists() else {}
     made = {out: name for name, stage in stages.items() for out in outputs_of(stage)}
-    digests = {one["path"]: one.get("md5") for stage in lock.values() for one in stage.get("outs", [])}
+    digests = {one["path"]: one.get("md5") for stage in lock.values() for one in stage["outs"]}
     states: dict[str, StageState] = {}
     cache = cache_folder(root)
     for name in stages:
@@ -89,7 +89,7 @@ def project_state(root: Path) -> list[StageState]:
             newer = [need for need in needs if last and (states[need].finished or 0.0) > last.finished]
             why = f"{late[0]} has to run first" if late else f"{newer[0]} has run since" if newer else ""
         state: Literal["fresh", "stale", "never run"] = "never run" if recorded is None else "stale" if why else "fresh"
-        total = sum(int(one.get("size") or 0) for one in (recorded or {}).get("outs", []))
+        total = sum(int(one.get("size") or 0) for one in (recorded or {"outs": []})["outs"])
         finished, seconds = (last.finished, last.seconds) if last else (None, None)
         code = last.code.get("source", "") if last else ""
         uncached = recorded is not None and state == "fresh" and lacks(cache, stages[name], recorded)
@@ -110,9 +110,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
         from stages.params import yaml_fault
 
         raise ValueError(f"{path} is not YAML: {yaml_fault(error)}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a mapping")
     return content
+
+
+def read_lock(root: Path) -> dict[str, dict[str, Any]]:
+    """Return what DVC recorded of each stage; nothing where it has recorded nothing yet. Raises ValueError in a sentence.
+
+    DVC writes the file in place, so that a kill or a power cut at that moment leaves a part of it.
+    """
+    path = root / "dvc.lock"
+    if not path.exists():
+        return {}
+    way_out = "take it from git (`git restore dvc.lock`) or remove it: stages then start from what work/ has of them"
+    try:
+        found = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {way_out}") from None
+    try:
+        return {name: _recorded(stage) for name, stage in (found.get("stages") or {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is cut off or damaged; {way_out}") from None
+
+
+def _recorded(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what DVC recorded of a stage, with empty lists for what it has not. Raises what damage gives."""
+    params = dict((stage.get("params") or {}).get("params.yaml") or {})
+    kept = {
+        kind: [{**one, "path": Path(one["path"]).as_posix()} for one in stage.get(kind) or []] for kind in ("deps", "outs")
+    }
+    return {**stage, **kept, "params": {"params.yaml": params}}
 
 
 def write_last(root: Path, stage: str, run: LastRun) -> None:
@@ -154,7 +184,7 @@ def _why(root: Path, stage: Any, recorded: Any, params: dict[str, Any], digests:
     """Return what is not as recorded, in a few words; an empty text when all is."""
     if recorded.get("cmd") != stage.get("cmd"):
         return "its command changed"
-    before = (recorded.get("params") or {}).get("params.yaml") or {}
+    before = recorded["params"]["params.yaml"]
     changes = [
         change for key in paths_of(stage.get("params")) for change in changed(key, before.get(key), lookup(params, key))
     ]

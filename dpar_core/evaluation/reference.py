@@ -53,14 +53,21 @@ def reference_of_file(path: Path, network: FeatureNetwork, measure: Measure, *, 
     Raises ScoreError, FileNotFoundError.
     """
     digest = digest_of_images(path)
+
+    def images() -> ImageSet:
+        found = read_image_set(path)
+        if digest_of_images(path) != digest:  # its features would be kept under the name of other images
+            raise ScoreError(f"reference {path} changed while it was read: score again when it is complete")
+        return found
+
     if path.is_dir():
-        return reference_of_images(path.name, digest, lambda: read_image_set(path), network, measure, cache=cache)
+        return reference_of_images(path.name, digest, images, network, measure, cache=cache)
     with open_npz(path) as content:
         published = _published(content)
         has_images = "arr_0" in content
     if published is not None and not has_images:
         return Reference(path.name, digest, 0, *published, None, None)
-    found = reference_of_images(path.name, digest, lambda: read_image_set(path), network, measure, cache=cache)
+    found = reference_of_images(path.name, digest, images, network, measure, cache=cache)
     return found if published is None else replace(found, pool=published[0], spatial=published[1])
 
 

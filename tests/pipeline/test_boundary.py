@@ -237,6 +237,24 @@ def test_a_path_whose_reading_never_ends_is_refused(project, capsys, monkeypatch
     assert ended.value.code == 1 and f"params.yaml is {what}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("address", ["s3://KEY:SECRET@bucket/x.png", "http://u:SECRET@host/x"])
+def test_an_address_in_place_of_a_path_is_refused_and_nothing_is_written(project, capsys, monkeypatch, address):
+    app = typer.Typer()
+
+    @app.command()
+    def write(out: Path) -> None:
+        out.parent.mkdir(parents=True)
+
+    boundary.carry_errors(app)
+    before = sorted(project.iterdir())
+    monkeypatch.setattr(sys, "argv", ["dpar-cli", address])
+    with pytest.raises(SystemExit) as ended:
+        boundary.guarded(app)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and "is an address, expected a path of this machine" in said and "SECRET" not in said
+    assert sorted(project.iterdir()) == before
+
+
 def test_names_with_brackets_are_printed_as_they_are():
     from stages.terminal import table
 

@@ -167,6 +167,20 @@ def test_changes_are_named_to_the_value():
 
 
 def test_a_broken_file_is_named(project):
-    (project / "dvc.lock").write_text("a: [1\nb: 2")
-    with pytest.raises(ValueError, match=r"dvc\.lock is not YAML"):
+    (project / "params.yaml").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"params\.yaml is not text in UTF-8$"):
         project_state(project)
+
+
+def test_any_part_of_a_lock_file_is_read_or_refused_with_the_way_out(project):
+    """As a kill leaves it while DVC writes; what it lacks has never run."""
+    lock = project / "dvc.lock"
+    whole, refused = lock.read_bytes(), 0
+    for end in (*range(0, len(whole), 23), *("a: [1\nb: 2", "stages: [3]", "stages: {model: {outs: [{path: }]}}")):
+        lock.write_bytes(whole[:end] if isinstance(end, int) else end.encode())
+        try:
+            assert len(project_state(project)) == 3
+        except ValueError as error:
+            assert "; take it from git (`git restore dvc.lock`) or remove it" in str(error)
+            refused += 1
+    assert refused > 3

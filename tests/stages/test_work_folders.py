@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 
 import pipeline.runner
 from dpar_core.data.shards import TokenShards
-from pipeline.runner import run_stage
+from pipeline.runner import StageError, run_stage
 from stages.tokenize_images import ShardTokenizer
 from stages.tracker import NullTracker
 from tests.helpers.tiny_data import make_project, save_tokenizer
@@ -68,6 +68,34 @@ def test_changed_params_make_all_anew(tokenizing):
     tokenizing.params["data"]["views"] = "ten_crop_1.1"
     assert tokenizing.run() == SHARDS
     assert TokenShards(tokenizing.root / "artifacts" / "tokens", "train").meta.num_views == 10
+
+
+def test_params_and_inputs_that_change_while_a_stage_runs_are_not_recorded_as_what_it_was_made_with(tokenizing):
+    """DVC reads params.yaml and hashes inputs after the stage, and would call a result of the former ones up to date."""
+    params, real = tokenizing.params, ShardTokenizer.__call__
+
+    def edits(change):
+        def call(tokenizer, shard):
+            real(tokenizer, shard)
+            change()
+
+        return call
+
+    def edited():
+        YAML().dump({**params, "seed": 9, "data": {**params["data"], "views": "ten_crop_1.1"}}, root / "params.yaml")
+
+    root, match = tokenizing.root, r"params.yaml changed while .* ran .data.views adm_center_flip -> ten_crop_1.1., so its"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardTokenizer, "__call__", edits(edited))
+        with pytest.raises(StageError, match=match):
+            tokenizing.run()
+        shutil.rmtree(root / "artifacts" / "tokens")
+        assert tokenizing.run() == []  # put back: what was made is there
+        file = root / "artifacts" / "tokenizer" / "tokenizer.safetensors"
+        params["tokenize_images"]["shard_images"] = 20
+        patch.setattr(ShardTokenizer, "__call__", edits(lambda: save_tokenizer(file, seed=1)))
+        with pytest.raises(StageError, match=r"what it reads changed while stage .* ran .tokenizer \w+ -> \w+."):
+            tokenizing.run()
 
 
 def test_another_tokenizer_makes_all_anew(tokenizing):

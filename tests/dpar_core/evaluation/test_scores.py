@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dpar_core.evaluation import reference as reference_module
 from dpar_core.evaluation.features import FeatureNetwork
 from dpar_core.evaluation.image_sets import ImageSet
 from dpar_core.evaluation.measure import measure
@@ -85,3 +86,19 @@ def test_a_damaged_cache_of_reference_features_is_made_again(tmp_path, network):
         file.write_bytes(damage)
         np.testing.assert_array_equal(made().features, first.features)
         assert file.read_bytes() == whole
+
+
+def test_a_reference_that_changed_while_it_was_read_is_refused_and_not_kept(tmp_path, network, monkeypatch):
+    np.savez(tmp_path / "r.npz", arr_0=pictures(8, 8))
+    read = reference_module.read_image_set
+
+    def copied_over(path):
+        found = read(path)
+        np.savez(path, arr_0=pictures(8, 8, count=7))
+        return found
+
+    monkeypatch.setattr(reference_module, "read_image_set", copied_over)
+    with pytest.raises(ScoreError, match=r"r\.npz changed while it was read"):
+        reference(tmp_path / "r.npz", network, tmp_path / "cache")
+    monkeypatch.undo()
+    assert reference(tmp_path / "r.npz", network, tmp_path / "cache").images == 7
