@@ -94,7 +94,7 @@ def ui(
     root = project_folder()
     check_port(port)
     check_server()
-    uri, address = tracking_uri(root), runs_address(*opened(root), port)
+    uri, address = tracking_uri(root), runs_address(opened(root)[1], port)
     print_fitted(f"runs        {address}  (there in about 15 s; Ctrl-C stops it)\nstore       {redacted(uri)}")
     artifacts = (store_root(root) / "mlartifacts").as_uri()
     environment = {

@@ -229,7 +229,7 @@ def _run(name: str, model: str, subject: Subject, params: Params, plan: SweepPla
             print_fitted(f"the winner was trained at its threshold: {also}")
     print_fitted(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
     if not apply:
-        print_fitted("apply it        the same command with --apply, then dvc repro")
+        print_fitted("apply it        the same command with --apply, then `dpar-cli run`")
 
 
 def refuse_second(name: str, holder: str) -> None:
@@ -272,4 +272,4 @@ def apply_winner(path: Path, winner: TrialResult, *, with_threshold: bool) -> st
     parse_params(YAML(typ="safe").load(text), where=path.name)
     atomic_write(path, text)
     changed = ", ".join(f"{key} {'null' if value is None else value}" for key, value in values.items())
-    return f"{path.name} now has {changed}: `dvc repro` samples and scores with it"
+    return f"{path.name} now has {changed}: `dpar-cli run` samples and scores with it"

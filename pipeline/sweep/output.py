@@ -289,6 +289,17 @@ def within_chance(facts: Facts) -> list[TrialResult]:
     return [one for one, ends in others if ends is not None and ends.low <= best.high]
 
 
+def headline(facts: Facts) -> str:
+    """Return what a sweep found, in one line: a setting is best only where the finals leave no doubt."""
+    winner = facts.outcome.winner(facts.distance)
+    if winner is None:
+        return "Every trial failed"
+    found = f"{winner.value(facts.distance):.3g}"
+    if facts.outcome.finals and not within_chance(facts):
+        return f"{label(winner.point)} is best: {facts.short} {found}"
+    return f"{label(winner.point)} has the smallest {facts.short}: {found}"
+
+
 def page(facts: Facts, folder: Path) -> str:
     """Return the sweep as one HTML page that works offline."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -315,6 +326,7 @@ def page(facts: Facts, folder: Path) -> str:
         winner=facts.outcome.winner(facts.distance),
         best=min(values, default=None),
         chance=within_chance(facts),
+        headline=headline(facts),
         share={key: (one.value(facts.distance) - low) / (high - low or 1) for key, one in cells.items()},
         charts=[scatter_chart(one) for one in fronts(facts)] if search else [],
         pictures=[(one, file_uri(folder / "trials" / f"{one.key}.png")) for one in search],

@@ -9,7 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dpar_core.files import digest_of
-from pipeline.sweep.output import Facts, SweepSettings, broken, label, one_line, table_head, table_rows, within_chance
+from pipeline.sweep.output import (
+    Facts,
+    SweepSettings,
+    broken,
+    headline,
+    label,
+    one_line,
+    table_head,
+    table_rows,
+    within_chance,
+)
 from pipeline.tracking.models import model_used
 from pipeline.tracking.summary import distance_metric, rounded, source_tags
 from pipeline.tracking.system import system_metrics
@@ -96,8 +106,8 @@ def note(facts: Facts) -> str:
     winner = facts.outcome.winner(facts.distance)
     failed = [f"Failed: {one_line(one)}" for one in facts.outcome.failed]
     if winner is None:
-        return "\n\n".join(["**Every trial failed.**", *failed])
-    lines = [f"**{label(winner.point)} is best: {facts.short} {winner.value(facts.distance):.4g}**", ""]
+        return "\n\n".join([f"**{headline(facts)}.**", *failed])
+    lines = [f"**{headline(facts)}**", ""]
     if chance := within_chance(facts):
         lines += [f"Within chance of it: {'; '.join(label(one.point) for one in chance)}", ""]
     lines += [

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from typing import Any
 
 # At the runs of whole pipelines, in this order (see summary.py).
 HEADLINE_METRICS = ("dpar_loss", "baseline_loss", "dpar_distance", "baseline_distance", "training_speed", "sampling_speed")
 APP = "dpar"  # name of server.py in pyproject.toml
-_VIEW = "dpar"  # name of the table's view, which is a tag of the experiment
 
 # A process of its own, as the one that asks becomes the server. It gives up after a minute.
 _OPENER = """
@@ -28,15 +25,12 @@ for _ in range(240):
 """
 
 
-def runs_address(client: Any, experiment: str, port: int) -> str:
-    """Return the address of the runs with their headline metrics as columns, and keep that view in the store.
+def runs_address(experiment: str, port: int) -> str:
+    """Return the address of the runs. The page /dpar of server.py goes on to them, with their headline metrics as columns.
 
-    The page /dpar of server.py goes on to them. `workflowType` is for a browser that has chosen otherwise before.
+    `workflowType` is for a browser that has chosen otherwise before.
     """
-    view = {"selectedColumns": [f"metrics.`{name}`" for name in HEADLINE_METRICS]}
-    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{_VIEW}", json.dumps(view))
-    query = f"viewStateShareKey={_VIEW}&workflowType=machine_learning"
-    return f"http://127.0.0.1:{port}/dpar#/experiments/{experiment}/runs?{query}"
+    return f"http://127.0.0.1:{port}/dpar#/experiments/{experiment}/runs?workflowType=machine_learning"
 
 
 def check_server() -> None:

@@ -71,7 +71,7 @@ def pictures_of_mlflow(browser: Browser, runs: list[Any]) -> None:
     trained = next(run for run in parents if "dpar.pass" in run.data.tags)
     train = next(run for run in runs if run.data.tags.get("dpar.stage") == "train_dpar")
     experiment = f"http://127.0.0.1:{PORT}/dpar#/experiments/{trained.info.experiment_id}"
-    table = f"{experiment}/runs?viewStateShareKey=dpar"
+    table = f"{experiment}/runs?workflowType=machine_learning"
 
     def take(name: str, address: str, words: str, *, width: int = 1280, height: int = 900, press: str = "") -> None:
         browser.show("about:blank", width=width, height=height)

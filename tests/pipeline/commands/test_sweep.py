@@ -84,7 +84,7 @@ def test_files_tell_the_winner_of_the_second_round(facts, tmp_path):
     for name in ("heatmap.png", "pareto.png"):
         assert Image.open(tmp_path / name).size[0] > 400
     page = (tmp_path / "index.html").read_text()
-    assert "4.2 nats, cfg 2 is best: fd_demo 1.05" in page
+    assert "4.2 nats, cfg 2 has the smallest fd_demo: 1.05" in page
     assert "5 nats, cfg 1: no room" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert page.count("data:image/png") == 4
