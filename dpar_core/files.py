@@ -320,7 +320,9 @@ def read_weights_header(path: Path | str) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(header)
         names = set(facts)
-        sound = names == _OLD_HEADER or (
+        # Who writes `precision` or `weights` into meta writes both digests as well.
+        older = names == _OLD_HEADER and not {"precision", "weights"} & set(facts["meta"])
+        sound = older or (
             names == _HEADER and digest_of({name: facts[name] for name in names - {"digest"}}) == facts["digest"]
         )
     except (ValueError, TypeError, RecursionError):

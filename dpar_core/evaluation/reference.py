@@ -66,7 +66,8 @@ def reference_of_file(path: Path, network: FeatureNetwork, measure: Measure, *, 
         published = _published(content)
         has_images = "arr_0" in content
     if published is not None and not has_images:
-        return Reference(path.name, digest, 0, *published, None, None)
+        unknown = "statistics alone, which do not state how many images they are of, nor their size"
+        return Reference(path.name, digest, 0, *published, None, None, (unknown,))
     found = reference_of_images(path.name, digest, images, network, measure, cache=cache)
     return found if published is None else replace(found, pool=published[0], spatial=published[1])
 

@@ -112,7 +112,7 @@ PUBLISHED_PEAKS = {
 }
 
 
-# Bytes of memory as the makers publish them, by the same words; A100s of 40 GB are not distinguished.
+# Bytes of memory as the makers publish them, by the same words; a name may state another, as A100-SXM4-40GB.
 PUBLISHED_MEMORY = {
     "B200": 180e9,
     "H200 NVL": 141e9,
@@ -128,7 +128,12 @@ PUBLISHED_MEMORY = {
 }
 
 
+_OTHERS = re.compile(r"\bLaptop\b|\bRTX 4090 D\b|\bMIG\b", re.IGNORECASE)  # slower chips, or parts of one, of these names
+
+
 def _of_device(table: dict[str, float], device_name: str) -> float | None:
+    if _OTHERS.search(device_name):
+        return None
     fits = (value for name, value in table.items() if re.search(rf"\b{name}\b", device_name, re.IGNORECASE))
     return next(fits, None)
 
@@ -139,5 +144,6 @@ def published_peak(device_name: str) -> float | None:
 
 
 def published_memory(device_name: str) -> float | None:
-    """Return a GPU's published memory in bytes, None when it is not listed."""
-    return _of_device(PUBLISHED_MEMORY, device_name)
+    """Return a GPU's memory in bytes, as its name states it or as published, None when it is not listed."""
+    known, stated = _of_device(PUBLISHED_MEMORY, device_name), re.search(r"\b(\d+) ?GB\b", device_name, re.IGNORECASE)
+    return known if known is None or stated is None else 1e9 * int(stated[1])

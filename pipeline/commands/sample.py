@@ -118,7 +118,7 @@ def class_id(name: str, names: list[str]) -> int:
     name = name.strip()
     if name in names:
         return names.index(name)
-    if name.isdigit() and int(name) < len(names):
+    if name.isdecimal() and int(name) < len(names):
         return int(name)
     known = ", ".join(f"{i} {one}" for i, one in enumerate(names[:12])) + (", ..." if len(names) > 12 else "")
     raise ValueError(f"class {name!r} does not exist: the model knows 0 to {len(names) - 1} ({known})")

@@ -65,7 +65,7 @@ def score(
     from stages.params import load_params
     from stages.shared.scoring import score_images
     from stages.terminal import note, print_fitted
-    from stages.tools.score_files import settings_for, shape_in, spread
+    from stages.tools.score_files import refuse_twice, settings_for, shape_in, spread
     from stages.tracker import PrintTracker
 
     if out is not None and len(samples) > 1:
@@ -75,6 +75,7 @@ def score(
     params = load_params(Path("params.yaml")) if Path("params.yaml").exists() else None  # anywhere outside a project
     network = _network(features, features_file, sha256, params)
     tracker = PrintTracker()
+    refuse_twice(samples)
     shapes = [shape_in(path) for path in samples]
     for path, shape in zip(samples, shapes):
         if shape.images < 2:
@@ -94,9 +95,9 @@ def score(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_record(out, found[0].to_json())
     if len(found) == 1:
-        print(_table([path.name for path in samples], found))
+        print(_table([samples[0].name], found))
     else:
-        print(_table([path.name for path in samples], found, spreads=spread(found)))
+        print(_table(_distinct([path.name for path in samples], samples), found, spreads=spread(found)))
     print(_protocol_lines(found[0]))
     if out is not None:
         print_fitted(out)
@@ -118,7 +119,7 @@ def compare(
     from stages.terminal import note
 
     found = [read_scores(path) for path in scores]
-    names = [path.stem for path in scores]
+    names = _distinct([path.stem for path in scores], scores)
     if not force:
         refuse_mixed(found, names)
     elif mixed := differences([one.protocol.to_json() for one in found]):
@@ -306,6 +307,11 @@ def _table(names: Sequence[str], found: Sequence[Scores], *, spreads: Mapping[st
             cells += [f"{spreads[key].mean:.4g}", f"{spreads[key].deviation:.2g}"] if key in spreads else ["", ""]
         rows.append((score_name(key), *cells))
     return table(("score", *names, *(["mean", "sd over sets"] if spreads else [])), rows)
+
+
+def _distinct(names: list[str], paths: Sequence[Path]) -> list[str]:
+    """Return names of columns: whole paths where two would have one name, as dpar.json of two runs."""
+    return names if len(set(names)) == len(names) else [path.as_posix() for path in paths]
 
 
 def _protocol_lines(found: Scores) -> str:

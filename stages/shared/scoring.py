@@ -18,7 +18,7 @@ import numpy as np
 from dpar_core.data.images import BadImage, center_crop
 from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.evaluation.features import FeatureNetwork, open_network
-from dpar_core.evaluation.image_sets import ImageSet, read_image_set, repeats
+from dpar_core.evaluation.image_sets import ImageSet, digest_of_images, read_image_set, repeats
 from dpar_core.evaluation.measure import Measured, measure, merged, pieces
 from dpar_core.evaluation.protocol import DISTANCE_NAMES, ScoreError, Scores
 from dpar_core.evaluation.reference import Measure, Reference, reference_of_file, reference_of_images
@@ -79,6 +79,8 @@ def score_images(
         say(f"{samples}: of {len(found.images):,} images the first {settings.images:,} are scored")
     chosen = replace(found, images=found.images[: settings.images])
     check_images(chosen.images, reference, file)
+    if digest_of_images(file) == reference.digest:
+        say(f"{samples}: these are the images of the reference itself")
     if again := repeats(chosen.images):
         say(f"{samples}: {again:,} of {len(chosen.images):,} images repeat earlier ones, pixel by pixel")
     measured = measure_with_progress(network, tracker, f"score {samples.name}", workers=workers)(chosen.images)

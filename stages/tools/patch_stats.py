@@ -5,6 +5,7 @@ Shapes: n maps, T tokens of a view.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +120,12 @@ def thresholds_around(entropies: np.ndarray, threshold: float) -> list[float]:
 def parse_range(text: str) -> list[float]:
     """Read "7.6:8.1:0.1" (both ends included) or "7.6,7.8" as numbers. Raises ValueError with what was expected."""
     try:
+        numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
         if ":" not in text:
-            return [float(part) for part in text.split(",")]
-        first, last, step = (float(part) for part in text.split(":"))
+            return numbers
+        first, last, step = numbers
         count = round((last - first) / step)
         if step <= 0 or not 0 <= count < MOST_STEPS or abs(first + count * step - last) > 1e-6 * max(abs(last), 1):
             raise ValueError
@@ -138,7 +142,7 @@ def parse_max_lengths(text: str) -> list[int | None]:
     found: list[int | None] = []
     for part in text.split(","):
         part = part.strip().lower()
-        if part != "none" and not (part.isdigit() and int(part) > 0):
+        if part != "none" and not (part.isdecimal() and int(part) > 0):
             raise ValueError(f"maximum length {part!r}: expected a number of tokens from 1, or none")
         found.append(None if part == "none" else int(part))
     return found

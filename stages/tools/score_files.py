@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpar_core.evaluation.image_sets import Shape, shape_of
-from dpar_core.evaluation.protocol import SPLIT_SIZE, Scores, refuse_mixed
+from dpar_core.evaluation.image_sets import Shape, digest_of_images, shape_of
+from dpar_core.evaluation.protocol import SPLIT_SIZE, ScoreError, Scores, refuse_mixed
 from dpar_core.evaluation.scores import ScoreSettings
 from stages.shared.scoring import images_in
 
@@ -32,6 +32,15 @@ def settings_for(
 def shape_in(samples: Path) -> Shape:
     """Return the shape of a set without reading all of it. Raises FileNotFoundError, ScoreError."""
     return shape_of(images_in(samples))
+
+
+def refuse_twice(samples: Sequence[Path]) -> None:
+    """Raise ScoreError where a set of images is among several twice: their spread would be too small."""
+    seen: dict[str, Path] = {}
+    for path in samples if len(samples) > 1 else ():
+        first = seen.setdefault(digest_of_images(images_in(path)), path)
+        if first is not path:
+            raise ScoreError(f"{first} and {path} hold the same images: give each set of samples once")
 
 
 def spread(found: Sequence[Scores]) -> dict[str, Spread]:

@@ -121,6 +121,17 @@ def test_weights_of_the_first_version_are_read_as_they_are(tmp_path):
         read_weights_header(file)
 
 
+def test_weights_that_lost_both_digests_are_refused_and_not_taken_for_old_ones(tmp_path):
+    import safetensors.torch
+
+    file = tmp_path / "m.safetensors"
+    for meta in ({"precision": "fp32"}, {"weights": "ab"}):
+        header = json.dumps({"kind": "gpt", "config": {}, "meta": meta})
+        safetensors.torch.save_file({"a": torch.ones(2)}, file, metadata={"dpar": header})
+        with pytest.raises(Damaged, match="its header is not what its digest says"):
+            load_weights(file, kind="gpt")
+
+
 def test_new_files_and_folders_respect_the_umask(tmp_path):
     code = (
         "import os, sys; os.umask(0o077); from dpar_core.files import atomic_folder, write_json\n"

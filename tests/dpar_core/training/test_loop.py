@@ -329,6 +329,16 @@ def test_known_gpus_have_a_published_peak():
     assert {name: flops.published_peak(name) for name in names} == {name: peak * 1e12 for name, peak in names.items()}
 
 
-@pytest.mark.parametrize("name", ["some cpu", "NVIDIA A10G", "NVIDIA L40", "NVIDIA GH200 480GB"])
+OTHER_GPUS = ["some cpu", "NVIDIA A10G", "NVIDIA L40", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"]
+OTHER_GPUS += ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"]
+
+
+@pytest.mark.parametrize("name", OTHER_GPUS)
 def test_a_gpu_whose_name_only_contains_a_known_one_has_none(name):
     assert flops.published_peak(name) is None
+    assert flops.published_memory(name) is None
+
+
+def test_memory_is_what_a_name_states():
+    names = {"NVIDIA A100-SXM4-40GB": 40, "A100": 80, "NVIDIA H100 80GB HBM3": 80, "NVIDIA L4": 24}
+    assert {name: flops.published_memory(name) for name in names} == {name: size * 1e9 for name, size in names.items()}

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,10 @@ def test_scores_are_printed_written_and_compared(place):
         assert "fd_demo" in said.output
         assert f"protocol {json.loads(Path(f'{name}.json').read_text())['protocol_id']}" in said.output
     assert run("compare", "a.json", "b.json").exit_code == 0
+    Path("other").mkdir()
+    shutil.copy("b.json", "other/a.json")
+    both = run("compare", "a.json", "other/a.json").output
+    assert "other/a.json: protocol" in both and "\na.json: protocol" in both
     refused = run("compare", "a.json", "c.json")
     assert refused.exit_code != 0
     assert "they differ in images 20 / 25" in str(refused.exception)
@@ -88,6 +93,9 @@ def test_several_sets_are_seeds_and_get_a_spread(place):
     said = run("score", "a.npz", "b.npz", "--reference", "r.npz", "--bootstrap", 0, "--allow-singular")
     assert said.exit_code == 0, said.exception
     assert "sd over sets" in said.output
+    shutil.copy("a.npz", "copy.npz")
+    twice = run("score", "a.npz", "copy.npz", "--reference", "r.npz", "--bootstrap", 0, "--allow-singular")
+    assert "a.npz and copy.npz hold the same images" in str(twice.exception)
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,9 @@ def test_ranges_include_both_ends(text, numbers):
     assert parse_range(text) == numbers
 
 
-@pytest.mark.parametrize("text", ["", "a", "1:2", "2:1:0.1", "1:2:0", "1:2:-1", "1:2:0.3", "1:2:3:4"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "1:2", "2:1:0.1", "1:2:0", "1:2:-1", "1:2:0.3", "1:2:3:4", "nan", "1,inf", "1:nan:1"]
+)
 def test_what_is_no_range_is_refused(text):
     with pytest.raises(ValueError, match=r"is not a range: expected FIRST:LAST:STEP"):
         parse_range(text)
@@ -322,7 +324,7 @@ def test_what_is_no_range_is_refused(text):
 
 def test_maximum_lengths_are_read_and_others_refused():
     assert parse_max_lengths("1, 4,none") == [1, 4, None]
-    for text in ("0", "-1", "x", "1,,2", ""):
+    for text in ("0", "-1", "x", "1,,2", "", "\u00b2"):
         with pytest.raises(ValueError, match=r"expected a number of tokens from 1, or none"):
             parse_max_lengths(text)
 

@@ -75,6 +75,12 @@ def test_what_people_should_know_of_a_reference_is_printed_whenever_it_is_used(t
             reference_of(npz(tmp_path / "x.npz", arr_0=images), network, NullTracker(), cache=tmp_path / ".cache")
 
 
+def test_statistics_alone_do_not_state_what_they_are_of(tmp_path, network, capsys):
+    path = npz(tmp_path / "s.npz", mu=np.zeros(64), sigma=np.eye(64))
+    reference_of(path, network, NullTracker(), cache=tmp_path / ".cache")
+    assert "reference s.npz: statistics alone, which do not state how many images" in capsys.readouterr().err
+
+
 def test_the_first_of_more_images_than_asked_for_are_scored_and_that_is_said(tmp_path, network):
     against = reference_of(npz(tmp_path / "r.npz", arr_0=pictures(1)), network, NullTracker(), cache=tmp_path)
     said = []
@@ -98,7 +104,9 @@ def test_features_of_a_reference_are_computed_once(tmp_path, network):
 def test_identical_sets_have_distance_zero_and_precision_and_recall_one(tmp_path, network):
     path = npz(tmp_path / "a.npz", arr_0=pictures(0, 80))
     against = reference_of(path, network, NullTracker(), cache=tmp_path)
-    found = score_images(path, against, network, settings(80), NullTracker(), seed=0).values
+    said = []
+    found = score_images(path, against, network, settings(80), NullTracker(), seed=0, say=said.append).values
+    assert said == [f"{path}: these are the images of the reference itself"]
     assert found["eval/fd_demo"] == pytest.approx(0, abs=1e-9)
     assert found["eval/precision"] == found["eval/recall"] == 1
 
