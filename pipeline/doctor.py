@@ -152,6 +152,27 @@ def _device(params: Params | None) -> Iterator[Check]:
             if "emulates: " in line:
                 found, _, fix = line.partition("; ")
                 yield Check("precision", "warn", found, fix)
+    if params:
+        yield from _room(params, device)
+
+
+def _room(params: Params, device: str) -> Iterator[Check]:
+    """Look whether this machine has room for the workers of params: else a stage refuses them only when it begins."""
+    from stages.workers.cluster import expected, require
+
+    if (here := expected()) is None:  # another cluster is asked when it is joined
+        return
+    gpu = int(device == "cuda")
+    trainings = {"entropy_model.train": params.entropy_model.train, "train": params.train}
+    wanted = [(name, one.workers, one.cpus_per_worker, one.gpus_per_worker or gpu) for name, one in trainings.items()]
+    others = ("tokenize_images", "entropies", "sample", "score")
+    wanted += [(name, getattr(params, name).workers, 1, gpu) for name in others]
+    for section, workers, cpus, gpus in wanted:
+        try:
+            require(here, workers=workers, cpus=cpus, gpus=gpus, section=section)
+        except ValueError as error:
+            found, _, fix = str(error).partition(": ")
+            yield Check("workers", "warn", found, fix)
 
 
 def _memory() -> Check:

@@ -150,9 +150,9 @@ def fetch(
     address = url or INCEPTION_URL
     print_fitted(redacted(f"from {address}\nto   {to.resolve()}"))
     if to.is_file():
-        print(f"it is there already: reading its {to.stat().st_size / 2**20:,.0f} MiB for their SHA-256")
+        print_fitted(f"it is there already: reading its {to.stat().st_size / 2**20:,.0f} MiB for their SHA-256")
     digest = download(address, to, sha256=sha256 or INCEPTION_SHA256)
-    print(f"SHA-256 {digest}")
+    print_fitted(f"SHA-256 {digest}")
 
 
 def calibrate(

@@ -201,6 +201,7 @@ PRINTED = {
     "compare artifacts/scores/dpar.json artifacts/scores/llamagen.json": 0,
     "compare artifacts/scores/dpar.json missing.json": 1,
     "fetch something": 1,
+    "fetch inception --to a.npz --url https://127.0.0.1/weights/of/the/network.pt": 0,
     "calibrate --gpt a.pt --vq b.pt --size B --cfg 2 --reference c.npz": 1,
     "sweep threshold --search hillclimbing": 1,
     "sweep cfg --model other": 1,
@@ -216,6 +217,7 @@ PRINTED = {
 @pytest.mark.parametrize("words", PRINTED)
 def test_what_commands_print_fits_a_pipe_and_a_narrow_terminal(printed, monkeypatch, words):
     monkeypatch.setattr("dpar_core.evaluation.golden.verify_folder", lambda folder: CASES)
+    monkeypatch.setattr("pipeline.download.download", lambda url, to, sha256: "f" * 64)
     for width in (80, 60):
         monkeypatch.setenv("COLUMNS", str(width))
         terminal = width == 60

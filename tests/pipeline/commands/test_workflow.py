@@ -111,6 +111,16 @@ def test_every_path_of_the_params_is_looked_at(project):
     assert lacking.fix.startswith("dpar-cli fetch inception --to weights/inception-2015-12-05.pt, or change")
 
 
+def test_more_workers_than_this_machine_holds_are_named_before_anything_runs(project):
+    assert "workers" not in [check.name for check in health.examine(project)]
+    set_param(project, "  gpus_per_worker: 0 ", "  gpus_per_worker: 1000 ")
+    found = [check for check in health.examine(project) if check.name == "workers"]
+    assert [(check.verdict, check.found.partition(" asks")[0]) for check in found] == [
+        ("warn", f"`{section}.workers`") for section in ("entropy_model.train", "train")
+    ]
+    assert all("RAY_ADDRESS" in check.fix for check in found)
+
+
 def test_doctor_tells_what_is_wrong_with_the_surroundings(project, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
