@@ -200,7 +200,9 @@ def _disk(root: Path) -> Check:
 
 
 def _writable(root: Path) -> Iterator[Check]:
-    for name in (".", "work"):
+    from stages.artifacts import FOLDER
+
+    for name in (".", "work", FOLDER):
         folder = root / name
         if folder.exists() and not os.access(folder, os.W_OK):
             yield Check("project", "fail", f"{folder.resolve()} cannot be written", "change its owner or its mode")

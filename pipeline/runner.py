@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -138,7 +139,10 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     with locked(work.parent / ".lock", busy=wait):
         work.mkdir(parents=True, exist_ok=True)
         for field in dataclasses.fields(outputs):
-            getattr(outputs, field.name).parent.mkdir(parents=True, exist_ok=True)
+            home = getattr(outputs, field.name).parent
+            home.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=home):  # now, not when days of work are to be put there
+                pass
         remove_leftovers(work, work.parent / LAST, *vars(outputs).values())
         started = time.time()
         with open_tracker(name, params, chosen, root=root) as tracker:

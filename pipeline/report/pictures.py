@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dpar_core.data.images import CENTER_VIEWS
-from dpar_core.data.manifest import Manifest
+from dpar_core.data.images import CENTER_VIEWS, BadImage
+from dpar_core.data.manifest import Manifest, Row
 from dpar_core.data.shards import TokenShards
+from dpar_core.data.sources import ImageOpener
 from dpar_core.models.load import read_trained
 from dpar_core.models.vq import to_uint8
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
@@ -105,7 +106,7 @@ class Example:
 def examples(
     manifest: Manifest, tokenizer: Path, shards: TokenShards, entropies: EntropyMaps, maps: PatchMaps, *, count: int
 ) -> list[Example]:
-    """Return `count` validation images, of as many classes as there are, centre crops. Raises BadImage.
+    """Return `count` validation images, of as many classes as there are, centre crops. Raises ValueError.
 
     For every class the image whose number of patches is the middle one of (up to 64 of) its images is taken, so that
     examples are neither the best nor the worst.
@@ -127,7 +128,7 @@ def examples(
         row = manifest.find(shards.key(index))
         if row is None:
             raise ValueError(f"{shards.folder} holds {shards.key(index)}, the manifest does not: run `dpar-cli run`")
-        photo = middle_square(opener(row))
+        photo = middle_square(_opened(opener, row))
         photo = fit(photo, LARGEST) if photo.width > LARGEST else photo
         found.append(
             Example(
@@ -177,12 +178,23 @@ def sample_cells(folder: Path, class_names: list[str], *, row_width: int, border
     return {label: [cell(int(i)) for i in np.flatnonzero(labels == label)[:COLUMNS]] for label in found}
 
 
+def _opened(opener: ImageOpener, row: Row) -> np.ndarray:
+    """Return an image that the page shows, (height, width, 3) uint8. Raises ValueError with its name and the way out."""
+    try:
+        return opener(row)
+    except BadImage as error:
+        raise ValueError(
+            f"image {row.source}, which the report shows, {error}: put the {row.split} images back where data.{row.split} "
+            "says, then `dpar-cli run report`"
+        ) from None
+
+
 def real_cells(manifest: Manifest, shards: TokenShards, labels: list[int]) -> dict[int, list[Cell]]:
     """Return the first validation images of some classes, cropped and scaled to the size that the models see."""
     opener, meta, found = ManifestOpener(manifest), shards.meta, {}
     for label in labels:
         rows = [manifest.find(shards.key(int(i))) for i in np.flatnonzero(shards.labels == label)[:COLUMNS]]
-        crops = [middle_square(opener(row)) for row in rows if row is not None]
+        crops = [middle_square(_opened(opener, row)) for row in rows if row is not None]
         side = (meta.image_size, meta.image_size)
         small = [crop.resize(side, Image.Resampling.LANCZOS) for crop in crops]
         found[label] = [{"image": data_uri(one), "name": meta.classes[label]} for one in small]

@@ -66,12 +66,19 @@ def inspect_image(key: str, *, artifacts: Path, data: P.Data) -> Inspection:
     found = Inspection(find_row(manifest, key))
     row = found.row
     try:
+        shards: TokenShards | str = TokenShards(TOKENS.below(artifacts), row.split)
+    except (ValueError, OSError) as error:
+        shards = str(error)
+    made = data if isinstance(shards, str) else shards.meta  # the views that there are tokens of, whatever params say now
+    try:
         found.image = ManifestOpener(manifest)(row)
-        found.views = views(found.image, data.image_size, data.views)
+        found.views = views(found.image, made.image_size, made.views)
     except ValueError as error:
         found.missing.append(f"the image cannot be used: {error}")
+    if isinstance(shards, str):
+        found.missing.append(shards)
+        return found
     try:
-        shards = TokenShards(TOKENS.below(artifacts), row.split)
         index = shards.find(row.key)
         if index is None:
             raise ValueError("no tokens: the image was bad when tokens were made, or is new since")
@@ -89,11 +96,13 @@ def inspect_image(key: str, *, artifacts: Path, data: P.Data) -> Inspection:
 
 
 def find_row(manifest: Manifest, key: str) -> Row:
-    """Return the row of a key, or of the only image whose source ends with it. Raises ValueError."""
+    """Return the row of a key, or of the only image whose source ends with it, name by name. Raises ValueError."""
     row = manifest.find(key)
     if row is not None:
         return row
-    matches: list[int] = pc.indices_nonzero(pc.ends_with(manifest.rows.table["source"], key)).to_pylist() if key else []
+    sources = manifest.rows.table["source"]
+    whole = [pc.ends_with(sources, f"{before}{key}") for before in ("/", ":")] + [pc.equal(sources, key)]
+    matches: list[int] = pc.indices_nonzero(pc.or_(pc.or_(whole[0], whole[1]), whole[2])).to_pylist() if key else []
     if len(matches) == 1:
         return manifest.rows[matches[0]]
     if not matches:
@@ -108,7 +117,7 @@ def _add_patches(found: Inspection, shards: TokenShards, index: int, artifacts: 
     count, found.entropies = shards.meta.num_views, entropies.views_of(index)
     maps = PatchMaps(PATCH_MAPS.below(artifacts), shards, entropy_model=entropies.made_by.entropy_model)
     found.lengths = maps.lengths(np.full(count, index), np.arange(count))
-    found.threshold = maps.rule.threshold
+    found.threshold = maps.rule.threshold if maps.rule.reads_entropies else None
 
 
 def describe(found: Inspection) -> str:

@@ -1,6 +1,8 @@
 """What an interrupted stage goes on with: only what the same params and inputs made."""
 
 import contextlib
+import errno
+import os
 import shutil
 
 import pytest
@@ -96,6 +98,16 @@ def test_params_and_inputs_that_change_while_a_stage_runs_are_not_recorded_as_wh
         patch.setattr(ShardTokenizer, "__call__", edits(lambda: save_tokenizer(file, seed=1)))
         with pytest.raises(StageError, match=r"what it reads changed while stage .* ran .tokenizer \w+ -> \w+."):
             tokenizing.run()
+
+
+def test_a_folder_of_outputs_that_cannot_be_written_stops_a_stage_before_its_work(tokenizing, monkeypatch):
+    def refused(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(pipeline.runner.tempfile, "TemporaryFile", refused)
+    with pytest.raises(OSError, match=r"Read-only file system: .*artifacts"):
+        tokenizing.run()
+    assert tokenizing.made == []
 
 
 def test_another_tokenizer_makes_all_anew(tokenizing):

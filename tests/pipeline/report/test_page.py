@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dpar_core.data.manifest import Row
 from dpar_core.data.shards import TokenShards
+from dpar_core.data.sources import ImageOpener
 from dpar_core.evaluation.sample_files import read_samples
 from dpar_core.files import load_weights
 from dpar_core.models.dpar import DPAR, DPARConfig
@@ -28,7 +30,7 @@ from pipeline.report.facts import (
     held_out_losses,
     read_training,
 )
-from pipeline.report.pictures import border_path, leading_samples, sample_cells
+from pipeline.report.pictures import _opened, border_path, leading_samples, sample_cells
 from pipeline.report.speeds import Speed
 from pipeline.report.verdicts import Estimate
 from pipeline.runner import STAGES
@@ -415,6 +417,12 @@ def test_a_baseline_that_is_taken_at_its_last_step_is_shown_once(inputs, params,
     page = render(inputs, tmp_path / "r", params)
     assert "baseline at step" not in page and 'class="llamagen_equal_time"' not in page
     assert page.count('style="--groups: 3"') == 9 and "at equal training time" in page
+
+
+def test_an_image_of_the_page_that_is_gone_is_named_with_the_way_out():
+    row = Row("validation-1", "validation", "validation:a/1.png", None, 0, "a")
+    with pytest.raises(ValueError, match=r"image validation:a/1\.png, which the report shows, cannot be read: No such file"):
+        _opened(ImageOpener({"validation": "/nowhere"}, {}), row)
 
 
 def test_border_paths_are_in_token_units():

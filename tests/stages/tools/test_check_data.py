@@ -242,6 +242,12 @@ def test_inspect_finds_images_by_the_end_of_their_path_and_refuses_guesses(proje
     assert inspect_image("train:a/004.png", artifacts=artifacts, data=data).row.source == "train:a/004.png"
     with pytest.raises(ValueError, match=r"2 images end with 'a/004.png'"):
         inspect_image("a/004.png", artifacts=artifacts, data=data)
+    for part in ("04.png", "4.png", "png"):  # of a name, which may be another's
+        with pytest.raises(ValueError, match=rf"no image '{part}' in the manifest"):
+            inspect_image(part, artifacts=artifacts, data=data)
+    later = data.model_copy(update={"views": "ten_crop_1.1", "image_size": 4})
+    one, other = (inspect_image("train:a/004.png", artifacts=artifacts, data=params).views for params in (data, later))
+    assert np.array_equal(one, other)  # those that there are tokens of
     with pytest.raises(ValueError, match=r"no image 'nobody' in the manifest: expected a key, as train-"):
         inspect_image("nobody", artifacts=artifacts, data=data)
 
