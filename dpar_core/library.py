@@ -7,7 +7,7 @@ Shapes: n images, S the image side in pixels, G tokens per row, T = G x G tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ class Run:
     image_size: S.
     class_names: of labels 0, 1, ...
     entropy_precision: of the entropy model's products, as the run's patches were made with.
+    untrained: classes that had no training images, of which nothing can be sampled.
     """
 
     tokenizer: VQ
@@ -69,6 +70,7 @@ class Run:
     class_names: list[str]
     device: torch.device
     entropy_precision: GatePrecision = "fp32"
+    untrained: frozenset[int] = frozenset()
 
     @torch.inference_mode()
     def encode(self, images: ImageArray | Sequence[ImageArray]) -> Tensor:
@@ -126,8 +128,10 @@ class Run:
         cfg_scale: guidance, 1 is off.
         rule: to sample with another patch rule than the model was trained with.
         Returns tokens (n, T), patch lengths, and the entropies (n, T) that decided them.
-        Raises ValueError for a class, a number of seeds or a model that does not fit.
+        Raises ValueError for a class, a number of seeds or a model that does not fit, and a class without training images.
         """
+        if unknown := sorted(self.untrained & {int(label) for label in labels}):
+            raise ValueError(f"class {unknown[0]} had no training images: sample another one")
         settings = SampleSettings(
             cfg_scale=cfg_scale,
             temperature=temperature,
@@ -176,18 +180,28 @@ def load_run(artifacts: Path | str = RUN_FOLDER, *, device: str | None = None) -
     rule = read_rule(folder / RUN_FILES["rule"], entropy_model=gate.digest)
     models: dict[str, DPAR | GPT | None] = {"dpar": None, "llamagen": None}
     names: list[str] = []
+    untrained: frozenset[int] = frozenset()
     for role in ("dpar", "llamagen"):
         if (folder / RUN_FILES[role]).exists():
             found = read_trained(folder / RUN_FILES[role], role, made_with=made_with)
-            models[role] = found.build(chosen)
-            names = found.meta.get("classes") or names
+            cut_by = found.meta.get("rule")
+            if role == "dpar" and cut_by is not None and cut_by != asdict(rule):
+                raise ValueError(
+                    f"{found.path} was trained with the patch rule {cut_by}, but {folder / RUN_FILES['rule']} holds "
+                    f"{asdict(rule)}: run `dpar-cli run train_dpar`"
+                )
+            classes = found.meta.get("classes") or names
+            if names and classes != names:
+                raise ValueError(f"dpar and llamagen in {folder} were trained on different classes: run `dpar-cli run`")
+            models[role], names = found.build(chosen), classes
+            untrained |= frozenset(found.meta.get("untrained_classes") or [])
     dpar, llamagen = models["dpar"], models["llamagen"]
     assert dpar is None or isinstance(dpar, DPAR)
     assert llamagen is None or isinstance(llamagen, GPT)
     vq = tokenizer.build(chosen)
     size = rule.row_width * vq.config.downsample
     precision = rule_precision(folder / RUN_FILES["rule"])
-    return Run(vq, gate.build(chosen), rule, dpar, llamagen, size, names, chosen, precision)
+    return Run(vq, gate.build(chosen), rule, dpar, llamagen, size, names, chosen, precision, untrained)
 
 
 def patch_lengths(entropies: Tensor, rule: PatchRule) -> list[npt.NDArray[np.uint16]]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpar_core.data.splits import first_few
 from dpar_core.evaluation.sample_files import SampledWith
 from dpar_core.generation.generate import DPARGenerator, Generated, GPTGenerator, OnTokens
 from dpar_core.generation.sampling import SampleSettings
@@ -161,7 +162,10 @@ class Sampler:
         given: Tensor | None = None,
         progress: OnTokens | None = None,
     ) -> Generated:
-        """Sample tokens, see dpar_core.generation.generate."""
+        """Sample tokens, see dpar_core.generation.generate. Raises ValueError for a class without training images."""
+        if unknown := sorted(self.untrained & set(labels)):
+            names = first_few(self.class_names[label] for label in unknown)
+            raise ValueError(f"{self.files.model} has seen no training image of {names}: sample other classes")
         return self.generator.generate(torch.as_tensor(labels, dtype=torch.int64), seeds, given=given, progress=progress)
 
     def pixels(self, tokens: Tensor, *, resize: int | None = None) -> np.ndarray:

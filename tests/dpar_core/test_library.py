@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -107,13 +108,39 @@ def test_what_does_not_fit_is_refused_in_a_sentence(run, project, tmp_path):
 
 
 def test_a_rule_of_another_entropy_model_is_refused(project, tmp_path):
-    import shutil
-
     copy = shutil.copytree(project / "artifacts", tmp_path / "artifacts")
     rule = json.loads((copy / library.RUN_FILES["rule"]).read_text())["rule"]
     write_rule(copy / library.RUN_FILES["rule"], dpar_core.PatchRule(**rule), made_by=MadeBy("0" * 16, "another"))
     with pytest.raises(ValueError, match="dpar-cli run patch_maps"):
         dpar_core.load_run(copy, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({"rule": {"mode": "static"}}, "was trained with the patch rule .*, but .* holds"),
+        ({"classes": ["ape", "bee", "dog"]}, "dpar and llamagen in .* were trained on different classes"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused(project, tmp_path, meta, words):
+    copy = shutil.copytree(project / "artifacts", tmp_path / "artifacts")
+    change_meta(copy / library.RUN_FILES["dpar"], meta)
+    with pytest.raises(ValueError, match=words):
+        dpar_core.load_run(copy, device="cpu")
+
+
+def test_a_class_without_training_images_is_not_sampled(project, tmp_path):
+    copy = shutil.copytree(project / "artifacts", tmp_path / "artifacts")
+    change_meta(copy / library.RUN_FILES["dpar"], {"untrained_classes": [1]})
+    run = dpar_core.load_run(copy, device="cpu")
+    with pytest.raises(ValueError, match="class 1 had no training images"):
+        run.generate([0, 1], [0, 1])
+    assert len(run.generate([0, 2], [0, 1]).tokens) == 2
+
+
+def change_meta(path, changes):
+    found = load_weights(path, kind="dpar")
+    save_weights(path, found.state, kind="dpar", config=found.config, meta={**found.meta, **changes})
 
 
 def test_equal_sets_have_no_distance_and_small_ones_are_refused(project):

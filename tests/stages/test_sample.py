@@ -115,6 +115,9 @@ def test_a_class_that_was_never_trained_is_not_sampled(tmp_path, capsys, plan):
     assert set(read_samples(folder / "samples.npz").labels.tolist()) == {0, 2}
     assert json.loads((folder / "samples.json").read_text())["untrained_classes"] == [1]
     assert "1 class had no training images and is left out (bee)" in capsys.readouterr().out
+    sampler = Sampler(made.dpar_files, sample_section(), device="cpu")
+    with pytest.raises(ValueError, match="has seen no training image of bee: sample other classes"):
+        sampler.generate([0, 1], [0, 1])
 
 
 def test_random_plans_ask_each_images_own_seed():
