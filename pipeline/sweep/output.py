@@ -221,8 +221,13 @@ def draw_pareto(facts: Facts, path: Path) -> None:
         axes.scatter(*zip(*one.points), color="#9aa1ae", s=28, zorder=2)
         chosen = [one.points[which] for which in one.front]
         axes.plot(*zip(*chosen), marker="o", color="#b8471b", zorder=3)
+        right = sum(axes.get_xlim()) / 2
         for which in one.front:
-            axes.annotate(one.labels[which], one.points[which], textcoords="offset points", xytext=(5, 6), fontsize=8)
+            inward = {"xytext": (-7, 5), "ha": "right"} if one.points[which][0] > right else {"xytext": (7, 5), "ha": "left"}
+            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
+            axes.annotate(
+                one.labels[which], one.points[which], textcoords="offset points", fontsize=8, bbox=box, zorder=4, **inward
+            )
         axes.set_xlabel(one.x)
         axes.set_ylabel(f"{one.y} (lower is better)")
         axes.grid(alpha=0.25)
