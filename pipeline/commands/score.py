@@ -226,10 +226,12 @@ def calibrate(
     settings = settings_for(features, images=images, neighbours=3, bootstrap=0, allow_singular=allow_singular)
     against = _reference(reference, params, network, tracker, image_size=shape_in(samples).height)
     found = score_images(samples, against, network, settings, tracker, seed=params.seed)
-    write_record(out / "scores.json", found.to_json())
+    scores = out / f"{samples.name.replace('samples', 'scores')}.json"
+    write_record(scores, found.to_json())
     checks = calibration.checks(found.values, expected, tolerance=tolerance)
     print(_verdicts(checks))
     print(_protocol_lines(found))
+    print(scores)
     if not all(check.holds for check in checks):
         raise SystemExit(1)
 
