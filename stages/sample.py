@@ -94,6 +94,17 @@ def label_of(index: int, *, plan: str, seed: int, classes: Sequence[int]) -> int
     return classes[int(np.random.Generator(np.random.Philox(key=[seed + index, 1])).integers(len(classes)))]
 
 
+def too_few_for_classes(images: int, classes: int) -> str:
+    """Return what to know of a balanced plan with fewer images than classes; an empty text for others."""
+    if images >= classes:
+        return ""
+    return (
+        f"{counted(images, 'image')} of a balanced plan {'is' if images == 1 else 'are'} of the first {images:,} of "
+        f"{classes:,} classes alone, so distances to a reference of all classes are too large: sample more, or take plan "
+        "random"
+    )
+
+
 @dataclass(frozen=True)
 class SampleJob:
     """What a worker needs to sample any batch.
@@ -195,6 +206,8 @@ def sample_images(
             f"sample {target.name}: {what} had no training images and {'is' if len(names) == 1 else 'are'} left out "
             f"({first_few(names)})"
         )
+    if sample.plan == "balanced" and (note := too_few_for_classes(sample.images, len(sampler.trained_labels))):
+        print_fitted(f"sample {target.name}: {note}")
     left = [batch for batch in job.batches() if finished_unit(work, job.path(batch).name) is None]
     done = sample.images - sum(_size(sample, batch) for batch in left)
     with tracker.progress(sample.images, f"sample {target.name}", done=done, unit="images") as progress:

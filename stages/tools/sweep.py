@@ -317,6 +317,10 @@ def sweep(
     reference = make_reference(scored.score, scored.data, subject.manifest, _network(subject), tracker, cache=work)
     for images in (plan.images, *([plan.final_images] if plan.final_images else [])):
         check_rank(images, reference, settings_of(scored.score))
+    if subject.sample.plan == "balanced":
+        classes = read_weights_header(subject.models[None].model)["config"]["num_classes"]
+        if few := sample.too_few_for_classes(plan.images, classes):
+            note(f"trials: {few}")
     runner = _Runner(subject, plan, folder, work, tracker, finished)
     outcome = Outcome()
     with runner:

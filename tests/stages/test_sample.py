@@ -120,6 +120,12 @@ def test_a_class_that_was_never_trained_is_not_sampled(tmp_path, capsys, plan):
         sampler.generate([0, 1], [0, 1])
 
 
+def test_a_balanced_plan_that_cannot_show_every_class_is_named(tmp_path, capsys):
+    run_dpar(write_artifacts(tmp_path / "artifacts"), tmp_path, images=2)
+    assert "2 images of a balanced plan are of the first 2 of 3 classes alone" in capsys.readouterr().out.replace("\n ", "")
+    assert stage.too_few_for_classes(3, 3) == ""
+
+
 def test_random_plans_ask_each_images_own_seed():
     labels = [stage.label_of(i, plan="random", seed=50, classes=range(7)) for i in range(400)]
     assert labels[10:] == [stage.label_of(i, plan="random", seed=60, classes=range(7)) for i in range(390)]
