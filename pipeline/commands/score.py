@@ -203,7 +203,7 @@ def calibrate(
     params = load_params(Path("params.yaml"))
     network = _network(features, features_file, sha256, params)
     tracker, work = PrintTracker(), Path("work", "calibrate")
-    files = calibration.import_checkpoint(gpt, vq, heads=heads, grid=grid, folder=work)
+    files = calibration.import_checkpoint(gpt, vq, size=size, heads=heads, grid=grid, folder=work)
     section = settled(params.sample, device_of(params.compute)).model_copy(
         update={
             "images": images,

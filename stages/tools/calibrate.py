@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpar_core.files import save_weights, sha256_file
 from dpar_core.models.published import read_gpt, read_vq
+from dpar_core.models.sizes import MODEL_SIZES
 from dpar_core.models.vq import config_of
 from stages.shared.sampler import Files
 
@@ -28,16 +29,24 @@ class ScoreCheck:
         return abs(self.got - self.expected) <= self.tolerance
 
 
-def import_checkpoint(gpt: Path, vq: Path, *, heads: int, grid: int, folder: Path) -> Files:
+def import_checkpoint(gpt: Path, vq: Path, *, size: str, heads: int, grid: int, folder: Path) -> Files:
     """Write published weights as files that the sampler reads, once for each pair of them; return these.
 
     gpt: class-conditional LlamaGen weights.
     vq: its tokenizer's.
+    size: whose width and layers they must have, where it is one of MODEL_SIZES: heads do not follow from weights, so those
+        of another size, or with layers missing at the end, would be read as well.
     Raises ValueError when names or shapes do not fit.
     """
     state, config = read_gpt(gpt, heads=heads, row_width=grid)
     if config.num_classes is None:
         raise ValueError(f"{gpt} has no class table: give class-conditional weights of LlamaGen")
+    known = MODEL_SIZES.get(size)
+    if known is not None and (config.width, config.layers) != (known.width, known.layers):
+        raise ValueError(
+            f"{gpt} has width {config.width} and {config.layers} layers, LlamaGen-{size} has {known.width} and "
+            f"{known.layers}: give --size of these weights, or fetch the file again"
+        )
     digests = {"gpt": sha256_file(gpt)[:16], "vq": sha256_file(vq)[:16]}
     cell = folder / f"{digests['gpt']}-{digests['vq']}"
     cell.mkdir(parents=True, exist_ok=True)

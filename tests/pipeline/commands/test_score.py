@@ -231,6 +231,8 @@ def test_a_published_checkpoint_is_drawn_and_scored_against_what_is_expected(pla
         *[GOLDEN / "llamagen_gpt_c2i.safetensors" if word == "gpt.pt" else word for word in arguments], "--expect", "x=1"
     )
     assert "they are not a pair" in str(pair.exception)
+    larger = run(*["B" if word == "tiny" else word for word in arguments], "--expect", "fd_demo=1")
+    assert "has width 32 and 2 layers, LlamaGen-B has 768 and 12: give --size of these weights" in str(larger.exception)
     unknown = run(*arguments)
     assert "no published figures of LlamaGen-tiny" in str(unknown.exception)
 
