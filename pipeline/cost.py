@@ -222,7 +222,7 @@ def costs(
 
     params: the whole of a params file.
     patches, images, classes: M, training images and classes where the defaults (published or measured M; ImageNet's, or the
-        built-in photographs') do not fit.
+        built-in photographs') do not fit. Raises ValueError where the params name other data and they are not given.
     """
     from dpar_core.data.images import VIEW_COUNTS
     from dpar_core.models.flops import (
@@ -237,6 +237,11 @@ def costs(
     from stages.train import dpar_config, llamagen_config
 
     builtin = params.data.source == "builtin"
+    if not builtin and params.data.classes != "imagenet" and None in (images, classes):
+        raise ValueError(
+            "how many images and classes data.train has is known once stage data ran in this project (`dpar-cli run data`): "
+            "give --images and --classes"
+        )
     images = images or (params.data.builtin.train_crops if builtin else IMAGENET_IMAGES)
     classes = classes or (BUILTIN_CLASSES if builtin else IMAGENET_CLASSES)
     shape = {
@@ -370,8 +375,8 @@ def cost(
     preset: Annotated[str | None, typer.Argument(help="A preset of params/, or a params file; else params.yaml.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
     patches: Annotated[float | None, typer.Option(min=1, help="Patches per image, where they depend on the data.")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Training images; ImageNet's when left out.")] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Classes; ImageNet's when left out.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Training images; else stage data's, or ImageNet's.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Classes; else stage data's, or ImageNet's.")] = None,
     gpu: Annotated[str, typer.Option(help="GPU, as H200 or A100.")] = "A100",
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
     price: Annotated[float, typer.Option(min=0, help="Price of a GPU-hour.")] = 2.0,
@@ -379,17 +384,22 @@ def cost(
 ) -> None:
     """Estimate what a preset costs before it is started.
 
-    Reads a params file only. Prints parameters, FLOPs with and without the entropy model, memory, checkpoints, disk,
-    GPU-hours and wall time for DPAR, its LlamaGen baseline and the entropy model, then the rest of a run: tokenizing,
-    entropies, sampling, scoring. Next: `dpar-cli params use PRESET`.
+    Reads a params file, and of params.yaml's images what stage data listed. Prints parameters, FLOPs with and without the
+    entropy model, memory, checkpoints, disk, GPU-hours and wall time for DPAR, its LlamaGen baseline and the entropy model,
+    then the rest of a run: tokenizing, entropies, sampling, scoring. Next: `dpar-cli params use PRESET`.
 
         dpar-cli cost imagenet256-dpar-l --gpu H100 --price 2.5
     """
+    from dpar_core.data.manifest import read_manifest
+    from stages.artifacts import MANIFEST
     from stages.params import load_params
 
     if not 1 <= len(currency) <= 8 or not currency.isprintable():
         raise ValueError(f"--currency has {len(currency)} characters, expected a short name, as EUR")
     params = load_params(_params_file(preset))
+    if preset is None and Path(MANIFEST.path).exists():
+        manifest = read_manifest(Path(MANIFEST.path))
+        images, classes = images or len(manifest.split("train")), classes or len(manifest.classes)
     estimate = costs(
         params, prices=Prices(gpu, utilisation, price, currency), patches=patches, images=images, classes=classes
     )

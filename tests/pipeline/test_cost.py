@@ -9,6 +9,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dpar_core.data.images import VIEW_COUNTS
+from dpar_core.data.manifest import Manifest, Row, write_manifest
 from dpar_core.data.shards import TokenMeta, TokenSample, write_shard
 from dpar_core.models import memory
 from dpar_core.models.flops import guidance_passes
@@ -256,6 +257,24 @@ def test_the_command_prints_a_table_or_json(monkeypatch):
     whole = costed["models"]["dpar"]["forward_gflops"] + costed["models"]["entropy_model"]["forward_gflops"]
     row = next(line for line in table.output.splitlines() if line.strip().startswith("and the entropy model, to generate"))
     assert float(row.split()[-1].replace(",", "")) == pytest.approx(whole, abs=0.005)
+
+
+def test_own_images_are_counted_as_they_are_and_not_as_imagenets(tmp_path, monkeypatch):
+    raw = YAML(typ="safe").load((ROOT / "params" / "demo.yaml").read_text())
+    raw["data"] |= {"source": "imagefolder", "train": "t", "validation": "v"}
+    with pytest.raises(ValueError, match="give --images and --classes"):
+        costs(parse_params(raw), prices=A100)
+    rows = [Row(f"train-{n}", "train", f"train:{n}.png", None, n % 3, "abc"[n % 3]) for n in range(60)]
+    (tmp_path / "artifacts" / "data").mkdir(parents=True)
+    write_manifest(tmp_path / "artifacts" / "data" / "manifest.parquet", Manifest.of(rows, "abc"))
+    YAML(typ="safe").dump(raw, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    app = Typer()
+    app.command()(cost)
+    said = json.loads(CliRunner().invoke(app, ["--json"]).output)
+    assert said["training_images"] == 60
+    steps, batch = (raw["train"][name] for name in ("steps", "batch_size"))
+    assert said["models"]["dpar"]["epochs"] == steps * batch / 60
 
 
 @pytest.mark.parametrize(
