@@ -397,9 +397,10 @@ def cost(
     if not 1 <= len(currency) <= 8 or not currency.isprintable():
         raise ValueError(f"--currency has {len(currency)} characters, expected a short name, as EUR")
     params = load_params(_params_file(preset))
-    if preset is None and Path(MANIFEST.path).exists():
+    if preset is None and params.data.train is not None and Path(MANIFEST.path).exists():
         manifest = read_manifest(Path(MANIFEST.path))
-        images, classes = images or len(manifest.split("train")), classes or len(manifest.classes)
+        if manifest.roots.get("train") == str(Path(params.data.train)):  # else of other data, as of the preset before
+            images, classes = images or len(manifest.split("train")), classes or len(manifest.classes)
     estimate = costs(
         params, prices=Prices(gpu, utilisation, price, currency), patches=patches, images=images, classes=classes
     )

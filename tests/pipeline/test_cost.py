@@ -266,7 +266,7 @@ def test_own_images_are_counted_as_they_are_and_not_as_imagenets(tmp_path, monke
         costs(parse_params(raw), prices=A100)
     rows = [Row(f"train-{n}", "train", f"train:{n}.png", None, n % 3, "abc"[n % 3]) for n in range(60)]
     (tmp_path / "artifacts" / "data").mkdir(parents=True)
-    write_manifest(tmp_path / "artifacts" / "data" / "manifest.parquet", Manifest.of(rows, "abc"))
+    write_manifest(tmp_path / "artifacts" / "data" / "manifest.parquet", Manifest.of(rows, "abc", {"train": "t"}))
     YAML(typ="safe").dump(raw, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     app = Typer()
@@ -275,6 +275,8 @@ def test_own_images_are_counted_as_they_are_and_not_as_imagenets(tmp_path, monke
     assert said["training_images"] == 60
     steps, batch = (raw["train"][name] for name in ("steps", "batch_size"))
     assert said["models"]["dpar"]["epochs"] == steps * batch / 60
+    YAML(typ="safe").dump(raw | {"data": raw["data"] | {"train": "u", "classes": "imagenet"}}, tmp_path / "params.yaml")
+    assert json.loads(CliRunner().invoke(app, ["--json"]).output)["training_images"] == 1_281_167  # not of the other data
 
 
 @pytest.mark.parametrize(
