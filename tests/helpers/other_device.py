@@ -109,7 +109,7 @@ class Elsewhere(TorchDispatchMode):
         result = func(*args, **kwargs)
         if wanted == "cpu":
             return result
-        if name.endswith("_"):
+        if name.endswith("_") and result is not None:
             return tensors[0]
         return tree_map(lambda x: There(x) if isinstance(x, torch.Tensor) else x, result)
 
