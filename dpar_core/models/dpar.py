@@ -140,7 +140,9 @@ class CopyPatch(nn.Module):
     def forward(self, y_BnD: Tensor, h_PD: Tensor, patch_ids: Tensor, slots: Slots | None) -> Tensor:
         """Add to token states what each reads from its patch; patch_ids: (B, n); slots: where `spread` can use them."""
         added = self.wo(self.cross_attn_norm_kv(h_PD))
-        return y_BnD + (F.embedding(patch_ids, added) if slots is None else spread(added, patch_ids, slots))
+        if slots is None or not torch.compiler.is_compiling():  # eager, rows of slots move more bytes than sorting costs
+            return y_BnD + F.embedding(patch_ids, added)
+        return y_BnD + spread(added, patch_ids, slots)
 
 
 class LocalEncoder(nn.Module):
