@@ -5,19 +5,22 @@
 Part 3 of benchmarks/gpu.py, which runs it. A step is forward, loss, backward, clipping and
 AdamW in bf16 on random tokens (16 x 16 of 16,384 codes) with patch plans of mean length 1.81, as benchmarks/train_step.py
 makes them. The batch is the largest that memory allows: the estimate of dpar_core.models.memory names one, an uncompiled
-step confirms it or the next smaller ones, and the compiled model takes the same. Rows come in order of value; when the
-budget is used up the rest is left out and named. `--strategy fsdp` shards over this one process: what gathering and
-scattering cost beside ddp, which is the model itself here. `--tiny` runs all of it on a small model, so that a CPU can try
-every line.
+step confirms it or the next smaller ones. Rows come in order of value, compiled models first; when the budget is used up
+the rest is left out and named. Of compiled models, and of B, a step is profiled by part: kernels, busy and idle time, the
+longest kernels, how long the host took to launch them and how often it waited. benchmarks/train_count.py says what to
+expect. `--strategy fsdp` shards over this one process: what gathering and scattering cost beside ddp, which is the model
+itself here. `--tiny` runs all of it on a small model, so that a CPU can try every line.
 """
 
 from __future__ import annotations
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -284,27 +287,167 @@ def train_row(setup: Setup, trainee: Trainee, row: Row) -> Row:
     }
 
 
-def kernels_of(setup: Setup, trainee: Trainee, *, most: int = 16) -> Row:
-    """Return which kernels a step runs longest, and how long the device works in all, in milliseconds."""
-    from torch.profiler import ProfilerActivity, profile
+MARK = "part of a step begins"
 
-    activities = [ProfilerActivity.CUDA] if setup.device.type == "cuda" else [ProfilerActivity.CPU]
-    with profile(activities=activities) as recorded:
-        trainee.step()
+
+class Parts:
+    """Marks where the parts of a training step begin on the device, so that a profile can be cut into them.
+
+    Part P of the forward pass begins before the modules that `watched` gives to P. Its backward pass ends when the gradient
+    of what these modules read is there; the part that ran before P is next. `begun` names the part that each mark begins.
+    """
+
+    def __init__(self, trainee: Trainee) -> None:
+        self.setup, self.begun, self.part = trainee.setup, list[str](), ""
+        self.hooks = [
+            module.register_forward_pre_hook(partial(self._forward, part)) for module, part in watched(trainee.model)
+        ]
+        self.model: Any = trainee.model
+        if hasattr(self.model, "transform_patches"):
+            transform = self.model.transform_patches
+
+            def packing(*read: Any) -> Tensor:
+                self._forward("packing", self.model, read)
+                found: Tensor = transform(*read)
+                return found
+
+            self.model.transform_patches = packing
+
+    def begin(self, part: str) -> None:
+        """Begin a part: a kernel that nothing else launches, or a range in a CPU's profile, marks the place."""
+        if part == (self.begun[-1] if self.begun else ""):
+            return
+        self.begun.append(part)
+        if self.setup.device.type == "cuda":
+            torch.cuda._sleep(1)
+        else:
+            with torch.profiler.record_function(MARK):
+                pass
+
+    def _forward(self, part: str, _: nn.Module, read: tuple[Any, ...]) -> None:
+        before, self.part = self.part, part
+        if part == before:
+            return
+        self.begin(part)
+        states = next((x for x in read if isinstance(x, Tensor) and x.requires_grad), None)
+        if before and states is not None:
+            states.register_hook(lambda _: self.begin(f"{before}, backward"))
+
+    def step(self, trainee: Trainee) -> None:
+        """Take a training step with its parts marked."""
+        self.begun.clear()
+        self.part = "embeddings"
+        self.begin(self.part)
+        value = trainee.loss()
+        self.begin(f"{self.part}, backward")
+        value.backward()
+        self.begin("clipping and AdamW")
+        trainee.update()
+        self.begin("end")
+
+    def remove(self) -> None:
+        """Mark no steps any longer."""
+        for hook in self.hooks:
+            hook.remove()
+        vars(self.model).pop("transform_patches", None)
+
+
+def watched(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules before which a part of a model begins."""
+    stacks = {"layers": "blocks"}
+    if hasattr(model, "local_encoder"):
+        stacks = {
+            "local_encoder.layers": "encoder",
+            "local_encoder.cross_attn_layers": "pooling",
+            "layers": "patch transformer",
+            "local_decoder.cross_attn_layers": "copying",
+            "local_decoder.layers": "decoder",
+        }
+    for path, part in stacks.items():
+        yield from ((module, part) for module in model.get_submodule(path).children())
+    yield model.get_submodule("norm"), "output and loss"
+
+
+def recorded(setup: Setup, call: Callable[[], object]) -> list[tuple[float, float, str]]:
+    """Return begin and end, in microseconds, and name of every kernel (on a CPU: operation) of a call, in order."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    on_cuda = setup.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as found:
+        call()
         setup.wait()
-    on_device = setup.device.type == "cuda"
+    events = [
+        event
+        for event in found.events()
+        if (event.device_type == DeviceType.CUDA if on_cuda else not event.cpu_children) and event.name != "[memory]"
+    ]
+    return sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
 
-    def spent(event: Any) -> float:
-        return float(event.self_device_time_total if on_device else event.self_cpu_time_total)
 
-    events = sorted(recorded.key_averages(), key=spent, reverse=True)
+def device_ms(setup: Setup, call: Callable[[], object]) -> float:
+    """Return for how long a call keeps the device busy, after one that warms up, whatever the host takes to launch it."""
+    call()
+    return sum(end - begin for begin, end, _ in recorded(setup, call)) / 1e3
+
+
+def profile_row(setup: Setup, trainee: Trainee, *, most: int = 6) -> Row:
+    """Return where the time of a step goes: per part kernels, busy and idle time of the device, and its longest kernels.
+
+    host_ms: until all kernels are launched; near the whole step the device waits for the host.
+    host_waits: operations for which the host waits, by torch's count on CUDA.
+    """
+    parts = Parts(trainee)
+    parts.step(trainee)  # compiled code may look at hooks
+    setup.wait()
+    with host_waits(setup) as waits:
+        began = time.perf_counter()
+        parts.step(trainee)
+        host_ms = 1e3 * (time.perf_counter() - began)
+        setup.wait()
+    kernels = recorded(setup, lambda: parts.step(trainee))
+    parts.remove()
+    names, found, longest = iter(parts.begun), dict[str, Row](), dict[str, dict[str, Row]]()
+    part, last = "", 0.0
+    for begin, end, name in kernels:
+        if name == MARK or "spin_kernel" in name:
+            part, last = next(names), max(last, end)
+        elif part and part != "end":
+            row = found.setdefault(part, {"kernels": 0, "busy_ms": 0.0, "idle_ms": 0.0})
+            row["kernels"] += 1
+            row["busy_ms"] += (end - begin) / 1e3
+            row["idle_ms"] += max(begin - last, 0.0) / 1e3
+            kind = longest.setdefault(part, {}).setdefault(name[:90], {"ms": 0.0, "count": 0})
+            kind["ms"], kind["count"] = kind["ms"] + (end - begin) / 1e3, kind["count"] + 1
+            last = max(last, end)
+    if next(names, None) is not None:
+        raise RuntimeError(f"of {len(parts.begun)} marks in the step the profile holds {sum(k[2] == MARK for k in kernels)}")
+    for part, row in found.items():
+        kinds = sorted(longest[part].items(), key=lambda item: -item[1]["ms"])[:most]
+        row["longest"] = [{"name": name, **kind} for name, kind in kinds]
     return {
-        "busy_ms": sum(map(spent, events)) / 1e3,
-        "launches": sum(event.count for event in events),
-        "kernels": [
-            {"name": event.key[:90], "ms": round(spent(event) / 1e3, 3), "count": event.count} for event in events[:most]
-        ],
+        "busy_ms": sum(row["busy_ms"] for row in found.values()),
+        "idle_ms": sum(row["idle_ms"] for row in found.values()),
+        "launches": sum(row["kernels"] for row in found.values()),
+        "host_ms": host_ms,
+        "host_waits": len(waits),
+        "parts": found,
     }
+
+
+@contextmanager
+def host_waits(setup: Setup) -> Iterator[list[Any]]:
+    """Collect a warning for every operation that makes the host wait for the device; torch knows them on CUDA alone."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if setup.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        waits: list[Any] = []
+        try:
+            yield waits
+        finally:
+            if setup.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+            waits += [one for one in caught if "synchronizing CUDA operation" in str(one.message)]
 
 
 def attention_rows(setup: Setup, size: ModelSize, images: int) -> Row:
@@ -329,11 +472,30 @@ def attention_rows(setup: Setup, size: ModelSize, images: int) -> Row:
         def both(attend: Callable[..., Tensor] = attend) -> tuple[Tensor, ...]:
             return torch.autograd.grad(attend(q, k, v), (q, k, v), out)
 
-        found[f"{name}_ms"] = 1e3 * setup.seconds_of(both)
+        found[f"{name}_ms"] = device_ms(setup, both)
         results[name] = both()
-    first, second = results.values()
-    found["largest_difference"] = max(float((a - b).abs().max()) for a, b in zip(first, second))
+    if "packed" in results:  # what an own call of cuDNN would give, which torch's variable-length attention does not use
+        try:
+            found["cudnn_ms"] = device_ms(setup, lambda: cudnn_packed(packed, q, k, v, out))
+            results["cudnn"] = cudnn_packed(packed, q, k, v, out)
+        except RuntimeError as error:
+            found["cudnn_failed"] = str(error).splitlines()[0]
+    first, *others = results.values()
+    found["largest_difference"] = max(float((a - b).abs().max()) for other in others for a, b in zip(first, other))
     return found
+
+
+@torch.no_grad()
+def cudnn_packed(packed: PackedCausal, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Run packed causal attention and its backward pass by cuDNN; return the gradients of q, k and v."""
+    bounds, limit = packed.bounds, packed.limit
+    out, lse, *_, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
+        q, k, v, None, bounds, bounds, limit, limit, True, 0.0, True
+    )
+    grads: tuple[Tensor, ...] = torch.ops.aten._cudnn_attention_backward(
+        grad, q, k, v, out, lse, seed, offset, torch.empty(0, device=q.device), bounds, bounds, limit, limit, 0.0, True
+    )
+    return grads
 
 
 def loss_rows(setup: Setup, size: ModelSize, images: int) -> list[Row]:
@@ -401,38 +563,45 @@ def training(
         result.setdefault(where, []).append(row)
         write(row)
 
-    for size_name, size in chosen.items():
-        for family in ("llamagen", "dpar"):
-            name = f"{family}-{size_name}"
-            if late(name, 12.0 if not tiny else 0.0):
-                continue
-            config = setup.config(family, size)
-            patches = setup.tokens / MEAN if family == "dpar" else None
-            with _out_of_memory() as caught:
-                trainee, found = largest_batch(setup, config, patches=patches)
-                keep("rows", train_row(setup, trainee, {"model": family, "size": size_name, "compiled": False, **found}))
-            if caught:
-                keep("rows", {"model": family, "size": size_name, "failed": caught[0]})
-                continue
-            if not late(f"{name} compiled", 30.0 if not tiny else 0.0):
+    def measure(size_name: str, family: str, *, compiled: bool) -> None:
+        model = f"{family}-{size_name}, {'compiled' if compiled else 'eager'}"
+        if late(model, 0.0 if tiny else 35.0 if compiled else 12.0):
+            return
+        config = setup.config(family, chosen[size_name])
+        row: Row = {"model": family, "size": size_name, "compiled": compiled}
+        with _out_of_memory() as caught:
+            trainee, found = largest_batch(setup, config, patches=setup.tokens / MEAN if family == "dpar" else None)
+            if compiled:
                 started = time.perf_counter()
                 compile_blocks(trainee.model, backend="eager" if tiny else "inductor")
                 setup.free()
                 trainee.step()
                 setup.wait()
-                row: Row = {"model": family, "size": size_name, "compiled": True}
-                row["compile_s"] = time.perf_counter() - started
-                row = train_row(setup, trainee, row)
+                found["compile_s"] = time.perf_counter() - started
+            row = train_row(setup, trainee, {**row, **found})
+            if compiled:
                 row["memory_gb"] = setup.peak_bytes() / 1e9
-                if size_name in ("XL", "tiny"):
-                    row |= kernels_of(setup, trainee)
-                keep("rows", row)
+            keep("rows", row)
+            if compiled or size_name == "B":
+                keep(
+                    "profiles",
+                    {**{name: row[name] for name in ("model", "size", "compiled")}, **profile_row(setup, trainee)},
+                )
             del trainee
-            setup.free()
-            torch._dynamo.reset()
-        result["ratios"] += ratios([row for row in result["rows"] if row["size"] == size_name], write)
+        if caught:
+            keep("rows", {**row, "failed": caught[0]})
+        setup.free()
+        torch._dynamo.reset()
+
+    # In order of value: compiled models, as the presets train them; then eager ones; then their parts.
+    for compiled in (True, False):
+        for size_name in chosen:
+            for family in ("llamagen", "dpar"):
+                measure(size_name, family, compiled=compiled)
+            result["ratios"] += ratios(result["rows"], size_name, write, compiled=compiled)
+    for size_name, size in chosen.items():
         if not late(f"attention {size_name}", 3.0 if not tiny else 0.0):
-            keep("attention", {"size": size_name, **attention_rows(setup, size, 4 if tiny else 64)})
+            keep("attention", {"size": size_name, **attention_rows(setup, size, 4 if tiny else 128)})
             setup.free()
         if not late(f"loss {size_name}", 3.0 if not tiny else 0.0):
             for row in loss_rows(setup, size, 4 if tiny else 64):
@@ -442,26 +611,17 @@ def training(
     return result
 
 
-def ratios(rows: list[Row], write: Write) -> list[Row]:
-    """Return DPAR's speed over its baseline's, beside what FLOPs promise, for each pair of rows."""
-    found = []
-    for compiled in (False, True):
-        pair = {row["model"]: row for row in rows if row.get("compiled") == compiled}
-        if len(pair) < 2:
-            continue
-        dpar, baseline = pair["dpar"], pair["llamagen"]
-        ratio = dpar["images_per_s"] / baseline["images_per_s"]
-        promised = baseline["gflops_per_image"] / dpar["gflops_per_image"]
-        row = {
-            "size": dpar["size"],
-            "compiled": compiled,
-            "ratio": ratio,
-            "promised": promised,
-            "efficiency": ratio / promised,
-        }
-        write(row)
-        found.append(row)
-    return found
+def ratios(rows: list[Row], size: str, write: Write, *, compiled: bool) -> list[Row]:
+    """Return DPAR's speed over its baseline's, beside what FLOPs promise; empty where one of them is missing."""
+    pair = {row["model"]: row for row in rows if row["size"] == size and row["compiled"] == compiled and "mfu" in row}
+    if len(pair) < 2:
+        return []
+    dpar, baseline = pair["dpar"], pair["llamagen"]
+    ratio = dpar["images_per_s"] / baseline["images_per_s"]
+    promised = baseline["gflops_per_image"] / dpar["gflops_per_image"]
+    row = {"size": size, "compiled": compiled, "ratio": ratio, "promised": promised, "efficiency": ratio / promised}
+    write(row)
+    return [row]
 
 
 def line(row: Row) -> str:
@@ -473,6 +633,18 @@ def line(row: Row) -> str:
             f"MFU {row['mfu']:5.1%}  {row.get('memory_gb', 0):5.1f} GB  forward {row['forward_ms']:.0f}, backward "
             f"{row['backward_ms']:.0f}, update {row['update_ms']:.0f} ms"
         )
+    if "parts" in row:
+        how = "compiled" if row["compiled"] else "eager"
+        head = (
+            f"{row['model']}-{row['size']} {how}: busy {row['busy_ms']:.1f} ms, idle {row['idle_ms']:.1f}, "
+            f"{row['launches']} kernels launched in {row['host_ms']:.1f}, the host waited {row['host_waits']} times"
+        )
+        parts = [
+            f"    {name:32} {one['kernels']:5} kernels  busy {one['busy_ms']:8.2f} ms  idle {one['idle_ms']:6.2f}  "
+            + ", ".join(f"{kind['ms']:.1f} {kind['name'][:40]}" for kind in one["longest"][:2])
+            for name, one in row["parts"].items()
+        ]
+        return "\n".join([head, *parts])
     if "efficiency" in row:
         how = "compiled" if row["compiled"] else "eager"
         return (

@@ -20,11 +20,21 @@ def test_the_training_part_measures_every_row():
     written = []
     found = gpu_training.training("cpu", tiny=True, budget_s=600, write=written.append)
     rows = [(row["model"], row["compiled"]) for row in found["rows"]]
-    assert rows == [("llamagen", False), ("llamagen", True), ("dpar", False), ("dpar", True)]
+    assert rows == [("llamagen", True), ("dpar", True), ("llamagen", False), ("dpar", False)]
     assert all(row["images_per_s"] > 0 and row["mfu"] > 0 for row in found["rows"])
-    assert [row["compiled"] for row in found["ratios"]] == [False, True] and not found["left_out"]
+    assert [row["compiled"] for row in found["ratios"]] == [True, False] and not found["left_out"]
+    baseline, dpar = found["profiles"]
+    assert list(baseline["parts"]) == [
+        *("embeddings", "blocks", "output and loss"),
+        *("output and loss, backward", "blocks, backward", "embeddings, backward", "clipping and AdamW"),
+    ]
+    forward = ["embeddings", "encoder", "pooling", "packing", "patch transformer", "copying", "decoder", "output and loss"]
+    assert list(dpar["parts"])[:8] == forward
+    assert set(dpar["parts"]) == {*forward, *(f"{part}, backward" for part in forward), "clipping and AdamW"}
+    assert dpar["host_waits"] == 0 and all(part["kernels"] and part["longest"] for part in dpar["parts"].values())
     assert found["attention"][0]["largest_difference"] < 1e-5
-    assert len(written) == len(found["rows"]) + len(found["ratios"]) + len(found["attention"]) + len(found["loss"])
+    kinds = ("rows", "profiles", "ratios", "attention", "loss")
+    assert len(written) == sum(len(found[kind]) for kind in kinds)
     assert all(gpu_training.line(row) for row in written) and json.dumps(found)
 
 
