@@ -336,7 +336,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_says_so(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_no_room_is_reported_as_such(tmp_path, monkeypatch):
     def full(tensors, path, metadata=None):
         with open("/dev/full", "wb", buffering=0) as stream:
