@@ -19,6 +19,7 @@ Shapes: B images, T tokens per image, D width, V codebook entries, k images of a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -62,7 +63,7 @@ def ops_for(device: torch.device) -> Any:
     return TorchOps()
 
 
-class Static:
+class Static(ABC):
     """What both models share: state of a batch, the loop, and the captured parts.
 
     images: B, those that are sampled at a time.
@@ -106,9 +107,9 @@ class Static:
         self.capture = capture and device.type == "cuda"
         self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
 
+    @abstractmethod
     def parts(self) -> dict[tuple[Any, ...], Callable[[], None]]:
         """Return all parts that the loop may launch, by name."""
-        raise NotImplementedError
 
     def phases(self) -> list[int]:
         """Halves (conditional, unconditional) that tokens may need: all the same, or both kinds."""
