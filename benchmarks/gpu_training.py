@@ -419,8 +419,8 @@ def profile_row(setup: Setup, trainee: Trainee, *, most: int = 6) -> Row:
             kind = longest.setdefault(part, {}).setdefault(name[:90], {"ms": 0.0, "count": 0})
             kind["ms"], kind["count"] = kind["ms"] + (end - begin) / 1e3, kind["count"] + 1
             last = max(last, end)
-    if next(names, None) is not None:
-        raise RuntimeError(f"of {len(parts.begun)} marks in the step the profile holds {sum(k[2] == MARK for k in kernels)}")
+    if left := list(names):
+        raise RuntimeError(f"of {len(parts.begun)} marks in the step the profile holds {len(parts.begun) - len(left)}")
     for part, row in found.items():
         kinds = sorted(longest[part].items(), key=lambda item: -item[1]["ms"])[:most]
         row["longest"] = [{"name": name, **kind} for name, kind in kinds]
@@ -478,7 +478,7 @@ def attention_rows(setup: Setup, size: ModelSize, images: int) -> Row:
         try:
             found["cudnn_ms"] = device_ms(setup, lambda: cudnn_packed(packed, q, k, v, out))
             results["cudnn"] = cudnn_packed(packed, q, k, v, out)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:  # of this build, or of a torch without the operator
             found["cudnn_failed"] = str(error).splitlines()[0]
     first, *others = results.values()
     found["largest_difference"] = max(float((a - b).abs().max()) for other in others for a, b in zip(first, other))
