@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from dpar_core.secrets import redacted
-from pipeline.tracking.store import EXPERIMENT, PASS_TAG, SQLITE_PATIENCE, TrackingError, connect, reason, tracking_uri
+from pipeline.tracking.store import (
+    EXPERIMENT,
+    PASS_TAG,
+    SQLITE_PATIENCE,
+    TrackingError,
+    connect,
+    reason,
+    sqlite_file,
+    tracking_uri,
+)
 
 _STAGE_TAG, _PARENT_TAG, _PAGE = "dpar.stage", "mlflow.parentRunId", 1000
 # Of what is not deleted, as MLflow's own search has it.
@@ -40,13 +49,13 @@ class PipelineRun:
 def pipeline_runs(root: Path) -> list[PipelineRun]:
     """Return the pipeline runs of a project, newest first. Raises TrackingError."""
     uri = tracking_uri(root)
-    if not uri.startswith("sqlite:///"):
+    file = sqlite_file(uri)
+    if file is None:
         return _asked(*connect(root))
-    path = Path(uri.removeprefix("sqlite:///").split("?")[0])
-    if not path.exists() or not path.stat().st_size:
+    if not file.exists() or not file.stat().st_size:
         return []
     try:
-        with closing(sqlite3.connect(path, timeout=SQLITE_PATIENCE)) as database:
+        with closing(sqlite3.connect(file, timeout=SQLITE_PATIENCE)) as database:
             return _read(database)
     except sqlite3.Error as error:
         raise TrackingError(f"MLflow at {redacted(uri)} cannot be read: {reason(error)}") from error

@@ -61,13 +61,25 @@ def tracking_uri(root: Path) -> str:
     return f"sqlite:///{os.path.relpath(path) if re.search(r'[?#%]', str(path)) else path}"
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file that SQLAlchemy opens for a SQLite address, None where it is another kind of address or in memory."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    name: str | None = uri.removeprefix("sqlite:///").split("?")[0]
+    if "%" in uri:  # which SQLAlchemy decodes since 2.1
+        from sqlalchemy.engine import make_url
+
+        name = make_url(uri).database
+    return Path(name) if name and name != ":memory:" else None
+
+
 def connect(root: Path) -> tuple[Any, str]:
     """Return (client, experiment id); store and experiment are made once, under a lock. Raises TrackingError."""
     uri = tracking_uri(root)
     try:
         with locked(root):
-            if uri.startswith("sqlite:///"):
-                _open_sqlite(uri)
+            if file := sqlite_file(uri):
+                _open_sqlite(uri, file)
             client = _client(uri)
             here = None if os.environ.get("MLFLOW_TRACKING_URI") else (store_root(root) / "mlartifacts").as_uri()
             return client, _experiment(client, root, here)
@@ -124,28 +136,30 @@ def _move_artifacts(database: Path, old: str, new: str) -> None:
         )
 
 
-def _open_sqlite(uri: str) -> None:
+def _open_sqlite(uri: str, file: Path) -> None:
     """Raise what keeps a SQLite file from being written, in seconds and without MLflow's retries; make a new one.
 
     A new one is made while its empty file is locked, so that no other process, of another project either, makes it too.
     """
-    path = uri.removeprefix("sqlite:///").split("?")[0]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=SQLITE_PATIENCE, isolation_level=None)) as connection:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(file, timeout=SQLITE_PATIENCE, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        if Path(path).exists() and not Path(path).stat().st_size:  # not so for :memory:
-            _make_sqlite(uri, path)
+        if not file.stat().st_size:
+            _make_sqlite(uri, file)
         connection.execute("ROLLBACK")
 
 
-def _make_sqlite(uri: str, path: str) -> None:
+def _make_sqlite(uri: str, file: Path) -> None:
     """Make a new SQLite store whole or not at all: a process that ends among MLflow's migrations leaves a file that no later
     one can use, and on a busy machine they take long."""
-    for left in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.new-*"):
+    for left in file.parent.glob(f"{glob.escape(file.name)}.new-*"):
         left.unlink()
-    fresh = f"{path}.new-{secrets.token_hex(4)}"  # MLflow keeps a connection to each address that it has opened
-    _client(f"sqlite:///{fresh}{uri.removeprefix(f'sqlite:///{path}')}").get_experiment_by_name(EXPERIMENT)
-    os.replace(fresh, path)
+    ending = (
+        f".new-{secrets.token_hex(4)}"  # another each time: MLflow keeps a connection to each address that it has opened
+    )
+    address, mark, query = uri.partition("?")
+    _client(f"{address}{ending}{mark}{query}").get_experiment_by_name(EXPERIMENT)
+    os.replace(f"{file}{ending}", file)
 
 
 _REASONS = (

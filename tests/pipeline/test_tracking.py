@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from dpar_core.files import digest_of, save_weights, write_record
 from pipeline.runner import load_stage
-from pipeline.tracking import journal, models, outbox, store, summary, system, tracker
+from pipeline.tracking import journal, models, outbox, reading, store, summary, system, tracker
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.outbox import Away, Outbox, sync
 from stages.artifacts import HEADLINE, MODELS, REPORT_PAGE, SAMPLE_GRID, SAMPLE_PROTOCOL, SAMPLES, Artifact
@@ -41,7 +41,7 @@ def project(fresh_store, tmp_path, monkeypatch):
 def journal_of_a_run(root: Path, *, steps: int = 3, close: bool = True) -> Journal:
     """Write what a stage would."""
     journal = Journal(outbox.journal_folder(root), "train")
-    journal.write("run", "parent", {"name": "pass", "tags": {}, "parent": None, "once": False})
+    journal.write("run", "parent", {"name": "pass", "tags": {store.PASS_TAG: "parent"}, "parent": None, "once": False})
     journal.write("run", journal.folder.name, {"name": "train", "tags": {}, "parent": "parent", "once": False})
     journal.write("params", journal.folder.name, {"lr": "0.1"})
     now = int(time.time() * 1000) - steps
@@ -552,6 +552,35 @@ def test_experiments_in_a_copy_of_the_project_are_tracked_in_the_project(project
     assert outbox.journal_folder(copy) == root / "work" / "tracking"
     monkeypatch.setenv("DVC_STAGE", "data")
     assert tracker.pass_identity(copy)[0] != tracker.pass_identity(root)[0]
+
+
+@pytest.mark.parametrize(
+    ("uri", "file"),
+    [
+        ("sqlite:////p/mlflow.db", "/p/mlflow.db"),
+        ("sqlite:///p.db?timeout=5", "p.db"),
+        ("sqlite:////a%20b%25/x.db", "/a b%/x.db"),
+        ("sqlite:///:memory:", None),
+        ("sqlite://", None),
+        ("http://host/sqlite:///p.db", None),
+    ],
+)
+def test_the_file_of_a_sqlite_address_is_the_one_that_sqlalchemy_opens(uri, file):
+    assert store.sqlite_file(uri) == (file and Path(file))
+    if file:
+        from sqlalchemy.engine import make_url
+
+        assert make_url(uri).database == file
+
+
+def test_runs_are_read_from_the_file_of_an_encoded_address(project, monkeypatch):
+    root = project[0]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/my%20runs/100%25.db")
+    journal_of_a_run(root)
+    sync(Outbox(root, print))
+    assert (root / "my runs" / "100%.db").stat().st_size
+    assert [path.name for path in root.rglob("*.db") if path.stat().st_size] == ["mlflow.db", "100%.db"]
+    assert [run.name for run in reading.pipeline_runs(root)] == ["pass"]
 
 
 def test_the_store_of_the_environment_is_obeyed(project, monkeypatch):
