@@ -164,9 +164,15 @@ def _label(stream: BinaryIO, parts: Mapping[str, Member], label_key: str | None,
     if endings:
         content = _content(stream, parts[endings[0]], where)
         try:
-            return checked_label(content.decode("utf-8-sig"), where)
+            label = checked_label(content.decode("utf-8-sig"), where)
         except UnicodeDecodeError:
             raise ValueError(f"{where} has the label {content[:40]!r}: expected a class number or name in UTF-8") from None
+        if label_key is None and (other := _number_in_json(stream, parts)) not in (None, label) and isinstance(label, int):
+            raise ValueError(
+                f"{where} has two labels, {label} in its .{endings[0]} and {other} in its .json: say which counts with "
+                f"data.label_key: {endings[0]}, or write one of them under another name"
+            )
+        return label
     member = parts.get("json")
     if member is None:
         wanted = f"{label_key!r} (data.label_key)" if label_key else "a .cls, or a .json with `label`"
@@ -182,6 +188,19 @@ def _label(stream: BinaryIO, parts: Mapping[str, Member], label_key: str | None,
             f"{where} has no {name!r} in its .json, which has {keys}: name the key that holds the class with data.label_key"
         )
     return checked_label(record[name], f"{where}, {name!r} in its .json:")
+
+
+def _number_in_json(stream: BinaryIO, parts: Mapping[str, Member]) -> int | None:
+    """Return JSON's `label` where it is a number, beside a label that has a file of its own; a name may well stand there."""
+    member = parts.get("json")
+    if member is None or member.size > _LONGEST_LABEL:
+        return None
+    try:
+        record = json.loads(os.pread(stream.fileno(), member.size, member.offset))
+        label = checked_label(record["label"], "")
+    except (ValueError, RecursionError, TypeError, LookupError):
+        return None
+    return label if isinstance(label, int) else None
 
 
 def _content(stream: BinaryIO, member: Member, where: str) -> bytes:

@@ -378,7 +378,7 @@ def draw_trade(inputs: Inputs, costs: Costs, speeds: Speeds, labels: Mapping[str
     tokens = read_training(inputs.models / "llamagen").config.tokens
     charts = [
         chart("GFLOPs per sampled image", costs.sampling["dpar"] / 1e9, costs.sampling["llamagen"] / 1e9),
-        chart("runs of the large transformer per image", runs, tokens),
+        chart("runs of the large transformer per sampled image", runs, tokens),
     ]
     if not speeds.sampling.doubt:
         rates = speeds.sampling.pace.images_per_s

@@ -248,6 +248,24 @@ def test_a_key_with_several_images_or_labels_needs_its_ending_named(tmp_path):
     assert listing.labels == [1] and opened(tmp_path, listing) == [photo(1).tolist()]
 
 
+@pytest.mark.parametrize(
+    "record", [{"label": 3}, {"label": " 3"}, {"label": "goldfish"}, {"label": 2.5}, {"label": None}, {"class": 7}, [3], 3]
+)
+def test_a_json_beside_a_cls_may_repeat_its_label_or_hold_anything_else(tmp_path, record):
+    put(tmp_path, {"0.tar": tar_of({"a.png": png(0), "a.cls": b"3", "a.json": json.dumps(record).encode()})})
+    assert list_webdataset(tmp_path, "train").labels == [3]
+
+
+@pytest.mark.parametrize("other", [4, "4"])
+def test_a_cls_and_a_json_that_disagree_are_refused_until_one_is_named(tmp_path, other):
+    files = {"a.png": png(0), "a.cls": b"3", "a.json": json.dumps({"label": other, "coarse": 1}).encode()}
+    put(tmp_path, {"0.tar": tar_of(files)})
+    with pytest.raises(ValueError, match=r"'a' has two labels, 3 in its .cls and 4 in its .json: .*data.label_key: cls"):
+        list_webdataset(tmp_path, "train")
+    assert list_webdataset(tmp_path, "train", label_key="cls").labels == [3]
+    assert list_webdataset(tmp_path, "train", label_key="coarse").labels == [1]
+
+
 def test_shards_that_are_packed_are_refused_with_the_way_out(tmp_path):
     put(tmp_path, {"0.tar.gz": b"x", "1.tgz": b"x"})
     with pytest.raises(ValueError, match=r"expected \*.tar, found 0.tar.gz, 1.tgz .*unpack compressed ones first"):
