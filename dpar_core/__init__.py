@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpar_core.evaluation.features import feature_network as feature_network
+    from dpar_core.evaluation.image_sets import read_image_set as read_image_set
     from dpar_core.generation.generate import Generated as Generated
     from dpar_core.library import ImageScores as ImageScores
     from dpar_core.library import Patches as Patches
@@ -39,6 +40,7 @@ _HOMES = {
     "load_run": "dpar_core.library",
     "open_image": "dpar_core.library",
     "patch_lengths": "dpar_core.library",
+    "read_image_set": "dpar_core.evaluation.image_sets",
     "save_png": "dpar_core.pictures",
     "score_images": "dpar_core.library",
 }

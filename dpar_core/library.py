@@ -7,7 +7,7 @@ Shapes: n images, S the image side in pixels, G tokens per row, T = G x G tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpar_core.choices import GatePrecision
-from dpar_core.data.images import center_crop, read_image
+from dpar_core.data.images import BadImage, center_crop, read_image
 from dpar_core.evaluation.features import FeatureNetwork
 from dpar_core.evaluation.metrics import FeatureMoments, frechet_distance, inception_score, precision_recall
 from dpar_core.evaluation.protocol import ScoreError
@@ -35,6 +35,7 @@ from dpar_core.pictures import patch_overview
 from dpar_core.precision import dtype_of
 
 ImageArray = npt.NDArray[np.uint8]
+Tokens = Tensor | npt.NDArray[np.integer]
 
 
 class Patches(NamedTuple):
@@ -72,35 +73,41 @@ class Run:
     entropy_precision: GatePrecision = "fp32"
     untrained: frozenset[int] = frozenset()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: ImageArray | Sequence[ImageArray]) -> Tensor:
         """Turn images into tokens after the centre crop to S x S.
 
         images: (n, height, width, 3) uint8, or a sequence of (height, width, 3) of different sizes.
         Returns (n, T) int64 on the run's device. Raises ValueError for another dtype or shape.
         """
+        if isinstance(images, np.ndarray) and images.ndim != 4:
+            raise ValueError(
+                f"images must be (n, height, width, 3) or a list; got {images.shape}: write [image] for a single one"
+            )
         crops = [center_crop(_checked(image), self.image_size) for image in images]
         if not crops:
             raise ValueError("expected at least one image; got none")
         pixels = to_float(torch.from_numpy(np.stack(crops)).to(self.device))
         return self.tokenizer.encode(pixels).flatten(1)
 
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> ImageArray:
-        """Turn tokens (n, T) int64 into images (n, S, S, 3) uint8. Raises ValueError for another number of tokens."""
+    @torch.no_grad()
+    def decode(self, tokens: Tokens) -> ImageArray:
+        """Turn tokens (n, T) of an integer type into images (n, S, S, 3) uint8.
+
+        Raises ValueError for another number of tokens, and for tokens that are no codes of the tokenizer.
+        """
         side = self.rule.row_width
-        if tokens.ndim != 2 or tokens.shape[1] != side * side:
-            raise ValueError(f"tokens must be (n, {side * side}); got {tuple(tokens.shape)}")
-        images = self.tokenizer.decode(tokens.to(self.device).view(-1, side, side))
+        images = self.tokenizer.decode(self._codes(tokens).view(-1, side, side))
         return np.asarray(to_uint8(images).cpu().numpy())
 
-    @torch.inference_mode()
-    def entropies(self, tokens: Tensor) -> Tensor:
+    @torch.no_grad()
+    def entropies(self, tokens: Tokens) -> Tensor:
         """Return how uncertain the entropy model is of every token, given those before it.
 
-        tokens: (n, T) int64. Returns (n, T) float32 nats on the CPU; entry 0 is nan, as nothing predicts the first token.
+        tokens: (n, T) of an integer type. Returns (n, T) float32 nats on the CPU; entry 0 is nan, as nothing predicts the
+        first token. Raises ValueError as `decode` does.
         """
-        return entropies_of(self.entropy_model, tokens.to(self.device), self.entropy_precision).cpu()
+        return entropies_of(self.entropy_model, self._codes(tokens), self.entropy_precision).cpu().clone()
 
     def patches(self, images: ImageArray | Sequence[ImageArray], *, rule: PatchRule | None = None) -> Patches:
         """Cut images into patches. rule: another one than the run was trained with. Images as in `encode`."""
@@ -110,7 +117,7 @@ class Run:
 
     def generate(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int | str],
         seeds: Sequence[int],
         *,
         model: str = "dpar",
@@ -119,19 +126,30 @@ class Run:
         top_k: int = 0,
         top_p: float = 1.0,
         rule: PatchRule | None = None,
+        given: Tokens | None = None,
     ) -> Generated:
         """Sample an image per label.
 
-        labels: class ids.
+        labels: class ids, or names as in `class_names`.
         seeds: as many integers; an image depends on its own label and seed, not on its neighbours.
         model: "dpar" or "llamagen".
         cfg_scale: guidance, 1 is off.
         rule: to sample with another patch rule than the model was trained with.
+        given: first tokens of the images, which are kept: (n, t) of an integer type, or (1, t) for all of them.
         Returns tokens (n, T), patch lengths, and the entropies (n, T) that decided them.
         Raises ValueError for a class, a number of seeds or a model that does not fit, and a class without training images.
         """
-        if unknown := sorted(self.untrained & {int(label) for label in labels}):
-            raise ValueError(f"class {unknown[0]} had no training images: sample another one")
+        trained = {"dpar": self.dpar, "llamagen": self.llamagen}
+        if model not in trained:
+            raise ValueError(f"model must be dpar or llamagen; got {model!r}")
+        network = trained[model]
+        if network is None:
+            raise ValueError(f"this run has no trained {model}: run `dpar-cli run train_{model}`")
+        classes = torch.tensor([self._class_id(label, network.config.num_classes) for label in labels], dtype=torch.int64)
+        seeds = [int(seed) for seed in seeds]
+        if given is not None:
+            given = self._codes(given, part=True)
+            given = given.expand(len(classes), -1) if len(given) == 1 else given
         settings = SampleSettings(
             cfg_scale=cfg_scale,
             temperature=temperature,
@@ -139,15 +157,13 @@ class Run:
             top_p=top_p,
             rule=(rule or self.rule) if model == "dpar" else None,
         )
-        classes = torch.as_tensor(labels, dtype=torch.int64)
-        if model == "dpar" and self.dpar is not None:
-            gate_dtype = dtype_of(self.entropy_precision)
-            return DPARGenerator(self.dpar, self.entropy_model, settings, gate_dtype=gate_dtype).generate(classes, seeds)
-        if model == "llamagen" and self.llamagen is not None:
-            return GPTGenerator(self.llamagen, settings).generate(classes, seeds)
-        if model in ("dpar", "llamagen"):
-            raise ValueError(f"this run has no trained {model}: run `dpar-cli run train_{model}`")
-        raise ValueError(f"model must be dpar or llamagen; got {model!r}")
+        if isinstance(network, GPT):
+            sampled = GPTGenerator(network, settings).generate(classes, seeds, given=given)
+        else:
+            generator = DPARGenerator(network, self.entropy_model, settings, gate_dtype=dtype_of(self.entropy_precision))
+            sampled = generator.generate(classes, seeds, given=given)
+        # A copy, as autograd refuses what was made in inference mode.
+        return replace(sampled, tokens=sampled.tokens.clone(), entropies=sampled.entropies.clone())
 
     def picture(self, image: ImageArray, *, title: str = "", side: int = 320) -> Image.Image:
         """Draw an image (height, width, 3) uint8 beside what its tokens hold, its entropy map and its patches."""
@@ -162,6 +178,29 @@ class Run:
             title=title,
             side=side,
         )
+
+    def _codes(self, tokens: Tokens, *, part: bool = False) -> Tensor:
+        """Return tokens as int64 on the run's device. part: the first tokens of images will do."""
+        found = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens))
+        most, codes = self.rule.row_width**2, self.tokenizer.config.codebook_size
+        if found.is_floating_point() or found.ndim != 2 or not (found.shape[1] == most or (part and found.shape[1] < most)):
+            expected = f"(n, {'at most ' if part else ''}{most})"
+            raise ValueError(f"tokens must be {expected} of an integer type; got {tuple(found.shape)} {found.dtype}")
+        found = found.to(self.device, torch.int64)
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < codes:
+            raise ValueError(f"tokens must lie in 0..{codes - 1}: were they made by another tokenizer?")
+        return found
+
+    def _class_id(self, label: int | str, num_classes: int | None) -> int:
+        """Return the class that an id or a name means. Raises ValueError where there is none, or it was not trained."""
+        if isinstance(label, str) and label not in self.class_names:
+            raise ValueError(f"class {label!r} does not exist: class_names lists those of this run")
+        found = self.class_names.index(label) if isinstance(label, str) else int(label)
+        if num_classes is None or not 0 <= found < num_classes:
+            raise ValueError(f"class {found} does not exist: the model knows classes 0 to {(num_classes or 0) - 1}")
+        if found in self.untrained:
+            raise ValueError(f"class {found} had no training images: sample another one")
+        return found
 
 
 def load_run(artifacts: Path | str = RUN_FOLDER, *, device: str | None = None) -> Run:
@@ -204,13 +243,16 @@ def load_run(artifacts: Path | str = RUN_FOLDER, *, device: str | None = None) -
     return Run(vq, gate.build(chosen), rule, dpar, llamagen, size, names, chosen, precision, untrained)
 
 
-def patch_lengths(entropies: Tensor, rule: PatchRule) -> list[npt.NDArray[np.uint16]]:
+def patch_lengths(entropies: Tensor | npt.NDArray[np.float32], rule: PatchRule) -> list[npt.NDArray[np.uint16]]:
     """Cut images into patches by stored entropies (DPAR, Sec. 3.2).
 
     entropies: (n, T) float32 nats, entry 0 ignored. Returns the patch lengths of every image, which sum to T.
-    Raises ValueError for another dtype.
+    Raises ValueError for another dtype or shape.
     """
-    return lengths_from_starts(patch_starts(entropies, rule).numpy())
+    found = entropies.cpu() if isinstance(entropies, Tensor) else torch.from_numpy(np.array(entropies))
+    if found.ndim != 2:
+        raise ValueError(f"entropies must be (n, T); got {tuple(found.shape)}")
+    return lengths_from_starts(patch_starts(found, rule).numpy())
 
 
 class ImageScores(NamedTuple):
@@ -266,11 +308,16 @@ def score_images(
 
 
 def open_image(path: Path | str) -> ImageArray:
-    """Read an image file of any format and mode as RGB: (height, width, 3) uint8. Raises BadImage, OSError."""
-    return read_image(path)
+    """Read an image file of any format and mode as RGB: (height, width, 3) uint8. Raises BadImage, a ValueError."""
+    try:
+        return read_image(path)
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}") from None
 
 
 def _checked(image: ImageArray) -> ImageArray:
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"an image must be an array, as open_image(path) returns; got {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"an image must be (height, width, 3) uint8; got {image.dtype} {image.shape}")
     return image

@@ -151,7 +151,7 @@ def sample(
     borders: Annotated[bool, typer.Option("--borders", help="Draw the borders of the patches (dpar).")] = False,
     given: Annotated[
         Path | None,
-        typer.Option(help="Image file of the model's size whose first rows are kept and continued downwards."),
+        typer.Option(help="Image file; the first rows of its centre crop are kept and continued downwards."),
     ] = None,
     keep_rows: Annotated[int, typer.Option(help="Rows of tokens of --given to keep: 1 to all but one.")] = 0,
 ) -> None:

@@ -358,9 +358,13 @@ def dinov2_network(path: Path, device: str) -> FeatureNetwork:
     return FeatureNetwork("dinov2", sha256_file(path)[:16], path, compute, device)
 
 
-def feature_network(name: str, path: Path, device: str, *, sha256: str | None = None) -> FeatureNetwork:
+def feature_network(name: str, path: Path | str, device: str, *, sha256: str | None = None) -> FeatureNetwork:
     """Return the network of a name. Raises ValueError for another name or file.
 
+    name: "inception" (the StyleGAN team's TorchScript), "dinov2" (a TorchScript of yours), or "demo" (the classifier that
+        stage features trains, artifacts/features/demo_classifier.safetensors).
+    path: its file.
+    device: "cpu", "cuda".
     sha256: digest that its file must have; None: that of the published file for inception, any for the others.
     """
     expected = sha256 or (INCEPTION_SHA256 if name == "inception" else None)

@@ -69,12 +69,13 @@ class ImageSet:
         return notes
 
 
-def read_image_set(path: Path) -> ImageSet:
-    """Read all images of an npz or a folder.
+def read_image_set(path: Path | str) -> ImageSet:
+    """Read all images of an npz (`arr_0`) or a folder of image files.
 
     Raises FileNotFoundError, and ScoreError in one sentence for arrays of another shape or type, unreadable images, and
     images of several sizes or from 0 to 1. Nothing is cast, resized or left out without a word.
     """
+    path = Path(path)
     if path.is_dir():
         found = _read_folder(path)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpar_core.data.images import BadImage, decode_image
+from dpar_core.data.images import BadImage, center_crop, decode_image
 from dpar_core.files import atomic_path
 from dpar_core.models.vq import to_float
 from dpar_core.pictures import draw_borders, enlarge, labelled_grid, save_png
@@ -55,7 +55,7 @@ def sample_grid(
 
     classes: ids or names, separated by commas.
     borders: draw the patches (DPAR).
-    given, keep_rows: an image file of the model's size whose first token rows stay.
+    given, keep_rows: an image file whose centre crop keeps its first token rows.
     Raises ValueError or FileNotFoundError in a sentence.
     """
     if model not in STAGES:
@@ -134,14 +134,9 @@ def _given_tokens(sampler: Sampler, given: Path | None, keep_rows: int) -> torch
     if not given.exists():
         raise FileNotFoundError(f"no image at {given}")
     try:
-        image = decode_image(given.read_bytes())
+        crop = center_crop(decode_image(given.read_bytes()), size)
     except BadImage as error:
         raise ValueError(f"{given} cannot be read: {error}") from None
-    if image.shape[:2] != (size, size):
-        raise ValueError(
-            f"{given} is {image.shape[1]} x {image.shape[0]} pixels, the models are made for {size} x {size}: crop and "
-            "resize it to that"
-        )
     with torch.inference_mode():
-        codes = sampler.vq.encode(to_float(torch.from_numpy(image)[None]).to(sampler.device))
+        codes = sampler.vq.encode(to_float(torch.from_numpy(np.stack([crop]))).to(sampler.device))
     return codes.flatten(1)[:, : keep_rows * width].cpu()

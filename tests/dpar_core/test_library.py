@@ -96,9 +96,40 @@ def test_a_sampled_image_does_not_depend_on_its_neighbours(run):
     assert run.generate([1], [6], model="llamagen").tokens.shape == (1, GRID * GRID)
 
 
+def test_given_tokens_stay_and_classes_have_names(run):
+    tokens = run.encode(np.zeros((1, 8, 8, 3), np.uint8))
+    half = tokens[:, : GRID * 2]
+    for model in ("dpar", "llamagen"):
+        named = run.generate([run.class_names[2], 0], np.arange(2), given=half.numpy().astype(np.uint16), model=model)
+        assert torch.equal(named.tokens[:, : GRID * 2], half.repeat(2, 1))
+        assert torch.equal(named.tokens, run.generate([2, 0], [0, 1], given=half.repeat(2, 1), model=model).tokens)
+    assert np.array_equal(run.decode(tokens.numpy()), run.decode(tokens))
+    lengths = dpar_core.patch_lengths(run.entropies(tokens.numpy()).numpy(), run.rule)
+    assert lengths[0].tolist() == run.patches(np.zeros((1, 8, 8, 3), np.uint8)).lengths[0].tolist()
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1, "yak"])
+def test_a_class_that_does_not_exist_is_refused(run, label):
+    with pytest.raises(ValueError, match=f"class {label!r} does not exist"):
+        run.generate([0, label], [0, 1])
+
+
 def test_what_does_not_fit_is_refused_in_a_sentence(run, project, tmp_path):
     with pytest.raises(ValueError, match="uint8"):
         run.encode(np.zeros((1, 8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match=r"write \[image\]"):
+        run.encode(np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="as open_image"):
+        run.encode([project / "photo.png"])
+    with pytest.raises(ValueError, match=r"nowhere\.png: cannot be read"):
+        dpar_core.open_image(tmp_path / "nowhere.png")
+    for senseless in (torch.full((1, GRID * GRID), 999), torch.full((1, GRID * GRID), -1)):
+        with pytest.raises(ValueError, match="another tokenizer"):
+            run.decode(senseless)
+        with pytest.raises(ValueError, match="another tokenizer"):
+            run.entropies(senseless)
+    with pytest.raises(ValueError, match="of an integer type"):
+        run.generate([0], [0], given=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="tokens must be"):
         run.decode(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="dpar or llamagen"):

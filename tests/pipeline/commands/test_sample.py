@@ -103,10 +103,14 @@ def test_senseless_requests_are_refused_in_a_sentence(root, changes, sentence):
         sample_once(root, **changes)
 
 
-def test_a_given_image_of_another_size_is_refused(root):
-    Image.new("RGB", (12, 8)).save(root / "wide.png")
-    with pytest.raises(ValueError, match="is 12 x 8 pixels, the models are made for 8 x 8"):
-        sample_once(root, given=root / "wide.png", keep_rows=1)
+def test_of_a_given_image_of_another_size_the_centre_crop_is_taken(root):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    grids = []
+    for name, image in (("wide", pixels), ("crop", pixels[:, 2:10]), ("left", pixels[:, :8])):
+        Image.fromarray(image).save(root / f"{name}.png")
+        sample_once(root, given=root / f"{name}.png", keep_rows=3)
+        grids.append((root / "grid.png").read_bytes())
+    assert grids[0] == grids[1] != grids[2]
 
 
 def test_nothing_is_read_or_drawn_for_a_file_that_cannot_be_written(root, monkeypatch):
