@@ -181,30 +181,28 @@ def tokenizer_flops(config: VQConfig, side: int) -> tuple[float, float]:
 
 
 def other_work(
-    params: Params, prices: Prices, *, views: float, gate: float, forward: Mapping[str, float]
+    params: Params, prices: Prices, *, views: float, gate: float, sampled: Mapping[str, float]
 ) -> dict[str, WorkCost]:
     """Return what a whole run does besides training DPAR, its baseline and the entropy model.
 
     views: encoded views of the training images.
-    gate, forward: FLOPs of one image through the entropy model, through each model.
+    gate: FLOPs of one image through the entropy model.
+    sampled: FLOPs of sampling one image from each model, with guidance and without the entropy model.
     The baseline is sampled twice, at equal steps and at equal training time.
     """
-    from dpar_core.models.flops import guidance_passes
     from stages.tokenizer import vq_config
 
     encode, decode = tokenizer_flops(vq_config(params.tokenizer), params.data.image_size)
-    images, tokens = params.sample.images, (params.data.image_size // params.tokenizer.downsample) ** 2
-    how = params.sample
-    guided = guidance_passes(how.cfg_scale, how.cfg_schedule, how.cfg_interval, tokens=tokens)
+    images, how = params.sample.images, params.sample
     trained = 0 if params.tokenizer.weights else params.tokenizer.steps * params.tokenizer.batch_size
     gated = gate if how.gate == "entropy_model" and params.patching.mode in ("entropy_rows", "entropy") else 0.0
-    sampled = guided * (forward["dpar"] + 2 * forward["llamagen"]) + gated + 3 * decode
+    each = sampled["dpar"] + 2 * sampled["llamagen"] + gated + 3 * decode
     exact = "entropies in fp32" if params.entropies.precision == "fp32" else "entropies"
     work = {
         "training the tokenizer": (trained, 3 * (encode + decode) * trained, prices.utilisation),
         "tokenizing": (views, encode * views, SHARES["tokenizing"]),
         "entropies": (views, gate * views, SHARES[exact]),
-        "sampling": (3 * images, sampled * images, SHARES["sampling"]),
+        "sampling": (3 * images, each * images, SHARES["sampling"]),
     }
     if params.score.features == "inception":
         work["scoring"] = (3 * images, INCEPTION_FLOPS * 3 * images, SHARES["scoring"])
@@ -228,7 +226,9 @@ def costs(
     from dpar_core.models.flops import (
         GPTShape,
         dpar_forward_flops,
+        dpar_parts,
         gpt_forward_flops,
+        guidance_passes,
         published_memory,
         training_flops,
     )
@@ -261,6 +261,12 @@ def costs(
     forward = {"dpar": dpar_forward_flops(dpar, patches)}
     forward |= {name: gpt_forward_flops(config) for name, config in plain.items()}
     gate = forward["entropy_model"]
+    guided, how = sum(dpar_parts(dpar, patches, passes=2).values()), params.sample
+    passes = guidance_passes(how.cfg_scale, how.cfg_schedule, how.cfg_interval, tokens=tokens)
+    sampled = {
+        "dpar": sum(dpar_parts(dpar, patches, passes=passes).values()),
+        "llamagen": passes * forward["llamagen"],
+    }
     trainings = {"dpar": params.train, "llamagen": params.train, "entropy_model": params.entropy_model.train}
     trained = {
         name: training_flops(forward[name]) * training.steps * training.batch_size for name, training in trainings.items()
@@ -271,8 +277,8 @@ def costs(
         "dpar": {
             "generation_gflops": forward["dpar"] / GIGA,
             "generation_gflops_with_entropy_model": (forward["dpar"] + gate) / GIGA,
-            "generation_cfg_gflops": 2 * forward["dpar"] / GIGA,
-            "generation_cfg_gflops_with_entropy_model": (2 * forward["dpar"] + gate) / GIGA,
+            "generation_cfg_gflops": guided / GIGA,
+            "generation_cfg_gflops_with_entropy_model": (guided + gate) / GIGA,
             "training_exaflops_with_entropy_model": trained["dpar"] / 1e18
             + trained["entropy_model"] / 1e18
             + gate * images * views / 1e18,
@@ -317,7 +323,7 @@ def costs(
             weights_gb=config.num_parameters * 4 / GIGA,
             **only[name],
         )
-    others = other_work(params, prices, views=images * views, gate=gate, forward=forward)
+    others = other_work(params, prices, views=images * views, gate=gate, sampled=sampled)
     hours = sum(one.gpu_hours for one in priced.values()) + sum(one.gpu_hours for one in others.values())
     workers = params.train.workers
     return CostEstimate(

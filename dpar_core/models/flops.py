@@ -66,18 +66,26 @@ def dpar_forward_flops(shape: DPARShape, patches: float) -> float:
     E [(N-1) K + 4 (N-1)^2 D + 4 D^2 (M+N-1) + 4 M (N-1) D] + G [(M+1) K + 4 (M+1)^2 D]
     + Dec [N K + 4 N^2 D + 2 (M+1) D^2] + 2 N V D.
     """
+    return sum(dpar_parts(shape, patches).values())
+
+
+def dpar_parts(shape: DPARShape, patches: float, *, passes: float = 1.0) -> dict[str, float]:
+    """Return the FLOPs of one image of `patches` patches by part of DPAR, the terms of `dpar_forward_flops`.
+
+    passes: how often what sees the class runs (`guidance_passes`); the patch encoder does not see it and runs once.
+    """
     tokens, width = shape.row_width**2, shape.width
     block = block_flops(width, shape.hidden)
     seen = tokens - 1
     encoder = seen * block + 4 * seen**2 * width + 4 * width**2 * (patches + seen) + 4 * patches * seen * width
     patch = (patches + 1) * block + 4 * (patches + 1) ** 2 * width
     decoder = tokens * block + 4 * tokens**2 * width + 2 * (patches + 1) * width**2
-    return (
-        shape.encoder_layers * encoder
-        + shape.patch_layers * patch
-        + shape.decoder_layers * decoder
-        + 2 * tokens * shape.codebook_size * width
-    )
+    return {
+        "patch encoder": shape.encoder_layers * encoder,
+        "patch transformer": passes * shape.patch_layers * patch,
+        "patch decoder": passes * shape.decoder_layers * decoder,
+        "output layer": passes * 2 * tokens * shape.codebook_size * width,
+    }
 
 
 def training_flops(forward: float) -> float:

@@ -6,7 +6,7 @@ Shapes: T tokens per image, M patches, n validation images.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,31 +160,13 @@ def count_costs(trainings: dict[str, TrainingFacts], gate: flops.GPTShape, patch
     forwards = flops.guidance_passes(*guidance, tokens=dpar.tokens)
     asked = how["gate"] == "entropy_model" and PatchRule(**how["rule"]).reads_entropies
     gate_flops = float(flops.gpt_forward_flops(gate)) if asked else 0.0
+    parts = {"entropy model": gate_flops, **flops.dpar_parts(dpar, sampled, passes=forwards)}
     return Costs(
         forward={"dpar": flops.dpar_forward_flops(dpar, patches.mean), "llamagen": flops.gpt_forward_flops(baseline)},
-        sampling={
-            "dpar": forwards * flops.dpar_forward_flops(dpar, sampled) + gate_flops,
-            "llamagen": forwards * flops.gpt_forward_flops(baseline),
-        },
+        sampling={"dpar": sum(parts.values()), "llamagen": forwards * flops.gpt_forward_flops(baseline)},
         gate=gate_flops,
-        parts=sampling_parts(dpar, sampled, forwards, gate_flops),
+        parts={words: value for words, value in parts.items() if value > 0},
     )
-
-
-def sampling_parts(config: DPARConfig, patches: float, forwards: float, gate: float) -> dict[str, float]:
-    """Return the FLOPs of a sampled image by part of DPAR: what a model without that part would not need."""
-    whole = flops.dpar_forward_flops(config, patches)
-    parts = {"entropy model": gate}
-    for words, name in (
-        ("patch encoder", "encoder_layers"),
-        ("patch transformer", "patch_layers"),
-        ("patch decoder", "decoder_layers"),
-    ):
-        none: dict[str, Any] = {name: 0}
-        without = flops.dpar_forward_flops(replace(config, **none), patches)
-        parts[words] = forwards * (whole - without)
-    parts["output layer"] = forwards * whole - sum(parts.values()) + gate
-    return {words: value for words, value in parts.items() if value > 0}
 
 
 def measured_speeds(folder: Path, costs: Costs) -> Speeds:

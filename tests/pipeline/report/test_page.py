@@ -355,6 +355,10 @@ def test_flops_are_those_of_the_method(made):
     k = 2 * (4 * d * d + 3 * d * 96)
     assert costs.forward["llamagen"] == n * layers * k + 4 * n * n * d * layers + 2 * n * v * d
     assert costs.sampling["llamagen"] == 2 * costs.forward["llamagen"]
+    m = json.loads((made / "artifacts/samples/dpar/metrics.json").read_text())["patch/patches_per_image"]
+    encoder = (n - 1) * k + 4 * (n - 1) ** 2 * d + 4 * d * d * (m + n - 1) + 4 * m * (n - 1) * d
+    assert costs.parts["patch encoder"] == pytest.approx(encoder)  # guidance does not double it: it sees no class
+    assert costs.parts["patch transformer"] == pytest.approx(2 * ((m + 1) * k + 4 * (m + 1) ** 2 * d))
     assert sum(costs.parts.values()) == pytest.approx(costs.sampling["dpar"])
     assert costs.parts["output layer"] == pytest.approx(2 * 2 * n * v * d) and costs.parts["entropy model"] == costs.gate
 
