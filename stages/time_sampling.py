@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -68,8 +68,12 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
             wait=waits_for(device),
             progress=whole_seconds(bar.advance),
         )
-    parts = {name: parts_of(sampler, images, params.sample.seed) for name, sampler in zip(("dpar", "llamagen"), models)}
-    pace = Pace("image", images, turns, machine_words(device), {} if not all(parts.values()) else parts)
+    pace = Pace("image", images, turns, machine_words(device))
+    parts = {
+        name: parts_of(sampler, images, params.sample.seed, seconds=pace.seconds[name])
+        for name, sampler in zip(("dpar", "llamagen"), models)
+    }
+    pace = replace(pace, parts=parts if all(parts.values()) else {})
     write_pace(outputs.speed, pace)
     for name, rate in pace.images_per_s.items():
         tracker.log_metrics({f"speed/sampling_{name}": rate})
@@ -82,18 +86,20 @@ def time_batch(sampler: Sampler, images: int, seed: int) -> Tensor:
     return sampler.generate(labels, [seed + index for index in range(images)]).tokens
 
 
-def parts_of(sampler: Sampler, images: int, seed: int) -> dict[str, float]:
-    """Return the seconds per image of each part of sampling and of decoding to pixels; empty on a GPU (see timed_parts)."""
+def parts_of(sampler: Sampler, images: int, seed: int, *, seconds: float) -> dict[str, float]:
+    """Return the seconds per image of each part of sampling and of decoding to pixels; empty on a GPU (see timed_parts).
+
+    seconds: per image of sampling, measured in turns. One more batch gives the share of each part alone: it does not run in
+    turns with the other model's, so its own clock cannot be compared with theirs.
+    """
     with timed_parts(sampler.generator) as spent:
         started = time.perf_counter()
         tokens = time_batch(sampler, images, seed)
         whole = time.perf_counter() - started
     if not spent:
         return {}
+    spent["choosing tokens and bookkeeping"] = whole - sum(spent.values())
     started = time.perf_counter()
     sampler.pixels(tokens)
-    spent |= {
-        "choosing tokens and bookkeeping": whole - sum(spent.values()),
-        "decoding to pixels": time.perf_counter() - started,
-    }
-    return {part: seconds / images for part, seconds in spent.items()}
+    decoding = (time.perf_counter() - started) / images
+    return {**{part: seconds * took / whole for part, took in spent.items()}, "decoding to pixels": decoding}

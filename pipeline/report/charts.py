@@ -71,7 +71,7 @@ class _Frame:
             self.parts.append(f'<path class="rule" d="M{LEFT} {self.down(value):.1f}H{WIDTH - RIGHT}"/>')
             self.parts.append(_text(LEFT - 8, self.down(value) + 4, f"{value:g}", "end"))
         for value in ticks(*x):
-            self.parts.append(_text(self.across(value), HEIGHT - bottom + below, f"{value:g}", "middle"))
+            self.parts.append(_text(self.across(value), HEIGHT - bottom + below, _plain(value), "middle"))
         self.parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - bottom}H{WIDTH - RIGHT}"/>')
         self.parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 6, words[0], "middle"))
 
@@ -105,7 +105,7 @@ def line_chart(series: Sequence[Series], *, x: str, y: str, marks: Mapping[str, 
         path = "L".join(f"{across(a):.1f} {down(b):.1f}" for a, b in one.points)
         parts.append(f'<g class="{one.style}"><path class="curve" d="M{path}"/>')
         for a, b in one.points:
-            tooltip = escape(f"{one.name}: {b:.4f} at {a:.4g} {x}")
+            tooltip = escape(f"{one.name}: {b:.4f} at {_plain(a)} {x}")
             parts.append(f'<circle cx="{across(a):.1f}" cy="{down(b):.1f}" r="3.2"><title>{tooltip}</title></circle>')
         parts.append("</g>")
     return "".join([*parts, "</svg>"])
@@ -288,6 +288,11 @@ def picture_file(chart: str, *, title: str, names: Sequence[tuple[str, str]] = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT + top}"><style>{_STYLE}</style>'
         f'<rect width="100%" height="100%" fill="#fff"/>{"".join(legend)}{inner}</svg>\n'
     )
+
+
+def _plain(value: float) -> str:
+    """Write a number with four figures, from 1,000 on as a whole one: 29.63, 1,501,368."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _reaches(edges: Mapping[str, Sequence[str]], node: str, goal: str) -> bool:

@@ -231,8 +231,9 @@ def number(value: float) -> str:
 
 def flop(value: float) -> str:
     """Write an amount of floating-point operations with its unit."""
-    power, unit = next((p, u) for p, u in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP")) if value >= p)
-    return f"{value / power:.3g} {unit}"
+    value = float(f"{value:.3g}")  # before its unit is chosen: 999.6 MFLOP are 1 GFLOP
+    power, unit = next((p, u) for p, u in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (0.0, "FLOP")) if value >= p)
+    return f"{value / (power or 1):.3g} {unit}"
 
 
 def plain(value: Any) -> str:
@@ -329,7 +330,11 @@ def draw_charts(
 ) -> dict[str, Any]:
     """Draw the curves, the histogram and the DAG as SVG. by_time is None when the speed of training is not known."""
     by_step = [Series(labels[n], n, [(row[0], row[3]) for row in t.curve]) for n, t in trainings.items()]
-    pace, shared, by_time = speeds.training.pace.seconds, 0.0, None
+    shared, by_time = 0.0, None
+    seconds = speeds.training.pace.seconds[
+        "dpar"
+    ]  # per step; the ratio gives the baseline, as at equal time
+    pace = {"dpar": seconds, "llamagen": seconds * speeds.training.ratio}
     if not speeds.training.doubt:
         curves = [Series(labels[n], n, [(row[0] * pace[n], row[3]) for row in t.curve]) for n, t in trainings.items()]
         shared = times.at["dpar"] * pace["dpar"]

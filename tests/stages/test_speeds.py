@@ -98,6 +98,8 @@ def test_sampling_is_timed_in_turns_too(tmp_path):
     found = pace.read_pace(tmp_path / "sampling.json")
     assert (found.unit, found.images) == ("image", 4)
     assert tracker.metrics["speed/sampling_ratio"] == pytest.approx(found.turns.ratio)
+    for name, parts in found.parts.items():  # shares of the pace measured in turns, whatever one more batch took
+        assert sum(parts.values()) - parts["decoding to pixels"] == pytest.approx(found.seconds[name])
 
 
 def test_a_damaged_or_missing_file_of_speeds_says_what_to_run(tmp_path):

@@ -43,6 +43,11 @@ def test_a_lower_loss_is_drawn_lower_and_later_steps_to_the_right():
     assert x1 - LEFT == pytest.approx((WIDTH - RIGHT - LEFT) / 2, abs=0.1)
 
 
+def test_steps_of_a_long_run_are_written_out():
+    svg = line_chart([Series("DPAR", "dpar", [(750_684, 3.0), (1_501_368, 2.0)])], x="steps", y="loss")
+    assert "2.0000 at 1,501,368 steps" in svg and ">1,500,000<" in svg and "e+" not in svg
+
+
 def test_words_in_a_chart_are_escaped():
     svg = line_chart([Series("<b>&", "dpar", [(1, 1.0)])], x="a<b", y="c&d", marks={"<i>": 0.5})
     assert "<b>" not in svg and "a&lt;b" in svg

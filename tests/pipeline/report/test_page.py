@@ -24,6 +24,7 @@ from dpar_core.turns import Turns
 from pipeline.presets.published import PUBLISHED
 from pipeline.report import page as report
 from pipeline.report.facts import (
+    PatchFacts,
     count_costs,
     count_patches,
     equal_time,
@@ -31,7 +32,7 @@ from pipeline.report.facts import (
     read_training,
 )
 from pipeline.report.pictures import _opened, border_path, leading_samples, sample_cells
-from pipeline.report.speeds import Speed
+from pipeline.report.speeds import Speed, Speeds
 from pipeline.report.verdicts import Estimate
 from pipeline.runner import STAGES
 from stages.params import select
@@ -286,7 +287,7 @@ def test_a_static_rule_and_a_decoder_gate_are_shown_as_what_they_are(inputs, par
     edit_json(inputs.samples / "dpar" / "samples.json", gate="decoder", cfg_scale=1.0)
     text = Page(render(inputs, tmp_path / "r", params)).text
     assert "patches are cut by rule (static)" in text and "threshold" not in text.split("What it costs")[0]
-    assert "gate: the decoder itself" in text
+    assert "no gate, cached" in text and "no gate, decoding" in text and "DPAR also needs its entropy model" not in text
 
 
 def test_scores_of_two_protocols_are_refused(inputs, params, tmp_path):
@@ -394,6 +395,20 @@ def test_equal_time_takes_the_model_of_the_baseline_that_trained_about_as_long(m
     assert "20 % less than DPAR" in slow.obstacle and "would have needed 625 steps" in slow.obstacle
 
 
+def test_losses_at_equal_time_lie_on_the_lines_over_time(made):
+    """Where the median of the ratios (1.1) is not the quotient of the medians (1.2)."""
+    trainings = {name: read_training(made / "artifacts/models" / name) for name in ("dpar", "llamagen")}
+    turns = Turns((1.0, 1.0, 1.5) * 3, (1.1, 1.2, 1.65) * 3)
+    speed = Speed("training", Pace("step", 32, turns), 2.0)
+    times = equal_time(trainings, made / "artifacts/models", speed)
+    patches = PatchFacts(16, 8.0, (4.0, 12.0), {"a": 8.0}, ((1, 0.5), (2, 0.5)))
+    charts = report.draw_charts(trainings, patches, times, Speeds(speed, speed), {"dpar": "DPAR", "llamagen": "B"})
+    points = re.findall(r"B: ([\d.]+) at ([\d.]+) seconds of training", charts["by_time"])
+    assert speed.ratio == pytest.approx(1.1) and charts["shared"] == pytest.approx(500)
+    on_the_line = np.interp(charts["shared"], [float(x) for _, x in points], [float(y) for y, _ in points])
+    assert on_the_line == pytest.approx(times.losses["llamagen"], abs=1e-3)
+
+
 def test_a_curve_of_another_run_is_refused(inputs):
     edit_json(inputs.models / "dpar/timings.json", curve=[])
     with pytest.raises(ValueError, match=r"of different runs: run `dvc repro -sf train_dpar`"):
@@ -438,6 +453,7 @@ def test_numbers_are_written_for_people():
     written = [report.number(v) for v in (0.01234, 0.0004, -0.00321, 4.567, 123.4, 12345.6)]
     assert written == ["0.012", "0.00040", "-0.0032", "4.57", "123", "12,346"]
     assert [report.flop(v) for v in (8.1e6, 2.34e9, 1.2e13)] == ["8.1 MFLOP", "2.34 GFLOP", "12 TFLOP"]
+    assert [report.flop(v) for v in (999.6e6, 999.4e6, 0.0)] == ["1 GFLOP", "999 MFLOP", "0 FLOP"]
 
 
 def test_intervals_are_written_so_that_their_ends_differ():
