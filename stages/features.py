@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from dpar_core.data.manifest import read_manifest
 from dpar_core.evaluation.features import DemoClassifier
 from dpar_core.files import save_weights, write_json
-from dpar_core.training.order import DataOrder, fixed_subset
+from dpar_core.training.order import DataOrder, random_subset
 from stages import params as P
 from stages.data import ManifestOpener
 from stages.shared.crops import CenterCrops
@@ -89,9 +89,9 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
 
 @torch.inference_mode()
 def _accuracy(model: DemoClassifier, images: CenterCrops, *, device: str) -> float:
-    """Return the share whose class is found of up to MEASURED_IMAGES images, evenly spaced: rows come class by class."""
+    """Return the share whose class is found of up to MEASURED_IMAGES images, chosen at random: rows have an order."""
     model.eval()
-    crops, right = images.readable(fixed_subset(len(images), MEASURED_IMAGES)), 0
+    crops, right = images.readable(random_subset(len(images), MEASURED_IMAGES)), 0
     labels = np.array([images.rows[index].label for index in crops.indices])
     for first in range(0, len(labels), 64):
         batch = torch.from_numpy(crops.images[first : first + 64]).to(device).permute(0, 3, 1, 2).float()

@@ -132,8 +132,8 @@ def _kept_rule(path: Path, entropy_model: str) -> PatchRule | None:
 def make_rule(patching: P.Patching, maps: EntropyMaps) -> tuple[PatchRule, int]:
     """Return the rule of params.yaml, and the number of maps its threshold was measured on (0: it was given).
 
-    Where a mean length is given in place of a threshold, it is measured on all maps, or on MEASURED_MAPS of them, evenly
-    spaced, where there are more. Raises ValueError when no threshold gives that length.
+    Where a mean length is given in place of a threshold, it is measured on all maps, or on MEASURED_MAPS of them, chosen
+    at random, where there are more. Raises ValueError when no threshold gives that length.
     """
     given = PatchRule(
         patching.mode,

@@ -22,7 +22,7 @@ from dpar_core.training.allocator import keep_freed_blocks
 from dpar_core.training.checkpoint import Architecture, CheckpointStore
 from dpar_core.training.codebook import place_codes, restart_dead_codes
 from dpar_core.training.optim import OptimSettings, adamw, learning_rate, set_learning_rate
-from dpar_core.training.order import DataOrder, fixed_subset
+from dpar_core.training.order import DataOrder, random_subset
 from stages import params as P
 from stages.data import ManifestOpener
 from stages.shared.crops import CenterCrops, Crops
@@ -88,7 +88,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     model.load_state_dict(state)
     rows = manifest.split("validation")
     held_out = CenterCrops(rows, opener, params.data.image_size)
-    chosen = fixed_subset(len(rows), MEASURED_IMAGES)
+    chosen = random_subset(len(rows), MEASURED_IMAGES)
     metrics, originals, copies = measure_reconstruction(model, held_out, chosen, device=device)
     if (note := held_out.note("validation")) is not None:
         print_fitted(f"{note}: {metrics['tokenizer/measured_images']} of {len(chosen)} are measured")

@@ -270,20 +270,21 @@ class EntropyMaps:
         return np.concatenate([self.shard(name) for name, _ in self.shards.shards()])
 
     def sample(self, limit: int, *, shards: int = 16) -> EntropySample:
-        """Return at most `limit` maps, evenly spaced in at most `shards` evenly spaced shards: always the same ones.
+        """Return at most `limit` maps, chosen at random in at most `shards` evenly spaced shards: always the same ones.
 
-        Shards hold images in random order, so some of them stand for all.
+        Shards hold images in random order, so some of them stand for all. The views of an image follow each other: every
+        20th map of ten-crop views would be of the same corner.
         """
         parts = self.shards.shards()
         chosen = [parts[number * len(parts) // min(shards, len(parts))] for number in range(min(shards, len(parts)))]
         views = self.shards.meta.num_views
         total = sum((part.stop - part.start) * views for _, part in chosen)
+        taken = np.zeros(total, bool)
+        taken[np.random.default_rng(0).permutation(total)[:limit]] = True
         entropies, labels, before = [], [], 0
         for name, part in chosen:
             count = (part.stop - part.start) * views
-            rows = np.arange(before, before + count)
-            # Row i of all is taken when it is the first of the `limit` equal stretches it lies in.
-            keep = np.ones(count, bool) if total <= limit else rows * limit // total != (rows - 1) * limit // total
+            keep = taken[before : before + count]
             before += count
             entropies.append(self.shard(name)[keep])
             labels.append(np.repeat(self.shards.labels[part], views)[keep].astype(np.int64))

@@ -84,7 +84,18 @@ class DataOrder:
 
 
 def fixed_subset(images: int, wanted: int) -> np.ndarray:
-    """Return indices (n,) int64 of an evenly spaced subset of `wanted` of `images` images (0, or too many: all)."""
+    """Return indices (n,) int64 of an evenly spaced subset of `wanted` of `images` images (0, or too many: all).
+
+    For images in random order, as in token shards; of ordered ones it may meet some classes alone (see `random_subset`).
+    """
     if wanted <= 0 or wanted >= images:
         return np.arange(images, dtype=np.int64)
     return np.arange(wanted, dtype=np.int64) * images // wanted
+
+
+def random_subset(images: int, wanted: int) -> np.ndarray:
+    """Return indices (n,) int64, ascending, of a random subset of `wanted` of `images` images (too many: all).
+
+    Always the same one, and whatever order the images have, class by class or in turns: each is as likely as any other.
+    """
+    return np.sort(np.random.default_rng(0).permutation(images)[:wanted]).astype(np.int64)

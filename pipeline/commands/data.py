@@ -59,7 +59,7 @@ def patches_stats(
     max_lengths: Annotated[str, typer.Option(help="Tokens, with commas; none: no maximum.")] = "1,2,4,8",
     mode: Annotated[str, typer.Option(help="entropy_rows (patches end with their row) or entropy.")] = "entropy_rows",
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
-    maps: Annotated[int, typer.Option(min=1, help="Views to look at, evenly spaced over the data.")] = 20_000,
+    maps: Annotated[int, typer.Option(min=1, help="Views to look at, chosen at random.")] = 20_000,
     out: Annotated[Path, typer.Option(help="PNG of the curves to write.")] = Path("patch_stats.png"),
 ) -> None:
     """Print how long patches would be for other thresholds and maximum lengths, and draw the curves.

@@ -19,6 +19,7 @@ from dpar_core.files import atomic_folder, atomic_write, read_weights_header, wr
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import colour_bar, save_png
 from dpar_core.secrets import redacted
+from dpar_core.training.order import fixed_subset
 from pipeline.headline import Headline, Ratio
 from pipeline.presets.published import PUBLISHED
 from pipeline.report.charts import (
@@ -148,6 +149,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "setting": setting(params, manifest, train),
         "badge": badge(params, manifest, trainings["dpar"].steps),
         "headline": together(*rounds),
+        "compared_losses": len(losses["dpar"]),
+        "curve_images": len(fixed_subset(len(held_out), params.train.validation_images)),
         "contests": [shown_contest(one) for one in rounds],
         "patches": patches,
         "costs": costs,
@@ -331,9 +334,8 @@ def draw_charts(
     """Draw the curves, the histogram and the DAG as SVG. by_time is None when the speed of training is not known."""
     by_step = [Series(labels[n], n, [(row[0], row[3]) for row in t.curve]) for n, t in trainings.items()]
     shared, by_time = 0.0, None
-    seconds = speeds.training.pace.seconds[
-        "dpar"
-    ]  # per step; the ratio gives the baseline, as at equal time
+    seconds = speeds.training.pace.seconds["dpar"]
+    # per step; the baseline's by the ratio, from which equal time follows too
     pace = {"dpar": seconds, "llamagen": seconds * speeds.training.ratio}
     if not speeds.training.doubt:
         curves = [Series(labels[n], n, [(row[0] * pace[n], row[3]) for row in t.curve]) for n, t in trainings.items()]

@@ -70,7 +70,7 @@ def patch_stats(
     split: str = "train",
     limit: int = SAMPLED_MAPS,
 ) -> PatchStats:
-    """Return what every threshold with every maximum gives on at most `limit` evenly spaced maps.
+    """Return what every threshold with every maximum gives on at most `limit` maps, chosen at random.
 
     thresholds: nats, None for quantiles of the entropies.
     max_lengths: tokens, None for no maximum.

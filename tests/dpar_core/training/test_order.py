@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpar_core.training.order import DataOrder, fixed_subset
+from dpar_core.training.order import DataOrder, fixed_subset, random_subset
 
 
 def order(images=23, views=4, batch_size=6, seed=0) -> DataOrder:
@@ -88,3 +88,5 @@ def test_the_validation_subset_is_fixed_and_spread():
     assert fixed_subset(10, 0).tolist() == list(range(10))
     assert fixed_subset(10, 99).tolist() == list(range(10))
     assert fixed_subset(10, 4).tolist() == [0, 2, 5, 7]
+    assert random_subset(10, 99).tolist() == list(range(10)) and len(set(random_subset(100, 20))) == 20
+    assert (random_subset(100, 20) == random_subset(100, 20)).all() and len(set(random_subset(2250, 1000) % 9)) == 9

@@ -285,9 +285,15 @@ def test_a_static_rule_and_a_decoder_gate_are_shown_as_what_they_are(inputs, par
     made_by = MadeBy.read(summary["made_by"])
     write_summary(inputs.patch_maps, summary["files"], made_by=made_by, facts=summary.get("facts"))
     edit_json(inputs.samples / "dpar" / "samples.json", gate="decoder", cfg_scale=1.0)
+    params = params.model_copy(update={"train": params.train.model_copy(update={"validation_images": 5})})
     text = Page(render(inputs, tmp_path / "r", params)).text
+    assert "the same 18 validation images" in text and "on 5 images, while the verdicts take 18" in text
     assert "patches are cut by rule (static)" in text and "threshold" not in text.split("What it costs")[0]
-    assert "no gate, cached" in text and "no gate, decoding" in text and "DPAR also needs its entropy model" not in text
+    assert (
+        "no gate, cached" in text
+        and "no gate, decoding to pixels not" in text
+        and "DPAR also needs its entropy model" not in text
+    )
 
 
 def test_scores_of_two_protocols_are_refused(inputs, params, tmp_path):
