@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -232,6 +233,9 @@ def main() -> None:
 def start() -> None:
     """Enter the project and run the command line's command; errors come out as they are."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("COLUMNS", "LINES"):  # rich shows nothing on a terminal of 0 columns, and no other size than a plain number
+        if name in os.environ and not re.fullmatch("[1-9][0-9]{0,5}", os.environ[name]):
+            del os.environ[name]
     keep_caches_writable()
     started = enter_project()
     if started not in (None, Path.cwd()):

@@ -22,7 +22,7 @@ from dpar_core.data.contents import content_digest, contents_of
 from dpar_core.data.folders import list_folder
 from dpar_core.data.image_parquet import list_parquet
 from dpar_core.data.image_tars import list_ilsvrc_train, list_ilsvrc_validation, list_webdataset
-from dpar_core.data.images import decode_image
+from dpar_core.data.images import BadImage, decode_image
 from dpar_core.data.listing import Listing, is_litter, join_listings
 from dpar_core.data.manifest import SPLITS, Manifest, Row, write_manifest
 from dpar_core.data.splits import counted, first_few
@@ -59,6 +59,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     """Write the manifest of the training and validation images, and print what was found."""
     manifest = make_manifest(params.data, seed=params.seed)
     manifest = with_contents(manifest, work.parent / "contents.parquet", tracker)
+    refuse_unreadable(manifest, params.data)
     both = images_in_both_splits(manifest)
     write_manifest(outputs.manifest, manifest)
     for line in describe(manifest, params.data, both):
@@ -97,7 +98,9 @@ def describe(manifest: Manifest, data: P.Data, both: list[tuple[str, str]]) -> l
     both: sources of the same image in validation and training.
     """
     classes = manifest.classes
-    lines = [f"data: {data.source}, {len(classes):,} classes: {_ends(classes)}"]
+    lines = [f"data: {data.source}, {counted(len(classes), 'class', 'classes')}: {_ends(classes)}"]
+    if len(classes) == 1:
+        lines.append(f"warning: all images are of one class ({_name(classes, 0)}), so a class says nothing of an image")
     for split in SPLITS:
         counts = manifest.counts(split)
         least, most = int(counts.argmin()), int(counts.argmax())
@@ -110,6 +113,9 @@ def describe(manifest: Manifest, data: P.Data, both: list[tuple[str, str]]) -> l
             lines.append(f"{split}: {counted(len(none), 'class', 'classes')} {verb} no images ({first_few(none)})")
         if unread := unreadable(manifest, split):
             lines.append(f"warning: {split}: {counted(len(unread), 'image')} cannot be read ({first_few(unread)})")
+        if again := repeats(manifest, split):
+            verb, shown = "repeats" if len(again) == 1 else "repeat", first_few(f"{one} = {other}" for one, other in again)
+            lines.append(f"warning: {split}: {counted(len(again), 'image')} {verb} others of it, byte by byte: {shown}")
     lines += manifest.notes["choices"]
     folded = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if folded[name.casefold()] > 1]:
@@ -135,6 +141,39 @@ def unreadable(manifest: Manifest, split: str) -> list[str]:
     table = manifest.rows.table.filter(pc.equal(manifest.rows.table["split"], split))
     sources: list[str] = table.filter(pc.is_null(table["content"]))["source"].to_pylist()
     return sources
+
+
+def refuse_unreadable(manifest: Manifest, data: P.Data) -> None:
+    """Raise ValueError with the first reason where no image of a split can be read."""
+    for split in SPLITS:
+        unread = unreadable(manifest, split)
+        if not unread or len(unread) < manifest.counts(split).sum():
+            continue
+        try:
+            ManifestOpener(manifest).content(unread[0])
+            reason = "it can be read now"
+        except BadImage as error:
+            reason = str(error)
+        raise ValueError(
+            f"data.{split} {getattr(data, split)}: none of its {counted(len(unread), 'image')} can be read ({unread[0]}: "
+            f"{reason}): mend the files, or name others"
+        )
+
+
+def repeats(manifest: Manifest, split: str) -> list[tuple[str, str]]:
+    """Return the sources of a split's images of which an earlier one has the same class and bytes, each with the first one.
+
+    Crops out of one file are not compared; `images_of_several_classes` finds those of another class.
+    """
+    table = manifest.rows.table
+    chosen = pc.and_(pc.is_null(table["box"]), pc.and_(pc.is_valid(table["content"]), pc.equal(table["split"], split)))
+    table = table.filter(chosen).select(["content", "source", "label"])
+    counts = table.group_by("content").aggregate([("source", "count")])
+    several = counts.filter(pc.greater(counts["source_count"], 1))["content"].combine_chunks()
+    first: dict[tuple[str, int], str] = {}
+    rows = table.filter(pc.is_in(table["content"], value_set=several)).to_pylist()
+    pairs = [(row["source"], first.setdefault((row["content"], row["label"]), row["source"])) for row in rows]
+    return [(source, other) for source, other in pairs if source != other]
 
 
 def images_of_several_classes(manifest: Manifest) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from dpar_core.data.classes import normal_name
 from dpar_core.data.fingerprint import is_folder
 from dpar_core.data.images import ENDINGS, looks_like_image
 from dpar_core.data.listing import LITTER, Listing, is_litter, require
-from dpar_core.data.splits import TEST, first_few, splits_said
+from dpar_core.data.splits import TEST, counted, first_few, splits_said
 from dpar_core.files import digest_of
 
 
@@ -46,6 +47,7 @@ def list_folder(root: Path, split: str) -> Listing:
     base, folders, files = _classes_of(walk, split, listing)
     names = _class_names(folders, root, split)
     listing.base = root / base
+    deeper: list[str] = []  # folders of one class
     above = tuple({walk.identity(""), walk.identity(base)})
     for name, folder in sorted((name, folder) for folder, name in names.items()):
         walk.reason = ""
@@ -56,12 +58,24 @@ def list_folder(root: Path, split: str) -> Listing:
                 listing.identities.append(identity)
         if not found:
             listing.empty[name] = walk.reason or "no image files in it"
+        if len(within := {path.rpartition("/")[0] for path in found}) > 1:
+            deeper.append(first_few(sorted(within), 2))
         listing.classes.append(name)
+    if deeper:
+        classes = counted(len(deeper), "class", "classes")
+        listing.notes.append(f"images of {classes} lie in several folders each, which count as one class ({deeper[0]})")
+    if all(re.fullmatch("[0-9]{1,9}", name) for name in listing.classes):
+        by_number = sorted(listing.classes, key=int)
+        if moved := [label for label, name in enumerate(listing.classes) if name != by_number[label]]:
+            listing.notes.append(
+                "class folders named by numbers come in the order of text, as ImageFolder has them: class "
+                f"{moved[0]} is {listing.classes[moved[0]]!r}"
+            )
     walk.left_out |= {f"{base}{file.name}": "beside the class folders" for file in files}
     listing.left_out = dict(sorted(walk.left_out.items()))
     if not listing.keys:
         lie = "1 file lies" if len(files) == 1 else f"{len(files)} files lie"
-        beside = f"; {lie} in it, but in no class folder" if files else ""
+        beside = f"; {lie} in it, but in no class folder: put each image into a folder named by its class" if files else ""
         raise ValueError(f"data.{split} {root} holds no images: expected a tree {root}/class/image.jpg{beside}")
     return listing
 
@@ -86,8 +100,11 @@ def _classes_of(walk: _Walk, split: str, listing: Listing) -> tuple[str, list[st
         base += f"{fitting[0]}/"
     if base:
         listing.notes.append(f"the class folders are those in {walk.root / base}")
-    if len(folders) == 1 and len(walk.folders_with_images(base + folders[0])) > 1:
-        inner = walk.root / base / folders[0]
+    inside = base + folders[0] if len(folders) == 1 else ""
+    while inside and len(below := walk.folders_with_images(inside)) == 1:
+        inside += f"/{below[0]}"
+    if inside and below:
+        inner = walk.root / inside
         raise ValueError(
             f"data.{split} {walk.root / base} holds one folder, {folders[0]}, with images in folders below it: if those "
             f"are the classes, set data.{split} to {inner}; if they are one class, put its images into {inner} itself"

@@ -176,7 +176,10 @@ def _label(stream: BinaryIO, parts: Mapping[str, Member], label_key: str | None,
     member = parts.get("json")
     if member is None:
         wanted = f"{label_key!r} (data.label_key)" if label_key else "a .cls, or a .json with `label`"
-        raise ValueError(f"{where} has no label beside its image: expected {wanted}, found {first_few(parts, 9)}")
+        raise ValueError(
+            f"{where} has no label beside its image: expected {wanted}, next to it in the tar (`tar --sort=name` "
+            f"packs them so), found {first_few(parts, 9)}"
+        )
     content, name = _content(stream, member, where), label_key or "label"
     try:
         record = json.loads(content)

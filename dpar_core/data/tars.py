@@ -68,6 +68,8 @@ def _scan(descriptor: int, position: int, end: int, where: str) -> Iterator[Memb
                 long_name = content.rstrip(b"\0")
             elif kind == b"x":
                 pax = _pax(content, where)
+            elif kind == b"g" and (own := {b"path", b"size", b"linkpath"} & _pax(content, where).keys()):
+                raise BadTar(f"tar {where} gives all its files one {min(own).decode()}: pack them anew")
             position += -(-size // BLOCK) * BLOCK
             continue
         raw = header[:100].split(b"\0")[0]

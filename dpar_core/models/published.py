@@ -47,6 +47,16 @@ def check_state(state: Mapping[str, Tensor], model: nn.Module, *, what: str) -> 
         raise ValueError(f"{what} does not fit the expected network: {'; '.join(wrong)}")
 
 
+def _refuse_zeros(state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Raise ValueError for matrices and convolutions of zeros alone, as a network has that was not trained or not saved."""
+    zeros = [name for name, tensor in state.items() if tensor.ndim > 1 and not tensor.any()]
+    if zeros:
+        raise ValueError(
+            f"{path} holds nothing but zeros in {len(zeros)} of its weights ({', '.join(zeros[:3])}"
+            f"{', ...' if len(zeros) > 3 else ''}): it was not trained, or not saved whole; take another checkpoint"
+        )
+
+
 def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return 1 + max((int(match[1]) for match in map(pattern.match, state) if match), default=-1)
@@ -61,6 +71,9 @@ def _common(state: Mapping[str, Tensor], path: Path | str, *, heads: int, row_wi
         raise ValueError(f"{what}: {error} is missing among {', '.join(sorted(state)[:3])}, ...") from None
     except (ValueError, IndexError):
         raise ValueError(f"{what}: tables and matrices have two dimensions there") from None
+    table = state.get("cls_embedding.embedding_table.weight")
+    if table is not None and len(table) < 2:
+        raise ValueError(f"{path} has a class table of {tuple(table.shape)}: expected a row per class and one for no class")
     if width % heads:
         raise ValueError(
             f"{path}: {heads} attention heads do not divide the width of {width}: give the number this model has"
@@ -84,6 +97,7 @@ def read_gpt(path: Path | str, *, heads: int, row_width: int) -> tuple[dict[str,
     config = GPTConfig(**common, layers=_layers(state, "layers."), num_classes=classes)
     with torch.device("meta"):
         check_state(state, GPT(config), what=str(path))
+    _refuse_zeros(state, path)
     return state, config
 
 
@@ -105,6 +119,7 @@ def read_dpar(
     )
     with torch.device("meta"):
         check_state(state, DPAR(config), what=str(path))
+    _refuse_zeros(state, path)
     return state, config
 
 
@@ -142,4 +157,5 @@ def read_vq(path: Path | str, *, expected: VQConfig | None = None, holder: str |
             raise ValueError(f"{path} is another tokenizer than params.yaml describes: {'; '.join(wrong)}")
     with torch.device("meta"):
         check_state(state, VQ(config), what=str(path))
+    _refuse_zeros(state, path)
     return state

@@ -26,7 +26,8 @@ from dpar_core.models.vq import UNUSED_BUFFER
 from dpar_core.signatures import Kind, described, kind_of
 
 HOLDERS = ("model", "module", "state_dict", "ema", "model_ema", "ema_model")  # the first one there is read
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP
+# DDP, torch.compile, FSDP, checkpointed blocks, a LightningModule's network
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "model.")
 COMPUTED = ("freqs_cis", UNUSED_BUFFER)  # buffers that nobody needs to read
 READ_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EXPECTED = "expected weights, as a .safetensors file or a PyTorch checkpoint"
@@ -176,7 +177,8 @@ def _plain_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         short = name
         while wrapper := next((one for one in WRAPPERS if short.startswith(one)), None):
             short = short.removeprefix(wrapper)
-        short = short.replace("._orig_mod.", ".").replace("._fsdp_wrapped_module.", ".")
+        for wrapper in WRAPPERS[1:4]:
+            short = short.replace(f".{wrapper}", ".")
         if short in COMPUTED:
             continue
         if short in plain:
@@ -192,8 +194,9 @@ def _float32(name: str, tensor: Tensor, path: Path) -> Tensor:
         raise ValueError(f"{path}: {name} is {dtype}, expected one of {known}: unpack quantized weights first")
     if tensor.is_meta:
         raise ValueError(f"{path}: {name} was saved without its values (on PyTorch's meta device): save it anew")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{path}: {name} is a sparse tensor, expected a dense one: call to_dense() before saving")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else "sparse"
+        raise ValueError(f"{path}: {name} is a {kind} tensor, expected a dense one: save it as one")
     tensor = tensor.to(torch.float32)
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == 4 * tensor.numel()
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -1,11 +1,11 @@
 """Every command of dpar-cli with hostile arguments, in a project that has everything, each in a forked process.
 
-    python -m tests.fuzz.commands [--project FOLDER] [--only sample]
+    python -m tests.fuzz.commands [--project FOLDER] [--only sample] [--seed 7 --calls 500]
 
 A command may do its work, refuse (exit 1 or 2), and has to say something when it refuses. A traceback, an error that nobody
 foresaw (exit 70), a signal, over a minute by the clock or 5 s of CPU is a finding. Environment variables are tried alike.
-Root calls them as another user, who may not read everything. --project keeps the project for a later call. Exit 1 when
-there are findings.
+Root calls them as another user, who may not read everything. --project keeps the project for a later call. With --seed,
+calls have one to three hostile values of random parameters, altered and joined at random. Exit 1 when there are findings.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import random
 import resource
 import select
 import shutil
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +325,36 @@ def calls(only: str) -> Iterator[tuple[list[str], dict[str, str]]]:
                     yield words, {variable: setting}
 
 
+def random_calls(only: str, seed: int) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Yield (arguments, environment) without end: one to three hostile values per call, some cut, joined or doubled."""
+    rng = random.Random(seed)
+    known = [(name, parameters) for name, parameters in commands().items() if name.startswith(only)]
+    variables = [(name, setting) for name, settings in VARIABLES.items() for setting in settings]
+
+    def value() -> str:
+        one, other = rng.choice((*TEXTS, *NUMBERS, *FILES)), rng.choice((*TEXTS, *NUMBERS, *FILES))
+        cut = rng.randrange(len(one) + 1)
+        return rng.choice((one, one, one, one[:cut] + other, f"{one},{other}", f"{one}={other}", one[::-1], one * 2))
+
+    while True:
+        name, parameters = rng.choice(known)
+        words = list(SOUND[name])
+        chosen = [one for one in parameters if one.opts[0] != "--help"]
+        for parameter in rng.sample(chosen, min(len(chosen), rng.randint(1, 3))):
+            option = parameter.opts[0]
+            if getattr(parameter, "is_flag", False):
+                words.append(option)
+            elif not option.startswith("-"):
+                words = [*(words[1:] if words and not words[0].startswith("-") else words), "--", value()]
+            elif "--" in words:
+                words.insert(words.index("--"), f"{option}={value()}")
+            elif option in words:
+                words[words.index(option) + 1] = value()
+            else:
+                words.append(f"{option}={value()}")
+        yield [*name.split(), *words], dict([rng.choice(variables)]) if rng.random() < 0.15 else {}
+
+
 def call(project: Path, words: list[str], environment: dict[str, str]) -> Ended:
     """Run dpar-cli with these arguments in a forked process."""
     reading, writing = os.pipe()
@@ -406,6 +438,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--project", type=Path)
     parser.add_argument("--only", default="")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--calls", type=int, default=500)
     options = parser.parse_args()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix="dpar-commands-", dir=memory))
@@ -423,7 +457,9 @@ def main() -> None:
     base = kept or made
     project, tried, found = root / "project", 0, 0
     try:
-        for words, environment in calls(options.only):
+        seeded = options.seed is not None
+        chosen = islice(random_calls(options.only, options.seed), options.calls) if seeded else calls(options.only)
+        for words, environment in chosen:
             if tried % 25 == 0:
                 shutil.rmtree(project, ignore_errors=True)
                 shutil.copytree(base, project, symlinks=True, copy_function=_copy)

@@ -20,7 +20,7 @@ import typer
 from safetensors import safe_open
 
 from dpar_core.secrets import redacted
-from pipeline import boundary
+from pipeline import boundary, cli
 from stages import crash, terminal
 from tests.helpers.paths import ROOT
 
@@ -196,6 +196,15 @@ def test_a_number_that_is_none_is_refused_with_its_option(capsys, monkeypatch, v
     with pytest.raises(SystemExit) as ended:
         boundary.guarded(app)
     assert ended.value.code == 1 and f"--cfg-scale is {float(value)}, expected a finite number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["0", "²", "1" * 30])
+def test_a_terminal_of_a_size_that_cannot_be_hides_no_error(project, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "argv", ["dpar-cli", "ui", "--port=x"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "Invalid value for '--port'" in capsys.readouterr().err
 
 
 def test_bytes_that_are_no_text_are_refused_with_their_option(capsys, monkeypatch):

@@ -318,6 +318,29 @@ def test_images_that_cannot_be_read_and_images_of_several_classes_are_printed(tm
     assert f"warning: 2 training images of several classes, byte by byte: {several}" in said
 
 
+def test_repeated_images_and_one_class_alone_are_printed(tmp_path, capsys):
+    for number, name in enumerate(["train/ant/1", "train/ant/2", "val/ant/1"]):
+        put_image(tmp_path / f"{name}.png", 40 * number)
+    (tmp_path / "val" / "ant" / "copy.png").write_bytes((tmp_path / "val" / "ant" / "1.png").read_bytes())
+    run(tmp_path, source="imagefolder", train=str(tmp_path / "train"), validation=str(tmp_path / "val"))
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")] == [
+        "warning: all images are of one class (0 ant), so a class says nothing of an image",
+        "warning: validation: 1 image repeats others of it, byte by byte: validation:ant/copy.png = validation:ant/1.png",
+    ]
+
+
+def test_a_split_of_which_no_image_can_be_read_is_refused_with_the_reason(tmp_path):
+    images = pa.array(
+        [{"bytes": None, "path": f"{n}.png"} for n in range(2)], pa.struct({"bytes": pa.binary(), "path": "str"})
+    )
+    for split in ("train", "val"):
+        pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / f"{split}.parquet")
+    tree = {"source": "parquet", "train": str(tmp_path), "validation": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"none of its 2 images can be read \(train@0.0.*: .* only the path '0.png'\)"):
+        run(tmp_path, **tree)
+    assert not (tmp_path / "manifest.parquet").exists()
+
+
 def test_images_in_both_splits_are_found_in_parquet_too(tmp_path, capsys):
     tree = put_parquet(tmp_path / "p", None)
     assert json.loads(run(tmp_path, **tree).metrics.read_text())["data/images_in_both_splits"] == 1000

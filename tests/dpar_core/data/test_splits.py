@@ -211,6 +211,14 @@ def test_a_doubled_level_is_recognised_and_named(tmp_path):
     put_tree(tmp_path, "x/images/cat", "x/images/dog")
     with pytest.raises(ValueError, match=rf"holds one folder, images, .* set data.train to {tmp_path}/x/images"):
         list_folder(tmp_path / "x", "train")
+    put_tree(tmp_path, "y/imagenet/train/cat", "y/imagenet/train/dog")
+    with pytest.raises(ValueError, match=rf"holds one folder, imagenet, .* set data.train to {tmp_path}/y/imagenet/train;"):
+        list_folder(tmp_path / "y", "train")
+    put_tree(tmp_path, "parts/one/cat", "parts/one/dog", "parts/two/images")
+    counted = "images of 1 class lie in several folders each, which count as one class (one/cat, one/dog)"
+    assert list_folder(tmp_path / "parts", "train").notes == [counted]
+    put_tree(tmp_path, "numbers/2", "numbers/9", "numbers/10")
+    assert list_folder(tmp_path / "numbers", "train").notes[0].endswith("as ImageFolder has them: class 0 is '10'")
     put_tree(tmp_path, "one/cat", "vehicles/train", "vehicles/tram")
     assert list_folder(tmp_path / "one", "train").classes == ["cat"]
     assert list_folder(tmp_path / "vehicles", "train").classes == ["train", "tram"]

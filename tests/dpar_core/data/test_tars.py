@@ -85,6 +85,7 @@ def test_folders_are_passed_over(tmp_path):
         (tar_with(named("a.jpg", type=tarfile.FIFOTYPE)), "a pipe"),
         (tar_with(named("a.jpg", type=tarfile.GNUTYPE_SPARSE)), "sparse"),
         (tar_with(named("a.jpg", type=b"Z")), "unknown type"),
+        (tarfile.TarInfo.create_pax_global_header({"path": "a.jpg"}) + tar_of({"b.jpg": b"x"}), "all its files one path"),
         (b"", "without its end mark"),
         (b"<html>not found</html>" * 100, "is not a tar"),
         (tar_of({"a.jpg": bytes(5000)})[:2000], "cut off inside"),

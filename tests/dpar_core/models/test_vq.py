@@ -152,7 +152,8 @@ def test_an_image_that_does_not_fit_the_grid_is_refused():
 
 def tiny_state():
     torch.manual_seed(0)
-    return VQ(VQConfig(16, 4, 32, (1, 2), 32, 1)).state_dict()
+    state = VQ(VQConfig(16, 4, 32, (1, 2), 32, 1)).state_dict()
+    return {name: one if one.ndim < 2 or one.any() else torch.full_like(one, 0.01) for name, one in state.items()}
 
 
 def test_a_published_checkpoint_is_read_and_its_usage_buffer_ignored(tmp_path):
@@ -239,7 +240,11 @@ def test_tf32_is_on_inside_the_network_and_off_in_the_lookup(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: {f"model.{name}": one for name, one in state.items()}, "is missing among model.decoder"),
+        (lambda state: {f"vq_model.{name}": one for name, one in state.items()}, "is missing among vq_model.decoder"),
+        (
+            lambda state: {name: one * (one.ndim < 2 or "quantize" in name) for name, one in state.items()},
+            "nothing but zeros",
+        ),
         (lambda state: {**state, "encoder.conv_in.weight": torch.tensor(1.0)}, "a convolution has no dimensions"),
         (lambda state: {**state, "quantize.embedding.weight": torch.ones(16, 4)}, "holds one code 16 times"),
     ],

@@ -6,6 +6,7 @@ import io
 import json
 import warnings
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.models.published import read_gpt, read_state
 from dpar_core.models.weights import read_checkpoint
 
@@ -39,10 +41,11 @@ def same(found, expected=STATE):
         {"state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}, "epoch": 7},
         {"model": {f"_orig_mod.module.{name}": tensor for name, tensor in STATE.items()}},
         {f"module._orig_mod.{name}": tensor for name, tensor in STATE.items()},
+        {"state_dict": {f"model.{name}": tensor for name, tensor in STATE.items()}, "pytorch-lightning_version": "2.5"},
         {"ema": STATE, "step": 1},
         {**STATE, "freqs_cis": torch.zeros(4, dtype=torch.complex64)},
     ],
-    ids=["bare", "training", "ddp", "compiled-ddp", "ddp-compiled", "ema-alone", "computed-buffer"],
+    ids=["bare", "training", "ddp", "compiled-ddp", "ddp-compiled", "lightning", "ema-alone", "computed-buffer"],
 )
 def test_weights_are_found_wherever_training_code_puts_them(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(saved(content))
@@ -142,6 +145,7 @@ def _script() -> bytes:
         (saved({"a": torch.empty(2, device="meta")}), "a was saved without its values"),
         (saved({"a": torch.tensor([1.0, float("nan")])}), r"not finite in 1 of 1 tensors \(a\)"),
         (saved({"a": torch.tensor([1.0, float("-inf")], dtype=torch.float16)}), "not finite"),
+        (saved({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}), "a is a nested tensor"),
         (saved({"a": torch.ones(2, dtype=torch.int8)}), "a is int8, expected one of float32"),
         (saved({"a": torch.ones(2), "module.a": torch.zeros(2)}), "holds a twice"),
         (saved({"a": Path("x")}), "is refused: it wants to run pathlib"),
@@ -173,6 +177,20 @@ def test_flipped_bits_give_weights_or_a_sentence(tmp_path, whole):
             read_checkpoint(tmp_path / "x.pt")
         except ValueError as error:
             assert str(tmp_path) in str(error)
+
+
+def test_weights_of_zeros_alone_and_class_tables_without_classes_are_refused(tmp_path):
+    model = GPT(GPTConfig(codebook_size=16, row_width=4, width=32, heads=2, layers=1, ffn_multiple=32, num_classes=3))
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}  # output.weight begins as zeros
+    table = "cls_embedding.embedding_table.weight"
+    for change, words in (
+        ({}, r"nothing but zeros in 1 of its weights \(output.weight\): it was not trained"),
+        ({table: state[table][:1]}, r"has a class table of \(1, 32\): expected a row per class"),
+        ({"output.weight": torch.ones(16, 32)}, None),
+    ):
+        (tmp_path / "x.pt").write_bytes(saved(state | change))
+        with nullcontext() if words is None else pytest.raises(ValueError, match=words):
+            read_gpt(tmp_path / "x.pt", heads=2, row_width=4)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(tmp_path):
