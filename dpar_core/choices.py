@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 PatchMode = Literal["entropy_rows", "entropy", "static", "token"]  # where patches begin, see patches.rule
+READ_ENTROPIES: tuple[PatchMode, ...] = ("entropy_rows", "entropy")  # those with a threshold
 PositionEncoding = Literal["4d", "3d", "1d"]  # rotary encoding of patches, see models.rope
 ViewSet = Literal["adm_center_flip", "ten_crop_1.1", "ten_crop_1.05", "ten_crop_both"]  # crops of an image, see data.images
 FeatureName = Literal["demo", "inception", "dinov2"]  # networks images are compared by, see evaluation.features

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dpar_core.choices import READ_ENTROPIES
+
 if TYPE_CHECKING:
     from dpar_core.models.vq import VQConfig
     from stages.params import Params, Patching
@@ -143,10 +145,14 @@ class CostEstimate:
 
 def patches_an_image(patching: Patching, tokens: int) -> float:
     """Return M for the patching section of params. Raises ValueError where M depends on the data."""
-    if patching.mode == "token":
-        return tokens
-    if patching.mode == "static":
-        return math.ceil(tokens / patching.static_length)
+    if patching.mode not in READ_ENTROPIES:
+        import numpy as np
+
+        from dpar_core.patches.rule import PatchRule, patch_starts_numpy
+
+        row = math.isqrt(tokens)
+        rule = PatchRule(patching.mode, row, None, patching.max_patch_length, patching.static_length)
+        return int(patch_starts_numpy(np.zeros((1, tokens), np.float32), rule).sum())
     if patching.target_mean_length is not None:
         return tokens / patching.target_mean_length
     from pipeline.presets.published import PATCHES
@@ -195,7 +201,7 @@ def other_work(
     encode, decode = tokenizer_flops(vq_config(params.tokenizer), params.data.image_size)
     images, how = params.sample.images, params.sample
     trained = 0 if params.tokenizer.weights else params.tokenizer.steps * params.tokenizer.batch_size
-    gated = gate if how.gate == "entropy_model" and params.patching.mode in ("entropy_rows", "entropy") else 0.0
+    gated = gate if how.gate == "entropy_model" and params.patching.mode in READ_ENTROPIES else 0.0
     each = sampled["dpar"] + 2 * sampled["llamagen"] + gated + 3 * decode
     exact = "entropies in fp32" if params.entropies.precision == "fp32" else "entropies"
     work = {

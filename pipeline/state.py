@@ -1,4 +1,4 @@
-"""What is up to date: dvc.yaml and params.yaml held against dvc.lock, in a fraction of a second and without hashing.
+"""What is up to date: dvc.yaml and params.yaml held against dvc.lock, in a fraction of a second and without hashing outputs.
 
 `dvc status` reads every byte; this compares what DVC recorded (params, commands, digests of what each stage read and
 wrote) with what is there now (params, existence and sizes of outputs). A file edited without a change of its size is
@@ -7,6 +7,7 @@ what only `dvc status` finds, and files outside the project are what only stage 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -71,7 +72,10 @@ class StageState:
 
 
 def project_state(root: Path) -> list[StageState]:
-    """Return the state of all stages, each after what it needs. Raises ValueError when a file is not readable YAML."""
+    """Return the state of all stages, each after what it needs.
+
+    Raises ValueError when a file is not readable YAML, or a stage stands before one that it needs.
+    """
     stages = read_yaml(root / "dvc.yaml")["stages"]
     lock = read_lock(root)
     params = read_yaml(root / "params.yaml") if (root / "params.yaml").exists() else {}
@@ -81,12 +85,17 @@ def project_state(root: Path) -> list[StageState]:
     cache = cache_folder(root)
     for name in stages:
         needs = needs_of(stages[name], made, name)
+        if behind := [need for need in needs if need not in states]:
+            raise ValueError(f"dvc.yaml: stage {name} stands before {behind[0]}, whose output it reads: move it behind that")
         last = read_last(root, name)
         recorded = lock.get(name)
         why = "" if recorded is None else _why(root, stages[name], recorded, params, digests)
         if recorded is not None and not why:
             late = [need for need in needs if states[need].state != "fresh"]
-            newer = [need for need in needs if last and (states[need].finished or 0.0) > last.finished]
+            # Of a folder of several stages' outputs no digest is known here; whether they ran again has to do.
+            folders = [dep for dep in paths_of(stages[name].get("deps")) if dep not in made and not (root / dep).is_file()]
+            loose = needs_of({"deps": folders}, made, name)
+            newer = [need for need in loose if last and (states[need].finished or 0.0) > last.finished]
             why = f"{late[0]} has to run first" if late else f"{newer[0]} has run since" if newer else ""
         state: Literal["fresh", "stale", "never run"] = "never run" if recorded is None else "stale" if why else "fresh"
         total = sum(int(one.get("size") or 0) for one in (recorded or {"outs": []})["outs"])
@@ -199,12 +208,18 @@ def _why(root: Path, stage: Any, recorded: Any, params: dict[str, Any], digests:
             return f"{one['path']} was changed"
     read = {one["path"]: one.get("md5") for one in recorded.get("deps", [])}
     for path, digest in read.items():
-        if path in digests and digests[path] != digest:
+        known = digests[path] if path in digests else _digest_of_file(root / path)
+        if known is not None and known != digest:
             return f"{path} is another than it read"
     if set(read) != set(paths_of(stage.get("deps"))):
         return "it reads other files now"
     written = {one["path"] for one in recorded.get("outs", [])}
     return "" if written == set(outputs_of(stage)) else "it writes other files now"
+
+
+def _digest_of_file(path: Path) -> str | None:
+    """Return DVC's digest of a file inside an output folder, which is a small one; None for a folder."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
 
 
 def all_fresh(root: Path) -> str:

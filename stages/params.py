@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from dpar_core.choices import (
     LARGEST_CFG_SCALE,
     LEAST_TEMPERATURE,
+    READ_ENTROPIES,
     EncodePrecisionChoice,
     FeatureName,
     Gate,
@@ -489,7 +490,7 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
     if patching:
         row = data.image_size // tokenizer.downsample if data and tokenizer else None
         yield from _patching_contradictions(patching, row_width=row)
-    if patching and sample and patching.mode in ("static", "token"):
+    if patching and sample and patching.mode not in READ_ENTROPIES:
         for name in ("threshold", "max_patch_length"):
             if getattr(sample, name) is not None:
                 yield f"`sample.{name}` is set, but patching.mode {patching.mode} reads no entropies: set it to null"
@@ -595,7 +596,7 @@ def _patching_contradictions(patching: Patching, *, row_width: int | None) -> It
     """row_width: tokens of a row, where it is known."""
     target = patching.target_mean_length
     measured = target is not None
-    if patching.mode in ("entropy_rows", "entropy"):
+    if patching.mode in READ_ENTROPIES:
         if measured == (patching.threshold is not None):
             found = "both are set" if measured else "both are null"
             yield f"`patching.threshold` and `patching.target_mean_length`: {found}, expected exactly one of them"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpar_core.generation.lanes import Lanes, longest_patch
+from dpar_core.generation.lanes import Lanes
 from dpar_core.generation.rounds import RoundsDPAR
 from dpar_core.generation.sampling import SampleSettings, TokenSampler
 from dpar_core.generation.static import Schedule, StaticDPAR, StaticGPT, static_dpar_bytes, static_gpt_bytes
@@ -254,7 +254,7 @@ class DPARGenerator(_Generator[StaticDPAR]):
                 self.gate,
                 images=images,
                 halves=2 if self.guided else 1,
-                longest=longest_patch(self.rule, self.config.tokens),
+                longest=self.rule.longest(self.config.tokens),
                 dtype=self.dtype,
                 gate_dtype=self.gate_dtype,
             )
@@ -263,7 +263,7 @@ class DPARGenerator(_Generator[StaticDPAR]):
             images,
             guided=self.guided,
             value_bytes=self.dtype.itemsize,
-            longest_patch=longest_patch(self.rule, self.config.tokens),
+            longest_patch=self.rule.longest(self.config.tokens),
             gate=self.gate.config if self.gate else None,
         )
 
@@ -308,7 +308,7 @@ class DPARGenerator(_Generator[StaticDPAR]):
             most=images if apart else None,
             dtype=self.dtype,
             gate_dtype=self.gate_dtype,
-            longest=longest_patch(self.rule, self.config.tokens),
+            longest=self.rule.longest(self.config.tokens),
             keep_logits=keep_logits,
             capture=self.capture,
             schedule=schedule,

@@ -41,12 +41,6 @@ class Networks(Protocol):
     asks_decoder: bool
 
 
-def longest_patch(rule: PatchRule, tokens: int) -> int:
-    """Return the largest number of tokens that a patch can have under a rule."""
-    by_mode = {"token": 1, "static": rule.static_length, "entropy_rows": rule.row_width, "entropy": tokens}
-    return min(by_mode[rule.mode], rule.max_patch_length or tokens, tokens)
-
-
 class Lanes:
     """The state of the images that are being generated, each at a position of its own.
 
@@ -82,7 +76,7 @@ class Lanes:
         self.copied = torch.zeros(rows, config.decoder_layers, config.width, device=device)
         self.has = torch.zeros(rows, dtype=torch.bool)  # rows whose logits of the next token a probe has left in `kept`
         self.kept: Tensor | None = None
-        longest = longest_patch(networks.rule, config.tokens)
+        longest = networks.rule.longest(config.tokens)
         self.encoder_cache = stepper.new_cache(config.encoder_layers, lanes, config.tokens, dtype)
         self.member_cache = stepper.new_cache(config.encoder_layers, lanes, longest, dtype)
         self.patch_cache = stepper.new_cache(config.patch_layers, rows, config.tokens, dtype)

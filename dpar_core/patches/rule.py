@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, assert_never, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpar_core.choices import PatchMode
+from dpar_core.choices import READ_ENTROPIES, PatchMode
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class PatchRule:
     static_length: int = 2
 
     def __post_init__(self) -> None:
-        if self.mode not in ("entropy_rows", "entropy", "static", "token"):
-            raise ValueError(f"patch mode must be entropy_rows, entropy, static or token; got {self.mode!r}")
+        if self.mode not in get_args(PatchMode):
+            raise ValueError(f"patch mode must be one of {', '.join(get_args(PatchMode))}; got {self.mode!r}")
         if self.reads_entropies and self.threshold is None:
             raise ValueError(f"patch mode {self.mode} needs a threshold in nats")
         for name in ("row_width", "static_length"):
@@ -49,20 +49,28 @@ class PatchRule:
     @property
     def reads_entropies(self) -> bool:
         """Whether the plan of an image depends on its entropies."""
-        return self.mode in ("entropy_rows", "entropy")
+        return self.mode in READ_ENTROPIES
 
     def fixed_cuts(self, tokens: int) -> np.ndarray:
         """Return the tokens before which a cut is made whatever the entropies are: (tokens,) bool."""
         position = np.arange(tokens)
+        cuts: np.ndarray
         if self.mode == "token":
-            return np.ones(tokens, bool)
-        if self.mode == "static":
-            cuts: np.ndarray = position % self.static_length == 0
-        else:
+            cuts = np.ones(tokens, bool)
+        elif self.mode == "static":
+            cuts = position % self.static_length == 0
+        elif self.mode == "entropy_rows":
+            cuts = (position <= 1) | (position % self.row_width == 0)
+        elif self.mode == "entropy":
             cuts = position <= 1
-            if self.mode == "entropy_rows":
-                cuts |= position % self.row_width == 0
+        else:
+            assert_never(self.mode)
         return cuts
+
+    def longest(self, tokens: int) -> int:
+        """Return the largest number of tokens that a patch of an image of `tokens` can have."""
+        between = np.diff(np.flatnonzero(self.fixed_cuts(tokens)), append=tokens)
+        return min(int(between.max()), self.max_patch_length or tokens)
 
 
 def patch_starts(entropies: Tensor, rule: PatchRule) -> Tensor:

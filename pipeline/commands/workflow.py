@@ -108,7 +108,7 @@ def run(
     code = _follow(command, Narrator(plan, Screen(sys.stdout)), verbose=verbose)
     if code:
         raise SystemExit(code)
-    print(_verdict(root))
+    print(_verdict(root, [state.name for state in project_state(root) if state.state != "fresh"]))
 
 
 def _fill_cache(root: Path, names: list[str]) -> None:
@@ -383,15 +383,16 @@ def _terminate(process: int) -> None:
                 child.terminate()
 
 
-def _verdict(root: Path) -> str:
-    """Return what a finished run has to show."""
+def _verdict(root: Path, due: list[str]) -> str:
+    """Return what a finished run has to show. due: stages that are out of date, as only a part was asked for."""
+    from dpar_core.data.splits import counted
     from pipeline.headline import read_headline, speeds
     from stages.artifacts import REPORT_PAGE
     from stages.terminal import colour, wrapped
 
     report, lines = root / REPORT_PAGE.path, [""]
     try:
-        if (found := read_headline(root)) is not None:  # else only a part of the workflow was asked for
+        if "report" not in due and (found := read_headline(root)) is not None:
             lines += [wrapped(found["badge"]), colour(wrapped(found["headline"]), "bold")]
             lines += [wrapped(f"{one['title']}: {one['sentence']}", first="  ", rest="    ") for one in found["verdicts"]]
             saved = 100 * found["flops_saved"]
@@ -404,7 +405,9 @@ def _verdict(root: Path) -> str:
             lines.append("")
     except (KeyError, TypeError):
         pass  # written by another version
-    if report.exists():
+    if due:
+        lines.append(wrapped(f"{counted(len(due), 'stage')} still to run: dpar-cli run"))
+    if "report" not in due and report.exists():
         lines.append(f"report          {report.resolve().as_uri()}")
     lines += ["numbers         dpar-cli status", "compare runs    dpar-cli ui"]
     return "\n".join([*lines, "your own image  dpar-cli patches IMAGE --out overlay.png"])
@@ -415,7 +418,7 @@ def status(
 ) -> None:
     """Show every stage: whether and why it is out of date, when it ran, how long it took, its result.
 
-    Reads dvc.yaml, dvc.lock, params.yaml and the metrics under artifacts/; hashes nothing (`dvc status` does). To bring
+    Reads dvc.yaml, dvc.lock, params.yaml and the metrics under artifacts/; hashes no outputs (`dvc status` does). To bring
     stages up to date: `dpar-cli run`.
     """
     from pipeline.code import code_identity
@@ -445,7 +448,7 @@ def status_lines(states: list[StageState], root: Path, *, now: float, code: dict
         age = "" if state.finished is None else about(max(now - state.finished, 0))
         took = "" if state.seconds is None else about(state.seconds)
         words = result_line(state.name, root) if state.state == "fresh" else state.why or "never run"
-        before = f"{mark} {state.name:15} {age:>6} {took:>6}  " if wide else f"{mark} {state.name} {age}: "
+        before = f"{mark} {state.name:15} {age:>6} {took:>6}  " if wide else f"{mark} {f'{state.name} {age}'.strip()}: "
         lines = wrapped(words or "done", first=before, rest=" " * 36)
         found.append(colour(mark, shade) + lines[len(mark) :])
     due = sum(state.state != "fresh" for state in states)

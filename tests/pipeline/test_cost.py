@@ -232,9 +232,9 @@ def test_token_shards_have_the_size_that_was_given(tmp_path):
     assert 0 <= (tmp_path / "a.tar").stat().st_size - costed.disk_gb["token_shards"] * 1e9 <= 10_240
 
 
-@pytest.mark.parametrize(("mode", "patches"), [("token", 256), ("static", 128)])
-def test_patches_of_fixed_rules_are_known(mode, patches):
-    assert costs(paper("l", 256, mode=mode), prices=A100).patches_per_image == patches
+@pytest.mark.parametrize(("mode", "longest", "patches"), [("token", None, 256), ("static", None, 128), ("static", 1, 256)])
+def test_patches_of_fixed_rules_are_known(mode, longest, patches):
+    assert costs(paper("l", 256, mode=mode, max_patch_length=longest), prices=A100).patches_per_image == patches
 
 
 def test_unknown_patch_counts_are_asked_for():

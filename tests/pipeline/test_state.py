@@ -114,6 +114,35 @@ def test_a_stage_that_ran_after_its_reader_makes_it_stale(project):
     assert [state.seconds for state in project_state(project)] == [None, 3.0, 3.0]
 
 
+def test_a_file_inside_an_output_folder_is_compared_by_its_content(project):
+    for name in ("dvc.yaml", "dvc.lock"):
+        text = (project / name).read_text().replace("artifacts/tokens.bin", "artifacts/tokens/rule.json")
+        text = text.replace("outs: [artifacts/tokens/rule.json]", "outs: [artifacts/tokens]")
+        text = text.replace("outs: [{path: artifacts/tokens/rule.json", "outs: [{path: artifacts/tokens")
+        (project / name).write_text(text)
+    (project / "artifacts/tokens").mkdir()
+    (project / "artifacts/tokens.bin").rename(project / "artifacts/tokens/rule.json")
+    assert states(project)["model"] == ("stale", "artifacts/tokens/rule.json is another than it read")
+    edit(project, "dvc.lock", "rule.json, md5: aa", "rule.json, md5: e2fc714c4727ee9395f324cd2e7f331f")  # of "abcd"
+    ran(project, "tokens", 200.0)
+    ran(project, "model", 100.0)
+    assert states(project)["model"] == ("fresh", "")
+
+
+def test_a_stage_that_stands_before_what_it_needs_is_refused(project):
+    text = (project / "dvc.yaml").read_text()
+    first, rest = text.index("  tokens:"), text.index("  model:")
+    (project / "dvc.yaml").write_text(text[:first] + text[rest:] + text[first:rest])
+    with pytest.raises(ValueError, match="stage model stands before tokens, whose output it reads"):
+        project_state(project)
+
+
+def test_a_stage_that_ran_again_and_gave_the_same_file_leaves_its_reader_fresh(project):
+    ran(project, "tokens", 200.0)
+    ran(project, "model", 100.0)
+    assert {state for state, _ in states(project).values()} == {"fresh"}
+
+
 def test_outputs_that_the_cache_lacks_are_put_back_and_nothing_runs_again(tmp_path):
     def dvc(*words):
         return subprocess.run(

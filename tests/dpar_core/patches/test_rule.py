@@ -1,11 +1,14 @@
 """The patch rule: batched, fast, incremental, and walked in plain Python."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpar_core.choices import PatchMode
 from dpar_core.patches.rule import (
     BoundaryState,
     PatchRule,
@@ -27,9 +30,11 @@ def walked(entropies, rule):
             cut = True
         elif rule.mode == "static":
             cut = t % rule.static_length == 0
-        else:
+        elif rule.mode in ("entropy_rows", "entropy"):
             row = rule.mode == "entropy_rows" and t % rule.row_width == 0
             cut = t in (0, 1) or row or bool(e > np.float32(rule.threshold))
+        else:
+            raise NotImplementedError(f"walk mode {rule.mode} here, as a person would say it")
         if cut:
             last_cut = t
         full = rule.max_patch_length is not None and (t - last_cut) % rule.max_patch_length == 0
@@ -44,7 +49,7 @@ def plan(values, rule):
 
 RULES = st.builds(
     PatchRule,
-    mode=st.sampled_from(["entropy_rows", "entropy", "static", "token"]),
+    mode=st.sampled_from(get_args(PatchMode)),
     row_width=st.integers(1, 6),
     threshold=st.sampled_from([0.0, 0.5, 7.8]),
     max_patch_length=st.one_of(st.none(), st.integers(1, 6)),
@@ -87,6 +92,12 @@ def test_future_entropies_never_move_a_boundary(values, rule, cut):
     entropies = np.array([values], np.float32)
     whole, prefix = patch_starts_numpy(entropies, rule), patch_starts_numpy(entropies[:, :cut], rule)
     assert np.array_equal(whole[:, :cut], prefix)
+
+
+@given(RULES, st.integers(1, 40))
+def test_the_longest_patch_is_that_of_an_image_without_entropies_above_the_threshold(rule, tokens):
+    lengths = lengths_from_starts(patch_starts_numpy(np.zeros((1, tokens), np.float32), rule))[0]
+    assert rule.longest(tokens) == lengths.max()
 
 
 @given(VALUES, RULES)

@@ -141,7 +141,7 @@ def test_patch_statistics_try_quantiles_of_the_entropies_by_themselves(place, ru
     [
         (("--thresholds", "1:2"), "'1:2' is not a range: expected FIRST:LAST:STEP"),
         (("--max-lengths", "0"), "maximum length '0': expected a number of tokens from 1, or none"),
-        (("--mode", "rows"), "patch mode must be entropy_rows, entropy, static or token; got 'rows'"),
+        (("--mode", "rows"), "patch mode must be one of entropy_rows, entropy, static, token; got 'rows'"),
         (("--split", "test"), "holds no test samples"),
     ],
 )

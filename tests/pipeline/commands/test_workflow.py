@@ -267,7 +267,7 @@ def test_a_speed_is_a_result_only_where_the_report_would_show_it(project):
 
 
 def test_the_verdict_ends_a_run_within_80_columns(project):
-    assert "dpar-cli status" in workflow._verdict(project)
+    assert "dpar-cli status" in workflow._verdict(project, [])
     speed = {"ratio": 1.07, "doubt": "", "interval": [1.0, 1.1]}
     found = {
         "badge": "Demo: nine photographs, one seed. It shows the workflow and is not a research result.",
@@ -281,7 +281,8 @@ def test_the_verdict_ends_a_run_within_80_columns(project):
     }
     (project / HEADLINE.path).parent.mkdir(parents=True)
     (project / HEADLINE.path).write_text(json.dumps(found))
-    card = workflow._verdict(project)
+    assert "1.07" not in workflow._verdict(project, ["report"]), "the verdict of an earlier run was shown as this one's"
+    card = workflow._verdict(project, [])
     assert "1.07 times the baseline's" in card and "speed of sampling: the machine was busy" in card
     assert "35.4 patches per 64 tokens, 29 % of the FLOPs saved" in card
     assert max(len(line) for line in card.splitlines() if "file://" not in line) <= 80
