@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpar_core.data.fingerprint import signature
 from dpar_core.data.splits import first_few
-from dpar_core.files import digest_of
+from dpar_core.files import digest_of, read_record, write_record
 from dpar_core.system import cpus
 from pipeline.code import code_identity, commit_of, packages_used
 from pipeline.state import LAST, LastRun, write_last
@@ -31,6 +32,7 @@ from stages.terminal import nearest, note, print_fitted
 from stages.workers.lock import locked
 from stages.workers.tasks import remove_leftovers
 
+READING = "reading.json"  # in a work folder while its stage is at work: which files it reads
 _WATCH_SECONDS = 1.0  # between looks whether DVC is still there
 
 
@@ -127,6 +129,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     chosen: Any = select(params, stage.params)
     inputs, outputs = stage.bind(root)
     # One work folder for one set of params and inputs: a rerun after a crash continues, changed params start afresh.
+    seen = _signatures(inputs)
     decides, read = stage.identity(chosen), _digests(name, inputs, root)
     made_by = {"stage": name, "params": decides, "inputs": read}
     work = root / "work" / name / digest_of(made_by)
@@ -137,7 +140,7 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
 
     _end_with_dvc(root)
     with locked(work.parent / ".lock", busy=wait):
-        work.mkdir(parents=True, exist_ok=True)
+        _begin(name, work, seen)
         for field in dataclasses.fields(outputs):
             home = getattr(outputs, field.name).parent
             home.mkdir(parents=True, exist_ok=True)
@@ -145,12 +148,21 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
                 pass
         remove_leftovers(work, work.parent / LAST, *vars(outputs).values())
         started = time.time()
-        with open_tracker(name, params, chosen, root=root) as tracker:
-            stage.run(chosen, inputs, outputs, tracker, device=device, work=work)
-            # DVC records what it finds after a stage, not what the stage began with.
-            now = stage.identity(select(settled(load_params(params_file), device), stage.params))
-            _refuse_edited(name, dotted(decides), dotted(now), params_file.name)
-            _refuse_edited(name, read, _digests(name, inputs, root), "what it reads")
+        try:
+            with open_tracker(name, params, chosen, root=root) as tracker:
+                stage.run(chosen, inputs, outputs, tracker, device=device, work=work)
+                # DVC records what it finds after a stage, not what the stage began with.
+                now = stage.identity(select(settled(load_params(params_file), device), stage.params))
+                _refuse_edited(
+                    name, dotted(decides), dotted(now), params_file.name, "; with the former values it takes seconds"
+                )
+                _refuse_edited(name, read, _digests(name, inputs, root), "what it reads")
+        finally:
+            if _are_as_before(name, inputs, root, seen, read):
+                (work / READING).unlink(missing_ok=True)
+            else:  # what is there was made from the former or the present inputs, and nobody knows of which
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(work)
         ended = time.time()
         last = LastRun(ended, max(ended - started, 0.0), code_identity(), commit_of(root), packages_used(), machine)
         write_last(root, name, last)
@@ -159,13 +171,50 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
                 shutil.rmtree(old)
 
 
-def _refuse_edited(name: str, before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+def _begin(name: str, work: Path, seen: Mapping[str, str]) -> None:
+    """Make the work folder, without what a killed run left that may have read other inputs than those of its name.
+
+    seen: signatures of the files that the stage reads. They stay in the folder until the stage has ended.
+    """
+    note_file = work / READING
+    if note_file.exists():
+        try:
+            same = read_record(note_file, way_out="it is made again")["files"] == seen
+        except (ValueError, KeyError):
+            same = False  # cut off by what ended that run
+        if not same:
+            note(f"what stage {name} reads was replaced since a run of it was killed: what that one left is made again")
+            shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    write_record(note_file, {"files": dict(seen)})
+
+
+def _signatures(inputs: Any) -> dict[str, str]:
+    """Return size, times and identity of every file that a stage reads of the project, by its path."""
+    found = {}
+    for field in dataclasses.fields(inputs):
+        path: Path = getattr(inputs, field.name)
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            with suppress(OSError):  # a missing input is named by `_digests`
+                found[str(file)] = signature(file.stat())
+    return found
+
+
+def _are_as_before(name: str, inputs: Any, root: Path, seen: Mapping[str, str], read: Mapping[str, str]) -> bool:
+    """Return whether what a stage reads is what it was when the stage began."""
+    try:
+        return _signatures(inputs) == seen or _digests(name, inputs, root) == read
+    except (StageError, OSError, ValueError):
+        return False
+
+
+def _refuse_edited(name: str, before: Mapping[str, Any], now: Mapping[str, Any], what: str, way_out: str = "") -> None:
     """Raise StageError where params or inputs of a stage are not those that it began with."""
     edited = [f"{key} {before.get(key)} -> {now.get(key)}" for key in (*before, *now) if before.get(key) != now.get(key)]
     if edited:
         raise StageError(
-            f"{what} changed while stage {name} ran ({first_few(dict.fromkeys(edited))}), so its result, made with what was "
-            "there when it began, is not recorded: run `dpar-cli run`; with the former values it takes seconds"
+            f"{what} changed while stage {name} ran ({first_few(dict.fromkeys(edited))}), so its result is not "
+            f"recorded: run `dpar-cli run`{way_out}"
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +68,10 @@ _EXPLODED = 3.0  # times ln V, the loss of a model that knows nothing
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One training run: plain data, so that it travels to the workers."""
+    """One training run: plain data, so that it travels to the workers.
+
+    read: digests of tokens and patch maps that workers have to find; what is not in it is not compared.
+    """
 
     kind: ModelKind
     config: GPTConfig | DPARConfig
@@ -77,6 +80,7 @@ class TrainJob:
     tokens: Path
     patch_maps: Path | None = None
     snapshot_steps: tuple[int, ...] = ()
+    read: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def architecture(self) -> Architecture:
@@ -148,6 +152,11 @@ class _SplitBatches:
         self.labelled = job.kind != "entropy_model"
         self.shards = TokenShards(job.tokens, split)
         self.maps = None if job.patch_maps is None else PatchMaps(job.patch_maps, self.shards)
+        found = {"tokens": self.shards.digest, **({} if self.maps is None else {"patch_maps": self.maps.digest})}
+        if changed := [name for name, digest in found.items() if job.read.get(name, digest) != digest]:
+            raise ValueError(
+                f"{' and '.join(changed)} in {job.tokens.parent} changed while training began: run `dpar-cli run`"
+            )
 
     def batch(self, indices: np.ndarray, views: np.ndarray) -> Batch:
         tokens = torch.from_numpy(self.shards.tokens(indices, views).astype(np.int64))
@@ -254,6 +263,7 @@ def run_job(job: TrainJob, inputs: dict[str, str], tracker: Tracker, *, section:
     section: of params.yaml, for sentences.
     work: the stage's resumable folder, the same as long as `recipe` and inputs are.
     """
+    job = replace(job, read=dict(inputs))
     images = len(TokenShards(job.tokens, "train"))
     view = CENTER_VIEWS[TokenShards(job.tokens, "validation").meta.views]
     # Runs of ten-crop views validated on view 0, a corner, once: they are not continued. View 0 is what it always was.

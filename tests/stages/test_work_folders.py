@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 import pipeline.runner
 from dpar_core.data.shards import TokenShards
-from pipeline.runner import StageError, run_stage
+from pipeline.runner import StageError, load_stage, run_stage
 from stages.tokenize_images import ShardTokenizer
 from stages.tracker import NullTracker
 from tests.helpers.tiny_data import make_project, save_tokenizer
@@ -98,6 +98,46 @@ def test_params_and_inputs_that_change_while_a_stage_runs_are_not_recorded_as_wh
         patch.setattr(ShardTokenizer, "__call__", edits(lambda: save_tokenizer(file, seed=1)))
         with pytest.raises(StageError, match=r"what it reads changed while stage .* ran .tokenizer \w+ -> \w+."):
             tokenizing.run()
+
+
+def test_what_a_worker_made_of_replaced_inputs_is_never_taken_for_what_the_former_ones_make(tokenizing, monkeypatch):
+    """Workers open what they read when they begin, after the stage has named its work folder by what was there."""
+    root, real = tokenizing.root, ShardTokenizer.__init__
+    file = root / "artifacts" / "tokenizer" / "tokenizer.safetensors"
+    assert tokenizing.run() == SHARDS[2:]
+    right = [(root / "artifacts" / "tokens" / name).read_bytes() for name in SHARDS]
+    former = file.read_bytes()
+
+    def init(*args):
+        save_tokenizer(file, seed=1)
+        real(*args)
+
+    for ends in (StageError, RuntimeError):  # by itself, and by an error of its own
+        shutil.rmtree(root / "work")
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardTokenizer, "__init__", init)
+            if ends is RuntimeError:
+                patch.setattr("stages.tokenize_images.publish", failing)
+            with pytest.raises(ends):
+                tokenizing.run()
+        file.write_bytes(former)
+        assert tokenizing.run() == SHARDS
+        assert [(root / "artifacts" / "tokens" / name).read_bytes() for name in SHARDS] == right
+
+
+def failing(*_, **__):
+    raise RuntimeError("out of luck")
+
+
+def test_a_killed_run_is_continued_only_on_the_files_that_it_read(tokenizing, capsys):
+    work = next(one for one in (tokenizing.root / "work" / "tokenize_images").iterdir() if one.is_dir())
+    inputs = load_stage("tokenize_images").bind(tokenizing.root)[0]
+    for change in ("as it was", "touched"):
+        pipeline.runner._begin("tokenize_images", work, pipeline.runner._signatures(inputs))  # and it is killed
+        if change == "touched":
+            save_tokenizer(inputs.tokenizer)
+        assert tokenizing.run() == (SHARDS[2:] if change == "as it was" else SHARDS)
+    assert "was replaced since a run of it was killed" in capsys.readouterr().err
 
 
 def test_a_folder_of_outputs_that_cannot_be_written_stops_a_stage_before_its_work(tokenizing, monkeypatch):

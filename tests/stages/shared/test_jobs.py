@@ -1,10 +1,12 @@
 """What a training job reads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dpar_core.data.images import CENTER_VIEWS, VIEW_COUNTS
-from dpar_core.data.shards import TokenMeta, TokenSample, write_index, write_shard
+from dpar_core.data.shards import TokenMeta, TokenSample, TokenShards, write_index, write_shard
 from dpar_core.models.gpt import GPTConfig
 from dpar_core.models.memory import TRAINING_SHARE, training_memory
 from dpar_core.training.parallel import Ranks
@@ -22,6 +24,15 @@ def test_a_micro_batch_that_is_estimated_not_to_fit_is_announced_with_the_way_ou
     line = memory_line(job, data, estimate.total(5) / TRAINING_SHARE)
     assert "training 8 images at a time" in line and "raise `accumulate` to 2" in line
     assert "strategy: fsdp" in memory_line(job, data, estimate.total(0))
+
+
+def test_workers_refuse_other_tokens_than_their_job_was_named_by(tmp_path):
+    tokens = write_tokens(tmp_path / "tokens")
+    config = GPTConfig(CODES, GRID, 32, 2, 1, num_classes=2)
+    job = TrainJob("llamagen", config, tiny_params().train, 0, tokens, read={"tokens": TokenShards(tokens, "train").digest})
+    TrainData(job, Ranks())
+    with pytest.raises(ValueError, match=r"tokens in .* changed while training began"):
+        TrainData(replace(job, read={"tokens": "0" * 16, "tokenizer": "1"}), Ranks())
 
 
 @pytest.mark.parametrize("name", VIEW_COUNTS)
