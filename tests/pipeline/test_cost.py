@@ -136,15 +136,18 @@ def test_an_ablation_changes_one_thing_and_trains_for_fifty_epochs(name):
 @pytest.mark.parametrize(
     ("size", "pixels", "dpar", "baseline"), [("b", 256, 132, 105), ("xl", 256, 568, 795), ("xl", 384, 1205, 1856)]
 )
-def test_generation_counts_once_what_does_not_see_the_class_and_the_rest_twice(size, pixels, dpar, baseline):
-    """dpar: the method's count, which doubles the patch encoder too."""
+def test_generation_counts_the_entropy_model_once_and_the_rest_twice_and_then_the_encoder_once_too(
+    size, pixels, dpar, baseline
+):
+    """dpar: the method's count, which doubles the patch encoder; generation does not."""
     costed = costs(paper(size, pixels), prices=A100)
-    found, gate = costed.models["dpar"], costed.models["entropy_model"].forward_gflops
-    assert round(2 * found.forward_gflops + gate) == dpar
+    found = costed.models["dpar"]
+    assert round(found.generation_cfg_gflops_with_entropy_model) == dpar
     n, m, d, f = costed.tokens_per_image, costed.patches_per_image, *{"b": (768, 2048), "xl": (1280, 3584)}[size]
     encoder = (n - 1) * 2 * (4 * d**2 + 3 * d * f) + 4 * (n - 1) ** 2 * d + 4 * d**2 * (m + n - 1) + 4 * m * (n - 1) * d
-    assert found.generation_cfg_gflops == pytest.approx(2 * found.forward_gflops - encoder / 1e9)
-    assert found.generation_cfg_gflops_with_entropy_model == pytest.approx(found.generation_cfg_gflops + gate)
+    assert found.generation_cfg_gflops_with_entropy_model - found.generation_cfg_gflops_encoder_once == pytest.approx(
+        encoder / 1e9
+    )
     assert round(costed.models["llamagen"].generation_cfg_gflops) == baseline
 
 
@@ -164,10 +167,13 @@ def test_sampling_counts_what_is_guided_and_a_gate_that_is_asked():
     static = sampling(patching={"mode": "static", "threshold": None, "max_patch_length": None})
     costed = costs(paper("b", 256), prices=A100, patches=142).models
     images = paper("b", 256).sample.images
-    again = costed["dpar"].generation_cfg_gflops - costed["dpar"].forward_gflops  # of a second pass, without the encoder
-    passes = again + 2 * costed["llamagen"].forward_gflops
+    gate = costed["entropy_model"].forward_gflops
+    once = (
+        costed["dpar"].generation_cfg_gflops_encoder_once - gate - costed["dpar"].forward_gflops
+    )  # of a second forward pass
+    passes = once + 2 * costed["llamagen"].forward_gflops
     assert whole - half == pytest.approx(images * 0.5 * passes * 1e-9)
-    assert whole - static == pytest.approx(images * costed["entropy_model"].forward_gflops * 1e-9)
+    assert whole - static == pytest.approx(images * gate * 1e-9)
 
 
 def test_hours_and_price_follow_from_flops():
