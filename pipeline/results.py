@@ -52,7 +52,8 @@ def metrics_table(root: Path) -> str:
     from stages.terminal import table
 
     found = read_json(A.SUMMARY_METRICS.require(root / A.FOLDER), way_out="run `dvc repro -sf report`")
-    rows = [(name, f"{found[name]:.4g}", words) for name, words in MEANINGS.items() if name in found]
+    values = {name: f"{one:,}" if isinstance(one, int) else f"{one:.4g}" for name, one in found.items()}
+    rows = [(name, values[name], words) for name, words in MEANINGS.items() if name in values]
     return table(("metric", "value", "what it is"), rows)
 
 
@@ -110,12 +111,13 @@ def _sampled(found: Found) -> str:
 
 def _scored(found: Found) -> str:
     from dpar_core.evaluation.protocol import scores_in
+    from stages.terminal import figures
 
     scores = scores_in(found, Path("scores"))
     key = next(name for name in scores.values if name.startswith(("eval/fid", "eval/fd_")))
     interval = scores.intervals.get(key)
-    ends = "" if interval is None else f" ({interval.low:.3g} to {interval.high:.3g})"
-    return f"{key.removeprefix('eval/')} {scores.values[key]:.3g}{ends}"
+    ends = "" if interval is None else f" ({figures(interval.low, 3)} to {figures(interval.high, 3)})"
+    return f"{key.removeprefix('eval/')} {figures(scores.values[key], 3)}{ends}"
 
 
 def _report(found: Found) -> str:

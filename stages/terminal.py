@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,14 @@ def colour(text: str, name: str, *, stream: TextIO | None = None) -> str:
 def columns() -> int:
     """Return how wide lines may be: as wide as the terminal (or COLUMNS), 80 at most and where there is no terminal."""
     return max(min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH), NARROWEST)
+
+
+def figures(value: float, count: int) -> str:
+    """Write a number with `count` figures, zeros at its end included, and without an exponent: 13.00, 1,234, 0.00420."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    power = int(f"{value:.{count - 1}e}".partition("e")[2])
+    return f"{value:,.{max(count - 1 - power, 0)}f}"
 
 
 def wrapped(text: str, *, first: str = "", rest: str = "") -> str:

@@ -296,17 +296,17 @@ def _reference(
 
 def _table(names: Sequence[str], found: Sequence[Scores], *, spreads: Mapping[str, Any] | None = None) -> str:
     from pipeline.report.verdicts import score_name
-    from stages.terminal import table
+    from stages.terminal import figures, table
 
     rows = []
     for key in dict.fromkeys(key for one in found for key in one.values):
         cells = []
         for one in found:
-            low, high = one.intervals.get(key, (None, None))
-            cell = "" if key not in one.values else f"{one.values[key]:.4g}"
-            cells.append(cell if low is None else f"{cell} ({low:.3g} to {high:.3g})")
+            ends = one.intervals.get(key)
+            cell = "" if key not in one.values else figures(one.values[key], 4)
+            cells.append(cell if ends is None else f"{cell} ({figures(ends.low, 3)} to {figures(ends.high, 3)})")
         if spreads:
-            cells += [f"{spreads[key].mean:.4g}", f"{spreads[key].deviation:.2g}"] if key in spreads else ["", ""]
+            cells += [figures(spreads[key].mean, 4), figures(spreads[key].deviation, 2)] if key in spreads else ["", ""]
         rows.append((score_name(key), *cells))
     return table(("score", *names, *(["mean", "sd over sets"] if spreads else [])), rows)
 
@@ -329,14 +329,14 @@ def _protocol_lines(found: Scores) -> str:
 
 def _verdicts(checks: Sequence[ScoreCheck]) -> str:
     from pipeline.report.verdicts import score_name
-    from stages.terminal import table
+    from stages.terminal import figures, table
 
     rows = [
         (
             score_name(one.name),
             f"{one.expected:g}",
-            f"{one.got:.4g}",
-            f"{one.tolerance:.3g}",
+            figures(one.got, 4),
+            figures(one.tolerance, 3),
             "agrees" if one.holds else "DIFFERS",
         )
         for one in checks

@@ -134,7 +134,7 @@ def scatter_chart(one: Scatter) -> str:
     parts.append(f'<g class="dpar"><path class="curve" d="M{path}"/></g>')
     for index, point in enumerate(one.points):
         x, y = across(point[0]), down(point[1])
-        tooltip = escape(f"{one.labels[index]}: {one.y} {point[1]:.3g}, {point[0]:.3g} {one.x}")
+        tooltip = escape(f"{one.labels[index]}: {one.y} {_plain(point[1])}, {_plain(point[0])} {one.x}")
         style = "dpar" if index in one.front else "other"
         parts.append(f'<g class="{style}"><circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{tooltip}</title></circle></g>')
     return "".join([*parts, "</svg>"])

@@ -519,7 +519,7 @@ def summary_metrics(
     for speed in (speeds.training, speeds.sampling):
         if not speed.doubt:
             found[f"{speed.what}_speed"] = speed.ratio
-    return {name: float(f"{value:.4g}") for name, value in found.items()}
+    return {name: value if isinstance(value, int) else float(f"{value:.4g}") for name, value in found.items()}
 
 
 def headline(

@@ -182,7 +182,7 @@ def draw_heatmap(facts: Facts, path: Path) -> None:
                 axes.text(
                     column,
                     row,
-                    f"{grid[row, column]:.3g}",
+                    terminal.figures(float(grid[row, column]), 4),
                     ha="center",
                     va="center",
                     weight="bold" if chosen else "normal",
@@ -243,17 +243,17 @@ def table_head(facts: Facts) -> list[str]:
 def table_rows(facts: Facts) -> list[list[str]]:
     """Return the finals, or without them the best ten of the search, best first, as cells for people."""
     found = []
-    for one in sorted(facts.outcome.finals or facts.outcome.search, key=lambda one: one.value(facts.distance))[:10]:
+    for one in facts.outcome.ranked(facts.distance)[:10]:
         ends = one.interval(facts.distance)
         found.append(
             [
                 "training" if one.point.threshold is None else f"{one.point.threshold:g}",
                 f"{one.point.cfg_scale:g}",
                 str(one.trial.images),
-                f"{one.value(facts.distance):.4g}",
-                "" if ends is None else f"{ends.low:.3g} to {ends.high:.3g}",
+                terminal.figures(one.value(facts.distance), 4),
+                "" if ends is None else f"{terminal.figures(ends.low, 3)} to {terminal.figures(ends.high, 3)}",
                 f"{one.patches_per_image:.1f}",
-                f"{one.images_per_s:.3g}",
+                terminal.figures(one.images_per_s, 3),
             ]
         )
     return found
@@ -299,7 +299,7 @@ def headline(facts: Facts) -> str:
     winner = facts.outcome.winner(facts.distance)
     if winner is None:
         return "Every trial failed"
-    found = f"{winner.value(facts.distance):.3g}"
+    found = terminal.figures(winner.value(facts.distance), 4)
     if facts.outcome.finals and not within_chance(facts):
         return f"{label(winner.point)} is best: {facts.short} {found}"
     return f"{label(winner.point)} has the smallest {facts.short}: {found}"
@@ -320,14 +320,14 @@ def page(facts: Facts, folder: Path) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"g": lambda value: f"{value:.3g}", "trial": lambda one: label(one.point)}
+    environment.filters |= {"figures": terminal.figures, "trial": lambda one: label(one.point)}
     return environment.get_template("sweep.html.j2").render(
         facts=facts,
         thresholds=thresholds,
         scales=scales,
         cells=cells,
         search=search,
-        finals=sorted(finals, key=lambda one: one.value(facts.distance)),
+        finals=facts.outcome.ranked(facts.distance) if finals else [],
         winner=facts.outcome.winner(facts.distance),
         best=min(values, default=None),
         chance=within_chance(facts),

@@ -25,6 +25,7 @@ from pipeline.tracking.summary import distance_metric, rounded, source_tags
 from pipeline.tracking.system import system_metrics
 from pipeline.tracking.tracker import MlflowTracker, Recording, process_tags, recording, status_of
 from stages.params import Params, flattened
+from stages.terminal import figures
 from stages.tools.sweep import Failure, TrialResult
 
 SWEEP_TAG, TRIAL_TAG = "dpar.sweep", "dpar.trial"
@@ -83,7 +84,7 @@ class SweepRuns:
             self.status = "FAILED"
             return
         value = winner.value(facts.distance)
-        name = f"sweep {self.name} · {facts.short} {value:.3g} at {label(winner.point)}"
+        name = f"sweep {self.name} · {facts.short} {figures(value, 4)} at {label(winner.point)}"
         self.records.tags(self.run, {"mlflow.runName": name})
         self.tracker.log_metrics(rounded(distance_metric(self.model, value) | metrics))
         model = None if facts.settings.retrain else model_used(self.model, root)

@@ -198,9 +198,13 @@ class Outcome:
     finals: list[TrialResult] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
 
+    def ranked(self, distance: str) -> list[TrialResult]:
+        """Return the finals, or without them the trials of the search, by their distance; equal ones by their key."""
+        return sorted(self.finals or self.search, key=lambda one: (one.value(distance), one.key))
+
     def winner(self, distance: str) -> TrialResult | None:
         """Return the final with the smallest distance, or without finals the best of the search."""
-        return min(self.finals or self.search, key=lambda one: (one.value(distance), one.key), default=None)
+        return next(iter(self.ranked(distance)), None)
 
 
 def check_points(points: Sequence[Point], files: Files) -> None:
@@ -326,7 +330,7 @@ def sweep(
     with runner:
         points = None if plan.search == "optuna" else _points(plan)
         outcome.search = runner.run("search", points, images=plan.images, first_seed=SEARCH_SEEDS, final=False)
-        best = sorted(outcome.search, key=lambda one: (one.value(subject.distance), one.key))[: plan.finalists]
+        best = outcome.ranked(subject.distance)[: plan.finalists]
         if best and plan.final_images:
             chosen = [one.point for one in best]
             outcome.finals = runner.run("finals", chosen, images=plan.final_images, first_seed=FINAL_SEEDS, final=True)

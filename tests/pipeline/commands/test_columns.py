@@ -26,7 +26,7 @@ from pipeline.cli import app, main
 from pipeline.results import MEANINGS
 from pipeline.tracking.store import EXPERIMENT, PASS_TAG
 from pipeline.tracking.ui import HEADLINE_METRICS
-from stages.terminal import columns, table, wrapped
+from stages.terminal import columns, figures, table, wrapped
 from stages.tracker import LineProgress
 from tests.helpers.paths import ROOT
 from tests.helpers.report_artifacts import SIZE, tiny_params, write_artifacts
@@ -326,3 +326,8 @@ def test_lines_are_as_wide_as_the_terminal_and_80_columns_at_most(monkeypatch):
         monkeypatch.setenv("COLUMNS", width)
         assert columns() == expected
         assert max(map(len, wrapped("word " * 60, first="[1/2] a ", rest=" " * 18).splitlines())) <= expected
+
+
+def test_figures_keep_their_zeros_and_have_no_exponent():
+    written = [figures(value, 3) for value in (13.0, 12.957, 999.6, 1234.5, 0.004196, -0.5, 0.0)]
+    assert written == ["13.0", "13.0", "1,000", "1,234", "0.00420", "-0.500", "0"]

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -97,6 +98,15 @@ def test_files_tell_the_winner_of_the_second_round(facts, tmp_path):
     assert " ".join(text.partition("reproduce")[2].replace("\\\n", " ").split()) == long, "it can be copied"
 
 
+@pytest.mark.parametrize("keys", ["ab", "ba"])
+def test_of_equal_trials_the_winner_leads_the_tables(facts, keys):
+    first = facts.outcome.search[0]
+    equal = [replace(one, key=key, scores=first.scores) for one, key in zip(facts.outcome.search, keys)]
+    for outcome in (Outcome(equal), Outcome([], equal)):
+        winner, rows = outcome.winner(facts.distance), sweep_output.table_rows(replace(facts, outcome=outcome))
+        assert winner.key == "a" and rows[0][1] == f"{winner.point.cfg_scale:g}"
+
+
 def test_a_sweep_without_any_result_still_says_what_failed(facts, tmp_path):
     empty = sweep_output.Facts(**{**vars(facts), "outcome": Outcome(failed=facts.outcome.failed), "command": ""})
     sweep_output.write(empty, tmp_path)
@@ -147,10 +157,10 @@ def test_trials_hang_under_one_run_and_are_written_once(facts, fresh_store, tmp_
     parent = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     assert len(parent) == 1
     assert len(found) == 1 + 4 + 2  # a failed trial is tried again at every start
-    assert parent[0].info.run_name == "sweep t · fd_demo 1.05 at 4.2 nats, cfg 2" and parent[0].info.status == "FINISHED"
+    assert parent[0].info.run_name == "sweep t · fd_demo 1.050 at 4.2 nats, cfg 2" and parent[0].info.status == "FINISHED"
     assert parent[0].data.metrics["dpar_distance"] == 1.05  # the column of pipeline runs
     note = parent[0].data.tags["mlflow.note.content"]
-    assert "| 4.2 | 2 | 40 | 1.05 | 0.95 to 1.15 | 30.0 | 61 |" in note and "5 nats, cfg 1: no room" in note
+    assert "| 4.2 | 2 | 40 | 1.050 | 0.950 to 1.15 | 30.0 | 61.0 |" in note and "5 nats, cfg 1: no room" in note
     assert "3.8 nats, cfg 2" in note.partition("Within chance")[2] and note.endswith("    dpar-cli sweep x")
     (used,) = client.get_run(parent[0].info.run_id).inputs.model_inputs
     assert client.get_logged_model(used.model_id).tags["mlflow.source.name"] == "dpar-cli sweep"
