@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from dpar_core.files import write_json, write_record
 from stages import params as P
 from stages.artifacts import SAMPLE_IMAGES, artifact_digest
 from stages.shared.scoring import make_reference, score_images, settings_of
-from stages.sources import SPLIT_NAMES, check_file
+from stages.sources import SPLIT_NAMES, checked_file
 from stages.tracker import Tracker
 
 
@@ -80,14 +81,15 @@ def _score_all(
     """work_list: samples, their score file with all that made it, and the same scores bare, as a table of DVC shows them."""
     section = params.score
     file = inputs.features if section.features_file is None else Path(section.features_file)
-    if section.features_file is not None:
-        check_file(inputs.seen, "score.features_file", file)
     against = inputs.manifest if section.reference in SPLIT_NAMES else Path(section.reference)
-    if against != inputs.manifest and against.is_file():
-        check_file(inputs.seen, "score.reference", against)
-    network = feature_network(section.features, file, device)
-    settings = settings_of(section)
-    reference = make_reference(section, params.data, inputs.manifest, network, tracker, cache=work)
+    with ExitStack() as unchanged:
+        if section.features_file is not None:
+            unchanged.enter_context(checked_file(inputs.seen, "score.features_file", file))
+        if against != inputs.manifest and against.is_file():
+            unchanged.enter_context(checked_file(inputs.seen, "score.reference", against))
+        network = feature_network(section.features, file, device)
+        settings = settings_of(section)
+        reference = make_reference(section, params.data, inputs.manifest, network, tracker, cache=work)
     tracker.log_input("features", file, network.digest[:16])
     tracker.log_input("reference", against, reference.digest)
     for samples, target, metrics in work_list:

@@ -6,12 +6,14 @@ source depend on its file, so DVC runs again what depends on a change, and only 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-from dpar_core.data.fingerprint import KnownDigests, fingerprint
+from dpar_core.data.fingerprint import KnownDigests, fingerprint, signature
 from dpar_core.files import read_record, sha256_file, write_record
 from stages import params as P
 from stages.tracker import Tracker
@@ -88,17 +90,19 @@ def photograph_file(name: str) -> Path:
     return Path(found.submodule_search_locations[0], *below, file)
 
 
-def check_file(record: Path, name: str, path: Path) -> str:
-    """Return the SHA-256 of a source file that is about to be used.
+@contextmanager
+def checked_file(record: Path, name: str, path: Path) -> Iterator[str]:
+    """Yield the SHA-256 of a source file, which is to be read within the block.
 
     record: what stage sources wrote about it.
     name: its name in params.yaml.
-    Raises ValueError when the file has changed since, FileNotFoundError when it is missing.
+    Raises ValueError when the file has changed since, or does within the block, FileNotFoundError when it is missing.
     """
     if not path.exists():
         raise FileNotFoundError(f"{name} {path} is missing: check params.yaml")
     if not path.is_file():
         raise ValueError(f"{name} {path} is {'a folder' if path.is_dir() else 'no plain file'}: name the file itself")
+    before = signature(path.stat())
     noted, found = read_record(record, way_out="run `dpar-cli run sources`").get(name), sha256_file(path)
     expected = noted.get("sha256") if noted else None
     if found != expected:
@@ -106,4 +110,6 @@ def check_file(record: Path, name: str, path: Path) -> str:
             f"{name} {path} has changed since stage sources looked (digest {found[:16]}, it noted {str(expected)[:16]}): "
             "run `dpar-cli run`"
         )
-    return found
+    yield found
+    if signature(path.stat()) != before:
+        raise ValueError(f"{name} {path} changed while it was read: run `dpar-cli run`")

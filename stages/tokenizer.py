@@ -26,7 +26,7 @@ from dpar_core.training.order import DataOrder, random_subset
 from stages import params as P
 from stages.data import ManifestOpener
 from stages.shared.crops import CenterCrops, Crops
-from stages.sources import check_file
+from stages.sources import checked_file
 from stages.terminal import print_fitted
 from stages.tracker import Tracker
 
@@ -82,8 +82,8 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         if (note := images.note("training")) is not None:
             print_fitted(note)
     else:
-        source = check_file(inputs.weights_seen, "tokenizer.weights", Path(settings.weights))
-        state = read_vq(Path(settings.weights), expected=config, holder=settings.weights_key)
+        with checked_file(inputs.weights_seen, "tokenizer.weights", Path(settings.weights)) as source:
+            state = read_vq(Path(settings.weights), expected=config, holder=settings.weights_key)
     model = VQ(config).to(device).eval()
     model.load_state_dict(state)
     rows = manifest.split("validation")

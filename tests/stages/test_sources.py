@@ -101,24 +101,26 @@ def test_a_file_that_changed_since_the_look_is_not_used(tmp_path):
     put_images(tmp_path / "images", train=2, validation=2)
     look(tmp_path, weights=str(weights))
     record = tmp_path / "seen" / "weights.json"
-    assert (
-        sources.check_file(record, "tokenizer.weights", weights)
-        == read_record(record, way_out="")["tokenizer.weights"]["sha256"]
-    )
+    with sources.checked_file(record, "tokenizer.weights", weights) as found:
+        assert found == read_record(record, way_out="")["tokenizer.weights"]["sha256"]
+    with pytest.raises(ValueError, match=r"tokenizer\.weights .*vq\.pt changed while it was read"):
+        with sources.checked_file(record, "tokenizer.weights", weights):
+            edit(weights, b"six")
+    edit(weights, b"one")
     edit(weights, b"two")
     with pytest.raises(
         ValueError, match=r"tokenizer\.weights .*vq\.pt has changed since stage sources looked .* `dpar-cli run`"
     ):
-        sources.check_file(record, "tokenizer.weights", weights)
+        sources.checked_file(record, "tokenizer.weights", weights).__enter__()
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.weights .* is missing"):
-        sources.check_file(record, "tokenizer.weights", weights)
+        sources.checked_file(record, "tokenizer.weights", weights).__enter__()
     look(tmp_path, weights=str(weights))
     assert read_record(record, way_out="")["tokenizer.weights"] == {"missing": True}
     weights.mkdir()
     look(tmp_path, weights=str(weights))
     with pytest.raises(ValueError, match=r"tokenizer\.weights .*vq\.pt is a folder: name the file itself"):
-        sources.check_file(record, "tokenizer.weights", weights)
+        sources.checked_file(record, "tokenizer.weights", weights).__enter__()
 
 
 def test_trees_with_links_back_and_missing_folders_have_a_fingerprint(tmp_path):
