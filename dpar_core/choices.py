@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Literal
 
 PatchMode = Literal["entropy_rows", "entropy", "static", "token"]  # where patches begin, see patches.rule
-READ_ENTROPIES: tuple[PatchMode, ...] = ("entropy_rows", "entropy")  # those with a threshold
 PositionEncoding = Literal["4d", "3d", "1d"]  # rotary encoding of patches, see models.rope
 ViewSet = Literal["adm_center_flip", "ten_crop_1.1", "ten_crop_1.05", "ten_crop_both"]  # crops of an image, see data.images
 FeatureName = Literal["demo", "inception", "dinov2"]  # networks images are compared by, see evaluation.features
@@ -19,6 +18,7 @@ LearningRateSchedule = Literal["constant", "cosine"]  # see training.optim
 Strategy = Literal["ddp", "fsdp"]  # how a model is spread over ranks, see training.parallel
 GuidanceSchedule = Literal["constant", "linear", "interval"]  # see generation.sampling
 Gate = Literal["entropy_model", "decoder"]  # whose entropies cut patches while sampling, see generation.sampling
+READ_ENTROPIES: tuple[PatchMode, ...] = ("entropy_rows", "entropy")  # the patch modes with a threshold
 LARGEST_CFG_SCALE = 1e4  # beyond it, and below the least temperature, float32 logits overflow and no token can be chosen
 LEAST_TEMPERATURE = 1e-4
 

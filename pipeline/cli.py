@@ -188,8 +188,9 @@ def sample(
 def params_show(name: Annotated[str | None, typer.Argument(help="A preset; params.yaml when left out.")] = None) -> None:
     """Print a preset, or params.yaml, with every value and its unit."""
     from pipeline.presets.use import preset_file
+    from stages.params import params_text
 
-    print((preset_file(project_folder(), name) if name else PARAMS).read_text("utf-8"), end="")
+    print(params_text(preset_file(project_folder(), name) if name else PARAMS), end="")
 
 
 @params_app.command("use")

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 import pyarrow.compute as pc
@@ -236,15 +237,16 @@ def make_manifest(data: P.Data, *, seed: int) -> Manifest:
 
 
 def _list(data: P.Data, root: Path, split: str) -> Listing:
+    assert data.source != "builtin", "it has no paths"
     if data.source == "webdataset":
         return list_webdataset(root, split, label_key=data.label_key, image_key=data.image_key)
     if data.source == "parquet":
         return list_parquet(root, split, label_key=data.label_key, image_key=data.image_key)
-    if data.source == "imagefolder" or root.is_dir():
+    if data.source == "imagefolder" or (data.source == "ilsvrc" and root.is_dir()):
         return list_folder(root, split)
-    if split == "train":
-        return list_ilsvrc_train(root)
-    return list_ilsvrc_validation(root, validation_synsets(root))
+    if data.source == "ilsvrc":
+        return list_ilsvrc_train(root) if split == "train" else list_ilsvrc_validation(root, validation_synsets(root))
+    assert_never(data.source)
 
 
 def _check_imagenet(manifest: Manifest, data: P.Data) -> str:

@@ -356,12 +356,17 @@ def precision_lines(name: str, section: Section, device: str) -> list[str]:
 _NESTED = 50  # brackets within brackets
 
 
+def params_text(path: Path) -> str:
+    """Return what a params file holds. Raises FileNotFoundError with the way out."""
+    if not path.exists():
+        raise FileNotFoundError(f"no params file at {path}: `dpar-cli params use demo` in the project's folder writes one")
+    return path.read_text("utf-8")
+
+
 def load_params(path: Path) -> Params:
     """Read a params file. Raises ParamsError with every fault in it, FileNotFoundError with the way out."""
-    if not path.exists():
-        raise FileNotFoundError(f"no params file at {path}: go to the project folder, or `dpar-cli params use demo`")
     try:
-        text = path.read_text("utf-8")
+        text = params_text(path)
         if max(accumulate((one in "[{") - (one in "]}") for one in text), default=0) > _NESTED:
             raise ParamsError(
                 [f"{path.name} is nested more than {_NESTED} brackets deep, as no params are"]

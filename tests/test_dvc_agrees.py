@@ -56,11 +56,14 @@ def test_whatever_the_report_reads_lies_above_what_it_names():
         above |= nearer
         nearer = set().union(*(makers(paths(DVC[name].get("deps"))) for name in nearer)) - above
     assert makers(set(STAGES["report"].inputs.values())) <= above
-    assert above == set(STAGES) - {"report"}
+    assert above == set(STAGES) - {"report"}, (
+        "nothing above the report reads this stage: name its output in the report's deps"
+    )
 
 
 def test_a_threshold_or_sampling_value_moves_only_what_comes_after_it():
     reads = {name: set(paths(stage["params"])) for name, stage in DVC.items()}
+    # A new stage that reads one of these sections takes its place in the list.
     assert [name for name in DVC if "patching" in reads[name]] == ["patch_maps", "report"]
     assert [name for name in DVC if "sample" in reads[name]] == ["time_sampling", "sample_dpar", "sample_llamagen", "report"]
     assert [name for name in DVC if "score" in reads[name]] == ["score_dpar", "score_llamagen", "report"]

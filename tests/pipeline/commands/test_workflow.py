@@ -177,7 +177,7 @@ def test_where_files_outside_may_have_changed_that_is_said(project):
 def test_every_stage_of_the_demo_has_an_expected_duration():
     stages = set(STAGES) - {workflow.LOOK}
     for preset in workflow.EXPECTED:
-        assert set(workflow.EXPECTED[preset]) == stages, preset
+        assert set(workflow.EXPECTED[preset]) == stages, f"preset {preset}: EXPECTED of pipeline/commands/workflow.py"
         assert all(seconds > 0 for seconds in workflow.EXPECTED[preset].values())
 
 
