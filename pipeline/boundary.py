@@ -81,9 +81,9 @@ def guarded(run: Callable[[], None]) -> None:
 
 
 def carry_errors(app: Any) -> None:
-    """Let errors of all commands of a typer app come out as they are."""
-    for command in app.registered_commands:
-        if command.callback is not None and not hasattr(command.callback, "carries_errors"):
+    """Let errors of all commands of a typer app come out as they are, of groups that do something by themselves as well."""
+    for command in (*app.registered_commands, app.registered_callback):
+        if command is not None and command.callback is not None and not hasattr(command.callback, "carries_errors"):
             command.callback = _carrying(command.callback)
     for group in app.registered_groups:
         if group.typer_instance is not None:

@@ -198,6 +198,16 @@ def test_a_number_that_is_none_is_refused_with_its_option(capsys, monkeypatch, v
     assert ended.value.code == 1 and f"--cfg-scale is {float(value)}, expected a finite number" in capsys.readouterr().err
 
 
+def test_a_group_that_does_something_by_itself_ends_as_a_command_does(project, capsys):
+    app, group = typer.Typer(), typer.Typer()
+    group.callback(invoke_without_command=True)(raises(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    app.add_typer(group, name="runs")
+    boundary.carry_errors(app)
+    with pytest.raises(SystemExit) as ended:
+        boundary.guarded(lambda: app(["runs"], standalone_mode=True))
+    assert ended.value.code == boundary.PIPE_CLOSED and capsys.readouterr().err.strip() == ""
+
+
 @pytest.mark.parametrize("columns", ["0", "²", "1" * 30])
 def test_a_terminal_of_a_size_that_cannot_be_hides_no_error(project, capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
