@@ -323,7 +323,7 @@ def _protocol_lines(found: Scores) -> str:
     return wrapped(
         f"protocol {one.id}: {one.images} images of {one.image_width} x {one.image_height} pixels "
         f"({' and '.join(one.formats)}), features {one.features} {one.features_digest}, reference {one.reference} "
-        f"{one.reference_digest}; in brackets 95 % intervals"
+        f"{one.reference_digest}{'; in brackets 95 % intervals' if found.intervals else ''}"
     )
 
 
