@@ -7,6 +7,7 @@ a guard on the device skips the update when a loss turns bad, and the host learn
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, get_args
@@ -24,6 +25,8 @@ from dpar_core.training.meters import Clock, Counts, Guard, MeanLoss, memory_gb,
 from dpar_core.training.optim import OptimSettings, adamw, clip_gradients, learning_rate, set_learning_rate
 from dpar_core.training.parallel import Ranks
 from dpar_core.training.prefetch import Batch, Prefetcher
+
+PEAK_SECONDS = 30.0  # after which a CPU's peak is measured again at a validation: at a start much else runs beside it
 
 
 class TrainingStopped(RuntimeError):
@@ -136,7 +139,7 @@ class TrainingRun:
         self.module = parallel.spread(self.model, settings.strategy, ranks)
         self.parameters = list(self.model.parameters())
         self.optimizer = adamw(self.model.named_parameters(), settings.optim)
-        self.peak = peak_flops(ranks.device, bf16=self.bf16)
+        self.peak, self.peak_age = peak_flops(ranks.device, bf16=self.bf16), time.monotonic()
         self.progress = self._resumed()
         self.guard = Guard(settings.largest_loss, ranks.device)
         self.loss_log = MeanLoss(ranks.device, self.progress.log_sum, self.progress.log_steps)
@@ -275,6 +278,8 @@ class TrainingRun:
         progress, seconds = self.progress, self.clock.seconds
         with self.clock.paused():
             loss = self._validation_loss()
+            if self.ranks.device.type == "cpu" and time.monotonic() - self.peak_age > PEAK_SECONDS:
+                self.peak, self.peak_age = peak_flops(self.ranks.device, bf16=self.bf16, again=True), time.monotonic()
         if not loss <= self.settings.largest_loss:  # NaN as well; all ranks have the same sum
             raise TrainingStopped(
                 f"training stopped after step {progress.step}: the validation loss is {loss:.4g} nats per token (limit "

@@ -113,10 +113,13 @@ def memory_gb(device: torch.device) -> float:
     return resident_bytes() / 1e9
 
 
-def peak_flops(device: torch.device, *, bf16: bool) -> float:
-    """Return the device's largest matrix speed in FLOP/s: as published for known GPUs in bf16, else measured (once)."""
+def peak_flops(device: torch.device, *, bf16: bool, again: bool = False) -> float:
+    """Return the device's largest matrix speed in FLOP/s: as published for known GPUs in bf16, else measured.
+
+    again: measure once more (see `measured_peak`).
+    """
     if device.type == "cuda" and bf16:
         published = flops.published_peak(torch.cuda.get_device_name(device))
         if published is not None:
             return published
-    return measured_peak(device, torch.bfloat16 if bf16 else torch.float32, torch.get_num_threads())
+    return measured_peak(device, torch.bfloat16 if bf16 else torch.float32, torch.get_num_threads(), again=again)

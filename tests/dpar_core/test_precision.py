@@ -54,19 +54,28 @@ def test_the_peak_of_an_emulated_precision_is_measured_in_float32(cpu, monkeypat
     cpu(False)
     asked = []
     monkeypatch.setattr(precision, "product_seconds", lambda device, dtype, *, size: asked.append((dtype, size)) or 1e-3)
-    precision.measured_peak.cache_clear()
+    precision._PEAKS.clear()
     assert peak_flops(torch.device("cpu"), bf16=True) == 2 * 1024**3 / 1e-3
     assert asked == [(torch.float32, 256), (torch.float32, 1024)]
-    precision.measured_peak.cache_clear()
+    precision._PEAKS.clear()
 
 
 def test_a_slow_machine_is_measured_on_a_small_product_alone(monkeypatch):
     asked = []
     monkeypatch.setattr(precision, "product_seconds", lambda device, dtype, *, size: asked.append(size) or 1.0)
-    precision.measured_peak.cache_clear()
+    precision._PEAKS.clear()
     assert peak_flops(torch.device("cpu"), bf16=False) == 2 * 256**3
     assert asked == [256]
-    precision.measured_peak.cache_clear()
+    precision._PEAKS.clear()
+
+
+def test_a_peak_measured_while_the_machine_was_busy_gives_way_to_a_larger_one(monkeypatch):
+    seconds = iter([1e-2, 2e-3, 2e-3, 5e-3])
+    monkeypatch.setattr(precision, "product_seconds", lambda device, dtype, *, size: next(seconds))
+    precision._PEAKS.clear()
+    found = [peak_flops(torch.device("cpu"), bf16=False, again=again) for again in (False, False, True, True)]
+    assert found == [2 * 256**3 / 1e-2, 2 * 256**3 / 1e-2, 2 * 1024**3 / 2e-3, 2 * 1024**3 / 2e-3]
+    precision._PEAKS.clear()
 
 
 def test_the_training_loop_refuses_a_precision_that_is_not_settled():

@@ -55,6 +55,8 @@ def test_samples_are_what_the_adm_evaluator_reads(artifacts, tmp_path):
     assert metrics["patch/mean_length"] == pytest.approx(11 * GRID**2 / sum(len(one) for one in lengths))
     assert metrics["patch/threshold_nats"] == pytest.approx(1.8)
     assert GRID**2 > metrics["patch/patches_per_image"] > GRID + 1
+    timings = json.loads((folder / "timings.json").read_text())
+    assert timings["draw_images_per_s"] == pytest.approx(11 / timings["draw_seconds"]) and "images_per_s" not in timings
     protocol = json.loads((folder / "samples.json").read_text())
     assert protocol["made_by"].keys() == {"model", "tokenizer", "entropy_model"}
     assert protocol["classes"] == ["ape", "bee", "cow"]

@@ -14,6 +14,7 @@ import torch
 from dpar_core.models import flops
 from dpar_core.models.dpar import DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
+from dpar_core.training import loop
 from dpar_core.training.checkpoint import CheckpointError
 from dpar_core.training.loop import TrainingRun, TrainingStopped
 from dpar_core.training.optim import OptimSettings, adamw, learning_rate
@@ -218,6 +219,14 @@ def test_what_a_run_reports(tmp_path):
     assert hooks.checkpoints == [5, 10, 12]
     assert [row[0] for row in progress.timings] == [4, 8, 12]
     assert tiny_store(tmp_path, "dpar").snapshot_file(6).is_file()
+
+
+def test_a_peak_from_a_busy_start_is_measured_again_at_a_validation(tmp_path, monkeypatch):
+    """Otherwise a network seems to use more of the machine than there is."""
+    monkeypatch.setattr(loop, "PEAK_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "peak_flops", lambda device, *, bf16, again=False: 1e15 if again else 1e6)
+    hooks = tiny_run(tmp_path, "gpt", log_every=4)[2]
+    assert hooks.lines[4]["perf/mfu"] > 1 > hooks.lines[8]["perf/mfu"]
 
 
 def test_validation_time_and_checkpoints_do_not_count_as_training(tmp_path):
