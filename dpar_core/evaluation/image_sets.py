@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 from dataclasses import dataclass
 from functools import cache
@@ -140,6 +141,11 @@ def _images_header(content: Npz) -> Header:
     if shape[3:] == (3,):
         if 0 in shape[1:]:
             raise ScoreError(f"{found}, which has no pixels: {EXPECTED}")
+        if more := [name for name in content.names if name != "arr_0" and _is_batch(content, name, shape)]:
+            raise ScoreError(
+                f"{path} holds images in arr_0 and in {first_few(more)}, as numpy.savez stores a list of batches: join them "
+                "with numpy.concatenate"
+            )
         return header
     if len(shape) == 4 and shape[1] in (1, 3, 4):
         how = "channels stand second: use arr_0.transpose(0, 2, 3, 1)"
@@ -152,6 +158,14 @@ def _images_header(content: Npz) -> Header:
     else:
         how = "this is not a set of images"
     raise ScoreError(f"{found}, {EXPECTED}; {how}")
+
+
+def _is_batch(content: Npz, name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether an array holds images of the height and width of arr_0, whose shape is given."""
+    try:
+        return bool(re.fullmatch(r"arr_\d+", name)) and content.header(name).shape[1:] == shape[1:]
+    except ScoreError:  # labels as objects, say: nobody reads them
+        return False
 
 
 def _files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -172,9 +186,10 @@ def _read_folder(folder: Path) -> ImageSet:
         image, content = _decoded(file)
         if image.shape != first.shape:
             (height, width), (other_height, other_width) = first.shape[:2], image.shape[:2]
+            one, other = files[0].relative_to(folder), file.relative_to(folder)
             raise ScoreError(
-                f"{folder} holds pictures of several sizes ({files[0].name} is {width} x {height}, {file.name} is "
-                f"{other_width} x {other_height}): resize them to one"
+                f"{folder} holds pictures of several sizes ({one} is {width} x {height}, {other} is {other_width} x "
+                f"{other_height}): resize them to one"
             )
         images[number] = image
         formats.add(_format_of(content))

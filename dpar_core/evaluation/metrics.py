@@ -64,7 +64,14 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         raise ScoreError(f"statistics do not fit each other: {shapes}")
     cross = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()
     difference = mu1 - mu2
-    return float(max(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * cross, 0.0))
+    with np.errstate(over="ignore"):
+        distance = float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    if not math.isfinite(distance):
+        reach = ", ".join(f"{np.abs(one).max():.3g}" for one in (mu1, sigma1, mu2, sigma2))
+        raise ScoreError(
+            f"no finite distance: the largest values of means and covariances are {reach}, no features of images"
+        )
+    return max(distance, 0.0)
 
 
 def _root(sigma: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ U8, F32 = pictures(), pictures().astype(np.float32)
         ({"arr_0": U8[0]}, "one image: a set has several"),
         ({"arr_0": np.uint8(3)}, "not a set of images"),
         ({"arr_0": np.arange(70), "arr_1": U8}, r"arr_0 is int64 \(70,\).*; this is not a set of images"),
+        ({"arr_0": U8, "arr_1": U8[:1]}, "holds images in arr_0 and in arr_1, as numpy.savez stores a list of batches"),
         ({"arr_0": U8[:, :0]}, "has no pixels"),
         ({"arr_0": np.array([{"a": 1}], dtype=object)}, "pickled objects, which are never read"),
         ({"arr_0": np.zeros(3, "S4")}, r"arr_0 is \|S4"),

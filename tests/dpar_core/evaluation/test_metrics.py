@@ -132,5 +132,7 @@ def test_too_few_features_and_foreign_statistics_are_refused():
         precision_recall(np.ones((3, 4)), np.ones((9, 4)))
     with pytest.raises(ScoreError, match="do not fit"):
         frechet_distance(np.ones(3), np.eye(3), np.ones(4), np.eye(4))
+    with pytest.raises(ScoreError, match=r"no finite distance: the largest values of .* are 1e\+200, 1, 1, 1,"):
+        frechet_distance(np.full(3, 1e200), np.eye(3), np.ones(3), np.eye(3))
     with pytest.raises(ScoreError, match="not a covariance"):
         frechet_distance(np.ones(2), np.diag([1.0, -1.0]), np.ones(2), np.eye(2))
