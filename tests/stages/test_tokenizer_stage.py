@@ -32,7 +32,7 @@ from tests.helpers.paths import ROOT
 CONFIG = VQConfig(16, 4, 8, (1, 2), 8, 1, norm_groups=4)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     torch.set_num_threads(1)
 
