@@ -190,13 +190,16 @@ def _begin(name: str, work: Path, seen: Mapping[str, str]) -> None:
 
 
 def _signatures(inputs: Any) -> dict[str, str]:
-    """Return size, times and identity of every file that a stage reads of the project, by its path."""
+    """Return size and times (`fingerprint.signature`) of every file that a stage reads of the project, by its path.
+
+    Without device and inode, whose numbers may be others after a restart of the machine: a long run goes on all the same.
+    """
     found = {}
     for field in dataclasses.fields(inputs):
         path: Path = getattr(inputs, field.name)
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             with suppress(OSError):  # a missing input is named by `_digests`
-                found[str(file)] = signature(file.stat())
+                found[str(file)] = " ".join(signature(file.stat()).split()[2:])
     return found
 
 

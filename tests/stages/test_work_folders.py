@@ -140,6 +140,13 @@ def test_a_killed_run_is_continued_only_on_the_files_that_it_read(tokenizing, ca
     assert "was replaced since a run of it was killed" in capsys.readouterr().err
 
 
+def test_a_killed_run_is_continued_though_a_restart_gave_its_files_other_devices_and_inodes(tokenizing, monkeypatch):
+    inputs, known = load_stage("tokenize_images").bind(tokenizing.root)[0], pipeline.runner.signature
+    seen = pipeline.runner._signatures(inputs)
+    monkeypatch.setattr(pipeline.runner, "signature", lambda status: " ".join(["7", "7", *known(status).split()[2:]]))
+    assert seen and pipeline.runner._signatures(inputs) == seen
+
+
 def test_a_folder_of_outputs_that_cannot_be_written_stops_a_stage_before_its_work(tokenizing, monkeypatch):
     def refused(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
