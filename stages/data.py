@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import json
-import os
-import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,19 +18,16 @@ from dpar_core.data.folders import list_folder
 from dpar_core.data.image_parquet import list_parquet
 from dpar_core.data.image_tars import list_ilsvrc_train, list_ilsvrc_validation, list_webdataset
 from dpar_core.data.images import BadImage, decode_image
-from dpar_core.data.listing import Listing, is_litter, join_listings
+from dpar_core.data.listing import Listing, join_listings
 from dpar_core.data.manifest import SPLITS, Manifest, Row, write_manifest
 from dpar_core.data.splits import counted, first_few
 from dpar_core.data.synsets import IMAGENET_SYNSETS, check_imagenet_classes
-from dpar_core.data.tars import members
 from dpar_core.files import digest_of, write_json
 from stages import params as P
 from stages.sources import PHOTOGRAPHS, photograph_file
+from stages.synset_lists import validation_synsets
 from stages.terminal import note, print_fitted
 from stages.tracker import Tracker
-
-SYNSET_LISTS = ("ILSVRC2012_validation_synsets.txt", "imagenet_2012_validation_synset_labels.txt")
-SOLUTION, GROUND_TRUTH = "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt"
 
 
 @dataclass(frozen=True)
@@ -243,9 +234,9 @@ def _list(data: P.Data, root: Path, split: str) -> Listing:
     if data.source == "parquet":
         return list_parquet(root, split, label_key=data.label_key, image_key=data.image_key)
     if data.source == "imagefolder" or (data.source == "ilsvrc" and root.is_dir()):
-        return list_folder(root, split)
+        return list_folder(root, split, classes_of=validation_synsets if split == "validation" else None)
     if data.source == "ilsvrc":
-        return list_ilsvrc_train(root) if split == "train" else list_ilsvrc_validation(root, validation_synsets(root))
+        return list_ilsvrc_train(root) if split == "train" else list_ilsvrc_validation(root, validation_synsets)
     assert_never(data.source)
 
 
@@ -265,108 +256,6 @@ def _check_imagenet(manifest: Manifest, data: P.Data) -> str:
         f"number of classes only, as their names ({first}, ...) are not synsets: put classes.txt (one synset per line, in "
         "the order of the labels) beside the data to have the order checked"
     )
-
-
-def validation_synsets(tar: Path) -> dict[str, str]:
-    """Find the class of every validation image in the files beside the validation tar: image name -> synset.
-
-    Reads the first there is of: LOC_val_solution.csv (Kaggle); a list of 50,000 synsets in the order of the images; the
-    development kit's ground truth numbers with its meta.mat. Raises FileNotFoundError or ValueError with the way out.
-    """
-    folder = tar.parent
-    if (folder / SOLUTION).exists():
-        return _solution(folder / SOLUTION)
-    for name in SYNSET_LISTS:
-        if (folder / name).exists():
-            synsets = _text(folder / name).split()
-            if odd := [word for word in synsets if not re.fullmatch(r"n\d{8}", word)]:
-                raise ValueError(f"{folder / name} holds {odd[0][:60]!r}, expected a synset per line, as n01440764")
-            return _pair(tar, synsets, folder / name)
-    for kit in (folder, folder / "ILSVRC2012_devkit_t12" / "data", folder / "data"):
-        if (kit / GROUND_TRUTH).exists() and (kit / "meta.mat").exists():
-            by_number = _development_kit(kit / "meta.mat")
-            numbers = _text(kit / GROUND_TRUTH).split()
-            unknown = [number for number in numbers if number not in by_number]
-            if unknown:
-                raise ValueError(f"{kit / GROUND_TRUTH} holds {unknown[0]!r}, which meta.mat beside it does not know")
-            return _pair(tar, [by_number[number] for number in numbers], kit / GROUND_TRUTH)
-    raise FileNotFoundError(
-        f"no classes of the validation images beside {tar}: put {SOLUTION}, or {SYNSET_LISTS[0]} (one synset per line), or "
-        f"the unpacked ILSVRC2012_devkit_t12 there"
-    )
-
-
-def _solution(path: Path) -> dict[str, str]:
-    """Read Kaggle's list: an image's name, and its boxes, each with the synset first."""
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as stream:
-        rows = list(csv.DictReader(stream))
-    if not rows or not {"ImageId", "PredictionString"} <= rows[0].keys():
-        found = ", ".join(map(str, rows[0]))[:100] if rows else "nothing"
-        raise ValueError(f"{path} has columns {found}, expected ImageId and PredictionString: put Kaggle's own file there")
-    synsets = {row["ImageId"]: (row["PredictionString"] or "").split()[:1] for row in rows}
-    without = [name for name, synset in synsets.items() if not synset]
-    if without:
-        raise ValueError(f"{path} names no class for {without[0]} ({len(without)} in all): put Kaggle's own file there")
-    if len(synsets) < len(rows):
-        raise ValueError(f"{path} lists {len(rows) - len(synsets)} images more than once: put Kaggle's own file there")
-    return {name: synset[0] for name, synset in synsets.items()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text in UTF-8: put the published list there") from None
-
-
-def _pair(tar: Path, synsets: list[str], where: Path) -> dict[str, str]:
-    names = sorted(Path(member.name).stem for member in members(tar) if not is_litter(Path(member.name).name))
-    if len(names) != len(synsets):
-        raise ValueError(f"{where} has {len(synsets)} classes for {len(names)} images in {tar}: they must be as many")
-    numbers = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
-    if sorted(set(numbers)) != numbers:  # as 1, 10, 2: the list is in the order of numbers, and other names have none
-        raise ValueError(
-            f"{tar} holds {names[0]} and others whose sorted names do not count up, so {where}, a list in the order of the "
-            f"images, does not fit them: take ILSVRC2012_img_val.tar as it is, or put {SOLUTION} beside it"
-        )
-    return dict(zip(names, synsets))
-
-
-# What reads meta.mat: a native parser of an untrusted file, so in a process of its own with bounded memory and time.
-_READ_KIT = """
-import json, sys
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-except (ImportError, OSError, ValueError):
-    pass  # no such limit on this system; the time limit holds
-import numpy as np
-from scipy.io import loadmat
-entries = np.atleast_1d(loadmat(sys.argv[1], squeeze_me=True, variable_names=["synsets"])["synsets"])
-print(json.dumps({str(int(entry["ILSVRC2012_ID"])): str(entry["WNID"]) for entry in entries}))
-"""
-_KIT_SECONDS = 60
-
-
-def _development_kit(path: Path) -> dict[str, str]:
-    """Return the synset of each ILSVRC2012 number, which is not its place in the standard order. Raises ValueError."""
-    way_out = "unpack ILSVRC2012_devkit_t12.tar.gz again"
-    # -P: a module in the folder where we run is none of ours. One thread: each takes address space.
-    words = [sys.executable, "-P", "-c", _READ_KIT, str(path)]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(words, capture_output=True, timeout=_KIT_SECONDS, env=environment, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{path} could not be read in {_KIT_SECONDS} s, so it is damaged: {way_out}") from None
-    if done.returncode:
-        errors = done.stderr.decode(errors="replace").strip().splitlines()
-        reason = errors[-1] if errors and done.returncode > 0 else f"the reader died of signal {-done.returncode}"
-        raise ValueError(f"{path} is not the meta.mat of the development kit, or damaged ({reason[:200]}): {way_out}")
-    try:
-        return dict(json.loads(done.stdout))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is not the meta.mat of the development kit, or damaged: {way_out}") from None
 
 
 def builtin_manifest(settings: P.BuiltinData, *, seed: int) -> Manifest:

@@ -16,6 +16,7 @@ from typing import Any
 from dpar_core.data.fingerprint import KnownDigests, fingerprint, signature
 from dpar_core.files import read_record, sha256_file, write_record
 from stages import params as P
+from stages.synset_lists import list_files
 from stages.tracker import Tracker
 
 # Photographs that ship inside scikit-image (CC0 or public domain) and scikit-learn (CC BY 2.0).
@@ -67,7 +68,10 @@ def _images(data: P.Data, known: KnownDigests) -> dict[str, Any]:
     if data.source == "builtin":
         # By content: these files are small, and the demo's artifacts are the same on every machine.
         return {name: known.of(photograph_file(name)) for name in PHOTOGRAPHS}
-    return {split: fingerprint(Path(getattr(data, split))) for split in SPLIT_NAMES}
+    seen: dict[str, Any] = {split: fingerprint(Path(getattr(data, split))) for split in SPLIT_NAMES}
+    if data.source in ("imagefolder", "ilsvrc") and (lists := list_files(Path(data.validation or ""))):
+        seen["validation_list"] = [known.of(file) for file in lists]  # which may lie above the images
+    return seen
 
 
 def _file(name: str | None, known: KnownDigests) -> dict[str, Any] | None:

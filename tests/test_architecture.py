@@ -114,7 +114,7 @@ def sources(*folders: str) -> Iterator[Path]:
 # Packages that are run in a process of their own, and where; and the names packages are imported by, where those differ.
 RUN_ELSEWHERE = {
     "dvc": ("pipeline/commands/workflow.py", '"-m", "dvc"'),
-    "scipy": ("stages/data.py", "from scipy.io import loadmat"),
+    "scipy": ("stages/synset_lists.py", "from scipy.io import loadmat"),
 }
 IMPORTED_AS = {"pillow": "PIL", "ruamel.yaml": "ruamel", "scikit-image": "skimage", "scikit-learn": "sklearn"}
 

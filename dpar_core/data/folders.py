@@ -12,7 +12,7 @@ from pathlib import Path
 from dpar_core.data.classes import normal_name
 from dpar_core.data.fingerprint import is_folder
 from dpar_core.data.images import ENDINGS, looks_like_image
-from dpar_core.data.listing import LITTER, Listing, is_litter, require
+from dpar_core.data.listing import CLASS_LISTS, LITTER, ClassesOf, Listing, is_litter, require
 from dpar_core.data.splits import TEST, counted, first_few, splits_said
 from dpar_core.files import digest_of
 
@@ -29,7 +29,7 @@ def image_files(folder: Path) -> tuple[list[Path], list[str]]:
     return [folder / name for name in names], sorted(walk.left_out)
 
 
-def list_folder(root: Path, split: str) -> Listing:
+def list_folder(root: Path, split: str, *, classes_of: ClassesOf | None = None) -> Listing:
     """List a tree root/class/image; the class folders in sorted order are the classes.
 
     As torchvision's ImageFolder does: images in folders below belong to the class, links are followed, and the folders of
@@ -38,6 +38,9 @@ def list_folder(root: Path, split: str) -> Listing:
     `Listing.empty`. Where the root holds nothing but folders named as splits, in which the class folders lie, the one of
     this split is taken.
 
+    classes_of: finds the classes of images that lie in no class folders but in the root itself, or in its one folder
+        `images`, as the validation sets of ImageNet and Tiny ImageNet do.
+
     Left out, and listed: other files, hidden ones, folders that cannot be read, links back to a folder above, and names
     that are not UTF-8 (escaped). Raises FileNotFoundError or ValueError when the tree does not exist, or when two classes
     have one name.
@@ -45,6 +48,8 @@ def list_folder(root: Path, split: str) -> Listing:
     require(root, split, folder=True, expected=f"a tree {root}/class/image.jpg")
     walk, listing = _Walk(root), Listing()
     base, folders, files = _classes_of(walk, split, listing)
+    if classes_of is not None and _list_flat(walk, split, listing, base, folders, classes_of):
+        return listing
     names = _class_names(folders, root, split)
     listing.base = root / base
     deeper: list[str] = []  # folders of one class
@@ -76,8 +81,31 @@ def list_folder(root: Path, split: str) -> Listing:
     if not listing.keys:
         lie = "1 file lies" if len(files) == 1 else f"{len(files)} files lie"
         beside = f"; {lie} in it, but in no class folder: put each image into a folder named by its class" if files else ""
+        if beside and classes_of is not None:
+            beside += f", or beside them {CLASS_LISTS}"
         raise ValueError(f"data.{split} {root} holds no images: expected a tree {root}/class/image.jpg{beside}")
     return listing
+
+
+def _list_flat(walk: _Walk, split: str, listing: Listing, base: str, folders: list[str], classes_of: ClassesOf) -> bool:
+    """List images that lie in no class folders, where a list of their classes is found; return whether it was."""
+    inside = folders == ["images"]
+    flat = f"{base}images" if inside else base.rstrip("/")
+    if (folders and not inside) or walk.entries(flat)[0]:
+        return False
+    found = walk.images(flat)
+    listed = classes_of(walk.root / flat, [path.rpartition("/")[2] for path in found]) if found else None
+    if listed is None:
+        return False
+    for (path, identity), label in zip(found.items(), listing.take_classes(listed)):
+        listing.add(f"{split}-{digest_of(path)}", f"{split}:{path}", label)
+        if identity is not None:
+            listing.identities.append(identity)
+    listing.base = walk.root / flat
+    if inside:
+        walk.left_out |= {f"{base}{file.name}": "beside the images" for file in walk.entries(base.rstrip("/"))[1]}
+    listing.left_out = {name: why for name, why in sorted(walk.left_out.items()) if Path(name).name != listed.file.name}
+    return True
 
 
 def _classes_of(walk: _Walk, split: str, listing: Listing) -> tuple[str, list[str], list[os.DirEntry[str]]]:
@@ -85,7 +113,7 @@ def _classes_of(walk: _Walk, split: str, listing: Listing) -> tuple[str, list[st
     base = ""
     while True:
         folders, files = walk.entries(base.rstrip("/"), top=True)
-        if not (folders and all(map(splits_said, folders)) and all(walk.has_folders_only(base + name) for name in folders)):
+        if not (folders and all(map(splits_said, folders)) and _hold_classes(walk, base, folders)):
             break
         fitting = [folder for folder in folders if splits_said(folder) == {split}]
         if not fitting and split == "validation":
@@ -110,6 +138,15 @@ def _classes_of(walk: _Walk, split: str, listing: Listing) -> tuple[str, list[st
             f"are the classes, set data.{split} to {inner}; if they are one class, put its images into {inner} itself"
         )
     return base, folders, files
+
+
+def _hold_classes(walk: _Walk, base: str, folders: list[str]) -> bool:
+    """Return whether folders named as splits hold class folders: those of training, where there are some, else all.
+
+    Validation and test images often lie in no class folders, as ImageNet's do.
+    """
+    deciding = [name for name in folders if splits_said(name) == {"train"}] or folders
+    return all(walk.has_folders_only(base + name) for name in deciding)
 
 
 def _class_names(folders: list[str], root: Path, split: str) -> dict[str, str]:

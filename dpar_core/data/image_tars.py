@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from dpar_core.data.classes import CLASSES, checked_label, resolve_labels
 from dpar_core.data.images import ENDINGS
-from dpar_core.data.listing import LITTER, Listing, find_files, is_litter, key_of, require
+from dpar_core.data.listing import CLASS_LISTS, LITTER, ClassesOf, Listing, find_files, is_litter, key_of, require
 from dpar_core.data.splits import first_few
 from dpar_core.data.tars import Member, members
 
@@ -42,21 +42,18 @@ def list_ilsvrc_train(path: Path) -> Listing:
     return listing
 
 
-def list_ilsvrc_validation(path: Path, synset_of: Mapping[str, str]) -> Listing:
-    """List ILSVRC2012_img_val.tar. synset_of: class of each image by its name without ending (ILSVRC2012_val_00000001).
-
-    Raises FileNotFoundError, BadTar, or ValueError when an image has no class.
-    """
+def list_ilsvrc_validation(path: Path, classes_of: ClassesOf) -> Listing:
+    """List ILSVRC2012_img_val.tar. Raises FileNotFoundError, BadTar, or ValueError when an image has no class."""
     require(path, "validation", folder=False, expected="ILSVRC2012_img_val.tar")
-    listing = Listing(sorted(set(synset_of.values())))
-    label_of = {name: number for number, name in enumerate(listing.classes)}
-    for member in sorted(_without_litter(members(path), listing), key=lambda member: member.name):
-        stem = Path(member.name).stem
-        if stem not in synset_of:
-            raise ValueError(f"data.validation {path}: {member.name} has no class in the list of {len(synset_of)} beside it")
-        _add_member(listing, member, "validation", path.name, label_of[synset_of[stem]], key=key_of("validation", stem))
-    if not listing.keys:
+    listing = Listing()
+    images = sorted(_without_litter(members(path), listing), key=lambda member: member.name)
+    if not images:
         raise ValueError(f"data.validation {path} holds no images: expected ILSVRC2012_img_val.tar")
+    listed = classes_of(path, [member.name for member in images])
+    if listed is None:
+        raise FileNotFoundError(f"no classes of the validation images beside {path}: put {CLASS_LISTS} there")
+    for member, label in zip(images, listing.take_classes(listed)):
+        _add_member(listing, member, "validation", path.name, label, key=key_of("validation", Path(member.name).stem))
     return listing
 
 

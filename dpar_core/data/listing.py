@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from dpar_core.data.classes import CLASSES
 from dpar_core.data.manifest import Manifest, Row
@@ -15,10 +16,25 @@ from dpar_core.data.splits import choose_files, counted, first_few, refuse_neste
 from dpar_core.files import digest_of
 
 LONGEST_KEY = 100 - len(".tokens.npy")  # of the names in a USTAR tar, which our shards are
+CLASS_LISTS = (
+    "LOC_val_solution.csv (Kaggle), val_annotations.txt (Tiny ImageNet), ILSVRC2012_validation_synsets.txt (a synset per "
+    "line) or the unpacked ILSVRC2012_devkit_t12"
+)
 LITTER = "hidden, or left there by a system"
 _LITTER = frozenset(
     ("@eadir", "#recycle", "$recycle.bin", "__macosx", "desktop.ini", "lost+found", "system volume information", "thumbs.db")
 )
+
+
+class ListedClasses(NamedTuple):
+    """The class of each of some images, and the file that lists them."""
+
+    file: Path
+    classes: list[str]
+
+
+# From a folder or tar and the names of its images to their classes; None where no list of them is found.
+ClassesOf = Callable[[Path, Sequence[str]], ListedClasses | None]
 
 
 @dataclass
@@ -56,6 +72,13 @@ class Listing:
         self.keys.append(key)
         self.sources.append(source)
         self.labels.append(label)
+
+    def take_classes(self, listed: ListedClasses) -> list[int]:
+        """Take the classes of a list of images as those of this split; return the label of each image."""
+        self.classes = sorted(set(listed.classes))
+        self.notes.append(f"the class of each image is that in {listed.file}")
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        return [label_of[name] for name in listed.classes]
 
 
 def join_listings(listings: Mapping[str, Listing], roots: Mapping[str, Path], *, keep_empty: bool = False) -> Manifest:

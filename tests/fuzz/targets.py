@@ -131,9 +131,9 @@ def _ilsvrc_validation(folder: Path) -> None:
 
 def _read_ilsvrc_validation(folder: Path) -> Any:
     from dpar_core.data.image_tars import list_ilsvrc_validation
-    from stages.data import validation_synsets
+    from stages.synset_lists import validation_synsets
 
-    found = list_ilsvrc_validation(folder / "val.tar", validation_synsets(folder / "val.tar"))
+    found = list_ilsvrc_validation(folder / "val.tar", validation_synsets)
     return [found.keys, found.sources, found.labels]
 
 
@@ -480,10 +480,10 @@ def forked(folder: Path, words: list[str], **_: Any) -> subprocess.CompletedProc
 
 
 def _read_kit(folder: Path) -> Any:
-    from stages import data
+    from stages import synset_lists
 
-    with unittest.mock.patch.object(data.subprocess, "run", partial(forked, folder)):
-        return data._development_kit(folder / "meta.mat")
+    with unittest.mock.patch.object(synset_lists.subprocess, "run", partial(forked, folder)):
+        return synset_lists._development_kit(folder / "meta.mat")
 
 
 JSON: tuple[Mutation, ...] = (*SYNTAX, mutate.json_values, mutate.json_values, mutate.deep)

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from dpar_core.data.manifest import read_manifest
 from dpar_core.data.synsets import IMAGENET_SYNSETS
-from stages import data
+from stages import data, synset_lists
 from stages.params import parse_params
 from stages.tracker import NullTracker
 from tests.helpers.paths import ROOT
@@ -207,7 +207,7 @@ def test_a_list_of_an_image_twice_is_refused_and_one_of_a_windows_editor_read(tm
     file.write_text(file.read_text(), encoding="utf-8-sig")
     assert run(tmp_path / "out", **tars).manifest.exists()
     file.write_text(f"{file.read_text(encoding='utf-8-sig')}ILSVRC2012_val_00000001,n00000001 1 2 3 4\n")
-    with pytest.raises(ValueError, match="lists 1 images more than once"):
+    with pytest.raises(ValueError, match="lists 1 image more than once"):
         run(tmp_path / "out", **tars)
 
 
@@ -220,6 +220,88 @@ def test_a_list_in_the_order_of_images_is_refused_beside_names_that_sort_otherwi
     (tmp_path / "ILSVRC2012_validation_synsets.txt").write_text("n00000002\n" * len(names))
     with pytest.raises(ValueError, match="whose sorted names do not count up"):
         run(tmp_path / "out", **tars)
+
+
+def put_kaggle(root: Path) -> tuple[Path, Path, Path]:
+    """Kaggle's ImageNet: validation images in one folder, their classes four folders above. Pixels hold the label."""
+    images = root / "ILSVRC" / "Data" / "CLS-LOC"
+    lines = ["ImageId,PredictionString"]
+    for number, label in ((3, 2), (1, 0), (4, 2), (2, 1)):
+        put_image(images / "val" / f"ILSVRC2012_val_{number:08d}.JPEG", 60 * label)
+        lines.append(f"ILSVRC2012_val_{number:08d},n0000000{label} 1 2 3 4 n00000001 5 6 7 8 ")
+    for label in range(3):
+        put_image(images / "train" / f"n0000000{label}" / f"n0000000{label}_7.JPEG", 60 * label + 1)
+    put_image(images / "test" / "ILSVRC2012_test_00000001.JPEG")
+    (root / "LOC_val_solution.csv").write_text("\r\n".join([*lines, ""]))
+    return images, images / "val", root / "LOC_val_solution.csv"
+
+
+def put_tiny_imagenet(root: Path) -> tuple[Path, Path, Path]:
+    """Tiny ImageNet: images in folders `images`, names that do not sort by number, classes beside the folder."""
+    lines = []
+    for number, label in ((0, 2), (1, 0), (10, 1), (2, 2)):
+        put_image(root / "val" / "images" / f"val_{number}.JPEG", 60 * label)
+        lines.append(f"val_{number}.JPEG\tn0000000{label}\t0\t32\t44\t62\n")
+    for label in range(3):
+        put_image(root / "train" / f"n0000000{label}" / "images" / f"n0000000{label}_0.JPEG", 60 * label + 1)
+        (root / "train" / f"n0000000{label}" / f"n0000000{label}_boxes.txt").write_text("box")
+    put_image(root / "test" / "images" / "test_0.JPEG")
+    (root / "wnids.txt").write_text("n00000002\nn00000000\nn00000001\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return root, root / "val", root / "val" / "val_annotations.txt"
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["one folder for both", "a folder each"])
+@pytest.mark.parametrize("source", ["imagefolder", "ilsvrc"])
+@pytest.mark.parametrize("put", [put_kaggle, put_tiny_imagenet])
+def test_a_flat_validation_folder_has_the_classes_of_its_list(tmp_path, capsys, put, source, whole):
+    top, flat, listed = put(tmp_path / "d")
+    roots = {"train": top, "validation": top} if whole else {"train": top / "train", "validation": flat}
+    manifest = read_manifest(run(tmp_path, source=source, **{split: str(root) for split, root in roots.items()}).manifest)
+    opener = data.ManifestOpener(manifest)
+    assert manifest.classes == ("n00000000", "n00000001", "n00000002")
+    assert [60 * row.label + (row.split == "train") for row in manifest.rows] == [
+        int(opener(row)[0, 0, 0]) for row in manifest.rows
+    ]
+    assert manifest.counts("train").tolist() == [1, 1, 1] and manifest.counts("validation").tolist() == [1, 1, 2]
+    assert f"validation: the class of each image is that in {listed}\n" in capsys.readouterr().out
+    assert f"validation:{listed.name}" not in manifest.notes["left_out"]
+
+
+def test_images_named_in_a_list_of_their_order_may_lie_in_a_folder(tmp_path):
+    top, flat, listed = put_kaggle(tmp_path / "d")
+    listed.unlink()
+    tree = {"source": "imagefolder", "train": str(top / "train"), "validation": str(flat)}
+    with pytest.raises(ValueError, match=r"4 files lie in it.* or beside them LOC_val_solution.csv"):
+        run(tmp_path, **tree)
+    (top / "ILSVRC2012_validation_synsets.txt").write_text("n00000000 n00000001 n00000002 n00000002")
+    labels = [row.label for row in read_manifest(run(tmp_path, **tree).manifest).split("validation")]
+    assert labels == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("val_10.JPEG\t", "val_11.JPEG\t", r"val_10.JPEG has no class in .*val_annotations.txt \(1 of 4 images\)"),
+        ("val_0.", "val_7.JPEG\tn00000001\nval_0.", r"lacks 1 image of .*val_annotations.txt \(val_7\)"),
+        ("n00000001", "n00000009", r"classes that data.train .* lacks: n00000009"),
+        ("val_0.", "val_10.JPEG\tn00000001\nval_0.", r"val_annotations.txt lists 1 image more than once \(val_10\)"),
+        ("val_0.JPEG\t", "val_0.JPEG ", "holds 'val_0.JPEG n00000002.*expected a file and its synset with a tab"),
+    ],
+    ids=["a file without a row", "a row without a file", "an unknown synset", "a name twice", "spaces"],
+)
+def test_a_list_that_is_not_of_the_images_is_refused(tmp_path, old, new, words):
+    top, _, listed = put_tiny_imagenet(tmp_path / "d")
+    listed.write_text(listed.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, source="imagefolder", train=str(top), validation=str(top))
+
+
+def test_two_images_of_one_name_are_refused_beside_a_list(tmp_path):
+    top, flat, _ = put_tiny_imagenet(tmp_path / "d")
+    put_image(flat / "images" / "val_2.png")
+    with pytest.raises(ValueError, match=r"holds val_2 twice, and .*val_annotations.txt names it once"):
+        run(tmp_path, source="imagefolder", train=str(top), validation=str(flat / "images"))
 
 
 def put_parquet(folder: Path, names: list[str] | None) -> dict[str, str]:
@@ -279,8 +361,8 @@ def test_a_damaged_meta_mat_is_a_sentence_whatever_its_reader_does(tmp_path, mon
     beside_kit(tmp_path)
     (tmp_path / "ILSVRC2012_devkit_t12" / "data" / "meta.mat").write_bytes(content)
     if reader:
-        monkeypatch.setattr(data, "_READ_KIT", reader)
-        monkeypatch.setattr(data, "_KIT_SECONDS", 1)
+        monkeypatch.setattr(synset_lists, "_READ_KIT", reader)
+        monkeypatch.setattr(synset_lists, "_KIT_SECONDS", 1)
     with pytest.raises(ValueError, match=words) as caught:
         run(tmp_path / "out", **tars)
     assert "meta.mat" in str(caught.value) and "\n" not in str(caught.value)

@@ -137,6 +137,16 @@ def test_trees_with_links_back_and_missing_folders_have_a_fingerprint(tmp_path):
     assert fingerprint(tmp_path / "val.tar") != one
 
 
+def test_a_list_of_classes_above_the_validation_images_is_looked_at(tmp_path):
+    put_images(tmp_path / "images", train=2, validation=2)
+    before = look(tmp_path)
+    listed = tmp_path / "LOC_val_solution.csv"
+    listed.write_text("ImageId,PredictionString")
+    after = look(tmp_path)
+    edit(listed, b"imageId")
+    assert len({before[0], after[0], look(tmp_path)[0]}) == 3
+
+
 def test_the_built_in_photographs_are_named_by_content_so_that_machines_agree(tmp_path):
     first = look(tmp_path / "a", tiny_params())
     assert first == look(tmp_path / "b", tiny_params()) and b"astronaut" in first[0]

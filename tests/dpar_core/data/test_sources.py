@@ -16,7 +16,7 @@ from dpar_core.data.folders import image_files, list_folder
 from dpar_core.data.image_parquet import list_parquet
 from dpar_core.data.image_tars import list_ilsvrc_train, list_ilsvrc_validation, list_webdataset
 from dpar_core.data.images import BadImage
-from dpar_core.data.listing import join_listings
+from dpar_core.data.listing import ListedClasses, join_listings
 from dpar_core.data.manifest import Manifest, Row, read_manifest, write_manifest
 from dpar_core.data.shards import TokenSample, write_shard
 from dpar_core.data.sources import ImageOpener, block_of
@@ -66,10 +66,10 @@ def make_ilsvrc(root: Path) -> Manifest:
     put(root, {"train.tar": tar_of(inner)})
     files = {f"val_{2 * c + i}.JPEG": png(4 + 2 * c + i) for c in range(2) for i in range(2)}
     put(root, {"val.tar": tar_of(files)})
-    synsets = {f"val_{2 * c + i}": names[c] for c in range(2) for i in range(2)}
+    listed = ListedClasses(root / "list", [names[c] for c in range(2) for _ in range(2)])
     roots = {"train": root / "train.tar", "validation": root / "val.tar"}
-    found = {"train": list_ilsvrc_train(roots["train"]), "validation": list_ilsvrc_validation(roots["validation"], synsets)}
-    return join_listings(found, roots)
+    validation = list_ilsvrc_validation(roots["validation"], lambda path, names: listed)
+    return join_listings({"train": list_ilsvrc_train(roots["train"]), "validation": validation}, roots)
 
 
 def make_webdataset(root: Path) -> Manifest:
@@ -492,9 +492,11 @@ def test_a_tar_that_is_not_ilsvrcs_is_refused(tmp_path):
         list_ilsvrc_train(tmp_path / "html.tar")
     with pytest.raises(BadTar, match=r"inner n00000001.tar ends without its end mark"):
         list_ilsvrc_train(tmp_path / "flat.tar")
-    with pytest.raises(ValueError, match=r"x.JPEG has no class in the list of 0"):
-        put(tmp_path, {"val.tar": tar_of({"x.JPEG": b"x"})})
-        list_ilsvrc_validation(tmp_path / "val.tar", {})
+    put(tmp_path, {"val.tar": tar_of({"x.JPEG": b"x"})})
+    with pytest.raises(
+        FileNotFoundError, match=r"no classes of the validation images beside .*val.tar: put LOC_val_solution"
+    ):
+        list_ilsvrc_validation(tmp_path / "val.tar", lambda path, names: None)
 
 
 @pytest.mark.parametrize("lister", [list_folder, list_webdataset, list_parquet])
