@@ -458,11 +458,8 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
     sample, score = sections.get("sample"), sections.get("score")
     if data:
         yield from _data_contradictions(data)
-    if model and sample and sample.cfg_scale > 1 and not model.class_dropout:
-        yield (
-            f"`sample.cfg_scale` {sample.cfg_scale} guides by the null class, which `model.class_dropout` 0 never trains: "
-            "set cfg_scale to 1, or train with class_dropout above 0"
-        )
+    if model and sample and (fault := guidance_fault(model, sample.cfg_scale)):
+        yield fault
     if data and tokenizer and data.image_size % tokenizer.downsample:
         yield (
             f"`data.image_size` {data.image_size} is not a multiple of the tokenizer's downsampling "
@@ -542,6 +539,16 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
                 f"`score.images` {score.images} are too few for a covariance of {features} features: ask for more, "
                 "or set `score.allow_singular` for a number to be compared with others of as few images only"
             )
+
+
+def guidance_fault(model: Model, cfg_scale: float) -> str:
+    """Return why a model cannot be guided by a scale, in a sentence; an empty text where it can be."""
+    if cfg_scale <= 1 or model.class_dropout:
+        return ""
+    return (
+        f"`sample.cfg_scale` {cfg_scale} guides by the null class, which `model.class_dropout` 0 never trains: "
+        "set cfg_scale to 1, or train with class_dropout above 0"
+    )
 
 
 def _data_contradictions(data: Data) -> Iterator[str]:

@@ -69,6 +69,8 @@ def sample_grid(
     params = P.load_params(params_file)
     section, device = params.sample, params.compute.device
     if cfg_scale is not None:
+        if fault := P.guidance_fault(params.model, cfg_scale):
+            raise ValueError(fault)
         section = section.model_copy(update={"cfg_scale": cfg_scale})
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -163,6 +163,7 @@ def _run(name: str, model: str, subject: Subject, params: Params, plan: SweepPla
     from pipeline.sweep import output as sweep_output
     from pipeline.sweep.tracking import open_sweep
     from stages import artifacts
+    from stages.params import guidance_fault
     from stages.terminal import print_fitted
     from stages.tools.sweep import check_points, sweep
     from stages.tools.sweep_models import retrain as train_models
@@ -174,6 +175,8 @@ def _run(name: str, model: str, subject: Subject, params: Params, plan: SweepPla
     root = Path.cwd()
     folder, work = root / "sweeps" / name, root / "work" / "sweeps" / name
     check_points(plan.points, subject.models[None])
+    if fault := guidance_fault(params.model, max(point.cfg_scale for point in plan.points)):
+        raise ValueError(fault)
     thresholds = list(dict.fromkeys(point.threshold for point in plan.points))
     count = len(plan.points) if plan.search == "grid" else plan.trials
     finals = f", then the best {min(plan.finalists, count)} again with {plan.final_images}" if plan.final_images else ""
@@ -225,7 +228,7 @@ def _run(name: str, model: str, subject: Subject, params: Params, plan: SweepPla
     if apply:
         print_fitted(apply_winner(root / "params.yaml", winner, with_threshold=model == "dpar"))
         if retrain:
-            also = f"set patching.threshold to {winner.point.threshold:g} as well"
+            also = f"set patching.threshold to {winner.point.threshold!r} as well"
             print_fitted(f"the winner was trained at its threshold: {also}")
     print_fitted(f"report          {(folder / 'index.html').resolve().as_uri()}\ncompare trials  dpar-cli ui")
     if not apply:
@@ -238,7 +241,7 @@ def refuse_second(name: str, holder: str) -> None:
 
 
 def _listed(values: Any) -> str:
-    return ",".join("training" if value is None else f"{value:g}" for value in values)
+    return ",".join("training" if value is None else f"{value:.12g}" for value in values)
 
 
 def reproduce(name: str, subject: Subject, winner: TrialResult | None, plan: SweepPlan, *, model: str, retrain: bool) -> str:

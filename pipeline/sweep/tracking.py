@@ -86,7 +86,8 @@ class SweepRuns:
         value = winner.value(facts.distance)
         name = f"sweep {self.name} · {facts.short} {figures(value, 4)} at {label(winner.point)}"
         self.records.tags(self.run, {"mlflow.runName": name})
-        self.tracker.log_metrics(rounded(distance_metric(self.model, value) | metrics))
+        settings = {name: metrics[name] for name in ("sweep/threshold", "sweep/cfg_scale") if name in metrics}
+        self.tracker.log_metrics(rounded(distance_metric(self.model, value) | metrics) | settings)
         model = None if facts.settings.retrain else model_used(self.model, root)
         if model is not None:
             self.tracker.log_model(model)

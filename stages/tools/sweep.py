@@ -344,14 +344,18 @@ def _points(plan: SweepPlan) -> list[Point]:
         return list(plan.points)
     thresholds, scales = plan.box()
     rng = np.random.default_rng(0)
-    chosen = rng.random((plan.trials, 2))
-    return [
-        Point(
-            None if thresholds is None else round(thresholds[0] + float(a) * (thresholds[1] - thresholds[0]), DIGITS),
-            round(scales[0] + float(b) * (scales[1] - scales[0]), DIGITS),
-        )
-        for a, b in chosen
-    ]
+    chosen = rng.random((plan.trials, 2)).tolist()
+    return [Point(None if thresholds is None else _at(a, thresholds), _at(b, scales)) for a, b in chosen]
+
+
+def _at(share: float, ends: tuple[float, float]) -> float:
+    """Return the setting at a share of the way between two ends."""
+    return _short(ends[0] + share * (ends[1] - ends[0]), *ends)
+
+
+def _short(value: float, low: float, high: float) -> float:
+    """Return a setting that a search made up with DIGITS decimals, or the end beyond which it would lie with them."""
+    return min(max(round(value, DIGITS), low), high)
 
 
 @dataclass(eq=False)
@@ -398,14 +402,13 @@ class _Runner:
     def _optimize(self, name: str, trial: Callable[[Point], Trial]) -> list[TrialResult]:
         """Let Optuna choose; it starts from what an earlier run has tried."""
         import optuna
-        from ray import tune
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         thresholds, scales = self.plan.box()
-        space = {"cfg_scale": tune.uniform(scales[0], scales[1] + 1e-9)}
+        space = {"cfg_scale": optuna.distributions.FloatDistribution(*scales)}
         if thresholds is not None:
-            space["threshold"] = tune.uniform(thresholds[0], thresholds[1] + 1e-9)
+            space["threshold"] = optuna.distributions.FloatDistribution(*thresholds)
         known = self._known(trial)
         for result in known:
             self.finished(result)
@@ -413,7 +416,7 @@ class _Runner:
         searcher = OptunaSearch(
             metric="distance",
             mode="min",
-            sampler=optuna.samplers.TPESampler(seed=len(known)),
+            sampler=_tpe_sampler(),
             space=space,
             points_to_evaluate=tried or None,
             evaluated_rewards=[result.value(self.subject.distance) for result in known] or None,
@@ -425,10 +428,20 @@ class _Runner:
         return self._known(trial)
 
     def _known(self, trial: Callable[[Point], Trial]) -> list[TrialResult]:
-        """Return the results in the folder that belong to a search with these settings, oldest first."""
+        """Return the results in the folder that belong to a search with these settings and inside its box, oldest first."""
+        thresholds, scales = self.plan.box()
+
+        def inside(point: Point) -> bool:
+            if point.threshold is None or thresholds is None:
+                in_range = point.threshold is None and thresholds is None
+            else:
+                in_range = thresholds[0] <= point.threshold <= thresholds[1]
+            return in_range and scales[0] <= point.cfg_scale <= scales[1]
+
         files = sorted(self.folder.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         found = [read_result(self.folder, path.stem) for path in files]
-        return [one for one in found if one is not None and one.key == self.subject.key(trial(one.point))]
+        known = [one for one in found if one is not None and inside(one.point)]
+        return [one for one in known if one.key == self.subject.key(trial(one.point))]
 
     def _room(self) -> dict[str, float]:
         """Return what a trial takes, having made sure that as many as asked for fit at once."""
@@ -508,11 +521,31 @@ class _Runner:
 
 
 def point_of(config: dict[str, Any]) -> Point:
-    """Return the point of a Tune config: one that was asked for, as it is, or one an optimizer made up, rounded."""
-    if "point" in config:
-        return Point(**config["point"])
-    threshold = config.get("threshold")
-    return Point(None if threshold is None else round(threshold, DIGITS), round(config["cfg_scale"], DIGITS))
+    """Return the point of a Tune config: one that was asked for, or one that Optuna made up."""
+    return Point(**config["point"]) if "point" in config else Point(config.get("threshold"), config["cfg_scale"])
+
+
+def _tpe_sampler() -> Any:
+    """Return Optuna's TPE, whose choice follows from the trials before it alone: a resumed search is the same one."""
+    import optuna
+
+    class FromTrials(optuna.samplers.BaseSampler):  # type: ignore[misc]  # Optuna's classes are Any here
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
+            return {}
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> float:
+            seed = 2 * trial.number + (param_name == "threshold")
+            tpe = optuna.samplers.TPESampler(seed=seed)
+            value = tpe.sample_independent(study, trial, param_name, param_distribution)
+            return _short(value, param_distribution.low, param_distribution.high)
+
+        def __reduce__(self) -> tuple[type, tuple[()]]:  # Tune stores its searchers, and nobody reads them
+            return optuna.samplers.TPESampler, ()
+
+    return FromTrials()
 
 
 def _callback(settled: Callable[[dict[str, Any], dict[str, Any] | None, str | None], None]) -> Any:

@@ -46,7 +46,7 @@ def retrain(
         if not (maps / RULE).exists():
             cut = patch_maps.Outputs(maps, home / "patch_maps_metrics.json", home / "patch_lengths.csv")
             home.mkdir(parents=True, exist_ok=True)
-            with track(f"patch_maps {threshold:g}", params) as tracker:
+            with track(f"patch_maps {threshold:.12g}", params) as tracker:
                 patch_maps.run(
                     patch_maps.Params(patching),
                     patch_maps.Inputs(tokens, entropies),
@@ -57,7 +57,7 @@ def retrain(
                 )
         if not model.exists():
             outputs = train.DPAROutputs(model, home / METRICS, home / CURVE, home / TIMINGS)
-            with track(f"train_dpar {threshold:g}", params) as tracker:
+            with track(f"train_dpar {threshold:.12g}", params) as tracker:
                 train.run_dpar(
                     train_params,
                     train.DPARInputs(tokens, maps),

@@ -103,6 +103,13 @@ def test_senseless_requests_are_refused_in_a_sentence(root, changes, sentence):
         sample_once(root, **changes)
 
 
+def test_guidance_by_a_null_class_that_was_never_trained_is_refused(root, tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("cfg_scale: 2.0", "cfg_scale: 1.0")
+    (tmp_path / "params.yaml").write_text(text.replace("class_dropout: 0.1", "class_dropout: 0.0"))
+    with pytest.raises(ValueError, match=r"`sample.cfg_scale` 1.5 guides by the null class, which .* 0 never trains"):
+        sample_once(root, cfg_scale=1.5, params_file=tmp_path / "params.yaml")
+
+
 def test_of_a_given_image_of_another_size_the_centre_crop_is_taken(root):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
     grids = []

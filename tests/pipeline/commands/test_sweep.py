@@ -22,13 +22,15 @@ from pipeline.commands import sweep
 from pipeline.sweep import output as sweep_output
 from pipeline.sweep import tracking as sweep_tracking
 from pipeline.tracking import store
+from stages import score
 from stages.artifacts import FOLDER, MODELS
-from stages.params import ParamsError
+from stages.params import ParamsError, load_params, select
 from stages.shared.sampler import Files
-from stages.tools.sweep import Failure, Outcome, Point, Trial, TrialResult
+from stages.tools.sweep import Failure, Outcome, Point, Subject, SweepPlan, Trial, TrialResult
 from stages.workers.lock import locked
 from tests.helpers.mlflow_stores import delivered
 from tests.helpers.paths import ROOT
+from tests.helpers.sample_artifacts import write_artifacts
 
 
 def result(threshold, scale, distance, patches, speed, *, final=False, folder=None):
@@ -140,6 +142,8 @@ def test_a_winner_that_makes_params_invalid_leaves_them_alone(tmp_path):
 def test_trials_hang_under_one_run_and_are_written_once(facts, fresh_store, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(fresh_store, tmp_path)
+    finals = [facts.outcome.finals[0], result(4.234567, 2.0, 1.05, 30.0, 61.0, final=True)]
+    facts = replace(facts, outcome=replace(facts.outcome, finals=finals))
     picture = tmp_path / "trials" / "s3.8-1.0.png"
     model = MODELS["dpar"].below(tmp_path / FOLDER)
     model.parent.mkdir(parents=True)
@@ -157,10 +161,13 @@ def test_trials_hang_under_one_run_and_are_written_once(facts, fresh_store, tmp_
     parent = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     assert len(parent) == 1
     assert len(found) == 1 + 4 + 2  # a failed trial is tried again at every start
-    assert parent[0].info.run_name == "sweep t · fd_demo 1.050 at 4.2 nats, cfg 2" and parent[0].info.status == "FINISHED"
+    assert (
+        parent[0].info.run_name == "sweep t · fd_demo 1.050 at 4.23457 nats, cfg 2" and parent[0].info.status == "FINISHED"
+    )
     assert parent[0].data.metrics["dpar_distance"] == 1.05  # the column of pipeline runs
+    assert parent[0].data.metrics["sweep/threshold"] == 4.234567  # a setting keeps its digits
     note = parent[0].data.tags["mlflow.note.content"]
-    assert "| 4.2 | 2 | 40 | 1.050 | 0.950 to 1.15 | 30.0 | 61.0 |" in note and "5 nats, cfg 1: no room" in note
+    assert "| 4.23457 | 2 | 40 | 1.050 | 0.950 to 1.15 | 30.0 | 61.0 |" in note and "5 nats, cfg 1: no room" in note
     assert "3.8 nats, cfg 2" in note.partition("Within chance")[2] and note.endswith("    dpar-cli sweep x")
     (used,) = client.get_run(parent[0].info.run_id).inputs.model_inputs
     assert client.get_logged_model(used.model_id).tags["mlflow.source.name"] == "dpar-cli sweep"
@@ -200,3 +207,18 @@ def test_what_cannot_be_swept_gets_a_sentence(tmp_path, monkeypatch, arguments, 
     outcome = CliRunner().invoke(app, ["sweep", *arguments])
     assert outcome.exit_code != 0
     assert words in str(outcome.exception)
+
+
+def test_settings_are_listed_with_their_digits():
+    assert sweep._listed([None, 3.98765432, 0.1 + 0.2, 1.0]) == "training,3.98765432,0.3,1"
+
+
+def test_a_model_that_cannot_be_guided_is_not_swept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = load_params(ROOT / "params.yaml")
+    params = params.model_copy(update={"model": params.model.model_copy(update={"class_dropout": 0.0})})
+    files = write_artifacts(tmp_path).dpar_files
+    subject = Subject({None: files}, params.sample, select(params, score.Params), tmp_path / "m", tmp_path / "f", "cpu")
+    plan = SweepPlan((Point(None, 1.0), Point(None, 1.5)), 12, 0, 1, 1)
+    with pytest.raises(ValueError, match=r"`sample.cfg_scale` 1.5 guides by the null class, which .* 0 never trains"):
+        sweep._run("x", "dpar", subject, params, plan, retrain=False, apply=False)

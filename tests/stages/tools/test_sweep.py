@@ -1,5 +1,6 @@
 """Sweeps: trials are functions of their settings, finished ones are kept, bad settings and failures get a sentence."""
 
+import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from dpar_core.data.manifest import write_manifest
 from dpar_core.evaluation.features import DemoClassifier
 from dpar_core.evaluation.scores import compare
-from dpar_core.files import save_weights
+from dpar_core.files import save_weights, write_record
 from stages import params as P
 from stages import score
 from stages.data import builtin_manifest
@@ -163,10 +164,57 @@ def test_optuna_goes_on_from_the_trials_it_finds(ray_here, subject, tmp_path):
         assert 1.0 <= one.point.cfg_scale <= 2.0
 
 
+@pytest.fixture
+def distances(subject, tmp_path, monkeypatch):
+    """A trial's result at once: the distance is `of` its point. Trials run here, in the order of Optuna's questions."""
+    made = sweep.run_trial(subject, Trial(Point(1.0, 1.0), 6, 1, final=False), tmp_path, tmp_path)
+
+    def of(point):
+        return (point.threshold - 1.7) ** 2 + (point.cfg_scale - 1.2) ** 2
+
+    def tune(runner, space, trial, progress, *, searcher, samples):
+        for number in range(samples):
+            one = trial(sweep.point_of(searcher.suggest(str(number))))
+            scores = replace(made.scores, values={**made.scores.values, "eval/fd_demo": of(one.point)})
+            result = replace(made, key=subject.key(one), trial=one, scores=scores)
+            path = runner.folder / f"{result.key}.json"
+            write_record(path, {**asdict(result), "scores": result.scores.to_json()})
+            later = 10**18 + 10**9 * len(list(runner.folder.glob("*.json")))  # whatever the clock's resolution
+            os.utime(path, ns=(later, later))
+            searcher.on_trial_complete(str(number), {"distance": of(one.point)})
+
+    monkeypatch.setattr(sweep._Runner, "_tune", tune)
+    return of
+
+
+def test_an_interrupted_optuna_search_is_the_one_that_was_not(subject, distances, tmp_path):
+    whole, _ = run(subject, plan(search="optuna", trials=16, final_images=0), tmp_path / "whole")
+    for trials in (3, 11, 16):
+        parts, _ = run(subject, plan(search="optuna", trials=trials, final_images=0), tmp_path / "parts")
+        assert [one.point for one in parts.search] == [one.point for one in whole.search[:trials]]
+    found = min((distances(one.point), one.point.threshold) for one in whole.search)
+    best = whole.winner("eval/fd_demo")
+    assert (best.value("eval/fd_demo"), best.point.threshold) == found
+    started = np.mean([distances(one.point) for one in whole.search[:10]])
+    assert np.mean([distances(one.point) for one in whole.search[10:]]) < started / 2  # it is the minimum that is sought
+
+
+def test_a_search_in_another_box_knows_the_trials_inside_it_alone(subject, distances, tmp_path):
+    wide, _ = run(subject, plan(search="optuna", trials=8, final_images=0), tmp_path)
+    corners = (Point(1.23456789, 1.0), Point(1.9000049, 2.0))
+    narrow, reported = run(subject, replace(plan(search="optuna", trials=9, final_images=0), points=corners), tmp_path)
+    assert len(narrow.search) == 9
+    assert all(1.23456789 <= one.point.threshold <= 1.9000049 for one in narrow.search)
+    known = [one for one in wide.search if 1.23456789 <= one.point.threshold <= 1.9000049]
+    assert 0 < len(known) < 8
+    assert reported == narrow.search[: len(known)] == known
+
+
 def test_points_that_were_asked_for_are_tried_with_all_their_digits():
     asked = Point(1.23456789, 1.000049)
     assert sweep.point_of({"point": asdict(asked)}) == asked
-    assert sweep.point_of({"threshold": 1.23456789, "cfg_scale": 1.000049}) == Point(1.2346, 1.0)
+    assert sweep._short(1.23456789, 1.0, 2.0) == 1.2346
+    assert sweep._points(replace(plan(search="random", trials=3), points=(asked,))) == [asked] * 3
 
 
 def test_a_random_search_follows_from_its_plan():
