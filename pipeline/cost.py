@@ -5,7 +5,6 @@ N tokens and M patches per image. Training costs three forward passes; numbers a
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import typer
 from dpar_core.choices import READ_ENTROPIES
 
 if TYPE_CHECKING:
-    from dpar_core.models.vq import VQConfig
+    from dpar_core.models.configs import DPARConfig, GPTConfig
     from stages.params import Params, Patching
 
 GIGA, HOUR = 1e9, 3600.0
@@ -167,26 +166,6 @@ def patches_an_image(patching: Patching, tokens: int) -> float:
     )
 
 
-@functools.cache
-def tokenizer_flops(config: VQConfig, side: int) -> tuple[float, float]:
-    """Return the FLOPs of encoding and of decoding an image of `side` pixels, layer by layer, without computing anything."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from dpar_core.models.vq import VQ
-
-    grid = side // config.downsample
-    with torch.device("meta"):
-        model, image = VQ(config), torch.empty(1, 3, side, side)
-        codes = torch.zeros(1, grid, grid, dtype=torch.int64)
-    counts = []
-    for call, given in ((model.encode, image), (model.decode, codes)):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            call(given)
-        counts.append(float(counter.get_total_flops()))
-    return counts[0], counts[1]
-
-
 def other_work(
     params: Params, prices: Prices, *, views: float, gate: float, sampled: Mapping[str, float]
 ) -> dict[str, WorkCost]:
@@ -197,9 +176,10 @@ def other_work(
     sampled: FLOPs of sampling one image from each model, with guidance and without the entropy model.
     The baseline is sampled twice, at equal steps and at equal training time.
     """
-    from stages.tokenizer import vq_config
+    from dpar_core.models.flops import vq_flops
+    from stages.shared.configs import vq_config
 
-    encode, decode = tokenizer_flops(vq_config(params.tokenizer), params.data.image_size)
+    encode, decode = vq_flops(vq_config(params.tokenizer), params.data.image_size)
     images, how = params.sample.images, params.sample
     trained = 0 if params.tokenizer.weights else params.tokenizer.steps * params.tokenizer.batch_size
     gated = gate if how.gate == "entropy_model" and params.patching.mode in READ_ENTROPIES else 0.0
@@ -231,7 +211,6 @@ def costs(
     """
     from dpar_core.data.images import VIEW_COUNTS
     from dpar_core.models.flops import (
-        GPTShape,
         dpar_forward_flops,
         dpar_parts,
         gpt_forward_flops,
@@ -240,8 +219,7 @@ def costs(
         training_flops,
     )
     from dpar_core.models.memory import training_memory
-    from stages.entropy_model import entropy_config
-    from stages.train import dpar_config, llamagen_config
+    from stages.shared.configs import dpar_config, entropy_config, llamagen_config
 
     builtin = params.data.source == "builtin"
     if not builtin and params.data.classes != "imagenet" and None in (images, classes):
@@ -264,7 +242,7 @@ def costs(
         "llamagen": llamagen_config(params.model, **shape, num_classes=classes),
         "entropy_model": entropy_config(params.entropy_model, **shape),
     }
-    models: dict[str, GPTShape] = {"dpar": dpar, **plain}
+    models: dict[str, DPARConfig | GPTConfig] = {"dpar": dpar, **plain}
     forward = {"dpar": dpar_forward_flops(dpar, patches)}
     forward |= {name: gpt_forward_flops(config) for name, config in plain.items()}
     gate = forward["entropy_model"]
@@ -406,7 +384,6 @@ def cost(
 
         dpar-cli cost imagenet256-dpar-l --gpu H100 --price 2.5
     """
-    from dpar_core.data.manifest import read_manifest
     from stages.artifacts import MANIFEST
     from stages.params import load_params
 
@@ -414,6 +391,8 @@ def cost(
         raise ValueError(f"--currency has {len(currency)} characters, expected a short name, as EUR")
     params = load_params(_params_file(preset))
     if preset is None and params.data.train is not None and Path(MANIFEST.path).exists():
+        from dpar_core.data.manifest import read_manifest
+
         manifest = read_manifest(Path(MANIFEST.path))
         if manifest.roots.get("train") == str(Path(params.data.train)):  # else of other data, as of the preset before
             images, classes = images or len(manifest.split("train")), classes or len(manifest.classes)

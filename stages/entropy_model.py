@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dpar_core.data.shards import TokenShards
-from dpar_core.models.gpt import GPTConfig
 from stages import params as P
+from stages.shared.configs import entropy_config
 from stages.shared.jobs import TrainJob, publish, recipe, run_job
 from stages.tracker import Tracker
 
@@ -30,12 +30,6 @@ class Outputs:
     metrics: Path
     curve: Path
     timings: Path
-
-
-def entropy_config(section: P.EntropyModel, *, codebook_size: int, row_width: int) -> GPTConfig:
-    """Return the shape of the entropy model that the params ask for."""
-    values = {name: getattr(section, name) for name in ("width", "heads", "layers", "ffn_multiple", "dropout")}
-    return GPTConfig(codebook_size=codebook_size, row_width=row_width, num_classes=None, **values)
 
 
 def identity(params: Params) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dpar_core.training.optim import OptimSettings, adamw, learning_rate, set_le
 from dpar_core.training.order import DataOrder, random_subset
 from stages import params as P
 from stages.data import ManifestOpener
+from stages.shared.configs import vq_config
 from stages.shared.crops import CenterCrops, Crops
 from stages.sources import checked_file
 from stages.terminal import print_fitted
@@ -52,20 +53,6 @@ class Outputs:
     weights: Path
     metrics: Path
     picture: Path
-
-
-def vq_config(section: P.Tokenizer) -> VQConfig:
-    """Return the shape of a tokenizer of the params section."""
-    return VQConfig(
-        section.codebook_size,
-        section.codebook_dim,
-        section.base_width,
-        tuple(section.channel_multipliers),
-        section.z_channels,
-        section.residual_blocks,
-        section.commitment,
-        section.norm_groups,
-    )
 
 
 def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, device: str, work: Path) -> None:

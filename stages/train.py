@@ -10,10 +10,9 @@ import numpy as np
 
 from dpar_core.data.shards import TokenShards
 from dpar_core.files import atomic_folder
-from dpar_core.models.dpar import DPARConfig
-from dpar_core.models.gpt import GPTConfig
 from dpar_core.patches.maps import PatchMaps, stated
 from stages import params as P
+from stages.shared.configs import dpar_config, llamagen_config
 from stages.shared.jobs import TrainJob, publish, publish_model, recipe, run_job
 from stages.tracker import Tracker
 
@@ -51,19 +50,6 @@ class LlamaGenOutputs:
     metrics: Path
     curve: Path
     timings: Path
-
-
-def dpar_config(model: P.Model, *, codebook_size: int, row_width: int, num_classes: int) -> DPARConfig:
-    """Return the shape of DPAR that the params ask for."""
-    shape = model.model_dump()
-    return DPARConfig(codebook_size=codebook_size, row_width=row_width, num_classes=num_classes, **shape)
-
-
-def llamagen_config(model: P.Model, *, codebook_size: int, row_width: int, num_classes: int) -> GPTConfig:
-    """Return the shape of DPAR's baseline: the same width and heads, and all its layers in one stack."""
-    same = ("width", "heads", "layers", "ffn_multiple", "dropout", "class_dropout")
-    values = {name: getattr(model, name) for name in same}
-    return GPTConfig(codebook_size=codebook_size, row_width=row_width, num_classes=num_classes, **values)
 
 
 def identity(params: Params) -> dict[str, Any]:

@@ -74,11 +74,14 @@ def own_imports(file: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in FLOORS}
 
 
-def test_status_needs_nothing_heavy():
+def test_status_and_cost_need_nothing_heavy():
     files = [ROOT / "pipeline" / name for name in ("state.py", "results.py", "headline.py", "dvc_cache.py")]
     modules = {name.rsplit(".", 1)[0] for file in files for name in own_imports(file)} - set(FLOORS)
     check = "import sys; sys.exit(', '.join({'torch', 'ray', 'mlflow', 'dvc', 'pyarrow'} & set(sys.modules)) or None)"
-    subprocess.run([sys.executable, "-c", f"import {', '.join(sorted(modules))}; {check}"], cwd=ROOT, check=True)
+    cost = "from pipeline.cost import Prices, costs; from stages.params import load_params; from pathlib import Path"
+    cost += "; costs(load_params(Path('params.yaml')), prices=Prices('A100', 0.4, 2.0))"
+    code = f"import {', '.join(sorted(modules))}; {cost}; {check}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def rooms(floor: str) -> dict[str, dict[str, list[str]]]:
@@ -186,6 +189,7 @@ HOMES = {
     "generation.static_ops": "dpar_core/generation/test_static.py",
     "generation.stepping": "dpar_core/generation/test_kv_cache.py",
     "generation.triton_ops": "dpar_core/generation/test_static.py",
+    "models.configs": "pipeline/test_cost.py",
     "models.flops": "dpar_core/training/test_loop.py",
     "models.gpt": "dpar_core/models/test_load.py",
     "models.memory": "pipeline/test_cost.py",

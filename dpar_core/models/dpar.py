@@ -10,63 +10,20 @@ needed as input), S longest patch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpar_core.choices import PositionEncoding
-from dpar_core.models.layers import Block, LabelEmbedder, PackedCausal, RMSNorm, Stack, ffn_width, initialize
+from dpar_core.models.configs import DPARConfig as DPARConfig
+from dpar_core.models.layers import Block, LabelEmbedder, PackedCausal, RMSNorm, Stack, initialize
 from dpar_core.models.loss import output_loss
 from dpar_core.models.rope import Rotary, patch_rotary, token_rotary
 from dpar_core.patches.layout import PatchLayout
 
 LONGEST_GATHERED = 8  # patches up to this long are pooled as (K, S) rows, longer ones as segments
 ROWS_MULTIPLE = 16  # on a CPU, packed rows are rounded up to this, see `spare_rows`
-
-
-@dataclass(frozen=True)
-class DPARConfig:
-    """Shape of a DPAR."""
-
-    codebook_size: int
-    row_width: int
-    width: int
-    heads: int
-    encoder_layers: int
-    patch_layers: int
-    decoder_layers: int
-    num_classes: int
-    ffn_multiple: int = 256
-    position_encoding: PositionEncoding = "4d"
-    dropout: float = 0.0
-    class_dropout: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of an image, T."""
-        return self.row_width**2
-
-    @property
-    def hidden(self) -> int:
-        """Width of the FFN."""
-        return ffn_width(self.width, self.ffn_multiple)
-
-    @property
-    def layers(self) -> int:
-        """Layers of the LlamaGen baseline."""
-        return self.encoder_layers + self.patch_layers + self.decoder_layers
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters, counted without building the network."""
-        d = self.width
-        block = 4 * d**2 + 3 * d * self.hidden + 2 * d
-        around = self.encoder_layers * (4 * d**2 + 2 * d) + self.decoder_layers * (d**2 + d)
-        tables = 2 * self.codebook_size * d + (self.num_classes + 1) * d + d
-        return self.layers * block + around + tables + d
 
 
 def spare_rows(rows: int, device: torch.device) -> int:

@@ -9,43 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from itertools import pairwise
 
 from dpar_core.choices import GuidanceSchedule
+from dpar_core.models.configs import DPARConfig, GPTConfig, VQConfig
 
 BACKWARD = 2  # a backward pass costs two forward passes
-
-
-class GPTShape(Protocol):
-    """The properties of GPTConfig that computation and memory depend on."""
-
-    @property
-    def codebook_size(self) -> int: ...
-    @property
-    def row_width(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def num_classes(self) -> int | None: ...
-    @property
-    def num_parameters(self) -> int: ...
-
-
-class DPARShape(GPTShape, Protocol):
-    """The properties of DPARConfig that computation and memory depend on."""
-
-    @property
-    def encoder_layers(self) -> int: ...
-    @property
-    def patch_layers(self) -> int: ...
-    @property
-    def decoder_layers(self) -> int: ...
 
 
 def block_flops(width: int, hidden: int) -> int:
@@ -53,14 +22,14 @@ def block_flops(width: int, hidden: int) -> int:
     return 2 * (4 * width**2 + 3 * width * hidden)
 
 
-def gpt_forward_flops(shape: GPTShape) -> int:
+def gpt_forward_flops(shape: GPTConfig) -> int:
     """Return FLOPs of one image through the LlamaGen baseline (or the entropy model): N L K + 4 N^2 D L + 2 N V D."""
     tokens, width = shape.row_width**2, shape.width
     per_layer = tokens * block_flops(width, shape.hidden) + 4 * tokens**2 * width
     return shape.layers * per_layer + 2 * tokens * shape.codebook_size * width
 
 
-def dpar_forward_flops(shape: DPARShape, patches: float) -> float:
+def dpar_forward_flops(shape: DPARConfig, patches: float) -> float:
     """Return FLOPs of one image of `patches` patches through DPAR.
 
     E [(N-1) K + 4 (N-1)^2 D + 4 D^2 (M+N-1) + 4 M (N-1) D] + G [(M+1) K + 4 (M+1)^2 D]
@@ -69,7 +38,7 @@ def dpar_forward_flops(shape: DPARShape, patches: float) -> float:
     return sum(dpar_parts(shape, patches).values())
 
 
-def dpar_parts(shape: DPARShape, patches: float, *, passes: float = 1.0) -> dict[str, float]:
+def dpar_parts(shape: DPARConfig, patches: float, *, passes: float = 1.0) -> dict[str, float]:
     """Return the FLOPs of one image of `patches` patches by part of DPAR, the terms of `dpar_forward_flops`.
 
     passes: how often what sees the class runs (`guidance_passes`); the patch encoder does not see it and runs once.
@@ -86,6 +55,39 @@ def dpar_parts(shape: DPARShape, patches: float, *, passes: float = 1.0) -> dict
         "patch decoder": passes * shape.decoder_layers * decoder,
         "output layer": passes * 2 * tokens * shape.codebook_size * width,
     }
+
+
+def vq_flops(config: VQConfig, side: int) -> tuple[int, int]:
+    """Return the FLOPs of encoding an image of `side` pixels, with the search of its codes, and of decoding one."""
+    widths = [config.base_width * multiplier for multiplier in config.channel_multipliers]
+    blocks, levels, lowest, grid = config.residual_blocks, len(widths), widths[-1], side // config.downsample
+
+    def conv(size: int, channels: int, out: int, kernel: int = 3) -> int:
+        return 2 * size**2 * channels * out * kernel**2
+
+    def residual(size: int, channels: int, out: int) -> int:
+        shortcut = 0 if channels == out else conv(size, channels, out, 1)
+        return conv(size, channels, out) + conv(size, out, out) + shortcut
+
+    def attention(size: int, width: int) -> int:
+        return 4 * conv(size, width, width, 1) + 4 * size**4 * width
+
+    def level(size: int, channels: int, out: int, blocks: int) -> int:
+        attending = blocks * attention(size, out) if size == grid else 0
+        return residual(size, channels, out) + (blocks - 1) * residual(size, out, out) + attending
+
+    middle = 2 * residual(grid, lowest, lowest) + attention(grid, lowest)
+    encode = conv(side, 3, config.base_width) + middle + conv(grid, lowest, config.z_channels)
+    encode += conv(grid, config.z_channels, config.codebook_dim, 1)
+    encode += 2 * grid**2 * config.codebook_size * config.codebook_dim
+    for depth, (channels, out) in enumerate(pairwise([config.base_width, *widths])):
+        encode += level(side >> depth, channels, out, blocks)
+        encode += conv(side >> depth + 1, out, out) if depth < levels - 1 else 0
+    decode = conv(grid, config.codebook_dim, config.z_channels, 1) + conv(grid, config.z_channels, lowest) + middle
+    for depth, (channels, out) in enumerate(pairwise([lowest, *reversed(widths)])):
+        decode += level(grid << depth, channels, out, blocks + 1)
+        decode += conv(grid << depth + 1, out, out) if depth < levels - 1 else 0
+    return encode, decode + conv(side, widths[0], 3)
 
 
 def training_flops(forward: float) -> float:

@@ -5,49 +5,16 @@ Shapes: B images, T tokens per image (G x G raster), n tokens given, V codebook 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpar_core.choices import GatePrecision
-from dpar_core.models.layers import Block, LabelEmbedder, RMSNorm, Stack, ffn_width, initialize
+from dpar_core.models.configs import GPTConfig as GPTConfig
+from dpar_core.models.layers import Block, LabelEmbedder, RMSNorm, Stack, initialize
 from dpar_core.models.loss import output_loss
 from dpar_core.models.rope import Rotary, token_rotary
 from dpar_core.precision import dtype_of
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Shape of a GPT. num_classes None: no class token (the entropy model)."""
-
-    codebook_size: int
-    row_width: int
-    width: int
-    heads: int
-    layers: int
-    ffn_multiple: int = 256
-    num_classes: int | None = None
-    dropout: float = 0.0
-    class_dropout: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of an image, T."""
-        return self.row_width**2
-
-    @property
-    def hidden(self) -> int:
-        """Width of the FFN."""
-        return ffn_width(self.width, self.ffn_multiple)
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters, counted without building the network."""
-        block = 4 * self.width**2 + 3 * self.width * self.hidden + 2 * self.width
-        classes = 0 if self.num_classes is None else (self.num_classes + 1) * self.width
-        return self.layers * block + 2 * self.codebook_size * self.width + self.width + classes
 
 
 class GPT(nn.Module):

@@ -20,12 +20,6 @@ ALONE = 4_000_000  # squared positions times width from which on a CPU an image 
 SHORT = 192  # positions up to which the plain way is taken on a CPU, see `causal_attention`
 
 
-def ffn_width(width: int, multiple: int) -> int:
-    """Return int(8 D / 3) rounded up to a multiple."""
-    hidden = int(8 * width / 3)
-    return multiple * -(-hidden // multiple)
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast back, times a weight; eps 1e-5.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpar_core.models.flops import DPARShape, GPTShape
+from dpar_core.models.configs import DPARConfig, GPTConfig
 
 STATE = 16  # per parameter: float32 weight and gradient, AdamW's two moments
 LOGITS_BLOCK = 2**25  # logits the loss holds at a time, see dpar_core.models.loss
@@ -54,7 +54,7 @@ class TrainingMemory:
 
 
 def training_memory(
-    shape: GPTShape, patches: float | None, *, bf16: bool, checkpointing: bool = False, shards: int = 1
+    shape: GPTConfig | DPARConfig, patches: float | None, *, bf16: bool, checkpointing: bool = False, shards: int = 1
 ) -> TrainingMemory:
     """Estimate what training a DPAR (with `patches` patches per image), a GPT or an entropy model (None) takes.
 
@@ -65,8 +65,8 @@ def training_memory(
     block = 34 * shape.width + 8 * shape.hidden
     positions: float = shape.layers * shape.tokens
     if patches is not None:
-        dpar: DPARShape = shape  # type: ignore[assignment]
-        positions = (dpar.encoder_layers + dpar.decoder_layers) * shape.tokens + dpar.patch_layers * (patches + 1)
+        assert isinstance(shape, DPARConfig), "a GPT has no patches"
+        positions = (shape.encoder_layers + shape.decoder_layers) * shape.tokens + shape.patch_layers * (patches + 1)
     kept = positions * (4 * shape.width if checkpointing else block)
     if checkpointing:
         kept += shape.tokens * block  # of the block that is computed again
@@ -84,7 +84,7 @@ def cache_bytes(*, layers: int, rows: int, width: int, positions: int, value_byt
     return 2 * layers * rows * width * CACHE_BLOCK * -(-positions // CACHE_BLOCK) * value_bytes
 
 
-def gpt_cache_bytes(shape: GPTShape, images: int, *, guided: bool, value_bytes: int) -> int:
+def gpt_cache_bytes(shape: GPTConfig, images: int, *, guided: bool, value_bytes: int) -> int:
     """Return the bytes that caches of a batch take with the baseline or, not guided, an entropy model."""
     rows = (2 if guided else 1) * images
     positions = shape.tokens + (0 if shape.num_classes is None else 1)
@@ -92,13 +92,13 @@ def gpt_cache_bytes(shape: GPTShape, images: int, *, guided: bool, value_bytes: 
 
 
 def dpar_cache_bytes(
-    shape: DPARShape,
+    shape: DPARConfig,
     images: int,
     *,
     guided: bool,
     value_bytes: int,
     longest_patch: int,
-    gate: GPTShape | None = None,
+    gate: GPTConfig | None = None,
     gate_bytes: int = 4,
 ) -> int:
     """Return the most bytes that caches of a batch can take with DPAR: every token may be a patch of its own.
@@ -117,7 +117,7 @@ def dpar_cache_bytes(
     return asked + encoder + stack(shape.patch_layers + shape.decoder_layers, rows, shape.tokens)
 
 
-def sampling_weights(shape: GPTShape, gate: GPTShape | None = None, *, value_bytes: int) -> float:
+def sampling_weights(shape: GPTConfig | DPARConfig, gate: GPTConfig | None = None, *, value_bytes: int) -> float:
     """Return the bytes of the networks that sampling holds: in float32 as read, and laid out in the precision of steps."""
     asked = 0 if gate is None else (4 + 4) * gate.num_parameters
     return (4 + value_bytes) * shape.num_parameters + asked

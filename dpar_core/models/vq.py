@@ -7,7 +7,6 @@ Parameter names are those of the published checkpoints, so that they load unchan
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,37 +16,12 @@ from torch import Tensor, nn
 
 from dpar_core.choices import EncodePrecision
 from dpar_core.float32 import tensor_float32, whole_float32
+from dpar_core.models.configs import VQConfig as VQConfig
 
 LARGEST_TENSOR = 2**31 - 1  # elements that kernels address with 32-bit indices
 
 GROUP_EPS = 1e-6
 LOOKUP_ROWS = 8192  # latents compared with the codebook at a time, so that memory does not grow with the batch
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """Shape of a tokenizer. VQ-16 of LlamaGen: 16384 codes of 8, width 128, multipliers 1, 1, 2, 2, 4, z 256, 2 blocks.
-
-    norm_groups: groups of every GroupNorm, 32 in LlamaGen. A narrow network needs fewer: with one channel a group the
-    norm takes away each channel's mean over the image, and with it the colour.
-    """
-
-    codebook_size: int
-    codebook_dim: int
-    base_width: int
-    channel_multipliers: tuple[int, ...]
-    z_channels: int
-    residual_blocks: int = 2
-    commitment: float = 0.25
-    norm_groups: int = 32
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-
-    @property
-    def downsample(self) -> int:
-        """Pixels of a side that one code stands for."""
-        return 1 << (len(self.channel_multipliers) - 1)
 
 
 class Quantized(NamedTuple):

@@ -150,12 +150,12 @@ class Costs:
         return 1 / (1 - self.saved(kind))
 
 
-def count_costs(trainings: dict[str, TrainingFacts], gate: flops.GPTShape, patches: PatchFacts, samples: Path) -> Costs:
+def count_costs(trainings: dict[str, TrainingFacts], gate: GPTConfig, patches: PatchFacts, samples: Path) -> Costs:
     """Count FLOPs by the formulas of the method."""
     sampled = read_json(samples / "dpar" / METRICS)["patch/patches_per_image"]
     how = read_json(samples / "dpar" / SAMPLE_PROTOCOL)
     dpar, baseline = trainings["dpar"].config, trainings["llamagen"].config
-    assert isinstance(dpar, DPARConfig)
+    assert isinstance(dpar, DPARConfig) and isinstance(baseline, GPTConfig)
     guidance = [how[name] for name in ("cfg_scale", "cfg_schedule", "cfg_interval")]
     forwards = flops.guidance_passes(*guidance, tokens=dpar.tokens)
     asked = how["gate"] == "entropy_model" and PatchRule(**how["rule"]).reads_entropies

@@ -16,6 +16,7 @@ from dpar_core.data.manifest import Manifest, read_manifest
 from dpar_core.data.shards import TokenShards
 from dpar_core.evaluation.protocol import DISTANCE_NAMES
 from dpar_core.files import atomic_folder, atomic_write, read_weights_header, write_json
+from dpar_core.models.configs import GPTConfig
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
 from dpar_core.pictures import colour_bar, save_png
 from dpar_core.secrets import redacted
@@ -127,6 +128,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     maps = PatchMaps(inputs.patch_maps, held_out)
     trainings = {name: read_training(inputs.models / name) for name in ("dpar", "llamagen")}
     gate = read_training(inputs.entropy_model)
+    assert isinstance(gate.config, GPTConfig), "the entropy model is a GPT"
     patches = count_patches(inputs.patch_maps, inputs.histogram, train)
     costs = count_costs(trainings, gate.config, patches, inputs.samples)
     speeds = measured_speeds(inputs.speed, costs)

@@ -21,8 +21,8 @@ from dpar_core.turns import Turns
 from pipeline.report.page import Inputs
 from pipeline.runner import STAGES, load_stage
 from stages.params import Params, parse_params, select
+from stages.shared.configs import vq_config
 from stages.shared.pace import Pace, write_pace
-from stages.tokenizer import vq_config
 from stages.tracker import NullTracker
 from tests.helpers.paths import ROOT
 

@@ -12,13 +12,11 @@ from dpar_core.data.images import VIEW_COUNTS
 from dpar_core.data.manifest import Manifest, Row, write_manifest
 from dpar_core.data.shards import TokenMeta, TokenSample, write_shard
 from dpar_core.models import memory
-from dpar_core.models.flops import guidance_passes
+from dpar_core.models.flops import guidance_passes, vq_flops
 from dpar_core.models.vq import VQ, VQConfig, most_images
-from pipeline.cost import Prices, cost, costs, tokenizer_flops
-from stages.entropy_model import entropy_config
+from pipeline.cost import Prices, cost, costs
 from stages.params import load_params, parse_params
-from stages.tokenizer import vq_config
-from stages.train import dpar_config, llamagen_config
+from stages.shared.configs import dpar_config, entropy_config, llamagen_config, vq_config
 from tests.helpers.paths import ROOT
 
 A100 = Prices("A100", 0.4, 2.0)
@@ -213,7 +211,7 @@ def test_the_tokenizer_is_counted_layer_by_layer():
         codes = model.encode(torch.zeros(1, 3, 32, 32))
         encode, (found[0]) = found[0], 0
         model.decode(codes)
-    costed = tokenizer_flops(model.config, 32)
+    costed = vq_flops(model.config, 32)
     width = params.tokenizer.base_width * params.tokenizer.channel_multipliers[-1]
     attention = 4 * 64**2 * width
     search = 2 * 64 * params.tokenizer.codebook_size * params.tokenizer.codebook_dim

@@ -15,9 +15,10 @@ from dpar_core.turns import Turns
 from stages import time_sampling, time_training
 from stages.params import select
 from stages.shared import pace
+from stages.shared.configs import dpar_config, llamagen_config
 from stages.shared.jobs import build
 from stages.tracker import NullTracker
-from stages.train import dpar_config, llamagen_config, snapshot_name
+from stages.train import snapshot_name
 from tests.helpers import sample_artifacts
 from tests.helpers.tiny_shards import CODES, GRID, tiny_params, write_maps, write_tokens
 

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 from dpar_core.files import load_weights
 from dpar_core.training.parallel import Ranks
-from stages import train
+from stages.shared.configs import dpar_config
 from stages.shared.jobs import TrainJob, train_job
 from stages.workers import cluster
 from stages.workers import fit as ray_train
@@ -278,7 +278,7 @@ def undisturbed_rank(rank: int, data: Path, root: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{data}/group", rank=rank, world_size=2)
     params = tiny_params(workers=2, steps=120)
-    config = train.dpar_config(params.model, codebook_size=CODES, row_width=GRID, num_classes=2)
+    config = dpar_config(params.model, codebook_size=CODES, row_width=GRID, num_classes=2)
     job = TrainJob("dpar", config, params.train, params.seed, data / "tokens", data / "maps")
     train_job(job, str(root), ranks=Ranks(rank, 2), hooks=Silent())
     dist.destroy_process_group()
