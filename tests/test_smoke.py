@@ -79,7 +79,6 @@ def would_run(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(project):
     started = time.monotonic()
     dvc(project, "repro")
@@ -132,7 +131,6 @@ def test_one_command_makes_everything_and_a_change_only_what_depends_on_it(proje
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_dvc_runs_shows_and_compares_experiments_once_the_project_is_under_git(project):
     """What docs/experiments.md shows, on the project that the test above has finished."""
     if not (project / "artifacts" / "report").exists():

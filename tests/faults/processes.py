@@ -41,7 +41,7 @@ IMPORTED = (
     "scipy.linalg",
     "stages.time_sampling",  # and time_training, whose seconds `hurry` shortens
 )
-ORPHAN_SECONDS = 30.0
+ORPHAN_SECONDS = 90.0
 PATIENCE = 120.0  # seconds until a stage counts as hanging
 
 

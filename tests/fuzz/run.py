@@ -27,9 +27,9 @@ import numpy as np
 
 from tests.fuzz.targets import TARGETS, Target, words
 
-HANG_SECONDS = 5.0
+HANG_SECONDS = 20.0
 MEMORY = 1 << 30  # bytes beyond what the process has at its start
-SLOW_SECONDS = 30.0  # for readers that start a process of their own
+SLOW_SECONDS = 120.0  # for readers that start a process of their own
 
 
 @dataclass

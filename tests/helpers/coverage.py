@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def shares(found: dict) -> dict[str, float]:
-    """Return the share of reached lines by package. found: the content of a file that `slipcover --json` wrote."""
+    """Return the share of reached lines by package. found: the content of a file that pytest-cov wrote as JSON."""
     reached, lines = Counter(), Counter()
     for name, one in found["files"].items():
         package = Path(name).parts[0]

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.tracking import outbox, store
 
 
-def delivered(root: Path, seconds: float = 90.0) -> None:
+def delivered(root: Path, seconds: float = 300.0) -> None:
     """Wait until no journal of a project waits any more."""
     until = time.monotonic() + seconds
     while outbox.journals(root):

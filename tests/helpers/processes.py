@@ -21,7 +21,7 @@ def fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def gone(process: int, *, seconds: float = 30.0) -> bool:
+def gone(process: int, *, seconds: float = 120.0) -> bool:
     """Tell whether a process ends within some seconds (a zombie nobody waited for has ended)."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

@@ -186,7 +186,7 @@ def test_a_killed_process_is_continued_to_the_same_bytes(tmp_path, manifest, mon
     code = KILLED.format(folder=str(tmp_path / "killed"), **values)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     checkpoints = tmp_path / "killed" / "work" / "checkpoints"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not list(checkpoints.glob("step-*")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

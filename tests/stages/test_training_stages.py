@@ -279,7 +279,6 @@ def stage_process(name, data, out, work) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_stage_killed_in_the_middle_ends_with_the_same_bytes(data, tmp_path, monkeypatch):
     """Through Ray Train, kill -9 of the driver; the undisturbed run is the same loop in this process."""
     killed = stage_process("llamagen", data, tmp_path / "out", tmp_path / "work")

@@ -275,7 +275,7 @@ def test_folders_below_and_links_are_walked_as_image_folder_walks_them(tmp_path)
     assert listing.left_out == {}
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_link_that_leads_back_is_left_out(tmp_path):
     put(tmp_path, {"a/1.png": png(1), "a/deep/2.png": png(2), "b/3.png": png(3)})
     (tmp_path / "a/deep/back").symlink_to(tmp_path / "a")
