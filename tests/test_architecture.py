@@ -192,7 +192,6 @@ HOMES = {
     "models.configs": "pipeline/test_cost.py",
     "models.flops": "dpar_core/training/test_loop.py",
     "models.gpt": "dpar_core/models/test_load.py",
-    "models.memory": "pipeline/test_cost.py",
     "models.published": "dpar_core/models/test_weights.py",
     "models.rope": "dpar_core/models/test_dpar.py",
     "models.sizes": "pipeline/test_cost.py",

@@ -58,11 +58,11 @@ def training_memory(
 ) -> TrainingMemory:
     """Estimate what training a DPAR (with `patches` patches per image), a GPT or an entropy model (None) takes.
 
-    A block keeps per position in bf16 autocast with float32 residuals at most 34 D + 8 F bytes, or its input alone with
-    activation checkpointing; float32 keeps half as much again. Measured on an H200, uncompiled: 27 D + 8 F at XL, 31 D (GPT)
+    A block keeps per position in bf16 autocast with float32 residuals at most 34 D + 8 F bytes, in float32 50 D + 16 F, or
+    its input alone with activation checkpointing. Measured on an H200 in bf16, uncompiled: 27 D + 8 F at XL, 31 D (GPT)
     and 33 D (DPAR) + 8 F at B; compiled blocks keep 17 D + 8 F at XL. shards: workers that state is spread over (FSDP).
     """
-    block = 34 * shape.width + 8 * shape.hidden
+    block = 34 * shape.width + 8 * shape.hidden if bf16 else 50 * shape.width + 16 * shape.hidden
     positions: float = shape.layers * shape.tokens
     if patches is not None:
         assert isinstance(shape, DPARConfig), "a GPT has no patches"
@@ -74,7 +74,7 @@ def training_memory(
     states = 3 * shape.tokens * shape.width * 4  # the last norm's input and output, and the gradient of the latter
     return TrainingMemory(
         state=STATE * shape.num_parameters / shards + copies,
-        activations=(1.0 if bf16 else 1.5) * kept + states,
+        activations=kept + states,
         loss=(10 if bf16 else 12) * LOGITS_BLOCK + 4 * shape.codebook_size * shape.width,
     )
 
