@@ -210,12 +210,18 @@ def params_use(
 
 @params_app.command("check")
 def params_check(params: ParamsFile = PARAMS) -> None:
-    """List everything that is wrong with params.yaml, one sentence each; exit 1 when something is."""
+    """List everything that is wrong with params.yaml, one sentence each; exit 1 when something is.
+
+    Values that have no effect beside the others are named as well, and are no error.
+    """
+    from pipeline.idle import idle_values
     from stages.params import load_params
     from stages.terminal import print_fitted
 
-    load_params(params)
+    checked = load_params(params)
     print_fitted(f"{params} is valid")
+    for one in idle_values(checked, Path()):
+        print_fitted(f"{one.found}: {one.way_out}")
 
 
 @params_app.command("list")

@@ -50,8 +50,12 @@ class Check:
 
 def examine(root: Path) -> list[Check]:
     """Look at everything that a run depends on; nothing is changed and nothing is downloaded. root: the project's folder."""
+    from pipeline.idle import idle_values
+
     params, faults = _read_params(root)
     checks = [*_python(root), *_versions(root), *_git(root), *faults]
+    if params:
+        checks += [Check("params.yaml", "warn", one.found, one.way_out) for one in idle_values(params, root)]
     checks += [*_device(params), _memory(), _disk(root), *_writable(root), _ray(), _store(root)]
     return [*checks, *(paths(params) if params else [])]
 

@@ -21,6 +21,7 @@ from dpar_core.data.splits import first_few
 from dpar_core.files import digest_of, read_record, write_record
 from dpar_core.system import cpus
 from pipeline.code import code_identity, commit_of, packages_used
+from pipeline.idle import idle_values
 from pipeline.state import LAST, LastRun, write_last
 from pipeline.tracking.outbox import lives
 from pipeline.tracking.tracker import open_tracker, pass_identity
@@ -137,6 +138,10 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
     machine = machine_words(device)  # before the stage, which may set threads of its own
     if name != "report":
         _print_precisions(select(asked, stage.params), device)
+        sections = {section.partition(".")[0] for section in params_of(stage)}
+        for one in idle_values(asked, root):
+            if one.section in sections:
+                print_fitted(one.found)
 
     _end_with_dvc(root)
     with locked(work.parent / ".lock", busy=wait):

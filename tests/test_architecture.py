@@ -1,6 +1,7 @@
 """The house: pipeline -> stages -> dpar_core, never back. Imports are read from the source, not run."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def test_the_command_line_imports_nothing_heavy_before_a_command_runs():
     assert not imports(ROOT / "pipeline" / "cli.py", top_level_only=True) & heavy
 
 
-def own_imports(file: Path) -> set[str]:
+@functools.cache
+def own_imports(file: Path) -> frozenset[str]:
     """Return what a file imports of this project, as dotted names: of modules, or of names in them."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -71,7 +73,7 @@ def own_imports(file: Path) -> set[str]:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] in FLOORS}
+    return frozenset(name for name in found if name.split(".")[0] in FLOORS)
 
 
 def test_status_and_cost_need_nothing_heavy():
@@ -213,8 +215,7 @@ def test_every_module_of_the_core_has_a_test_of_its_name_or_a_stated_home():
     assert {".".join(path.with_suffix("").parts[1:]) for path in nameless} == set(HOMES)
 
     def reached(file: Path, steps: int) -> set[str]:
-        found = own_imports(file)
-        found |= {name.rpartition(".")[0] for name in found}
+        found = own_imports(file) | {name.rpartition(".")[0] for name in own_imports(file)}
         files = {ROOT / f"{name.replace('.', '/')}.py" for name in found} if steps else set()
         return found.union(*(reached(one, steps - 1) for one in files if one.exists()))
 
