@@ -248,8 +248,14 @@ def costs(
     gate = forward["entropy_model"]
     guided, how = sum(dpar_parts(dpar, patches, passes=2).values()), params.sample
     passes = guidance_passes(how.cfg_scale, how.cfg_schedule, how.cfg_interval, tokens=tokens)
+    again = 0.0
+    if (
+        how.gate == "decoder" and params.patching.mode in READ_ENTROPIES
+    ):  # at most: patches cut for their length are not asked
+        rows = shape["row_width"] - 1 if params.patching.mode == "entropy_rows" else 0
+        again = max(patches - 2 - rows, 0)
     sampled = {
-        "dpar": sum(dpar_parts(dpar, patches, passes=passes).values()),
+        "dpar": sum(dpar_parts(dpar, patches, passes=passes, again=again).values()),
         "llamagen": passes * forward["llamagen"],
     }
     trainings = {"dpar": params.train, "llamagen": params.train, "entropy_model": params.entropy_model.train}

@@ -38,10 +38,12 @@ def dpar_forward_flops(shape: DPARConfig, patches: float) -> float:
     return sum(dpar_parts(shape, patches).values())
 
 
-def dpar_parts(shape: DPARConfig, patches: float, *, passes: float = 1.0) -> dict[str, float]:
+def dpar_parts(shape: DPARConfig, patches: float, *, passes: float = 1.0, again: float = 0.0) -> dict[str, float]:
     """Return the FLOPs of one image of `patches` patches by part of DPAR, the terms of `dpar_forward_flops`.
 
     passes: how often what sees the class runs (`guidance_passes`); the patch encoder does not see it and runs once.
+    again: tokens for which the decoder runs a second time, with the class alone: where its own entropy began a patch, what
+        it had computed with the patch before is void (`starts_by_entropy`).
     """
     tokens, width = shape.row_width**2, shape.width
     block = block_flops(width, shape.hidden)
@@ -49,7 +51,9 @@ def dpar_parts(shape: DPARConfig, patches: float, *, passes: float = 1.0) -> dic
     encoder = seen * block + 4 * seen**2 * width + 4 * width**2 * (patches + seen) + 4 * patches * seen * width
     patch = (patches + 1) * block + 4 * (patches + 1) ** 2 * width
     decoder = tokens * block + 4 * tokens**2 * width + 2 * (patches + 1) * width**2
+    asked = shape.decoder_layers * (block + 4 * tokens * width) + 2 * shape.codebook_size * width
     return {
+        "decoder as the gate": again * asked,
         "patch encoder": shape.encoder_layers * encoder,
         "patch transformer": passes * shape.patch_layers * patch,
         "patch decoder": passes * shape.decoder_layers * decoder,

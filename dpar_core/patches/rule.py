@@ -94,6 +94,20 @@ def patch_starts(entropies: Tensor, rule: PatchRule) -> Tensor:
     return (position - last_cut) % rule.max_patch_length == 0
 
 
+def starts_by_entropy(starts: np.ndarray, rule: PatchRule) -> np.ndarray:
+    """Return which patches began by an entropy alone: neither at a fixed position nor for the maximum length.
+
+    starts: (B, T) bool, made by the rule.
+    Returns (B, T) bool.
+    """
+    found: np.ndarray = starts & ~rule.fixed_cuts(starts.shape[1])
+    if rule.max_patch_length is not None:
+        position = np.arange(starts.shape[1])
+        last_start = np.maximum.accumulate(np.where(starts, position, 0), axis=1)
+        found[:, 1:] &= position[1:] - last_start[:, :-1] < rule.max_patch_length
+    return found
+
+
 def patch_starts_numpy(entropies: np.ndarray, rule: PatchRule, *, chunk: int = 4096) -> np.ndarray:
     """Do what `patch_starts` does, fast for millions of maps on one core: (B, T) float32 -> (B, T) bool."""
     if entropies.dtype != np.float32:

@@ -25,12 +25,12 @@ from dpar_core.models.gpt import GPTConfig
 from dpar_core.models.load import read_trained, role_of
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import PatchMaps
-from dpar_core.patches.rule import PatchRule
+from dpar_core.patches.rule import PatchRule, starts_by_entropy
 from dpar_core.training.order import fixed_subset
 from pipeline.report.speeds import Speed, Speeds, read_speeds
 from pipeline.report.verdicts import Comparison, Contest, judge_losses, judge_scores, nothing_learned, too_little_training
 from stages import artifacts
-from stages.artifacts import CURVE, METRICS, MODELS_FOLDER, SAMPLE_PROTOCOL, TIMINGS, WEIGHTS, maker_of
+from stages.artifacts import CURVE, METRICS, MODELS_FOLDER, SAMPLE_PROTOCOL, SAMPLE_TOKENS, TIMINGS, WEIGHTS, maker_of
 
 LOSS_IMAGES, LOSS_BATCH = 512, 16  # validation images whose losses are compared one by one
 # The models compared, by the names of their samples and scores; files in the folder of models.
@@ -158,9 +158,14 @@ def count_costs(trainings: dict[str, TrainingFacts], gate: GPTConfig, patches: P
     assert isinstance(dpar, DPARConfig) and isinstance(baseline, GPTConfig)
     guidance = [how[name] for name in ("cfg_scale", "cfg_schedule", "cfg_interval")]
     forwards = flops.guidance_passes(*guidance, tokens=dpar.tokens)
-    asked = how["gate"] == "entropy_model" and PatchRule(**how["rule"]).reads_entropies
+    rule, again = PatchRule(**how["rule"]), 0.0
+    asked = how["gate"] == "entropy_model" and rule.reads_entropies
     gate_flops = float(flops.gpt_forward_flops(gate)) if asked else 0.0
-    parts = {"entropy model": gate_flops, **flops.dpar_parts(dpar, sampled, passes=forwards)}
+    if rule.reads_entropies and how["gate"] == "decoder":
+        with np.load(samples / "dpar" / SAMPLE_TOKENS, allow_pickle=False) as archive:
+            starts = np.unpackbits(archive["starts"], axis=1, count=dpar.tokens).astype(bool)
+        again = float(starts_by_entropy(starts, rule).sum(axis=1).mean())
+    parts = {"entropy model": gate_flops, **flops.dpar_parts(dpar, sampled, passes=forwards, again=again)}
     return Costs(
         forward={"dpar": flops.dpar_forward_flops(dpar, patches.mean), "llamagen": flops.gpt_forward_flops(baseline)},
         sampling={"dpar": sum(parts.values()), "llamagen": forwards * flops.gpt_forward_flops(baseline)},

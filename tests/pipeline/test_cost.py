@@ -172,6 +172,10 @@ def test_sampling_counts_what_is_guided_and_a_gate_that_is_asked():
     passes = once + 2 * costed["llamagen"].forward_gflops
     assert whole - half == pytest.approx(images * 0.5 * passes * 1e-9)
     assert whole - static == pytest.approx(images * gate * 1e-9)
+    n, d, f, v = 256, 768, 2048, 16384  # a decoder of three layers is its own gate for the patches that no row begins
+    one = 3 * (2 * (4 * d**2 + 3 * d * f) + 4 * n * d) + 2 * v * d
+    by_decoder = sampling(sample={"gate": "decoder"})
+    assert by_decoder - static == pytest.approx(images * (142 - 17) * one / 1e18)
 
 
 def test_hours_and_price_follow_from_flops():

@@ -12,10 +12,11 @@ import torch
 
 from dpar_core.choices import ENCODED
 from dpar_core.generation.generate import DPARGenerator, GPTGenerator
+from dpar_core.generation.lanes import Lanes
 from dpar_core.generation.sampling import SampleSettings
 from dpar_core.generation.stepping import BlockStepper
 from dpar_core.models.gpt import entropies_of
-from dpar_core.patches.rule import PatchRule
+from dpar_core.patches.rule import PatchRule, starts_by_entropy, starts_from_lengths
 from tests.helpers.generation_fixtures import (
     CLASSES,
     CODES,
@@ -175,6 +176,22 @@ def test_the_number_of_threads_does_not_change_a_bit_of_a_sample(name):
     one = generator.generate(LABELS, SEEDS, keep_logits=True)
     torch.set_num_threads(2)
     assert torch.equal(generator.generate(LABELS, SEEDS, keep_logits=True).logits, one.logits)
+
+
+@pytest.mark.parametrize("rule", ["rows", "entropy alone", "entropy, maximum 3"])
+def test_the_decoder_runs_again_for_the_patches_that_its_entropy_began_and_for_no_others(rule, monkeypatch):
+    rule, rows, decode = replace(RULES[rule](), threshold=1.2), [], Lanes.decode
+
+    def counting(lanes, some):
+        rows.append(int((some < lanes.lanes).sum()))  # of the conditional half
+        return decode(lanes, some)
+
+    monkeypatch.setattr(Lanes, "decode", counting)
+    sampled = DPARGenerator(tiny_dpar(), None, SampleSettings(cfg_scale=2.0, rule=rule, gate="decoder")).generate(
+        LABELS, SEEDS
+    )
+    begun = starts_by_entropy(starts_from_lengths(sampled.patch_lengths, TOKENS), rule)
+    assert sum(rows) == len(LABELS) * TOKENS + begun.sum() and begun.any()
 
 
 @pytest.mark.parametrize("gate", ["entropy_model", "decoder"])

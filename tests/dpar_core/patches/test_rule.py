@@ -17,6 +17,7 @@ from dpar_core.patches.rule import (
     mean_patch_length,
     patch_starts,
     patch_starts_numpy,
+    starts_by_entropy,
     starts_from_lengths,
     threshold_for_mean_length,
 )
@@ -157,3 +158,15 @@ def test_a_mean_that_no_threshold_reaches_is_refused():
 def test_entropies_of_another_dtype_are_refused():
     with pytest.raises(ValueError, match="must be float32"):
         patch_starts_numpy(np.zeros((1, 4), np.float16), PatchRule("token", 2))
+
+
+@given(rule=RULES, values=VALUES)
+def test_a_patch_began_by_its_entropy_where_without_it_there_is_none(rule, values):
+    entropies = np.array([[0.0, *values]], np.float32)
+    starts = patch_starts_numpy(entropies, rule)
+    begun = []
+    for t in range(len(entropies[0])):
+        without = entropies[:, : t + 1].copy()
+        without[0, t] = 0.0
+        begun.append(starts[0, t] and not patch_starts_numpy(without, rule)[0, t])
+    assert starts_by_entropy(starts, rule)[0].tolist() == begun

@@ -21,6 +21,7 @@ from dpar_core.files import load_weights
 from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.patches.layout import PatchLayout
 from dpar_core.patches.maps import MadeBy, PatchMaps, write_summary
+from dpar_core.patches.rule import PatchRule, starts_by_entropy
 from dpar_core.turns import Turns
 from pipeline.presets.published import PUBLISHED
 from pipeline.report import page as report
@@ -369,6 +370,22 @@ def test_flops_are_those_of_the_method(made):
     assert costs.parts["patch transformer"] == pytest.approx(2 * ((m + 1) * k + 4 * (m + 1) ** 2 * d))
     assert sum(costs.parts.values()) == pytest.approx(costs.sampling["dpar"])
     assert costs.parts["output layer"] == pytest.approx(2 * 2 * n * v * d) and costs.parts["entropy model"] == costs.gate
+
+
+def test_a_decoder_that_is_its_own_gate_is_counted_again_where_its_entropy_began_a_patch(made, inputs):
+    trainings = {name: read_training(made / "artifacts/models" / name) for name in ("dpar", "llamagen")}
+    gate = read_training(made / "artifacts/entropy_model").config
+    patches = count_patches(inputs.patch_maps, inputs.histogram, TokenShards(inputs.tokens, "train"))
+    before = count_costs(trainings, gate, patches, inputs.samples)
+    edit_json(inputs.samples / "dpar" / "samples.json", gate="decoder")
+    costs = count_costs(trainings, gate, patches, inputs.samples)
+    with np.load(inputs.samples / "dpar" / "tokens.npz") as archive:
+        starts = np.unpackbits(archive["starts"], axis=1, count=16).astype(bool)
+    rule = PatchRule(**json.loads((inputs.samples / "dpar" / "samples.json").read_text())["rule"])
+    again, d = starts_by_entropy(starts, rule).sum() / len(starts), 32
+    one = 2 * (4 * d * d + 3 * d * 96) + 4 * 16 * d + 2 * 16 * d  # the decoder's only layer and the output layer
+    assert again > 0 and costs.parts["decoder as the gate"] == pytest.approx(again * one)
+    assert costs.sampling["dpar"] == pytest.approx(before.sampling["dpar"] - before.gate + again * one)
 
 
 def test_curves_are_read_between_their_points(made):
