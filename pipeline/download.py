@@ -7,6 +7,8 @@ import http.client
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dpar_core.files import atomic_path, sha256_file
@@ -14,6 +16,20 @@ from stages.tracker import LineProgress
 
 CHUNK = 1 << 20
 SCHEMES = ("http", "https", "ftp", "file")
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder and those above it; where the block fails, remove them again."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # something else is in it by now
+                folder.rmdir()
+        raise
 
 
 def download(url: str, to: Path, *, sha256: str | None = None) -> str:
@@ -32,9 +48,8 @@ def download(url: str, to: Path, *, sha256: str | None = None) -> str:
         digest = sha256_file(to)
         if sha256 is None or digest == sha256.lower():
             return digest
-    to.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, atomic_path(to) as temporary:
+        with urllib.request.urlopen(url, timeout=60) as answer, _folder(to.parent), atomic_path(to) as temporary:
             size, found = int(answer.headers.get("Content-Length") or 0), hashlib.sha256()
             progress = LineProgress(max(size >> 20, 1), to.name, done=0, unit="MiB")
             read = 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from dpar_core.choices import PatchMode
+from dpar_core.choices import READ_ENTROPIES
 from pipeline.project import project_folder
 
 data_app = typer.Typer(
@@ -56,36 +57,49 @@ def patches_stats(
     thresholds: Annotated[
         str | None, typer.Option(help="Nats: FIRST:LAST:STEP, or numbers with commas; else quantiles of the entropies.")
     ] = None,
-    max_lengths: Annotated[str, typer.Option(help="Tokens, with commas; none: no maximum.")] = "1,2,4,8",
-    mode: Annotated[str, typer.Option(help="entropy_rows (patches end with their row) or entropy.")] = "entropy_rows",
+    max_lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens, with commas, none: no maximum; else 1, 2, 4, 8 and patching.max_patch_length."),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="entropy_rows (patches end with their row) or entropy; else patching.mode.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
     maps: Annotated[int, typer.Option(min=1, help="Views to look at, chosen at random.")] = 20_000,
     out: Annotated[Path, typer.Option(help="PNG of the curves to write.")] = Path("patch_stats.png"),
 ) -> None:
     """Print how long patches would be for other thresholds and maximum lengths, and draw the curves.
 
-    Reads artifacts/tokens and artifacts/entropies (made by `dpar-cli run entropies`); trains and changes nothing. To take a
-    threshold over: set patching.threshold in params.yaml, then `dpar-cli run`.
+    Reads params.yaml, artifacts/tokens and artifacts/entropies (made by `dpar-cli run entropies`); trains and changes
+    nothing. To take a threshold over: set patching.threshold in params.yaml and patching.target_mean_length to null, then
+    `dpar-cli run`.
 
         dpar-cli patches stats --thresholds 7.6:8.1:0.1 --max-lengths 1,2,4,8
     """
     from pipeline.report.curves import draw_curves
     from stages.artifacts import ENTROPIES, TOKENS
+    from stages.params import load_params
     from stages.terminal import shortened, table, wrapped
     from stages.tools.patch_stats import parse_max_lengths, parse_range, patch_stats
 
     artifacts = _artifacts()
+    patching = load_params(Path("params.yaml")).patching
+    rule = mode or patching.mode
+    if rule not in READ_ENTROPIES:
+        named = f"--mode {rule}" if mode else f"patching.mode {rule} of params.yaml"
+        raise ValueError(f"{named} has no threshold: give --mode {' or --mode '.join(READ_ENTROPIES)}")
+    longest = [1, 2, 4, 8, patching.max_patch_length] if max_lengths is None else parse_max_lengths(max_lengths)
     stats = patch_stats(
         TOKENS.below(artifacts),
         ENTROPIES.below(artifacts),
         thresholds=None if thresholds is None else parse_range(thresholds),
-        max_lengths=parse_max_lengths(max_lengths),
-        mode=cast(PatchMode, mode),  # PatchRule refuses others
+        max_lengths=sorted(set(longest), key=lambda most: most or math.inf),
+        mode=rule,
         split=split,
         limit=maps,
     )
     whole = "all" if stats.whole else "a sample of"
-    print(wrapped(f"{mode}, {whole} {stats.maps:,} {split} views of {stats.tokens} tokens"))
+    print(wrapped(f"{rule}, {whole} {stats.maps:,} {split} views of {stats.tokens} tokens"))
     rows = [
         (
             "any" if cell.max_length == 1 else f"{cell.threshold:g}",

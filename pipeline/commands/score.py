@@ -267,6 +267,11 @@ def _network(features: str, file: Path | None, sha256: str | None, params: Param
     compute = params.compute if params else Compute(device="auto", threads=0)
     set_threads(compute)
     if file is None:
+        if features == "demo" and params is None:
+            raise FileNotFoundError(
+                f"features demo are a project's own classifier, and there is no project in {Path.cwd()}: go to one, or give "
+                "--features inception with --features-file (`dpar-cli fetch inception` downloads it)"
+            )
         if features == "demo":
             file = CLASSIFIER.require(Path(FOLDER))
         elif params and params.score.features == features and params.score.features_file is not None:
@@ -285,7 +290,12 @@ def _reference(
     from stages.shared.scoring import make_reference, reference_of
 
     if name in ("train", "validation"):
-        if params is None or not Path(MANIFEST.path).exists():
+        if params is None:
+            raise FileNotFoundError(
+                f"reference {name} is a split of a project's images, and there is no project in {Path.cwd()}: go to one, or "
+                "name an npz or a folder of pictures"
+            )
+        if not Path(MANIFEST.path).exists():
             raise FileNotFoundError(
                 f"reference {name} is a split of {MANIFEST.path}, which is missing: run `dpar-cli run data` first"
             )

@@ -141,13 +141,26 @@ def test_patch_statistics_try_quantiles_of_the_entropies_by_themselves(place, ru
     [
         (("--thresholds", "1:2"), "'1:2' is not a range: expected FIRST:LAST:STEP"),
         (("--max-lengths", "0"), "maximum length '0': expected a number of tokens from 1, or none"),
-        (("--mode", "rows"), "patch mode must be one of entropy_rows, entropy, static, token; got 'rows'"),
+        (("--mode", "rows"), "--mode rows has no threshold: give --mode entropy_rows or --mode entropy"),
+        (("--mode", "static"), "--mode static has no threshold: give --mode entropy_rows or --mode entropy"),
         (("--split", "test"), "holds no test samples"),
     ],
 )
 def test_patch_statistics_refuse_bad_options(place, run, words, sentence):
     refused(run("patches", "stats", *words), sentence)
     assert not (place / "patch_stats.png").exists()
+
+
+def test_patch_statistics_follow_the_rule_of_the_params(place, run):
+    params = json.loads((place / "params.yaml").read_text())
+    params["patching"] |= {"mode": "entropy", "max_patch_length": 3}
+    (place / "params.yaml").write_text(json.dumps(params))
+    code, lines, _ = run("patches", "stats", "--thresholds", "2", "--maps", "9")
+    assert code == 0 and lines[0].startswith("entropy, ")
+    assert [line.split()[1] for line in lines[2:-1]] == ["1", "2", "3", "4", "8"]
+    params["patching"] |= {"mode": "token", "target_mean_length": None}
+    (place / "params.yaml").write_text(json.dumps(params))
+    refused(run("patches", "stats"), "patching.mode token of params.yaml has no threshold: give --mode entropy_rows or")
 
 
 def test_patch_statistics_of_no_maps_are_a_wrong_use(place, run):

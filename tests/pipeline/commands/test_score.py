@@ -24,6 +24,7 @@ from stages.tools.calibrate import checks
 from tests.helpers.paths import ROOT
 
 GOLDEN = ROOT / "tests" / "golden"
+CLASSIFIER = "artifacts/features/demo_classifier.safetensors"
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def place(tmp_path, monkeypatch):
     torch.manual_seed(0)
     (tmp_path / "artifacts" / "features").mkdir(parents=True)
     save_weights(
-        tmp_path / "artifacts" / "features" / "demo_classifier.safetensors",
+        tmp_path / CLASSIFIER,
         DemoClassifier(9).state_dict(),
         kind="demo_classifier",
         config={"num_classes": 9},
@@ -83,10 +84,14 @@ def test_scores_need_no_project(place, tmp_path_factory, monkeypatch):
         0,
         "--allow-singular",
         "--features-file",
-        place / "artifacts" / "features" / "demo_classifier.safetensors",
+        place / CLASSIFIER,
     )
     assert outside.exit_code == 0, outside.exception
     assert outside.output[outside.output.index("score  ") :] == inside.output[inside.output.index("score  ") :]
+    demo = run("score", place / "a.npz", "--reference", place / "r.npz")
+    assert "there is no project" in str(demo.exception) and "--features inception" in str(demo.exception)
+    split = run("score", place / "a.npz", "--reference", "train", "--features-file", place / CLASSIFIER)
+    assert "there is no project" in str(split.exception) and "name an npz or a folder" in str(split.exception)
 
 
 def test_several_sets_are_seeds_and_get_a_spread(place):
@@ -150,7 +155,10 @@ def test_a_download_says_where_from_and_where_to_and_checks_its_digest(place, se
     with pytest.raises(ValueError, match="it is another file"):
         download(url, Path("w/other.pt"), sha256="11" * 32)
     with pytest.raises(ConnectionError, match="does not answer"):
-        download(url.replace("net.pt", "gone.pt"), Path("w/gone.pt"))
+        download(url.replace("net.pt", "gone.pt"), Path("new/deep/gone.pt"))
+    with pytest.raises(ValueError, match="it is another file"):
+        download(url, Path("new/deep/other.pt"), sha256="11" * 32)
+    assert not Path("new").exists()
     assert sorted(path.name for path in Path("w").iterdir()) == ["net.pt"]
 
 
@@ -179,7 +187,7 @@ def test_a_download_that_breaks_off_gets_a_sentence_and_leaves_nothing(tmp_path)
         with pytest.raises(ConnectionError, match="broke off"):
             download(f"http://127.0.0.1:{one.server_port}/net.pt", tmp_path / "w" / "net.pt")
         one.shutdown()
-    assert not list((tmp_path / "w").iterdir())
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_published_checkpoint_is_drawn_and_scored_against_what_is_expected(place):
