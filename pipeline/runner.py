@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import os
 import shutil
 import signal
@@ -165,9 +166,8 @@ def run_stage(name: str, *, root: Path, params_file: Path) -> None:
         finally:
             if _are_as_before(name, inputs, root, seen, read):
                 (work / READING).unlink(missing_ok=True)
-            else:  # what is there was made from the former or the present inputs, and nobody knows of which
-                with suppress(FileNotFoundError):
-                    shutil.rmtree(work)
+            elif work.exists():  # what is there was made from the former or the present inputs, and nobody knows of which
+                _set_aside(work, f"what stage {name} reads was replaced while it ran")
         ended = time.time()
         last = LastRun(ended, max(ended - started, 0.0), code_identity(), commit_of(root), packages_used(), machine)
         write_last(root, name, last)
@@ -184,18 +184,27 @@ def _begin(name: str, work: Path, seen: Mapping[str, str]) -> None:
     note_file = work / READING
     if note_file.exists():
         try:
-            same = read_record(note_file, way_out="it is made again")["files"] == seen
+            left = read_record(note_file, way_out="it is made again")
+            # In a copy of the project all times of change are new; that the contents are the same is in the folder's name.
+            same = left["files"] == seen or left["folder"] != work.stat().st_ino
         except (ValueError, KeyError):
             same = False  # cut off by what ended that run
         if not same:
-            note(f"what stage {name} reads was replaced since a run of it was killed: what that one left is made again")
-            shutil.rmtree(work)
+            _set_aside(work, f"what stage {name} reads was replaced since a run of it was killed")
     work.mkdir(parents=True, exist_ok=True)
-    write_record(note_file, {"files": dict(seen)})
+    write_record(note_file, {"files": dict(seen), "folder": work.stat().st_ino})
+
+
+def _set_aside(work: Path, reason: str) -> None:
+    """Rename a work folder, so that nothing is made from what it holds; the stage's next end removes it."""
+    kept = next(path for number in itertools.count(1) if not (path := work.with_name(f"{work.name}-{number}")).exists())
+    work.rename(kept)
+    (kept / READING).unlink(missing_ok=True)
+    note(f"{reason}: what is in {kept} is not used, and removed when the stage has ended")
 
 
 def _signatures(inputs: Any) -> dict[str, str]:
-    """Return size and times (`fingerprint.signature`) of every file that a stage reads of the project, by its path.
+    """Return size and times (`fingerprint.signature`) of every file that a stage reads of the project, by input and name.
 
     Without device and inode, whose numbers may be others after a restart of the machine: a long run goes on all the same.
     """
@@ -204,7 +213,7 @@ def _signatures(inputs: Any) -> dict[str, str]:
         path: Path = getattr(inputs, field.name)
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             with suppress(OSError):  # a missing input is named by `_digests`
-                found[str(file)] = " ".join(signature(file.stat()).split()[2:])
+                found[f"{field.name}/{file.relative_to(path)}"] = " ".join(signature(file.stat()).split()[2:])
     return found
 
 

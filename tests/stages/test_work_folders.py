@@ -137,7 +137,32 @@ def test_a_killed_run_is_continued_only_on_the_files_that_it_read(tokenizing, ca
         if change == "touched":
             save_tokenizer(inputs.tokenizer)
         assert tokenizing.run() == (SHARDS[2:] if change == "as it was" else SHARDS)
-    assert "was replaced since a run of it was killed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was replaced since a run of it was killed" in said and f"{work.name}-1 is not used" in said
+    assert [one for one in work.parent.iterdir() if one.is_dir()] == [work]  # the stage has ended
+
+
+@pytest.mark.parametrize("copy", [shutil.copy2, shutil.copy], ids=["as rsync -a and cp -a do", "with new times"])
+def test_a_killed_run_is_continued_in_a_copy_of_the_project(tokenizing, tmp_path_factory, copy):
+    inputs = load_stage("tokenize_images").bind(tokenizing.root)[0]
+    work = next(one for one in (tokenizing.root / "work" / "tokenize_images").iterdir() if one.is_dir())
+    pipeline.runner._begin("tokenize_images", work, pipeline.runner._signatures(inputs))  # and it is killed
+    elsewhere = tmp_path_factory.mktemp("copy") / "project"
+    shutil.copytree(tokenizing.root, elsewhere, copy_function=copy)
+    tokenizing.root = elsewhere
+    assert tokenizing.run() == SHARDS[2:]
+
+
+def test_what_a_killed_run_made_of_replaced_inputs_is_set_aside_each_time(tmp_path, capsys):
+    work = tmp_path / "work" / "train_dpar" / "0123"
+    for number in range(3):
+        pipeline.runner._begin("train_dpar", work, {"tokens": str(number)})
+        (work / f"step-{number}").write_text("days of work")
+    left = sorted(str(path.relative_to(work.parent)) for path in work.parent.rglob("*"))
+    assert left == ["0123", "0123-1", "0123-1/step-0", "0123-2", "0123-2/step-1", "0123/reading.json", "0123/step-2"]
+    assert f"what is in {work}-2 is not used, and removed when the stage has ended" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_a_killed_run_is_continued_though_a_restart_gave_its_files_other_devices_and_inodes(tokenizing, monkeypatch):
