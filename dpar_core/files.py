@@ -291,6 +291,7 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
+_READ_WHOLE = 1 << 30  # bytes of a file of tensors
 _HEADER, _OLD_HEADER = {"kind", "config", "meta", "tensors", "digest"}, {"kind", "config", "meta"}
 
 
@@ -332,17 +333,35 @@ def read_weights_header(path: Path | str) -> dict[str, Any]:
     return facts
 
 
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, to the CPU. Raises SafetensorError, OSError.
+
+    Up to 1 GiB the file is read whole. A larger one is mapped, so that the processes of a machine share its pages; one that
+    is cut off or written over in place changes under its reader then, and may end it (SIGBUS).
+    """
+    import safetensors.torch
+
+    path = Path(path)
+    if path.stat().st_size > _READ_WHOLE:
+        return safetensors.torch.load_file(str(path))
+    return safetensors.torch.load(path.read_bytes())
+
+
 def load_weights(path: Path | str, *, kind: str) -> Weights:
     """Read a weights file made by `save_weights`. Raises ValueError for another kind, Damaged when its digests do not match.
 
     Costs two hashes of the file beside reading it, together about a second for each GB.
     """
-    import safetensors.torch
+    import safetensors
 
     header = read_weights_header(path)
     if header["kind"] != kind:
         raise ValueError(f"{path} holds weights of kind {header['kind']!r}, expected {kind!r}: check the path")
-    state = safetensors.torch.load_file(str(path))
+    damaged = Damaged(f"{path} is damaged or was edited (its tensors are not what its digest says): make it again")
+    try:
+        state = load_tensors(path)
+    except safetensors.SafetensorError:  # cut off since its header was read
+        raise damaged from None
     if "tensors" in header and digest_of_tensors(state) != header["tensors"]:
-        raise Damaged(f"{path} is damaged or was edited (its tensors are not what its digest says): make it again")
+        raise damaged
     return Weights(state, header["config"], header["meta"], sha256_file(path)[:16])

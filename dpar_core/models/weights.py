@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from dpar_core.data.splits import first_few
+from dpar_core.files import load_tensors
 from dpar_core.models.vq import UNUSED_BUFFER
 from dpar_core.signatures import Kind, described, kind_of
 
@@ -97,7 +96,7 @@ def read_checkpoint(path: Path | str, *, holder: str | None = None) -> TensorFil
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(str(path))
+        return load_tensors(path)
     except Exception as error:  # SafetensorError, and what torch makes of sizes that cannot be
         raise ValueError(f"{path} is not a whole safetensors file ({_words(error)}): fetch it again") from None
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from dpar_core.files import (
     atomic_folder,
     atomic_path,
+    load_tensors,
     parse_record,
     read_weights_header,
     save_weights,
@@ -76,11 +77,11 @@ class Checkpoint:
 
     def model(self) -> dict[str, Tensor]:
         """Return the weights, on the CPU."""
-        return safetensors.torch.load_file(str(self.folder / _MODEL))
+        return load_tensors(self.folder / _MODEL)
 
     def optimizer(self) -> dict[str, Tensor]:
         """Return the optimizer's tensors, on the CPU."""
-        return safetensors.torch.load_file(str(self.folder / _OPTIMIZER))
+        return load_tensors(self.folder / _OPTIMIZER)
 
     @property
     def model_file(self) -> Path:

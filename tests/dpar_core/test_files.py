@@ -109,6 +109,16 @@ def test_of_flipped_bits_in_weights_none_is_accepted(tmp_path):
             load_weights(file, kind="gpt")
 
 
+def test_weights_that_were_read_do_not_change_with_their_file(tmp_path):
+    """A mapped file would, and reading beyond the end of one that was cut off ends the process (SIGBUS)."""
+    path = tmp_path / "w.safetensors"
+    save_weights(path, {"w": torch.ones(4096)}, kind="k", config={}, meta={})
+    state = load_weights(path, kind="k").state
+    with open(path, "r+b") as stream:
+        stream.write(bytes(path.stat().st_size))
+    assert (state["w"] == 1).all()
+
+
 def test_weights_of_the_first_version_are_read_as_they_are(tmp_path):
     import safetensors.torch
 
