@@ -17,6 +17,7 @@ from dpar_core.data.splits import first_few
 from dpar_core.data.tars import Member, members
 
 _LABEL_ENDINGS = ("cls", "cls.txt", "label", "label.txt")
+_WHICH_COUNTS = "say which counts with data.label_key: {}, or write one of them under another name"
 _LONGEST_LABEL = 1 << 20  # bytes of a label file that we are willing to read
 
 
@@ -83,14 +84,20 @@ def list_webdataset(root: Path, split: str, *, label_key: str | None = None, ima
     """
     require(root, split, folder=None, expected="a folder of webdataset shards (*.tar)")
     listing, seen, values = Listing(), set(), []
+    beside_name: dict[int | str, int | str] = {}  # what JSON calls the class of a label, where one is a number, one a name
     listing.files = find_files(root, split, ".tar", listing)
     for name in listing.files:
         shard = root / name if root.is_dir() else root
-        for key, image, label in _pairs(shard, listing, label_key, image_key):
+        for key, image, label, other in _pairs(shard, listing, label_key, image_key):
             known_as = key_of(split, key)
             if known_as in seen:
                 raise ValueError(f"shard {shard}: key {key!r} occurs twice: keys must be unique over all shards")
             seen.add(known_as)
+            if other is not None and (before := beside_name.setdefault(label, other)) != other:
+                raise ValueError(
+                    f"shard {shard}: {key!r} has the label {label!r} in its own file and {other!r} in its .json, where "
+                    f"others of {label!r} have {before!r}: {_WHICH_COUNTS.format('cls')}"
+                )
             _add_member(listing, image, split, name, -1, key=known_as)
             values.append(label)
     if not listing.keys:
@@ -100,21 +107,27 @@ def list_webdataset(root: Path, split: str, *, label_key: str | None = None, ima
     listing.classes, listing.labels = found.names, found.labels
     listing.numbered, listing.doubles = found.numbered, found.doubles
     listing.notes += found.notes
+    for label, other in beside_name.items():
+        if isinstance(label, int) and other in found.names and found.names[label] != other:
+            raise ValueError(
+                f"data.{split} {root}: class {label} is {other!r} in the .json of its images and {found.names[label]!r} in "
+                f"{beside}: {_WHICH_COUNTS.format('cls')}"
+            )
     return listing
 
 
 def _pairs(
     shard: Path, listing: Listing, label_key: str | None, image_key: str | None
-) -> Iterator[tuple[str, Member, int | str]]:
-    """Yield (key, image, label) of a shard; the files of a key stand next to each other."""
+) -> Iterator[tuple[str, Member, int | str, int | str | None]]:
+    """Yield (key, image, label, what its JSON says beside) of a shard; the files of a key stand next to each other."""
     parts: dict[str, Member] = {}
     current: str | None = None
     seen: set[str] = set()
     with open(shard, "rb") as stream:
 
-        def finish(current: str) -> tuple[str, Member, int | str]:
+        def finish(current: str) -> tuple[str, Member, int | str, int | str | None]:
             where = f"shard {shard}: {current!r}"
-            return current, _image(parts, image_key, where), _label(stream, parts, label_key, where)
+            return current, _image(parts, image_key, where), *_label(stream, parts, label_key, where)
 
         for member in _without_litter(members(shard), listing, within=f"{shard.name}/"):
             folder, _, file = member.name.rpartition("/")
@@ -150,8 +163,14 @@ def _image(parts: Mapping[str, Member], image_key: str | None, where: str) -> Me
     return next(iter(images.values()))
 
 
-def _label(stream: BinaryIO, parts: Mapping[str, Member], label_key: str | None, where: str) -> int | str:
-    """Return the label of a key: from the file or the JSON key that is named, else from KEY.cls, else JSON's `label`."""
+def _label(
+    stream: BinaryIO, parts: Mapping[str, Member], label_key: str | None, where: str
+) -> tuple[int | str, int | str | None]:
+    """Return the label of a key: from the file or the JSON key that is named, else from KEY.cls, else JSON's `label`.
+
+    Beside it what JSON calls the class whose label has a file of its own: its name beside a number, or the other way round.
+    Raises ValueError where both are numbers or names, and differ.
+    """
     if label_key is None:
         endings = [ending for ending in parts if ending in _LABEL_ENDINGS or ending.endswith((".cls", ".cls.txt"))]
         if len(endings) > 1:
@@ -164,12 +183,15 @@ def _label(stream: BinaryIO, parts: Mapping[str, Member], label_key: str | None,
             label = checked_label(content.decode("utf-8-sig"), where)
         except UnicodeDecodeError:
             raise ValueError(f"{where} has the label {content[:40]!r}: expected a class number or name in UTF-8") from None
-        if label_key is None and (other := _number_in_json(stream, parts)) not in (None, label) and isinstance(label, int):
-            raise ValueError(
-                f"{where} has two labels, {label} in its .{endings[0]} and {other} in its .json: say which counts with "
-                f"data.label_key: {endings[0]}, or write one of them under another name"
-            )
-        return label
+        other = _label_in_json(stream, parts) if label_key is None else None
+        if type(other) is type(label):
+            if other != label:
+                raise ValueError(
+                    f"{where} has two labels, {label!r} in its .{endings[0]} and {other!r} in its .json: "
+                    f"{_WHICH_COUNTS.format(endings[0])}"
+                )
+            other = None
+        return label, other
     member = parts.get("json")
     if member is None:
         wanted = f"{label_key!r} (data.label_key)" if label_key else "a .cls, or a .json with `label`"
@@ -187,20 +209,19 @@ def _label(stream: BinaryIO, parts: Mapping[str, Member], label_key: str | None,
         raise ValueError(
             f"{where} has no {name!r} in its .json, which has {keys}: name the key that holds the class with data.label_key"
         )
-    return checked_label(record[name], f"{where}, {name!r} in its .json:")
+    return checked_label(record[name], f"{where}, {name!r} in its .json:"), None
 
 
-def _number_in_json(stream: BinaryIO, parts: Mapping[str, Member]) -> int | None:
-    """Return JSON's `label` where it is a number, beside a label that has a file of its own; a name may well stand there."""
+def _label_in_json(stream: BinaryIO, parts: Mapping[str, Member]) -> int | str | None:
+    """Return JSON's `label` beside a label that has a file of its own, where it is one."""
     member = parts.get("json")
     if member is None or member.size > _LONGEST_LABEL:
         return None
     try:
         record = json.loads(os.pread(stream.fileno(), member.size, member.offset))
-        label = checked_label(record["label"], "")
+        return checked_label(record["label"], "")
     except (ValueError, RecursionError, TypeError, LookupError):
         return None
-    return label if isinstance(label, int) else None
 
 
 def _content(stream: BinaryIO, member: Member, where: str) -> bytes:

@@ -266,6 +266,43 @@ def test_a_cls_and_a_json_that_disagree_are_refused_until_one_is_named(tmp_path,
     assert list_webdataset(tmp_path, "train", label_key="coarse").labels == [1]
 
 
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        (
+            [("cat", "cat"), ("dog", "cat")],
+            r"'1' has two labels, 'dog' in its .cls and 'cat' in its .json: .*_key: cls",
+        ),
+        (
+            [("0", "cat"), ("1", "dog"), ("0", "dog")],
+            r"'2' has the label 0 .* and 'dog' in its .json.* of 0 have 'cat'",
+        ),
+        ([("cat", 0), ("dog", 1), ("dog", 2)], r"'2' has the label 'dog' .* and 2 in its .json, where .* 'dog' have 1"),
+        ([("1", "cat"), ("0", "dog")], r"class 1 is 'cat' in the .json of its images and 'dog' in .*classes.txt"),
+    ],
+    ids=["names", "names of a number", "numbers of a name", "a name and classes.txt"],
+)
+def test_names_in_cls_and_json_that_disagree_are_refused_until_one_is_named(tmp_path, pairs, words):
+    files = {}
+    for number, (label, other) in enumerate(pairs):
+        record = json.dumps({"label": other}).encode()
+        files |= {f"{number}.png": png(number), f"{number}.cls": label.encode(), f"{number}.json": record}
+    put(tmp_path, {"0.tar": tar_of(files)} | ({"classes.txt": b"cat\ndog\n"} if pairs[0][0] == "1" else {}))
+    with pytest.raises(ValueError, match=words):
+        list_webdataset(tmp_path, "train")
+    assert len(list_webdataset(tmp_path, "train", label_key="cls").labels) == len(pairs)
+
+
+def test_names_in_cls_and_json_that_agree_are_read(tmp_path):
+    files = {}
+    for number, (label, other) in enumerate([("0", "cat"), ("1", "dog"), ("0", "cat")]):
+        record = json.dumps({"label": other}).encode()
+        files |= {f"{number}.png": png(number), f"{number}.cls": label.encode(), f"{number}.json": record}
+    put(tmp_path, {"0.tar": tar_of(files), "classes.txt": b"cat\ndog\n"})
+    listing = list_webdataset(tmp_path, "train")
+    assert listing.labels == [0, 1, 0] and listing.classes == ["cat", "dog"]
+
+
 def test_shards_that_are_packed_are_refused_with_the_way_out(tmp_path):
     put(tmp_path, {"0.tar.gz": b"x", "1.tgz": b"x"})
     with pytest.raises(ValueError, match=r"expected \*.tar, found 0.tar.gz, 1.tgz .*unpack compressed ones first"):
