@@ -10,11 +10,12 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from dpar_core.models import flops
-from dpar_core.models.dpar import DPARConfig
+from dpar_core.models.dpar import DPAR, DPARConfig
 from dpar_core.models.gpt import GPT, GPTConfig
 from dpar_core.training import loop, meters
 from dpar_core.training.checkpoint import CheckpointError
@@ -23,8 +24,10 @@ from dpar_core.training.optim import OptimSettings, adamw, learning_rate
 from dpar_core.training.prefetch import Batch, Prefetcher
 from tests.helpers.paths import ROOT
 from tests.helpers.training_fixtures import (
+    DPAR_CONFIG,
     GPT_CONFIG,
     BaselineObjective,
+    DPARObjective,
     Recorder,
     TinyData,
     tiny_model,
@@ -114,6 +117,59 @@ def test_micro_batches_add_up_to_the_batch(tmp_path):
         TrainingRun(model, BaselineObjective(), TinyData(settings), settings, store, hooks=Recorder()).run()
     one, two = (tiny_store(tmp_path / name, "gpt").newest().model() for name in "12")
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gpt", "dpar"])
+def test_a_run_is_the_recipe_written_out(tmp_path, kind):
+    """Image by image, without packing, with AdamW, its schedule and clipping as formulas in float64."""
+    optim = OptimSettings(lr=4e-3, lr_schedule="cosine", warmup_steps=2, weight_decay=0.3, clip_norm=0.4)
+    settings = tiny_settings(steps=6, accumulate=2, optim=optim, validate_every=3)
+    built = {"gpt": (GPT, GPT_CONFIG, BaselineObjective()), "dpar": (DPAR, DPAR_CONFIG, DPARObjective())}
+    network, config, objective = built[kind]
+    data, config, hooks = (
+        TinyData(settings, patches=kind == "dpar"),
+        replace(config, dropout=0.0, class_dropout=0.0),
+        Recorder(),
+    )
+
+    def untrained():
+        torch.manual_seed(0)
+        return network(config)
+
+    store = tiny_store(tmp_path, kind)
+    progress = TrainingRun(untrained(), objective, data, settings, store, hooks=hooks).run()
+    model = untrained()
+    weights = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    moments = {name: (0.0, 0.0) for name in weights}
+    losses = []
+    for step, lr in enumerate((2e-3, 4e-3, *(2e-3 * (1 + math.cos(math.pi * k / 4)) for k in range(4)))):
+        grads, loss = dict.fromkeys(weights, 0.0), 0.0
+        for index in data.order.batch(step).indices:
+            model.zero_grad()
+            one = objective.loss(model, data._batch(np.array([index])))
+            one.backward()
+            loss += one.item() / 8
+            grads = {name: grads[name] + p.grad.double() / 8 for name, p in model.named_parameters()}
+        norm = math.sqrt(sum(float((grad**2).sum()) for grad in grads.values()))
+        for name, weight in weights.items():
+            grad = grads[name] * min(1.0, 0.4 / norm)
+            first, second = moments[name] = (
+                0.9 * moments[name][0] + 0.1 * grad,
+                0.95 * moments[name][1] + 0.05 * grad**2,
+            )
+            first, second = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.95 ** (step + 1))
+            decayed = weight * (1 - lr * 0.3) if weight.dim() > 1 else weight
+            weights[name] = decayed - lr * first / (second.sqrt() + 1e-8)
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False)
+        losses.append(loss)
+        line = hooks.lines[step + 1]
+        assert (line["train/lr"], line["train/loss"]) == pytest.approx((lr, loss), rel=1e-5)
+        assert line["train/grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert norm > 0.4  # so that clipping had something to do
+    found = store.newest().model()
+    assert max((weights[name] - found[name]).abs().max() for name in found) < 2e-5
+    held = np.mean([objective.loss(model, data._batch(np.array([index]))).item() for index in range(8)])
+    assert progress.curve[-1] == pytest.approx([6, np.mean(losses[3:]), held], rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", ["nan weights", "large loss"])
