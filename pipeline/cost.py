@@ -167,12 +167,13 @@ def patches_an_image(patching: Patching, tokens: int) -> float:
 
 
 def other_work(
-    params: Params, prices: Prices, *, views: float, gate: float, sampled: Mapping[str, float]
+    params: Params, prices: Prices, *, views: float, gate: float, asked: float, sampled: Mapping[str, float]
 ) -> dict[str, WorkCost]:
     """Return what a whole run does besides training DPAR, its baseline and the entropy model.
 
     views: encoded views of the training images.
     gate: FLOPs of one image through the entropy model.
+    asked: the same where it is asked while sampling, else 0.
     sampled: FLOPs of sampling one image from each model, with guidance and without the entropy model.
     The baseline is sampled twice, at equal steps and at equal training time.
     """
@@ -180,10 +181,9 @@ def other_work(
     from stages.shared.configs import vq_config
 
     encode, decode = vq_flops(vq_config(params.tokenizer), params.data.image_size)
-    images, how = params.sample.images, params.sample
+    images = params.sample.images
     trained = 0 if params.tokenizer.weights else params.tokenizer.steps * params.tokenizer.batch_size
-    gated = gate if how.gate == "entropy_model" and params.patching.mode in READ_ENTROPIES else 0.0
-    each = sampled["dpar"] + 2 * sampled["llamagen"] + gated + 3 * decode
+    each = sampled["dpar"] + 2 * sampled["llamagen"] + asked + 3 * decode
     exact = "entropies in fp32" if params.entropies.precision == "fp32" else "entropies"
     work = {
         "training the tokenizer": (trained, 3 * (encode + decode) * trained, prices.utilisation),
@@ -246,7 +246,8 @@ def costs(
     forward = {"dpar": dpar_forward_flops(dpar, patches)}
     forward |= {name: gpt_forward_flops(config) for name, config in plain.items()}
     gate = forward["entropy_model"]
-    guided, how = sum(dpar_parts(dpar, patches, passes=2).values()), params.sample
+    how, reads = params.sample, params.patching.mode in READ_ENTROPIES
+    asked = gate if reads and how.gate == "entropy_model" else None
     passes = guidance_passes(how.cfg_scale, how.cfg_schedule, how.cfg_interval, tokens=tokens)
     again = 0.0
     if (
@@ -254,6 +255,7 @@ def costs(
     ):  # at most: patches cut for their length are not asked
         rows = shape["row_width"] - 1 if params.patching.mode == "entropy_rows" else 0
         again = max(patches - 2 - rows, 0)
+    guided = sum(dpar_parts(dpar, patches, passes=2, again=again).values())
     sampled = {
         "dpar": sum(dpar_parts(dpar, patches, passes=passes, again=again).values()),
         "llamagen": passes * forward["llamagen"],
@@ -264,14 +266,14 @@ def costs(
     }
     views = VIEW_COUNTS[params.data.views]
     gpu = published_memory(prices.gpu)
-    only: dict[str, dict[str, float]] = {
+    only: dict[str, dict[str, float | None]] = {
         "dpar": {
             "generation_gflops": forward["dpar"] / GIGA,
-            "generation_gflops_with_entropy_model": (forward["dpar"] + gate) / GIGA,
+            "generation_gflops_with_entropy_model": None if asked is None else (forward["dpar"] + asked) / GIGA,
             # As published counts have it, the whole model twice; then as generate.py runs it.
             "generation_cfg_gflops": 2 * forward["dpar"] / GIGA,
-            "generation_cfg_gflops_with_entropy_model": (2 * forward["dpar"] + gate) / GIGA,
-            "generation_cfg_gflops_encoder_once": (guided + gate) / GIGA,
+            "generation_cfg_gflops_with_entropy_model": None if asked is None else (2 * forward["dpar"] + asked) / GIGA,
+            "generation_cfg_gflops_encoder_once": (guided + (asked or 0.0)) / GIGA,
             "training_exaflops_with_entropy_model": trained["dpar"] / 1e18
             + trained["entropy_model"] / 1e18
             + gate * images * views / 1e18,
@@ -316,7 +318,7 @@ def costs(
             weights_gb=config.num_parameters * 4 / GIGA,
             **only[name],
         )
-    others = other_work(params, prices, views=images * views, gate=gate, sampled=sampled)
+    others = other_work(params, prices, views=images * views, gate=gate, asked=asked or 0.0, sampled=sampled)
     hours = sum(one.gpu_hours for one in priced.values()) + sum(one.gpu_hours for one in others.values())
     workers = params.train.workers
     return CostEstimate(
@@ -436,6 +438,7 @@ def _table(name: str, estimate: CostEstimate) -> str:
     rows = [
         [label.replace("price", f"price, {prices.currency}"), *(_cell(getattr(models[one], key), form) for one in order)]
         for label, key, form in _ROWS
+        if any(getattr(models[one], key) is not None for one in order)
     ]
     lines += [table(("", "DPAR", "LlamaGen", "entropy model"), rows), ""]
     lines.append(wrapped(f"DPAR saves {models['dpar'].saved_percent:.1f} % of its baseline's FLOPs."))

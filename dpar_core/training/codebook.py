@@ -14,6 +14,7 @@ from torch import Tensor
 from dpar_core.models.vq import VQ
 
 LATENTS_PER_CODE, MOST_BATCHES, KMEANS_STEPS = 16, 64, 10
+AT_ONCE = 2**28  # products of latents and centres, 1 GB; of 16,384 codes and 16 latents per code there are 16 times as many
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def spherical_kmeans(latents: Tensor, codes: int) -> Tensor:
     """
     centres = latents[torch.linspace(0, len(latents) - 1, codes).long().to(latents.device)].clone()
     for _ in range(KMEANS_STEPS):
-        nearest = (latents @ centres.T).argmax(dim=1)
+        nearest = torch.cat([(part @ centres.T).argmax(dim=1) for part in latents.split(max(AT_ONCE // codes, 1))])
         sums = torch.zeros_like(centres).index_add(0, nearest, latents)
         taken = torch.bincount(nearest, minlength=len(centres)) > 0
         centres = torch.where(taken[:, None], F.normalize(sums, dim=1), centres)

@@ -28,7 +28,8 @@ class OptimSettings:
 def learning_rate(settings: OptimSettings, step: int, *, steps: int) -> float:
     """Return the learning rate of optimizer step `step` (0 is the first) of a run of `steps`.
 
-    Linear warm-up reaches `lr` at step `warmup_steps`; after it constant, or a cosine that would be zero at `steps`.
+    Linear warm-up over the first `warmup_steps` steps, the last of them at `lr`; after it constant, or a cosine that would
+    be zero at `steps`.
     """
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps

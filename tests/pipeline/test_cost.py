@@ -14,7 +14,7 @@ from dpar_core.data.shards import TokenMeta, TokenSample, write_shard
 from dpar_core.models import memory
 from dpar_core.models.flops import guidance_passes, vq_flops
 from dpar_core.models.vq import VQ, VQConfig, most_images
-from pipeline.cost import Prices, cost, costs
+from pipeline.cost import Prices, _table, cost, costs
 from stages.params import load_params, parse_params
 from stages.shared.configs import dpar_config, entropy_config, llamagen_config, vq_config
 from tests.helpers.paths import ROOT
@@ -176,6 +176,21 @@ def test_sampling_counts_what_is_guided_and_a_gate_that_is_asked():
     one = 3 * (2 * (4 * d**2 + 3 * d * f) + 4 * n * d) + 2 * v * d
     by_decoder = sampling(sample={"gate": "decoder"})
     assert by_decoder - static == pytest.approx(images * (142 - 17) * one / 1e18)
+
+
+@pytest.mark.parametrize("changes", [{"patching": {"mode": "static", "threshold": None}}, {"sample": {"gate": "decoder"}}])
+def test_an_entropy_model_that_is_not_asked_is_no_part_of_generation(changes):
+    raw = paper("b", 256).model_dump()
+    for section, values in changes.items():
+        raw[section] |= values
+    estimate = costs(parse_params(raw), prices=A100, patches=142)
+    found = estimate.models["dpar"]
+    assert found.generation_gflops_with_entropy_model is None and found.generation_cfg_gflops_with_entropy_model is None
+    assert (
+        found.generation_cfg_gflops_encoder_once < 2 * found.forward_gflops + estimate.models["entropy_model"].forward_gflops
+    )
+    printed = _table("b", estimate)
+    assert "to generate" not in printed and "with entropy model and entropies" in printed
 
 
 def test_hours_and_price_follow_from_flops():

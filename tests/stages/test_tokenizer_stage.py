@@ -20,7 +20,8 @@ from dpar_core.data.images import BadImage
 from dpar_core.data.manifest import write_manifest
 from dpar_core.files import load_weights, sha256_file, write_record
 from dpar_core.models.vq import VQ, VQConfig, to_float
-from dpar_core.training.codebook import latents_on_sphere, place_codes, restart_dead_codes
+from dpar_core.training import codebook
+from dpar_core.training.codebook import latents_on_sphere, place_codes, restart_dead_codes, spherical_kmeans
 from dpar_core.training.order import DataOrder
 from stages import params as P
 from stages import tokenizer as stage
@@ -362,3 +363,21 @@ def test_only_codes_that_nothing_chose_are_restarted():
     assert torch.allclose(cosines.max(dim=0).values, torch.ones(2), atol=1e-6)
     assert (moment[[2, 5]] == 0).all() and (moment[[0, 1, 3]] == 1).all()
     assert (used == 0).all()
+
+
+def test_centres_are_those_of_k_means_walked_latent_by_latent(monkeypatch):
+    random = np.random.default_rng(0)
+    latents = random.normal(size=(60, 3))
+    latents /= np.linalg.norm(latents, axis=1, keepdims=True)
+    centres = latents[[0, 14, 29, 44, 59]]
+    for _ in range(10):
+        groups = [[] for _ in centres]
+        for latent in latents:
+            groups[int(np.argmax(centres @ latent))].append(latent)
+        sums = [np.sum(group, axis=0) for group in groups]  # none of them is empty here
+        centres = np.array([one / np.linalg.norm(one) for one in sums])
+    given = torch.from_numpy(latents).float()
+    whole = spherical_kmeans(given, 5)
+    torch.testing.assert_close(whole.double(), torch.from_numpy(centres), atol=1e-6, rtol=0)
+    monkeypatch.setattr(codebook, "AT_ONCE", 5 * 7)  # seven latents at a time
+    torch.testing.assert_close(spherical_kmeans(given, 5), whole, atol=1e-6, rtol=0)
