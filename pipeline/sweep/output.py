@@ -28,6 +28,9 @@ plots:
 """
 
 
+UNLIKE = "images/s cannot be compared: the trials ran on different machines or with different numbers of threads"
+
+
 @dataclass(frozen=True)
 class SweepSettings:
     """What was asked for. thresholds, cfg: the values in words; images, final_images: per trial and per final."""
@@ -268,6 +271,8 @@ def table(facts: Facts) -> str:
     if chance := within_chance(facts):
         words = f"within chance of the best: {'; '.join(label(one.point) for one in chance)}"
         lines.append(terminal.wrapped(words, rest="  "))
+    if not speeds_of_one_machine(facts):
+        lines.append(terminal.wrapped(UNLIKE, rest="  "))
     lines += [terminal.wrapped(f"failed: {one_line(one)}", rest="  ") for one in facts.outcome.failed]
     if facts.command:
         lines.append(f"{'reproduce':16}{broken(facts.command, terminal.columns() - 18, rest=16)}")
@@ -292,6 +297,11 @@ def within_chance(facts: Facts) -> list[TrialResult]:
         return []
     others = [(one, one.interval(facts.distance)) for one in facts.outcome.finals if one.key != winner.key]
     return [one for one, ends in others if ends is not None and ends.low <= best.high]
+
+
+def speeds_of_one_machine(facts: Facts) -> bool:
+    """Return whether all trials ran on one machine with as many threads each, so that their images/s can be compared."""
+    return len({one.machine for one in (*facts.outcome.search, *facts.outcome.finals)}) <= 1
 
 
 def headline(facts: Facts) -> str:
@@ -332,6 +342,7 @@ def page(facts: Facts, folder: Path) -> str:
         best=min(values, default=None),
         chance=within_chance(facts),
         headline=headline(facts),
+        unlike="" if speeds_of_one_machine(facts) else UNLIKE,
         share={key: (one.value(facts.distance) - low) / (high - low or 1) for key, one in cells.items()},
         charts=[scatter_chart(one) for one in fronts(facts)] if search else [],
         pictures=[(one, file_uri(folder / "trials" / f"{one.key}.png")) for one in search],

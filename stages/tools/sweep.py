@@ -32,6 +32,7 @@ from dpar_core.pictures import save_png
 from stages import params as P
 from stages import sample, score
 from stages.artifacts import artifact_digest
+from stages.shared.pace import machine_words
 from stages.shared.sampler import Files
 from stages.shared.scoring import make_reference, measure_images, settings_of
 from stages.terminal import note
@@ -73,6 +74,7 @@ class TrialResult:
     patches: metrics of the sampled patches, as "patch/mean_length".
     images_per_s: sampling alone, without decoding.
     seconds: of the whole trial.
+    machine: what it ran on, with its threads, in words; empty where it was not recorded yet.
     """
 
     key: str
@@ -83,6 +85,7 @@ class TrialResult:
     tokens: int
     images_per_s: float
     seconds: float
+    machine: str = ""
 
     @property
     def point(self) -> Point:
@@ -112,6 +115,7 @@ class TrialResult:
             **{name: self.patches[name] for name in ("patch/patches_per_image", "patch/mean_length")},
             "perf/images_per_s": self.images_per_s,
             "seconds": self.seconds,
+            "machine": self.machine,
             "protocol_id": self.scores.protocol.id,
             "key": self.key,
             **self.scores.values,
@@ -264,6 +268,7 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> Trial
         tokens=sampler.config.tokens,
         images_per_s=len(images) / draw_seconds,
         seconds=time.perf_counter() - started,
+        machine=machine_words(subject.device),
     )
     save_png(sample.grid_picture(job, sampler, labels), folder / f"{key}.png")
     write_record(folder / f"{key}.json", {**asdict(result), "scores": result.scores.to_json()})

@@ -109,6 +109,15 @@ def test_of_equal_trials_the_winner_leads_the_tables(facts, keys):
         assert winner.key == "a" and rows[0][1] == f"{winner.point.cfg_scale:g}"
 
 
+def test_speeds_of_trials_on_unlike_machines_are_not_compared(facts, tmp_path):
+    assert "images/s are each trial" in sweep_output.page(facts, tmp_path)
+    assert "cannot be compared" not in sweep_output.table(facts)
+    slower = [replace(one, machine="another, 1 threads") for one in facts.outcome.finals]
+    unlike = replace(facts, outcome=replace(facts.outcome, finals=slower))
+    for text in (sweep_output.page(unlike, tmp_path), " ".join(sweep_output.table(unlike).split())):
+        assert sweep_output.UNLIKE in text
+
+
 def test_a_sweep_without_any_result_still_says_what_failed(facts, tmp_path):
     empty = sweep_output.Facts(**{**vars(facts), "outcome": Outcome(failed=facts.outcome.failed), "command": ""})
     sweep_output.write(empty, tmp_path)
