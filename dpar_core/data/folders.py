@@ -91,7 +91,8 @@ def _list_flat(walk: _Walk, split: str, listing: Listing, base: str, folders: li
     """List images that lie in no class folders, where a list of their classes is found; return whether it was."""
     inside = folders == ["images"]
     flat = f"{base}images" if inside else base.rstrip("/")
-    if (folders and not inside) or walk.entries(flat)[0]:
+    looking, within = _Walk(walk.root), f"{flat}/" if flat else ""
+    if any(looking.images(f"{within}{name}") for name in walk.entries(flat)[0]):
         return False
     found = walk.images(flat)
     listed = classes_of(walk.root / flat, [path.rpartition("/")[2] for path in found]) if found else None

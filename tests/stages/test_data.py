@@ -274,6 +274,7 @@ def test_images_named_in_a_list_of_their_order_may_lie_in_a_folder(tmp_path):
     tree = {"source": "imagefolder", "train": str(top / "train"), "validation": str(flat)}
     with pytest.raises(ValueError, match=r"4 files lie in it.* or beside them LOC_val_solution.csv"):
         run(tmp_path, **tree)
+    (flat / "n00000000").mkdir()  # somebody was about to sort them
     (top / "ILSVRC2012_validation_synsets.txt").write_text("n00000000 n00000001 n00000002 n00000002")
     labels = [row.label for row in read_manifest(run(tmp_path, **tree).manifest).split("validation")]
     assert labels == [0, 1, 2, 2]
