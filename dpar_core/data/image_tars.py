@@ -107,8 +107,9 @@ def list_webdataset(root: Path, split: str, *, label_key: str | None = None, ima
     listing.classes, listing.labels = found.names, found.labels
     listing.numbered, listing.doubles = found.numbered, found.doubles
     listing.notes += found.notes
-    for label, other in beside_name.items():
-        if isinstance(label, int) and other in found.names and found.names[label] != other:
+    listing.called = {label: str(other) for label, other in beside_name.items() if isinstance(label, int)}
+    for label, other in listing.called.items():
+        if other in found.names and found.names[label] != other:
             raise ValueError(
                 f"data.{split} {root}: class {label} is {other!r} in the .json of its images and {found.names[label]!r} in "
                 f"{beside}: {_WHICH_COUNTS.format('cls')}"

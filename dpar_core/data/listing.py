@@ -47,6 +47,7 @@ class Listing:
     given: what the source itself calls its classes, whatever classes.txt says.
     numbered: classes are known by number alone.
     doubles: a name occurs twice, so that names do not identify classes.
+    called: names that stand beside numbers in the source, by number.
     empty: why a class has no images, by its name, where that is known.
     base: the folder in which the class folders lie, where there are some.
     files: the files that images are read from, below the root, where several images share one.
@@ -62,6 +63,7 @@ class Listing:
     given: list[str] | None = None
     numbered: bool = False
     doubles: bool = False
+    called: dict[int, str] = field(default_factory=dict)
     empty: dict[str, str] = field(default_factory=dict)
     base: Path | None = None
     files: list[str] = field(default_factory=list)
@@ -149,6 +151,13 @@ def _refuse_other_classes(train: Listing, listing: Listing, *, where: str, train
         raise ValueError(
             f"{where} and {train_where} list their classes differently, and names that occur twice cannot be matched: put "
             "the same classes.txt (a name per line, in the order of the labels) beside both"
+        )
+    others = [label for label, name in listing.called.items() if train.called.get(label, name) != name]
+    if listing.numbered and others:
+        label = others[0]
+        raise ValueError(
+            f"{where} calls class {label} {listing.called[label]!r} and {train_where} {train.called[label]!r}, so numbers "
+            "mean other classes: number both alike, or put classes.txt (a name per line, in label order) beside each"
         )
     known = set(train.classes)
     unknown = sorted({listing.classes[label] for label in set(listing.labels)} - known)

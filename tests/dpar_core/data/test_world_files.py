@@ -266,6 +266,14 @@ def test_a_cls_and_a_json_that_disagree_are_refused_until_one_is_named(tmp_path,
     assert list_webdataset(tmp_path, "train", label_key="coarse").labels == [1]
 
 
+def named_shard(pairs: list[tuple[str, object]]) -> dict[str, bytes]:
+    files = {}
+    for number, (label, other) in enumerate(pairs):
+        record = json.dumps({"label": other}).encode()
+        files |= {f"{number}.png": png(number), f"{number}.cls": label.encode(), f"{number}.json": record}
+    return {"0.tar": tar_of(files)}
+
+
 @pytest.mark.parametrize(
     ("pairs", "words"),
     [
@@ -283,24 +291,31 @@ def test_a_cls_and_a_json_that_disagree_are_refused_until_one_is_named(tmp_path,
     ids=["names", "names of a number", "numbers of a name", "a name and classes.txt"],
 )
 def test_names_in_cls_and_json_that_disagree_are_refused_until_one_is_named(tmp_path, pairs, words):
-    files = {}
-    for number, (label, other) in enumerate(pairs):
-        record = json.dumps({"label": other}).encode()
-        files |= {f"{number}.png": png(number), f"{number}.cls": label.encode(), f"{number}.json": record}
-    put(tmp_path, {"0.tar": tar_of(files)} | ({"classes.txt": b"cat\ndog\n"} if pairs[0][0] == "1" else {}))
+    put(tmp_path, named_shard(pairs) | ({"classes.txt": b"cat\ndog\n"} if pairs[0][0] == "1" else {}))
     with pytest.raises(ValueError, match=words):
         list_webdataset(tmp_path, "train")
     assert len(list_webdataset(tmp_path, "train", label_key="cls").labels) == len(pairs)
 
 
 def test_names_in_cls_and_json_that_agree_are_read(tmp_path):
-    files = {}
-    for number, (label, other) in enumerate([("0", "cat"), ("1", "dog"), ("0", "cat")]):
-        record = json.dumps({"label": other}).encode()
-        files |= {f"{number}.png": png(number), f"{number}.cls": label.encode(), f"{number}.json": record}
-    put(tmp_path, {"0.tar": tar_of(files), "classes.txt": b"cat\ndog\n"})
+    put(tmp_path, named_shard([("0", "cat"), ("1", "dog"), ("0", "cat")]) | {"classes.txt": b"cat\ndog\n"})
     listing = list_webdataset(tmp_path, "train")
     assert listing.labels == [0, 1, 0] and listing.classes == ["cat", "dog"]
+
+
+def test_splits_whose_json_calls_one_number_by_two_names_are_refused(tmp_path):
+    roots = {split: tmp_path / split for split in ("train", "validation")}
+    for split, names in (("train", ("cat", "dog")), ("validation", ("dog", "cat"))):
+        put(roots[split], named_shard(list(zip("01", names))))
+
+    def join():
+        return join_listings({split: list_webdataset(root, split) for split, root in roots.items()}, roots)
+
+    with pytest.raises(ValueError, match=r"validation calls class 0 'dog' and data.train .*train 'cat', so numbers mean other"):
+        join()
+    for split, names in (("train", b"cat\ndog\n"), ("validation", b"dog\ncat\n")):
+        (roots[split] / "classes.txt").write_bytes(names)
+    assert [row.class_name for row in join().rows] == ["cat", "dog", "dog", "cat"]
 
 
 def test_shards_that_are_packed_are_refused_with_the_way_out(tmp_path):
