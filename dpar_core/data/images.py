@@ -138,7 +138,8 @@ def _scale_clear_grey(image: Image.Image) -> None:
 def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:
     """Return the bits of a TIFF's samples and whether 0 is white, both of which Pillow heeds up to eight bits alone.
 
-    Raises BadImage for integers whose range nobody states, and for planes of 16 bits, of which Pillow reads single bytes.
+    Raises BadImage for integers whose range nobody states, for planes of 16 bits, of which Pillow reads single bytes, and
+    for colour tables that some old programs wrote with 8 bits.
     """
     tags = image.tag_v2  # type: ignore[attr-defined]
     bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
@@ -146,6 +147,8 @@ def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:
         raise BadImage(f"channels of {max(bits)} bits in planes of their own: store the channels of a pixel together")
     if image.mode == "I" and bits[0] == 32:
         raise BadImage("integer pixels of 32 bits, whose range nobody states: store 8 or 16 bits")
+    if image.mode == "P" and max(tags.get(320, (256,))) < 256:
+        raise BadImage("a colour table of 8 bits, where TIFF has 16: all pixels would be black")
     if 2 in kinds:
         raise BadImage("signed integer pixels, whose range nobody states: store 8 or 16 bits without a sign")
     return max(bits[0], 8), tags.get(262) == 0

@@ -209,6 +209,15 @@ def test_channels_of_sixteen_bits_in_planes_are_refused_as_pillow_reads_single_b
         decode_image(tiff(wide, photometric=2, planes=True))
 
 
+def test_a_colour_table_of_eight_bits_in_a_tiff_is_refused_as_its_image_would_be_black():
+    content = encoded(Image.fromarray(picture(12, 16)).quantize(4), "TIFF")
+    colours = Image.open(io.BytesIO(content)).tag_v2[320]
+    wide, narrow = (struct.pack(f"<{len(colours)}H", *(one >> bits for one in colours)) for bits in (0, 8))
+    assert wide in content and decode_image(content).max() > 100
+    with pytest.raises(BadImage, match="a colour table of 8 bits"):
+        decode_image(content.replace(wide, narrow))
+
+
 def test_float_grey_is_read_whichever_end_is_white():
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     for stored, photometric in ((grey, 1), (255 - grey, 0)):

@@ -311,7 +311,9 @@ def test_splits_whose_json_calls_one_number_by_two_names_are_refused(tmp_path):
     def join():
         return join_listings({split: list_webdataset(root, split) for split, root in roots.items()}, roots)
 
-    with pytest.raises(ValueError, match=r"validation calls class 0 'dog' and data.train .*train 'cat', so numbers mean other"):
+    with pytest.raises(
+        ValueError, match=r"validation calls class 0 'dog' and data.train .*train 'cat', so numbers mean other"
+    ):
         join()
     for split, names in (("train", b"cat\ndog\n"), ("validation", b"dog\ncat\n")):
         (roots[split] / "classes.txt").write_bytes(names)
