@@ -29,6 +29,7 @@ HOLDERS = ("model", "module", "state_dict", "ema", "model_ema", "ema_model")  # 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "model.")
 COMPUTED = ("freqs_cis", UNUSED_BUFFER)  # buffers that nobody needs to read
 READ_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_IN_PARTS = "a checkpoint in several files: join them into one safetensors file first"
 EXPECTED = "expected weights, as a .safetensors file or a PyTorch checkpoint"
 
 
@@ -138,10 +139,12 @@ def _other_kind(path: Path, kind: Kind) -> str:
     problem = described(path, kind) or f"{path} is not a file of weights"
     if kind == "folder":
         names = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin"))
+        if any(re.search(r"-\d+-of-\d+\.", name) for name in names):
+            return f"{path} holds {_IN_PARTS}"
         held = f": give one of its files ({', '.join(names[:3])})" if names else ""
         return f"{problem}, {EXPECTED}{held}"
     if kind == "json" and _is_index(path):
-        return f"{path} is the index of a checkpoint in several files: join them into one safetensors file first"
+        return f"{path} is the index of {_IN_PARTS}"
     return problem if ": " in problem.removeprefix(str(path)) else f"{problem}, {EXPECTED}"
 
 

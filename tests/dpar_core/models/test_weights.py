@@ -163,6 +163,10 @@ def test_a_folder_names_the_files_that_could_be_meant(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"is a folder, expected weights.*model\.safetensors"):
         read_checkpoint(tmp_path)
+    for number in (1, 2):  # neither is a checkpoint by itself
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds a checkpoint in several files: join them"):
+        read_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights at"):
         read_checkpoint(tmp_path / "none.pt")
 
