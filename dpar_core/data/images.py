@@ -147,7 +147,7 @@ def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:
         raise BadImage(f"channels of {max(bits)} bits in planes of their own: store the channels of a pixel together")
     if image.mode == "I" and bits[0] == 32:
         raise BadImage("integer pixels of 32 bits, whose range nobody states: store 8 or 16 bits")
-    if image.mode == "P" and max(tags.get(320, (256,))) < 256:
+    if image.mode == "P" and 0 < max(tags.get(320, (0,))) < 256:
         raise BadImage("a colour table of 8 bits, where TIFF has 16: all pixels would be black")
     if 2 in kinds:
         raise BadImage("signed integer pixels, whose range nobody states: store 8 or 16 bits without a sign")

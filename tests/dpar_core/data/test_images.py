@@ -216,6 +216,7 @@ def test_a_colour_table_of_eight_bits_in_a_tiff_is_refused_as_its_image_would_be
     assert wide in content and decode_image(content).max() > 100
     with pytest.raises(BadImage, match="a colour table of 8 bits"):
         decode_image(content.replace(wide, narrow))
+    assert not decode_image(content.replace(wide, bytes(len(wide)))).any()  # a black image is no mistake
 
 
 def test_float_grey_is_read_whichever_end_is_white():
