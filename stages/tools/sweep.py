@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,8 @@ from dpar_core.choices import LARGEST_CFG_SCALE
 from dpar_core.evaluation.features import FeatureNetwork, feature_network
 from dpar_core.evaluation.image_sets import ImageSet
 from dpar_core.evaluation.protocol import DISTANCE_NAMES, Interval, Scores, scores_in
-from dpar_core.evaluation.scores import check_rank, compare, protocol_of
+from dpar_core.evaluation.reference import Reference
+from dpar_core.evaluation.scores import check_images, check_rank, compare, protocol_of
 from dpar_core.files import Damaged, digest_of, read_record, read_weights_header, write_record
 from dpar_core.patches.maps import read_rule
 from dpar_core.pictures import save_png
@@ -35,6 +36,7 @@ from stages.artifacts import artifact_digest
 from stages.shared.pace import machine_words
 from stages.shared.sampler import Files
 from stages.shared.scoring import make_reference, measure_images, settings_of
+from stages.sources import SPLIT_NAMES
 from stages.terminal import note
 from stages.tracker import NullTracker, Progress, Tracker
 from stages.workers import cluster
@@ -160,7 +162,11 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is sampled and scored. models: threshold -> files of a model trained at it; None: of all others."""
+    """What is sampled and scored.
+
+    models: threshold -> files of a model trained at it; None: of all others.
+    outside: digest of a reference and of a feature network that are files of the user; `sweep` sets it.
+    """
 
     models: dict[float | None, Files]
     sample: P.Sample
@@ -168,6 +174,7 @@ class Subject:
     manifest: Path
     features: Path
     device: str
+    outside: str = ""
 
     def files(self, point: Point) -> Files:
         """Return the files a point is sampled from."""
@@ -186,7 +193,15 @@ class Subject:
         reads = [artifact_digest(self.manifest), artifact_digest(self.features)]
         section = self.section(trial).model_dump(exclude={"batch_size", "workers"})
         scored = [self.score.seed, self.score.data.model_dump(), self.score.score.model_dump(exclude={"images", "workers"})]
-        return digest_of([RESULT_FORMAT, content, reads, section, scored, trial.final])[:12]
+        outside = [self.outside] if self.outside else []
+        return digest_of([RESULT_FORMAT, content, reads, section, scored, trial.final, *outside])[:12]
+
+    def reads_from_outside(self, reference: Reference, network: FeatureNetwork) -> str:
+        """Return `outside`: what of reference and network neither manifest nor demo classifier identifies."""
+        settings = self.score.score
+        files = [] if settings.reference in SPLIT_NAMES else [reference.digest]
+        files += [network.digest] if settings.features_file is not None else []
+        return digest_of(files) if files else ""
 
     @property
     def distance(self) -> str:
@@ -255,6 +270,9 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> Trial
     network, rule = _network(subject), sampler.settings.rule
     scored, settings = subject.score, settings_of(subject.score.score)
     reference = make_reference(scored.score, scored.data, subject.manifest, network, NullTracker(), cache=work)
+    if subject.outside != subject.reads_from_outside(reference, network):
+        raise ValueError("score.reference or score.features_file changed while the sweep ran: run the same command again")
+    check_images(images, reference, "the trial")
     measured = measure_images(network, images)
     values, intervals = compare(measured, reference, settings, seed=scored.seed)
     protocol = protocol_of(network, reference, settings, ImageSet(images))
@@ -323,7 +341,9 @@ def sweep(
     work.mkdir(parents=True, exist_ok=True)
     # The reference's features are found once, here; trials read them from the work folder.
     scored = subject.score
-    reference = make_reference(scored.score, scored.data, subject.manifest, _network(subject), tracker, cache=work)
+    network = _network(subject)
+    reference = make_reference(scored.score, scored.data, subject.manifest, network, tracker, cache=work)
+    subject = replace(subject, outside=subject.reads_from_outside(reference, network))
     for images in (plan.images, *([plan.final_images] if plan.final_images else [])):
         check_rank(images, reference, settings_of(scored.score))
     if subject.sample.plan == "balanced":

@@ -141,6 +141,30 @@ def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_pat
     assert result.patches_per_image == pytest.approx(np.mean(counts))
 
 
+def test_trials_scored_against_a_file_that_was_replaced_are_others(subject, tmp_path):
+    def against(side, seed):
+        images = np.random.default_rng(seed).integers(0, 256, (20, side, side, 3), np.uint8)
+        np.savez(tmp_path / "reference.npz", arr_0=images)
+        settings = subject.score.score.model_copy(update={"reference": str(tmp_path / "reference.npz")})
+        outside = replace(subject, score=replace(subject.score, score=settings))
+        scored, network = outside.score, sweep._network(outside)
+        reference = make_reference(
+            scored.score, scored.data, outside.manifest, network, NullTracker(), cache=tmp_path / str(seed)
+        )
+        return replace(outside, outside=outside.reads_from_outside(reference, network))
+
+    trial = Trial(Point(1.0, 1.0), 6, 1, final=False)
+    one = against(8, 0)
+    first = sweep.run_trial(one, trial, tmp_path, tmp_path)
+    other = against(8, 1)
+    assert other.key(trial) != one.key(trial) and subject.outside == ""
+    assert sweep.run_trial(other, trial, tmp_path, tmp_path).scores.values != first.scores.values
+    with pytest.raises(ValueError, match=r"score.reference or score.features_file changed while the sweep ran"):
+        sweep.run_trial(one, trial, tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"the trial holds images of 8 x 8 pixels, the reference reference.npz of 12 x 12"):
+        sweep.run_trial(against(12, 2), trial, tmp_path, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_failed_trial_is_reported_and_sinks_no_other(ray_here, subject, tmp_path):
     broken = tmp_path / "broken.safetensors"
