@@ -45,14 +45,19 @@ def labelled_grid(
     rows: arrays (n, h, w, 3) uint8, all images of one size. Returns an RGB picture.
     """
     height, width = rows[0].shape[1] * factor, rows[0].shape[2] * factor
-    gap, size = 4, 13
-    left = gap + max((int(font(size).getlength(label)) for label in labels), default=0) + 2 * gap
-    head = (24 if title else 0) + (20 if columns else 0) + gap
+
+    def longest(size: int) -> int:
+        return max((int(font(size).getlength(label)) for label in labels), default=0)
+
+    gap, size = 4, max(13, height // 5)  # labels that are still read where the picture is shown at a third of its size
+    size = size if longest(size) <= 2 * width else 13
+    left = gap + longest(size) + 2 * gap
+    head = (size + 11 if title else 0) + (20 if columns else 0) + gap
     most = max(len(row) for row in rows)
     canvas = Image.new("RGB", (left + most * (width + gap), head + len(rows) * (height + gap)), PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((gap, gap), title, INK, font(15))
+        draw.text((gap, gap), title, INK, font(size + 2))
     for number, name in enumerate(columns):
         draw.text((left + number * (width + gap) + width // 2, head - 14), name, FAINT, font(12), anchor="mm")
     for line, (row, label) in enumerate(zip(rows, labels)):

@@ -18,6 +18,7 @@ from dpar_core.evaluation.protocol import DISTANCE_NAMES
 from dpar_core.files import atomic_folder, atomic_write, read_weights_header, write_json
 from dpar_core.models.configs import GPTConfig
 from dpar_core.patches.maps import EntropyMaps, PatchMaps
+from dpar_core.patches.rule import PatchRule
 from dpar_core.pictures import colour_bar, save_png
 from dpar_core.secrets import redacted
 from dpar_core.training.order import fixed_subset
@@ -145,7 +146,6 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
     low = min(float(one.entropies[1:].min()) for one in shown)
     high = max(float(one.entropies[1:].max()) for one in shown)
     typical = min(shown, key=lambda one: abs(len(one.lengths) - patches.mean))
-    threshold = maps.rule.threshold if maps.rule.reads_entropies else None
     facts = {
         "params": params,
         "setting": setting(params, manifest, train),
@@ -167,7 +167,7 @@ def run(params: Params, inputs: Inputs, outputs: Outputs, tracker: Tracker, *, d
         "rule": maps.rule,
         "scale": {"low": low, "high": high, "bar": data_uri(colour_bar(256, 1))},
         "examples": [one.shown(low, high) for one in shown],
-        "hero": typical.shown(low, high) | slider(typical.entropies, threshold),
+        "hero": typical.shown(low, high) | slider(typical.entropies, maps.rule),
         "tokenizer": read_json(inputs.tokenizer / METRICS),
         "charts": draw_charts(trainings, patches, times, speeds, labels)
         | {"differences": draw_differences(rounds), "trade": draw_trade(inputs, costs, speeds, labels)},
@@ -271,13 +271,17 @@ def badge(params: Params, manifest: Manifest, steps: int) -> dict[str, str]:
     }
 
 
-def slider(entropies: np.ndarray, threshold: float | None) -> dict[str, float | str]:
-    """Return the ends of the slider over thresholds and the threshold of the rule; nothing when no entropy decides."""
-    if threshold is None:
-        return {"threshold": "", "first": 0.0, "last": 0.0}
+def slider(entropies: np.ndarray, rule: PatchRule) -> dict[str, float | str]:
+    """Return what the slider over thresholds cuts by: its ends and the rule's threshold, and the cuts that no entropy moves.
+
+    Nothing when no entropy decides.
+    """
+    if not rule.reads_entropies or (threshold := rule.threshold) is None:
+        return {}
+    cuts = ",".join(map(str, np.flatnonzero(rule.fixed_cuts(len(entropies)))))
     known = entropies[1:]
     first, last = min(float(known.min()), threshold), max(float(known.max()), threshold)
-    return {"threshold": repr(float(threshold)), "first": max(first - 0.05, 0.0), "last": last + 0.05}
+    return {"threshold": repr(float(threshold)), "first": max(first - 0.05, 0.0), "last": last + 0.05, "cuts": cuts}
 
 
 def busy_sentences(trainings: Mapping[str, TrainingFacts], speeds: Speeds) -> list[str]:

@@ -111,6 +111,13 @@ def test_the_same_picture_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_labels_grow_with_the_images_but_never_take_more_than_two_of_them():
+    rows = [np.zeros((1, 128, 128, 3), np.uint8)]
+    widths = {label: labelled_grid(rows, [label]).width - 132 for label in ("retina", "a longer name", 30 * "very ")}
+    assert 70 < widths["retina"] < widths["a longer name"] < 268
+    assert widths[30 * "very "] == labelled_grid([np.zeros((1, 16, 16, 3), np.uint8)], [30 * "very "]).width - 20
+
+
 def test_the_colour_bar_runs_from_low_to_high():
     bar = np.asarray(colour_bar(50, 4))
     assert bar.shape == (4, 50, 3)

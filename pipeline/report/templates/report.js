@@ -16,11 +16,11 @@ document.querySelector("#borders").onchange = (event) => {
 };
 
 // Lengths of the patches of an image: the rule of dpar_core/patches/rule.py.
-function patchLengths(entropies, { threshold, width, rows, longest }) {
+function patchLengths(entropies, { threshold, cuts, longest }) {
   const lengths = [];
   let gate = 0;
   entropies.forEach((entropy, token) => {
-    const opens = token < 2 || (rows && token % width === 0) || entropy > threshold;
+    const opens = cuts.has(token) || entropy > threshold;
     if (opens) gate = token;
     if (opens || (longest && (token - gate) % longest === 0)) lengths.push(0);
     lengths[lengths.length - 1] += 1;
@@ -44,9 +44,9 @@ const hero = document.querySelector("#hero"), slider = document.querySelector("#
 if (slider) {
   const entropies = hero.dataset.exact.split(",").map((nats) => (nats === "" ? NaN : Number(nats)));
   const width = Number(hero.dataset.width), longest = Number(hero.dataset.longest), trained = Number(hero.dataset.threshold);
+  const cuts = new Set(hero.dataset.cuts.split(",").map(Number)); // at which a patch begins whatever the entropies are
   const draw = (threshold) => {
-    const rule = { threshold: Math.fround(threshold), width, rows: hero.dataset.mode === "entropy_rows", longest };
-    const lengths = patchLengths(entropies, rule), path = borderPath(lengths, width);
+    const lengths = patchLengths(entropies, { threshold: Math.fround(threshold), cuts, longest }), path = borderPath(lengths, width);
     for (const one of hero.querySelectorAll(".borders")) one.setAttribute("d", path);
     hero.dataset.lengths = lengths.join(",");
     document.querySelector("#at").textContent = `${threshold.toFixed(2)} nats`;
