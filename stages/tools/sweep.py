@@ -40,7 +40,7 @@ from stages.sources import SPLIT_NAMES
 from stages.terminal import note
 from stages.tracker import NullTracker, Progress, Tracker
 from stages.workers import cluster
-from stages.workers.tasks import KeptLast
+from stages.workers.tasks import KeptLast, finished_unit
 
 # Seeds of trials lie far above those of params.yaml: what `dvc repro` scores at the end was not used to choose.
 SEARCH_SEEDS, FINAL_SEEDS = 10_000_000, 20_000_000
@@ -254,13 +254,16 @@ def run_trial(subject: Subject, trial: Trial, folder: Path, work: Path) -> Trial
     key, started = subject.key(trial), time.perf_counter()
     files, section = subject.files(trial.point), subject.section(trial)
     content = digest_of([path and artifact_digest(path) for path in vars(files).values()])
-    batches = work / key
+    batches = work / f"{key}-{section.batch_size}"
+    for other in work.glob(f"{key}-*"):  # of an interrupted run that cut the images otherwise
+        if other != batches:
+            shutil.rmtree(other)
     batches.mkdir(parents=True, exist_ok=True)
     job = sample.SampleJob(files, content, section.model_dump_json(), subject.device, str(batches.resolve()))
     sampler = sample.sampler_of(job)
     sample.check_memory(sampler, section.batch_size)
     for batch in job.batches():
-        if not job.path(batch).exists():
+        if finished_unit(batches, job.path(batch).name) is None:
             sample.sample_batch(job, batch)
     images, labels, starts = (
         np.concatenate(list(sample.batch_arrays(job, name))) for name in ("images", "labels", "starts")

@@ -122,6 +122,14 @@ def test_a_trial_is_the_same_whatever_its_batches_and_goes_on_with_those_that_ar
     assert sampled == [0, 1, "cut", 2]
     assert without_clock([result]) == without_clock(results[:1])
 
+    (tmp_path / "d").mkdir()
+    sampled[1:] = []
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_trial(subject, trial, tmp_path / "d", tmp_path / "d")
+    threes = replace(subject, sample=subject.sample.model_copy(update={"batch_size": 3}))
+    assert without_clock([sweep.run_trial(threes, trial, tmp_path / "d", tmp_path / "d")]) == without_clock(results[:1])
+    assert not [path for path in (tmp_path / "d").iterdir() if path.is_dir() and path.name.startswith(result.key)]
+
 
 def test_a_trial_s_score_is_that_of_its_images_drawn_one_by_one(subject, tmp_path):
     trial = Trial(Point(2.0, 1.5), 8, 5, final=False)
