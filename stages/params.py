@@ -512,7 +512,7 @@ def _contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
         yield f"`sample.cfg_interval` {sample.cfg_interval} is empty, so nothing is guided: set cfg_scale to 1 for that"
     elif sample and sample.cfg_schedule == "interval" and data and tokenizer:
         tokens, (low, high) = (data.image_size // tokenizer.downsample) ** 2, sample.cfg_interval
-        if low < high and math.ceil(low * tokens) >= high * tokens:
+        if low < high and not any(low <= token / tokens < high for token in range(tokens)):
             yield (
                 f"`sample.cfg_interval` {sample.cfg_interval} holds none of the {tokens} tokens of an image, so nothing is "
                 "guided: widen it, or set cfg_scale to 1 for that"

@@ -6,7 +6,6 @@ N tokens per image, M patches, D width, F feed-forward width, V codebook entries
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -107,7 +106,7 @@ def guidance_passes(cfg_scale: float, schedule: GuidanceSchedule, interval: Sequ
     """
     if cfg_scale <= 1:
         return 1.0
-    return 1 + (math.ceil(interval[1] * tokens) / tokens if schedule == "interval" else 1.0)
+    return 1 + (sum(token / tokens < interval[1] for token in range(tokens)) / tokens if schedule == "interval" else 1.0)
 
 
 # Dense bf16 FLOP/s as the makers publish them, by words of the device name; of two that fit, the first counts.

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from dpar_core.data.images import VIEW_COUNTS
 from dpar_core.data.manifest import Manifest, Row, write_manifest
 from dpar_core.data.shards import TokenMeta, TokenSample, write_shard
+from dpar_core.generation.sampling import SampleSettings
 from dpar_core.models import memory
 from dpar_core.models.flops import guidance_passes, vq_flops
 from dpar_core.models.vq import VQ, VQConfig, most_images
@@ -154,6 +155,10 @@ def test_sampling_counts_what_is_guided_and_a_gate_that_is_asked():
     assert guidance_passes(1.0, "constant", (0, 1), tokens=256) == 1
     assert guidance_passes(2.0, "linear", (0, 0.1), tokens=256) == 2
     assert guidance_passes(2.0, "interval", (0.2, 0.501), tokens=100) == 1.51
+    for end in (0.07, 0.14, 0.29, 0.57):  # where the product with 100 is no whole number in floating point
+        settings = SampleSettings(cfg_scale=2.0, cfg_schedule="interval", cfg_interval=(0.0, end))
+        guided = int((settings.scales(100) != 1).sum())
+        assert guidance_passes(2.0, "interval", (0.0, end), tokens=100) == 1 + guided / 100
 
     def sampling(**changes):
         raw = paper("b", 256).model_dump()
