@@ -39,6 +39,7 @@ INDEX_SCHEMA = pa.schema(
         ("label", pa.int32()),
     ]
 )
+_LARGE_INDEX = 1 << 24  # bytes, of some 250,000 samples
 _ENDINGS = ("tokens.npy", "cls", "json")
 
 
@@ -266,7 +267,7 @@ class OpenFiles:
 
 
 class TokenShards:
-    """Random access to the samples of one split: shards stay where they are, the index is memory-mapped.
+    """Random access to the samples of one split: shards stay where they are, the index is memory-mapped where it is large.
 
     folder: a path, or an address that fsspec opens, of which shards are copied to `cache` when first read (see
     `remote.Folder`). Many threads and forked or pickled copies may read. Raises FileNotFoundError or ValueError in one
@@ -293,7 +294,7 @@ class TokenShards:
                         f"shard {name} is missing: run `dpar-cli data check --repair`, or `dvc repro -sf tokenize_images` "
                         f"(looked in {self.folder})"
                     )
-        table = _map_index(source.path(INDEX, summary.index_sha256))
+        table = _open_index(source.path(INDEX, summary.index_sha256))
         if table.num_rows != summary.samples:
             raise ValueError(
                 f"{source}/{INDEX} has {table.num_rows} samples, its summary says {summary.samples}: "
@@ -373,9 +374,11 @@ class TokenShards:
         TokenShards.__init__(self, state["folder"], state["split"], cache=state["cache"])
 
 
-def _map_index(path: Path) -> pa.Table:
+def _open_index(path: Path) -> pa.Table:
+    """Read an index, or map it where it is large: one that is written over or cut off in place then changes its readers."""
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        large = path.stat().st_size > _LARGE_INDEX
+        table = pa.ipc.open_file(pa.memory_map(str(path)) if large else path.read_bytes()).read_all()
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): run `dpar-cli data check --repair`") from None
     if table.schema.names != INDEX_SCHEMA.names:

@@ -53,6 +53,14 @@ def write_folder(folder: Path, *, sizes: dict[str, list[int]] | None = None, sca
     return folder
 
 
+def test_an_index_that_was_read_does_not_change_with_its_file(tmp_path):
+    shards = TokenShards(write_folder(tmp_path), "train")
+    labels = shards.labels.tolist()
+    with open(tmp_path / INDEX, "r+b") as stream:
+        stream.write(bytes((tmp_path / INDEX).stat().st_size))
+    assert shards.labels.tolist() == labels == [0, 1, 0, 1, 0, 1, 0, 1, 0] and shards.find("train-0003") == 3
+
+
 def test_every_view_of_every_sample_is_read_as_written(tmp_path):
     write_folder(tmp_path)
     for split, count in (("train", 9), ("validation", 3)):
