@@ -98,7 +98,7 @@ def _list_flat(walk: _Walk, split: str, listing: Listing, base: str, folders: li
     listed = classes_of(walk.root / flat, [path.rpartition("/")[2] for path in found]) if found else None
     if listed is None:
         return False
-    for (path, identity), label in zip(found.items(), listing.take_classes(listed)):
+    for (path, identity), label in zip(found.items(), listing.take_classes(listed, walk.root / flat)):
         listing.add(f"{split}-{digest_of(path)}", f"{split}:{path}", label)
         if identity is not None:
             listing.identities.append(identity)

@@ -53,7 +53,7 @@ def list_ilsvrc_validation(path: Path, classes_of: ClassesOf) -> Listing:
     listed = classes_of(path, [member.name for member in images])
     if listed is None:
         raise FileNotFoundError(f"no classes of the validation images beside {path}: put {CLASS_LISTS} there")
-    for member, label in zip(images, listing.take_classes(listed)):
+    for member, label in zip(images, listing.take_classes(listed, path.parent)):
         _add_member(listing, member, "validation", path.name, label, key=key_of("validation", Path(member.name).stem))
     return listing
 

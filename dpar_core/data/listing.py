@@ -75,10 +75,10 @@ class Listing:
         self.sources.append(source)
         self.labels.append(label)
 
-    def take_classes(self, listed: ListedClasses) -> list[int]:
-        """Take the classes of a list of images as those of this split; return the label of each image."""
+    def take_classes(self, listed: ListedClasses, folder: Path) -> list[int]:
+        """Take the classes of a list of images as those of this split; return the label of each image in `folder`."""
         self.classes = sorted(set(listed.classes))
-        self.notes.append(f"the class of each image is that in {listed.file}")
+        self.notes.append(f"the class of each image is that in {os.path.relpath(listed.file, folder)}, seen from the images")
         label_of = {name: label for label, name in enumerate(self.classes)}
         return [label_of[name] for name in listed.classes]
 
@@ -163,11 +163,12 @@ def _refuse_other_classes(train: Listing, listing: Listing, *, where: str, train
     unknown = sorted({listing.classes[label] for label in set(listing.labels)} - known)
     if unknown:
         folded = {name.casefold(): name for name in train.classes}
+        flat = f" (images that lie in no class folders need a list of their classes: {CLASS_LISTS})"
         near = [f"{name!r} is {folded[name.casefold()]!r} there" for name in unknown if name.casefold() in folded]
         raise ValueError(
             f"{where} has classes that {train_where} lacks: {', '.join(unknown[:5])}"
             f"{' ...' if len(unknown) > 5 else ''} ({len(unknown)} in all): both must have the same classes"
-            f"{f' ({near[0]})' if near else ''}"
+            f"{f' ({near[0]})' if near else flat if unknown == ['images'] else ''}"
         )
     if listing is not train and listing.classes != train.classes:
         shared = [name for name in listing.classes if name in known]

@@ -264,7 +264,8 @@ def test_a_flat_validation_folder_has_the_classes_of_its_list(tmp_path, capsys, 
         int(opener(row)[0, 0, 0]) for row in manifest.rows
     ]
     assert manifest.counts("train").tolist() == [1, 1, 1] and manifest.counts("validation").tolist() == [1, 1, 2]
-    assert f"validation: the class of each image is that in {listed}\n" in capsys.readouterr().out
+    shown = "../../../../LOC_val_solution.csv" if put is put_kaggle else "../val_annotations.txt"
+    assert f"validation: the class of each image is that in {shown}, seen from the images\n" in capsys.readouterr().out
     assert f"validation:{listed.name}" not in manifest.notes["left_out"]
 
 
@@ -295,6 +296,13 @@ def test_a_list_that_is_not_of_the_images_is_refused(tmp_path, old, new, words):
     top, _, listed = put_tiny_imagenet(tmp_path / "d")
     listed.write_text(listed.read_text().replace(old, new))
     with pytest.raises(ValueError, match=words):
+        run(tmp_path, source="imagefolder", train=str(top), validation=str(top))
+
+
+def test_tiny_imagenet_without_its_list_says_what_to_put_there(tmp_path):
+    top, _, listed = put_tiny_imagenet(tmp_path / "d")
+    listed.unlink()
+    with pytest.raises(ValueError, match=r"lacks: images \(1 in all\).* need a list of their classes: LOC_val_solution.csv"):
         run(tmp_path, source="imagefolder", train=str(top), validation=str(top))
 
 
