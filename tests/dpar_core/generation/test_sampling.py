@@ -58,6 +58,52 @@ def test_greedy_takes_the_likeliest_and_filters_cut_the_rest():
     assert set(sample_tokens(logits, numbers, SampleSettings(temperature=0.01)).tolist()) == {1}
 
 
+def sampled_by_hand(logits, number, settings):
+    """Temperature, top-k with its ties, top-p with the token that crosses it, then the sum of probabilities, in order."""
+    logits = [float(one) for one in logits / settings.temperature]
+    kept = list(range(len(logits)))
+    if settings.top_k:
+        least = sorted(logits, reverse=True)[min(settings.top_k, len(logits)) - 1]
+        kept = [index for index in kept if logits[index] >= least]
+
+    def probabilities():
+        largest = max(logits[index] for index in kept)
+        weights = [math.exp(logits[index] - largest) for index in kept]
+        return {index: weight / math.fsum(weights) for index, weight in zip(kept, weights)}
+
+    if settings.top_p < 1:
+        found, likelier = probabilities(), 0.0
+        ordered, kept = sorted(kept, key=lambda index: -logits[index]), []
+        for index in ordered:
+            if likelier > settings.top_p:
+                break
+            kept.append(index)
+            likelier += found[index]
+    total = 0.0
+    for index, share in sorted(probabilities().items()):
+        total += share
+        if total > number:
+            return index
+    raise AssertionError("probabilities add up to one")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"temperature": 0.5}, {"top_k": 1}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 2.0, "top_k": 9, "top_p": 0.8}],
+)
+def test_tokens_are_those_sampled_by_hand_with_ties_and_far_logits_too(filters, dtype):
+    settings, generator = SampleSettings(**filters), torch.Generator().manual_seed(0)
+    for spread in (0.3, 3.0, 20.0):
+        logits = spread * torch.randn(24, 33, generator=generator)
+        logits[8:16] = logits[8:16].round()  # many ties
+        logits[16:, 7] = logits[16:, 20] = logits[16:].amax(1)  # two likeliest
+        logits = logits.to(dtype).float()
+        numbers = 0.001 + 0.998 * torch.rand(24, generator=generator, dtype=torch.float64)
+        expected = [sampled_by_hand(row, number, settings) for row, number in zip(logits, numbers.tolist())]
+        assert sample_tokens(logits, numbers, settings).tolist() == expected
+
+
 def test_numbers_of_an_image_follow_from_its_seed_alone():
     together = uniforms([4, 9, 4], 64)
     assert torch.equal(together[0], together[2])

@@ -103,3 +103,15 @@ def test_spare_rows_take_no_part_in_attention():
     found = packed.padded(*spare)
     torch.testing.assert_close(found[:16], packed.padded(q, k, v), atol=0, rtol=0)
     assert found.shape == spare[0].shape and not found[16:].any()
+
+
+def test_labels_become_the_null_class_as_often_as_they_should_and_in_training_alone():
+    torch.manual_seed(0)
+    embedder, count = layers.LabelEmbedder(3, 4, class_dropout=0.1), 20_000
+    labels = torch.arange(count) % 3
+    rows = embedder.train()(labels)
+    null = (rows == embedder.embedding_table.weight[embedder.null_label]).all(1)
+    assert embedder.null_label == 3
+    assert null.double().mean() == pytest.approx(0.1, abs=4 * (0.1 * 0.9 / count) ** 0.5)  # four standard deviations
+    assert torch.equal(rows[~null], embedder.embedding_table(labels[~null]))
+    assert torch.equal(embedder.eval()(labels), embedder.embedding_table(labels))

@@ -35,6 +35,24 @@ def test_workers_refuse_other_tokens_than_their_job_was_named_by(tmp_path):
         TrainData(replace(job, read={"tokens": "0" * 16, "tokenizer": "1"}), Ranks())
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("images", [5, 13])
+def test_workers_validate_every_image_once_in_equally_many_batches(tmp_path, workers, images):
+    tokens = write_tokens(tmp_path / "tokens", validation=13)
+    training = tiny_params().train.model_copy(update={"batch_size": 12, "accumulate": 2, "validation_images": images})
+    job = TrainJob("llamagen", GPTConfig(CODES, GRID, 32, 2, 1, num_classes=2), training, 0, tokens)
+    parts = [list(TrainData(job, Ranks(rank, workers)).validation()) for rank in range(workers)]
+    assert len({len(part) for part in parts}) == 1
+    batches = [(batch, weight) for part in parts for batch, weight in part]
+    assert sum(weight for _, weight in batches) == images
+    assert all(weight in (len(batch.tokens), 0) for batch, weight in batches)
+    seen = np.concatenate([batch.tokens.numpy() for batch, weight in batches if weight])
+    shards = TokenShards(tokens, "validation")
+    chosen = [number * 13 // images for number in range(images)]
+    expected = shards.tokens(np.array(chosen), np.full(images, CENTER_VIEWS[shards.meta.views]))
+    assert sorted(map(tuple, seen)) == sorted(map(tuple, expected))
+
+
 @pytest.mark.parametrize("name", VIEW_COUNTS)
 def test_validation_sees_the_centre_crop_of_every_view_set(tmp_path, name):
     count = VIEW_COUNTS[name]
