@@ -57,6 +57,8 @@ class ModelCost:
     """What training and running one model takes; FLOPs without a duration are of one image.
 
     workers: GPUs that train it together.
+    state_gb_per_worker: of weights, gradients and AdamW's moments.
+    fixed_gb_per_worker: of logits, and of the GPU's runtime, whatever the model.
     micro_batch, largest_micro_batch: images at a time on a worker, as set and as fit in its memory.
     accumulate_that_fits: None where no number of micro-batches fits: another strategy, or a smaller batch.
     The fields that default to None are given for the models that they concern.
@@ -72,6 +74,7 @@ class ModelCost:
     workers: int
     hours_on_its_workers: float
     state_gb_per_worker: float
+    fixed_gb_per_worker: float
     activations_gb_per_worker: float
     memory_gb_per_worker: float
     micro_batch: int
@@ -307,7 +310,8 @@ def costs(
             price=hours * prices.price,
             workers=training.workers,
             hours_on_its_workers=hours / training.workers,
-            state_gb_per_worker=(memory.state + memory.fixed + memory.loss) / GIGA,
+            state_gb_per_worker=memory.state / GIGA,
+            fixed_gb_per_worker=(memory.fixed + memory.loss) / GIGA,
             activations_gb_per_worker=micro_batch * memory.activations / GIGA,
             memory_gb_per_worker=memory.total(micro_batch) / GIGA,
             micro_batch=micro_batch,
@@ -365,6 +369,7 @@ _ROWS = [
     ("hours on its GPUs, one per worker", "hours_on_its_workers", ",.4g"),
     ("price", "price", ",.2f"),
     ("GB per worker: weights, AdamW", "state_gb_per_worker", ",.3g"),
+    ("  logits, the GPU's runtime", "fixed_gb_per_worker", ",.3g"),
     ("  activations, about", "activations_gb_per_worker", ",.3g"),
     ("  together", "memory_gb_per_worker", ",.3g"),
     ("images per worker at a time", "micro_batch", ",.0f"),

@@ -206,6 +206,9 @@ def test_hours_and_price_follow_from_flops():
     assert costed.price == pytest.approx(3 * costed.gpu_hours)
     assert costed.epochs == pytest.approx(300, abs=0.01)
     assert costed.checkpoint_gb == pytest.approx(115_021_824 * 12e-9)
+    assert costed.state_gb_per_worker == pytest.approx(115_021_824 * 18e-9)  # with a copy of the weights in bfloat16
+    parts = costed.state_gb_per_worker + costed.fixed_gb_per_worker + costed.activations_gb_per_worker
+    assert costed.memory_gb_per_worker == pytest.approx(parts)
 
 
 def test_the_rest_of_a_run_is_counted_beside_training():
