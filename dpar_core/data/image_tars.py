@@ -180,6 +180,8 @@ def _label(
         endings = [ending for ending in parts if ending == label_key.lower()]
     if endings:
         content = _content(stream, parts[endings[0]], where)
+        if endings[0] == "json" and content.lstrip().startswith(b"{"):
+            raise ValueError(f"{where} has several values in its .json: name the key that holds the class (data.label_key)")
         try:
             label = checked_label(content.decode("utf-8-sig"), where)
         except UnicodeDecodeError:
@@ -220,7 +222,8 @@ def _label_in_json(stream: BinaryIO, parts: Mapping[str, Member]) -> int | str |
         return None
     try:
         record = json.loads(os.pread(stream.fileno(), member.size, member.offset))
-        return checked_label(record["label"], "")
+        label = record["label"]
+        return checked_label(int(label) if isinstance(label, float) and label.is_integer() else label, "")
     except (ValueError, RecursionError, TypeError, LookupError):
         return None
 

@@ -256,7 +256,7 @@ def test_a_json_beside_a_cls_may_repeat_its_label_or_hold_anything_else(tmp_path
     assert list_webdataset(tmp_path, "train").labels == [3]
 
 
-@pytest.mark.parametrize("other", [4, "4"])
+@pytest.mark.parametrize("other", [4, "4", 4.0])
 def test_a_cls_and_a_json_that_disagree_are_refused_until_one_is_named(tmp_path, other):
     files = {"a.png": png(0), "a.cls": b"3", "a.json": json.dumps({"label": other, "coarse": 1}).encode()}
     put(tmp_path, {"0.tar": tar_of(files)})
@@ -264,6 +264,8 @@ def test_a_cls_and_a_json_that_disagree_are_refused_until_one_is_named(tmp_path,
         list_webdataset(tmp_path, "train")
     assert list_webdataset(tmp_path, "train", label_key="cls").labels == [3]
     assert list_webdataset(tmp_path, "train", label_key="coarse").labels == [1]
+    with pytest.raises(ValueError, match=r"'a' has several values in its .json: name the key that holds the class"):
+        list_webdataset(tmp_path, "train", label_key="json")
 
 
 def named_shard(pairs: list[tuple[str, object]]) -> dict[str, bytes]:
