@@ -93,7 +93,7 @@ def resolve_labels(
     written: labels come as text, numbers as well. Text labels without a list are numbered in sorted order (by code point).
 
     Raises ValueError, beginning with `where`, for labels that are partly text, or in no list, or that may be numbers and
-    names alike.
+    names alike, and for a classes.txt that has the source's names in another order.
     """
     listed = read_class_names(beside) if beside.exists() else names
     origin = str(beside) if beside.exists() else "the names in the source"
@@ -105,6 +105,8 @@ def resolve_labels(
                 f"{where}: labels are numbers written as text, and in {origin} class {moved[0][0]} is named "
                 f"{moved[0][1]!r}, so a label may mean either: write labels as integers, or name classes by words"
             )
+        if listed is not names:
+            _refuse_moved(listed or (), names or (), origin, where)
         return _numbers(values, listed, origin, where)
     if listed is None and len(text) < len(values):
         number = next(value for value in values if not isinstance(value, str))
@@ -144,6 +146,17 @@ def _numbers(values: Sequence[int | str], names: Sequence[str] | None, origin: s
         shown = ", ".join(name for name in unique if re.sub(r" \(\d+\)$", "", name) in doubles[:3])
         notes.append(f"class names that occur more than once stay classes of their own: {shown}")
     return Classes(unique, labels, False, bool(doubles), notes)
+
+
+def _refuse_moved(listed: Sequence[str], names: Sequence[str], origin: str, where: str) -> None:
+    """Raise ValueError where classes.txt gives another number to a name than the source does."""
+    place = {normal_name(name): label for label, name in enumerate(names)}
+    for label, name in enumerate(map(normal_name, listed)):
+        if place.get(name, label) != label and len(place) == len(names):
+            raise ValueError(
+                f"{where}: class {place[name]} is {name!r} by the names in the source, which is class {label} in {origin}: "
+                "put its lines into the order of the labels, or remove it"
+            )
 
 
 def _places(found: Sequence[str], order: Sequence[str]) -> list[int]:

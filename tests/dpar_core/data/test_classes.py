@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpar_core.data.classes import checked_label, read_class_names, unique_names
+from dpar_core.data.classes import checked_label, read_class_names, resolve_labels, unique_names
 from dpar_core.data.folders import list_folder
 from dpar_core.data.image_parquet import list_parquet
 from dpar_core.data.image_tars import list_ilsvrc_train, list_webdataset
@@ -67,6 +67,14 @@ def test_numbers_written_as_text_beside_names_that_are_other_numbers_are_refused
             lister(folder, "train")
     listing = list_parquet(number, "train")
     assert listing.classes == names and listing.labels == [1, 0]
+
+
+def test_a_list_of_the_sources_names_in_another_order_is_refused_and_one_of_other_names_counts(tmp_path):
+    listed = tmp_path / "classes.txt"
+    listed.write_text("cat\nant\nbee\n")
+    with pytest.raises(ValueError, match=r"class 0 is 'ant' by the names in the source, which is class 1 in .*classes.txt"):
+        resolve_labels([0, 1], ["ant", "bee"], listed, where="data.train x", written=False)
+    assert resolve_labels([0, 1], ["x", "y"], listed, where="", written=False).names == ["cat", "ant", "bee"]
 
 
 def test_a_list_of_classes_with_numbers_in_another_order_is_refused(tmp_path):
