@@ -1,9 +1,9 @@
 """Folders of files that are here, or somewhere fsspec reaches (s3://bucket/tokens) with copies kept here.
 
 Every file is read whole and held against its digest once per machine, when somebody first asks for it. Copies are named by
-the digest of their content, so they are never out of date and any number of readers share them; of a local file a note is
-kept that it was found sound, which holds as long as the file is the same one (device, inode), of the same size, with the
-same time of modification and, since that can be set back, of its last change in the file system (ctime).
+the digest of their content, so they are never out of date and any number of readers share them. A note is kept that a file,
+or a copy, was found sound, which holds as long as it is the same one (device, inode), of the same size, with the same time
+of modification and, since that can be set back, of its last change in the file system (ctime).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Folder:
         self.remote = is_remote(address)
         self.address = str(address).rstrip("/") if self.remote else Path(address)
         self.cache = cache_folder() if cache is None else cache
-        self._sound: set[str] = set()  # notes already seen or written by this process
+        self._sound: set[Path] = set()  # notes already seen or written by this process
 
     def __str__(self) -> str:
         return str(self.address)
@@ -66,45 +66,58 @@ class Folder:
         Raises FileNotFoundError, OSError when what was fetched is not what its digest says, ValueError when a local file
         is not.
         """
-        if not self.remote:
-            self._check(name, sha256)
-            return Path(self.address) / name
-        copy = self.cache / sha256[:2] / f"{sha256}{Path(name).suffix}"
-        if not copy.exists():
-            self._fetch(name, sha256, copy)
-        return copy
-
-    def _check(self, name: str, sha256: str) -> None:
-        """Hold a local file against its digest, unless a note records that this was done."""
-        path = Path(self.address) / name
-        mend = "run `dpar-cli data check --repair`"
+        if self.remote:
+            copy = self.cache / sha256[:2] / f"{sha256}{Path(name).suffix}"
+            if not copy.exists() or self._other_digest(copy, sha256):  # damaged since it was fetched
+                self._fetch(name, sha256, copy)
+                self._record(self._note(copy, sha256))
+            return copy
+        path, mend = Path(self.address) / name, "run `dpar-cli data check --repair`"
         try:
-            found = path.stat()
+            if digest := self._other_digest(path, sha256):
+                raise ValueError(f"{path} is damaged (digest {digest[:16]}, expected {sha256[:16]}): {mend}")
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: {mend}") from None
+        return path
+
+    def _other_digest(self, path: Path, sha256: str) -> str | None:
+        """Return a file's digest where it is not the expected one; no file is read of which a note records that it is.
+
+        Raises OSError.
+        """
+        note = self._note(path, sha256)
+        if note in self._sound or note.exists():
+            return None
+        if (digest := sha256_file(path)) != sha256:
+            return digest
+        self._record(note)
+        return None
+
+    def _note(self, path: Path, sha256: str) -> Path:
+        """Return where it is noted that a file has this digest. Raises OSError."""
+        found = path.stat()
         times = f"{found.st_mtime_ns} {found.st_ctime_ns}"
         same = f"{path.absolute()} {found.st_dev} {found.st_ino} {found.st_size} {times} {sha256}"
-        name_of_note = hashlib.sha256(same.encode()).hexdigest()
-        if name_of_note in self._sound:
-            return
-        note = self.cache / "sound" / name_of_note[:2] / name_of_note
-        if not note.exists():
-            digest = sha256_file(path)
-            if digest != sha256:
-                raise ValueError(f"{path} is damaged (digest {digest[:16]}, expected {sha256[:16]}): {mend}")
-            with contextlib.suppress(OSError):  # without a place for notes every process looks for itself
-                note.parent.mkdir(parents=True, exist_ok=True)
-                note.touch()
-        self._sound.add(name_of_note)
+        name = hashlib.sha256(same.encode()).hexdigest()
+        return self.cache / "sound" / name[:2] / name
+
+    def _record(self, note: Path) -> None:
+        with contextlib.suppress(OSError):  # without a place for notes every process looks for itself
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+        self._sound.add(note)
 
     def _fetch(self, name: str, sha256: str, copy: Path) -> None:
         filesystem, root = self._filesystem()
         digest = hashlib.sha256()
         with atomic_path(copy) as temporary:
-            with filesystem.open(f"{root}/{name}", "rb") as source, open(temporary, "wb") as target:
-                while block := source.read(_CHUNK):
-                    digest.update(block)
-                    target.write(block)
+            try:
+                with filesystem.open(f"{root}/{name}", "rb") as source, open(temporary, "wb") as target:
+                    while block := source.read(_CHUNK):
+                        digest.update(block)
+                        target.write(block)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{self}/{name} is missing: copy the folder there again") from None
             if digest.hexdigest() != sha256:
                 raise OSError(
                     f"{self}/{name} has digest {digest.hexdigest()[:16]}, its index says {sha256[:16]}: "

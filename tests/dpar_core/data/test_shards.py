@@ -312,8 +312,15 @@ def test_shards_far_away_are_copied_when_first_read(tmp_path):
     assert np.array_equal(shards.all_views(7), samples("train", 9)[7].tokens)
     assert len(list((tmp_path / "cache").rglob("*.tar"))) == 1
     again = pickle.loads(pickle.dumps(shards))
+    (copy,) = (tmp_path / "cache").rglob("*.tar")
+    copy.write_bytes(bytes(copy.stat().st_size))  # damaged on this disk: fetched again
+    assert np.array_equal(pickle.loads(pickle.dumps(shards)).all_views(8), samples("train", 9)[8].tokens)
     far.rm("/bucket/tokens/train-000001.tar")
     assert np.array_equal(again.all_views(8), samples("train", 9)[8].tokens)  # from the copy
+    with pytest.raises(
+        FileNotFoundError, match=r"memory://bucket/tokens/train-000001\.tar is missing: copy the folder there"
+    ):
+        TokenShards("memory://bucket/tokens", "train", cache=tmp_path / "empty").all_views(8)
     far.pipe_file("/bucket/tokens/train-000000.tar", b"something else")
     with pytest.raises(OSError, match=r"train-000000\.tar has digest .* copy the folder there again"):
         again.all_views(0)
