@@ -206,7 +206,7 @@ def _disk(root: Path) -> Check:
 def _writable(root: Path) -> Iterator[Check]:
     from stages.artifacts import FOLDER
 
-    for name in (".", "work", FOLDER):
+    for name in (".", ".dvc", "work", FOLDER):
         folder = root / name
         if folder.exists() and not os.access(folder, os.W_OK):
             yield Check("project", "fail", f"{folder.resolve()} cannot be written", "change its owner or its mode")

@@ -54,7 +54,10 @@ def enter_project() -> Path | None:
     if root != started:
         os.chdir(root)
         note(f"working in {root}")
-    configure_dvc(root)
+    try:
+        configure_dvc(root)
+    except OSError as error:
+        note(f"{root / DVC_LOCAL} cannot be written ({error.strerror}): outside git DVC does not work so")
     return started
 
 

@@ -359,7 +359,9 @@ _NESTED = 50  # brackets within brackets
 def params_text(path: Path) -> str:
     """Return what a params file holds. Raises FileNotFoundError with the way out."""
     if not path.exists():
-        raise FileNotFoundError(f"no params file at {path}: `dpar-cli params use demo` in the project's folder writes one")
+        own = path.name == "params.yaml"
+        way_out = "`dpar-cli params use demo` in the project's folder writes one" if own else "name one that is there"
+        raise FileNotFoundError(f"no params file at {path}: {way_out}")
     return path.read_text("utf-8")
 
 

@@ -100,7 +100,7 @@ def shortened(text: str, width: int) -> str:
 
 def nearest(name: str, names: Sequence[str], command: str) -> str:
     """Return which names a misspelt one may have meant, for a sentence, and the command that lists all."""
-    near = get_close_matches(name, names, n=3, cutoff=0.7)
+    near = get_close_matches(name, names, n=3, cutoff=0.7) or [one for one in names if name and one.startswith(name)][:3]
     return f"did you mean {' or '.join(near)}? (all: `{command}`)" if near else f"`{command}` lists all"
 
 

@@ -61,6 +61,14 @@ def test_a_choice_of_the_user_about_git_is_kept(folder):
     assert local.read_text() == "[core]\n    no_scm = false\n"
 
 
+def test_a_configuration_that_cannot_be_written_stops_no_command_that_only_reads(folder, monkeypatch, capsys):
+    (folder / ".dvc" / "config.local").mkdir()
+    monkeypatch.chdir(folder)
+    assert project.enter_project() == folder
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("config.local cannot be written (Is a directory): outside git DVC does not work so")
+
+
 def test_paths_on_the_command_line_are_those_of_the_folder_the_user_is_in(tmp_path):
     app, seen = typer.Typer(), {}
 

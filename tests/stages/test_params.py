@@ -154,8 +154,10 @@ def test_broken_yaml_and_a_missing_file_get_one_sentence(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
     with pytest.raises(P.ParamsError, match=r"broken\.yaml is not YAML: .* in line 2, column \d"):
         P.load_params(tmp_path / "broken.yaml")
-    with pytest.raises(FileNotFoundError, match="no params file"):
-        P.load_params(tmp_path / "none.yaml")
+    with pytest.raises(FileNotFoundError, match=r"no params file at .*other\.yaml: name one that is there"):
+        P.load_params(tmp_path / "other.yaml")
+    with pytest.raises(FileNotFoundError, match=r"no params file at .*: `dpar-cli params use demo`"):
+        P.load_params(tmp_path / "params.yaml")
 
 
 def test_params_nested_beyond_all_sense_are_refused_at_once(tmp_path):
