@@ -50,6 +50,7 @@ Positive = Annotated[Finite, Field(gt=0)]
 NotNegative = Annotated[Finite, Field(ge=0)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 PathName = Annotated[str, Field(min_length=1)]  # an empty one would be the current folder
+KeyName = Annotated[str, Field(min_length=1)]
 
 
 class ParamsError(ValueError):
@@ -85,8 +86,8 @@ class Data(Section):
     validation: PathName | None
     classes: Literal["any", "imagenet"]
     empty_classes: Literal["refuse", "keep"]
-    image_key: str | None
-    label_key: str | None
+    image_key: KeyName | None
+    label_key: KeyName | None
     image_size: Annotated[int, Field(ge=8)]
     views: ViewSet
     max_bad_share: Share
@@ -95,7 +96,7 @@ class Data(Section):
 
 class Tokenizer(Section):
     weights: PathName | None
-    weights_key: str | None
+    weights_key: KeyName | None
     codebook_size: Annotated[int, Field(ge=2, le=65536)]
     codebook_dim: Count
     base_width: Count
@@ -442,7 +443,7 @@ def _sentence(fault: Mapping[str, Any], where: str) -> str:
     if kind == "literal_error":
         return f"{where}: `{name}` is {found!r}, expected one of {context['expected']}"
     if kind == "string_too_short":
-        return f"{where}: `{name}` is empty, expected a path"
+        return f"{where}: `{name}` is empty, expected {'a name, or null' if name.endswith('_key') else 'a path'}"
     bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
     if kind in bounds:
         words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}[bounds[kind]]

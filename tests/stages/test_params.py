@@ -91,6 +91,7 @@ def test_a_wrong_value_gets_a_sentence_that_names_it(demo, name, value, words):
         ({"score.images": 64, "score.allow_singular": True}, None),
         ({"data.label_key": "cls"}, "`data.label_key` is set, but source builtin reads no such key"),
         ({"score.reference": ""}, "`score.reference` is empty, expected a path"),
+        ({"data.label_key": ""}, "`data.label_key` is empty, expected a name, or null"),
         ({"train.lr": float("inf")}, "`train.lr` is inf, expected a finite number"),
         ({"sample.seed": 2**63}, "`sample.seed`"),
     ],
