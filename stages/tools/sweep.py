@@ -627,8 +627,10 @@ def _trainable() -> type:
             pass
 
         def step(self) -> dict[str, Any]:
+            trial = self.trial(point_of(self.config))
             try:
-                result = run_trial(self.subject, self.trial(point_of(self.config)), self.folder, self.batches)
+                found = read_result(self.folder, self.subject.key(trial))  # an optimizer may ask for a point again
+                result = found or run_trial(self.subject, trial, self.folder, self.batches)
             except Exception as error:  # whatever it is, it is reported and stops no other trial
                 words = " ".join(str(error).split()) or type(error).__name__
                 return {"done": True, "distance": math.nan, "error": words}
