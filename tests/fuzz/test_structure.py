@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as extra
 from ruamel.yaml import YAML
@@ -17,8 +17,7 @@ from tests.fuzz import mutate
 from tests.fuzz.run import judge
 from tests.fuzz.targets import TARGETS, encoded
 
-# The same examples every time: what nobody has seen before belongs into `make fuzz`.
-some = settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(max_examples=40)
 few = settings(some, max_examples=12)
 
 VALUES = st.recursive(

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpar_core.data.tars import BadTar, Member, members
@@ -149,7 +149,7 @@ def test_an_inner_tar_cannot_reach_beyond_its_own_end(tmp_path):
         list(members(path, within=outer))
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(length=st.integers(0, 6000), place=st.integers(0, 6000), value=st.integers(0, 255))
 def test_a_damaged_tar_never_loses_members_silently(tmp_path: Path, length, place, value):
     files = {f"{name}.jpg": bytes(700) for name in "abc"}
