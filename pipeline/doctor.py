@@ -116,8 +116,16 @@ def _versions(root: Path) -> Iterator[Check]:
 
 
 def _git(root: Path) -> Iterator[Check]:
+    from pipeline.state import read_lock, read_stages
+
     if not (root / ".dvc").is_dir():  # some copies lack hidden folders
         yield Check("dvc", "fail", "no folder .dvc beside dvc.yaml", "git checkout .dvc; outside git: dvc init --no-scm")
+    for read in (read_stages, read_lock):
+        try:
+            read(root)
+        except ValueError as error:
+            found, _, fix = str(error).partition("; ")
+            yield Check("dvc", "fail", found, fix)
     if any((folder / ".git").exists() for folder in (root, *root.parents)):
         yield Check("git", "ok", "the project is under git")
     else:

@@ -76,7 +76,7 @@ def project_state(root: Path) -> list[StageState]:
 
     Raises ValueError when a file is not readable YAML, or a stage stands before one that it needs.
     """
-    stages = read_yaml(root / "dvc.yaml")["stages"]
+    stages = read_stages(root)
     lock = read_lock(root)
     params = read_yaml(root / "params.yaml") if (root / "params.yaml").exists() else {}
     made = {out: name for name, stage in stages.items() for out in outputs_of(stage)}
@@ -124,6 +124,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a mapping")
     return content
+
+
+def read_stages(root: Path) -> dict[str, dict[str, Any]]:
+    """Return the stages of dvc.yaml. Raises ValueError in a sentence."""
+    try:
+        found = read_yaml(root / "dvc.yaml").get("stages")
+        if not isinstance(found, dict) or not found:
+            raise ValueError(f"{root / 'dvc.yaml'} has no stages")
+    except ValueError as error:
+        raise ValueError(f"{error}; take it from git (`git restore dvc.yaml`)") from None
+    return found
 
 
 def read_lock(root: Path) -> dict[str, dict[str, Any]]:

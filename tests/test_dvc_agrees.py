@@ -6,7 +6,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.presets.paper import paper_presets
-from pipeline.presets.use import preset_names, use_preset
+from pipeline.presets.use import preset_file, preset_names, use_preset
 from pipeline.runner import STAGES, StageError, load_stage, params_of, run_stage
 from stages.params import ParamsError, load_params, select
 from tests.helpers.paths import ROOT
@@ -101,6 +101,8 @@ def test_a_preset_is_taken_and_own_changes_are_not_lost(tmp_path):
     assert (tmp_path / "params.yaml").read_text() == mine
     use_preset(tmp_path, "smoke", force=True)
     assert (tmp_path / "params.yaml.bak").read_text() == mine
+    with pytest.raises(ValueError, match=r"no preset .imagenet.: did you mean imagenet256-dpar-b or imagenet256-dpar-l"):
+        preset_file(ROOT, "imagenet")
     with pytest.raises(ValueError, match="no preset 'smok': did you mean smoke"):
         use_preset(tmp_path, "smok")
 

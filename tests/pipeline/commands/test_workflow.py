@@ -126,6 +126,15 @@ def test_doctor_tells_what_is_wrong_with_the_surroundings(project, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setattr(sys, "version_info", (3, 9, 0, "final", 0))
     set_param(project, "seed: 0 ", "seed: -1 ")
+    (project / "dvc.yaml").write_text("stages:\n")
+    (project / "dvc.lock").write_text("<<<<<<< HEAD\n")
+    broken = [(check.verdict, check.found, check.fix) for check in health.examine(project) if check.name == "dvc"]
+    assert [verdict for verdict, *_ in broken] == ["fail", "fail"] and broken[0][
+        1
+    ] == f"{project / 'dvc.yaml'} has no stages"
+    assert [fix[:41] for *_, fix in broken] == [f"take it from git (`git restore dvc.{end}`)" for end in ("yaml", "lock")]
+    (project / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    (project / "dvc.lock").unlink()
     (project / ".dvc").rmdir()
     found = {check.name: check for check in health.examine(project)}
     assert found["dvc"].verdict == "fail" and "dvc init" in found["dvc"].fix
