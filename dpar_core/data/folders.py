@@ -129,6 +129,12 @@ def _classes_of(walk: _Walk, split: str, listing: Listing) -> tuple[str, list[st
         base += f"{fitting[0]}/"
     if base:
         listing.notes.append(f"the class folders are those in {walk.root / base}")
+    said = [splits_said(name) for name in folders]
+    if {"train"} in said and len(said) > 1 and all(said):
+        raise ValueError(
+            f"data.{split} {walk.root / base} holds folders named as splits ({first_few(folders)}) and no class folders in "
+            "them: put each image into a folder named by its class, as train/cat/1.jpg"
+        )
     inside = base + folders[0] if len(folders) == 1 else ""
     while inside and len(below := walk.folders_with_images(inside)) == 1:
         inside += f"/{below[0]}"

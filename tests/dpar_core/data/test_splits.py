@@ -222,6 +222,9 @@ def test_a_doubled_level_is_recognised_and_named(tmp_path):
     put_tree(tmp_path, "one/cat", "vehicles/train", "vehicles/tram")
     assert list_folder(tmp_path / "one", "train").classes == ["cat"]
     assert list_folder(tmp_path / "vehicles", "train").classes == ["train", "tram"]
+    put_tree(tmp_path, "flat/train", "flat/test")
+    with pytest.raises(ValueError, match=r"folders named as splits \(test, train\) and no class folders in them"):
+        list_folder(tmp_path / "flat", "train")
     put_tree(tmp_path, "deep/val/cat", "deep/test/cat")
     with pytest.raises(ValueError, match=r"holds the folders test, val and no classes"):
         list_folder(tmp_path / "deep", "train")
