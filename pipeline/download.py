@@ -64,7 +64,8 @@ def download(url: str, to: Path, *, sha256: str | None = None) -> str:
             if sha256 is not None and found.hexdigest() != sha256.lower():
                 raise ValueError(f"{url} has SHA-256 {found.hexdigest()}, expected {sha256.lower()}: it is another file")
     except urllib.error.URLError as error:
-        raise ConnectionError(f"{url} does not answer ({error.reason}): fetch it elsewhere and put it at {to}") from None
+        code = f"answers {error.code}" if isinstance(error, urllib.error.HTTPError) else "does not answer"
+        raise ConnectionError(f"{url} {code} ({error.reason}): fetch it elsewhere and put it at {to}") from None
     except (http.client.HTTPException, ConnectionResetError, TimeoutError) as error:
         what = str(error) or type(error).__name__
         raise ConnectionError(f"{url} broke off ({what}): run the same command again, or put the file at {to}") from None
