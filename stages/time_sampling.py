@@ -16,7 +16,7 @@ from stages.shared.sampler import Files, Sampler, log_inputs
 from stages.time_training import waits_for, whole_seconds
 from stages.tracker import Tracker
 
-LONGEST = 3.0  # seconds of a turn: where a batch takes longer, fewer images are timed, and the file records how many
+LONGEST = 10.0  # seconds of a turn: where a batch takes longer, fewer images are timed, and the file records how many
 
 
 @dataclass(frozen=True)
