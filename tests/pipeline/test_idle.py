@@ -1,5 +1,7 @@
 """Values of params.yaml that have no effect beside the others are named, and no preset as shipped has one."""
 
+import shutil
+
 import pytest
 from ruamel.yaml import YAML
 
@@ -66,6 +68,7 @@ def test_the_doctor_and_the_check_of_params_warn_of_it(tmp_path, monkeypatch, ca
 
     text = (ROOT / "params.yaml").read_text().replace("mode: entropy_rows ", "mode: token ")
     (tmp_path / "params.yaml").write_text(text)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     warned = [check for check in examine(tmp_path) if check.name == "params.yaml" and check.verdict == "warn"]
     assert [(one.found, one.fix) for one in warned] == [
