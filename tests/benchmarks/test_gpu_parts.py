@@ -16,6 +16,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.no_cover  # torch's own Python, of which tracing only costs time
 def test_the_training_part_measures_every_row():
     written = []
     found = gpu_training.training("cpu", tiny=True, budget_s=600, write=written.append)

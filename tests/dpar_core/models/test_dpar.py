@@ -189,6 +189,7 @@ def test_gradients_of_gathered_tokens_are_those_of_an_embedding(tokens):
     assert torch.equal(mine, theirs) and mine.count_nonzero() == layout.complete_tokens * WIDTH
 
 
+@pytest.mark.no_cover  # torch's own Python, of which tracing only costs time
 def test_compiled_blocks_are_few_graphs_for_all_ragged_batches_and_give_what_plain_blocks_give(monkeypatch):
     # as on other devices than a CPU
     monkeypatch.setattr(dpar_module, "copy_slots", lambda layout: Slots.of(layout, torch.arange(layout.patches)))
